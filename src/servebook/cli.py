@@ -1,0 +1,85 @@
+"""The command line, `servebook`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from servebook import launch
+from servebook.errors import ServebookError
+from servebook.settings import load_settings
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The LLM serving workbook."
+)
+out = Console(highlight=False)
+
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="NAME…", help=f"One or more of {', '.join(launch.SERVERS)}.")
+]
+
+
+@app.command()
+def up(names: Annotated[list[str], typer.Argument(metavar="NAME…")]) -> None:
+    """Start servers and leave them running; one that is up already is left as it is."""
+    for name in names:
+        launch.up(name)
+
+
+@app.command()
+def down(
+    names: Names = None, everything: Annotated[bool, typer.Option("--all", help="End every server.")] = False
+) -> None:
+    """End servers, with every process that belongs to them."""
+    if not names and not everything:
+        raise typer.BadParameter("name a server, or say --all")
+    running = [entry["name"] for entry in launch.status() if entry["state"] != "stopped"]
+    for name in running if everything else names or []:
+        if name not in running:
+            launch.find_server(name)
+        out.print(f"{name}: {'ended' if launch.down(name) else 'was not running'}")
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Show each server: starting, ready, failed or stopped."""
+    entries = launch.status()
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    table = Table("server", "state", "pid", "model", "where", "owner")
+    for entry in entries:
+        where = "\n".join(f"{kind} {address}" for kind, address in entry["endpoints"].items())
+        table.add_row(
+            entry["name"], entry["state"], str(entry["pid"] or ""), entry["model"] or "", where, entry["owner"] or ""
+        )
+    out.print(table)
+
+
+@app.command()
+def logs(
+    name: str, lines: Annotated[int, typer.Option("-n", min=1, help="How many lines from the end.")] = 100
+) -> None:
+    """Print the end of a server's log."""
+    path = launch.log_path(name, load_settings())
+    if not path.is_file():
+        launch.find_server(name)
+        raise ServebookError(f"{name} has not run yet: there is no log.", f"Start it with `servebook up {name}`.")
+    print(launch.tail(path, lines))
+
+
+def main() -> None:
+    """Run a command; an expected error is a message and exit code 1, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except ServebookError as error:
+        print(f"servebook: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("servebook: stopped; what had not finished starting was ended", file=sys.stderr)
+        sys.exit(130)

