@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from servebook.engine import engine_env, require_memory
 from servebook.errors import LaunchError
 from servebook.launch.progress import Progress, progress
-from servebook.launch.servers import SERVERS, ServerSpec, find_server
+from servebook.launch.servers import ENGINE_PHASES, SERVERS, ServerSpec, find_server
 from servebook.model import model_path
 from servebook.settings import Settings, load_settings
 
@@ -211,13 +211,10 @@ def _start(spec: ServerSpec, settings: Settings, instance: str, owner: str) -> t
         display.phase("looking for the model")
         model = model_path(settings)
         request = _request(spec, settings, instance, owner, model, needs)
-        link = Link.open(settings, instance)
-        if attached := link is not None:
-            display.phase("attaching")
-        else:
-            if spec.has_engine:
-                require_memory(settings, model)
-            link = _spawn(request, settings, display)
+        there = Link.open(settings, instance)
+        if there is None and spec.has_engine:
+            require_memory(settings, model)
+        link = there or _spawn(request, settings, display)
         try:
             info = link.ask("attach")
             if info is None:
@@ -232,7 +229,7 @@ def _start(spec: ServerSpec, settings: Settings, instance: str, owner: str) -> t
             link.close()
             raise
         where = ", ".join(f"{kind} {address}" for kind, address in info["endpoints"].items())
-        display.done(f"{'attached to' if attached else 'ready'}: {where} ({display.elapsed}){_moved(info)}")
+        display.done(f"{'attached to' if there else 'ready'}: {where} ({display.elapsed}){_moved(info)}")
         return _server(info, settings), link
 
 
@@ -335,16 +332,16 @@ def _await_ready(spec: ServerSpec, info: dict[str, Any], link: Link, settings: S
                 f"{tail(Path(info['log']))}",
                 "Raise SERVEBOOK_START_TIMEOUT for a large model or a slow disk.",
             )
-        display.phase(_phase(spec, Path(info["log"])))
+        display.phase(_phase(Path(info["log"])))
         time.sleep(POLL_SECONDS)
 
 
-def _phase(spec: ServerSpec, log: Path) -> str:
+def _phase(log: Path) -> str:
     try:
         text = log.read_text(errors="replace")
     except OSError:
         text = ""
-    return next((phase for phase, words in reversed(spec.phases.items()) if words in text), "importing")
+    return next((phase for phase, words in reversed(ENGINE_PHASES.items()) if words in text), "importing")
 
 
 def _died(instance: str, settings: Settings) -> LaunchError:

@@ -10,7 +10,7 @@ from urllib.request import Request, urlopen
 
 from servebook.engine import engine_argv
 from servebook.errors import LaunchError
-from servebook.settings import Settings
+from servebook.settings import TENSOR_MODEL_NAME, Settings
 
 Endpoints = Mapping[str, str]
 
@@ -36,7 +36,6 @@ class ServerSpec:
     ports: tuple[str, ...]
     argv: Callable[[Settings, Path, dict[str, Endpoints]], list[str]]
     ready: Callable[[Endpoints], bool]
-    phases: Mapping[str, str]
     has_engine: bool = True
     needs: tuple[str, ...] = ()
 
@@ -50,11 +49,53 @@ def http_ok(address: str, path: str, timeout: float = 2.0) -> bool:
         return False
 
 
+def grpc_serving(address: str, timeout: float = 2.0) -> bool:
+    """Whether grpc.health.v1 answers SERVING for the whole server."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        except grpc.RpcError:
+            return False
+
+
 def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
     return [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"),
         *("--host", settings.host, "--port", "{http}"),
         "--disable-uvicorn-access-log",
+        *engine_argv(settings, model),
+    ]
+
+
+def _module(name: str, *ports: str) -> Callable[[Settings, Path, dict[str, Endpoints]], list[str]]:
+    """The command of a server of ours that holds an engine: `python -m servebook.<name>`."""
+
+    def argv(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
+        return [
+            *(sys.executable, "-m", f"servebook.{name}", "--host", settings.host),
+            *(word for kind in ports for word in (f"--{kind}-port", f"{{{kind}}}")),
+            *engine_argv(settings, model),
+        ]
+
+    return argv
+
+
+def _gateway(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
+    upstream = needs["vllm"]["http"]
+    return [
+        *(sys.executable, "-m", "servebook.gateway", "--host", settings.host, "--http-port", "{http}"),
+        *("--upstream", upstream if "://" in upstream else f"http://{upstream}"),
+    ]
+
+
+def _vllm_grpc(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.launchers.grpc_server"),
+        *("--host", settings.host, "--port", "{grpc}"),
         *engine_argv(settings, model),
     ]
 
@@ -68,7 +109,43 @@ SERVERS: dict[str, ServerSpec] = {
             ports=("http",),
             argv=_vllm,
             ready=lambda at: http_ok(at["http"], "/health"),
-            phases=ENGINE_PHASES,
+        ),
+        ServerSpec(
+            name="triton",
+            about="Triton with the vLLM backend",
+            ports=("grpc", "metrics", "http"),
+            argv=_module("triton_backend", "grpc", "metrics", "http"),
+            ready=lambda at: http_ok(at["http"], f"/v2/models/{TENSOR_MODEL_NAME}/ready"),
+        ),
+        ServerSpec(
+            name="grpc",
+            about="our llm.v1.LLMService",
+            ports=("grpc", "metrics"),
+            argv=_module("grpc_server", "grpc", "metrics"),
+            ready=lambda at: grpc_serving(at["grpc"]),
+        ),
+        ServerSpec(
+            name="gateway",
+            about="our FastAPI gateway, in front of vllm",
+            ports=("http",),
+            argv=_gateway,
+            ready=lambda at: http_ok(at["http"], "/readyz"),
+            has_engine=False,
+            needs=("vllm",),
+        ),
+        ServerSpec(
+            name="kserve",
+            about="KServe's ModelServer with our predictor",
+            ports=("grpc", "http"),
+            argv=_module("kserve_server", "grpc", "http"),
+            ready=lambda at: http_ok(at["http"], f"/v2/models/{TENSOR_MODEL_NAME}/ready"),
+        ),
+        ServerSpec(
+            name="vllm-grpc",
+            about="vLLM's own gRPC server",
+            ports=("grpc",),
+            argv=_vllm_grpc,
+            ready=lambda at: grpc_serving(at["grpc"]),
         ),
     )
 }

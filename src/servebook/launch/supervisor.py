@@ -98,6 +98,13 @@ def children() -> list[int]:
     return []
 
 
+def free_openmp_files() -> None:
+    """Remove what Intel's OpenMP leaves in shared memory when its process is killed (a small file each)."""
+    for file in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
+        if not Path("/proc", file.name.split("_")[-2]).exists():
+            file.unlink(missing_ok=True)
+
+
 class Supervisor:
     """One server's life: start, answer, end."""
 
@@ -219,6 +226,7 @@ class Supervisor:
         with suppress(ProcessLookupError):
             os.killpg(self.child.pid, signal.SIGKILL)
         self.sweep(signal.SIGKILL, KILL_SECONDS)
+        free_openmp_files()
         if not by_itself:
             self.record_path.unlink(missing_ok=True)
         self.guardian.sendall(b"done\n")
