@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 from servebook.engine import engine_argv
 from servebook.errors import LaunchError
@@ -41,12 +41,15 @@ class ServerSpec:
 
 
 def http_ok(address: str, path: str, timeout: float = 2.0) -> bool:
-    """Whether GET answers 200. Readiness needs no client library, so the launcher stays light to import."""
+    """Whether GET answers 200; asked past any proxy, and without a client library that takes time to import."""
+    connection = HTTPConnection(address, timeout=timeout)
     try:
-        with urlopen(Request(f"http://{address}{path}"), timeout=timeout) as response:
-            return bool(response.status == 200)
-    except OSError:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 def grpc_serving(address: str, timeout: float = 2.0) -> bool:
@@ -54,7 +57,7 @@ def grpc_serving(address: str, timeout: float = 2.0) -> bool:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
