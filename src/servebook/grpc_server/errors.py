@@ -75,8 +75,8 @@ def refusal_for(error: Exception, limit: int, call_id: str) -> Refusal:
             return error
         case EngineDeadError():
             return engine_dead()
-        case VLLMClientError():
-            return invalid("sampling", str(error))
+        case VLLMClientError():  # what is left for the engine to check: whether the regex, schema or choice compiles
+            return invalid("sampling.constraint", str(error))
         case GracefulHTTPError():  # vLLM's own limits (--max-num-queued-reqs)
             return queue_full(limit)
         case _:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 Request = GenerateRequest | StreamGenerateRequest
 
 CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
+MAX_TEMPERATURE = 2
+"""As in vLLM."""
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 """Every stop string is searched for after every token, for all calls in the same process."""
@@ -59,7 +60,7 @@ class Inputs:
                 case _:
                     raise invalid("prompt", "set one of prompt, prompt_token_ids and chat")
         except (VLLMClientError, ValueError, TypeError) as error:  # chat templates raise all three
-            raise invalid(kind or "prompt", str(error)) from error
+            raise invalid(kind or "prompt", str(error.args[0])) from error
         if not rendered["prompt_token_ids"]:
             raise invalid(kind, "must not be empty")
         return rendered
@@ -82,8 +83,10 @@ class Inputs:
                 "max_tokens",
                 f"must be from 1 to {room} after {prompt_tokens} prompt tokens, got {max_tokens}",
             )
-        if not 0 <= request.temperature < math.inf:  # also refuses NaN
-            raise invalid("temperature", f"must be a number from 0, got {request.temperature}")
+        if not 0 <= request.temperature <= MAX_TEMPERATURE:  # NaN does not pass either
+            raise invalid("temperature", f"must be from 0 to {MAX_TEMPERATURE}, got {request.temperature}")
+        if request.sampling.top_k < 0:
+            raise invalid("sampling.top_k", f"must be 0 (all tokens) or more, got {request.sampling.top_k}")
         said: dict[str, Any] = {"temperature": request.temperature} if request.HasField("temperature") else {}
         sampling = request.sampling
         said |= {name: getattr(sampling, name) for name in ("top_p", "top_k", "seed") if sampling.HasField(name)}
@@ -99,7 +102,7 @@ class Inputs:
             )
         except (VLLMClientError, ValueError) as error:
             field = getattr(error, "parameter", None)
-            raise invalid(f"sampling.{field}" if field else "sampling", str(error)) from error
+            raise invalid(f"sampling.{field}" if field else "sampling", error.args[0]) from error
 
 
 def stop_strings(sampling: Sampling) -> list[str]:
