@@ -42,7 +42,9 @@ class GrpcClient:
         self, address: str, *, api_key: str | None = None, credentials: grpc.ChannelCredentials | None = None
     ) -> None:
         channel = (
-            grpc.secure_channel(address, credentials, OPTIONS) if credentials else grpc.insecure_channel(address, OPTIONS)
+            grpc.secure_channel(address, credentials, OPTIONS)
+            if credentials
+            else grpc.insecure_channel(address, OPTIONS)
         )
         self.channel = grpc.intercept_channel(channel, AddKey(api_key)) if api_key else channel
         self.stub = llm_pb2_grpc.LLMServiceStub(self.channel)
@@ -51,15 +53,13 @@ class GrpcClient:
         """Return the whole text within `timeout` seconds; `fields` are those of GenerateRequest."""
         return self.stub.Generate(llm_pb2.GenerateRequest(prompt=prompt, **fields), timeout=timeout)
 
-    def stream(
-        self, prompt: str, *, timeout: float = 60, **fields: Any
-    ) -> Iterator[llm_pb2.StreamGenerateResponse]:
+    def stream(self, prompt: str, *, timeout: float = 60, **fields: Any) -> Iterator[llm_pb2.StreamGenerateResponse]:
         """Yield messages as they come; leaving the loop, or closing the iterator, cancels the call."""
         call = self.stub.StreamGenerate(llm_pb2.StreamGenerateRequest(prompt=prompt, **fields), timeout=timeout)
         try:
             yield from call
         finally:
-            call.cancel()
+            call.cancel()  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> GrpcClient:
         return self
@@ -68,14 +68,14 @@ class GrpcClient:
         self.channel.close()
 
 
-class AddKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+class AddKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
     """Adds the key to each call's metadata."""
 
     def __init__(self, key: str) -> None:
         self.metadata = ("authorization", f"Bearer {key}")
 
-    def add(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
-        metadata = [*(details.metadata or ()), self.metadata]
-        return continuation(details._replace(metadata=metadata), request)
+    def intercept_unary_unary(self, continuation: Callable[..., Any], client_call_details: Any, request: Any) -> Any:
+        metadata = [*(client_call_details.metadata or ()), self.metadata]
+        return continuation(client_call_details._replace(metadata=metadata), request)
 
-    intercept_unary_unary = intercept_unary_stream = add
+    intercept_unary_stream = intercept_unary_unary

@@ -110,9 +110,10 @@ async def serve(options: argparse.Namespace, engine_words: list[str]) -> None:
         log.info("draining", extra={"fields": {"open_calls": calls.open}})
         await health.servicer.enter_graceful_shutdown()
         metrics.SERVING.set(0)
-        # New calls are refused from here on. Health watchers would use up the grace time, so it ends with the last call.
-        ended = asyncio.create_task(server.stop(options.grace))
-        await asyncio.wait({ended, asyncio.create_task(calls.none_open.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        # New calls are refused from here on. The grace time ends with the last call: health watchers never end.
+        grace = asyncio.create_task(server.stop(options.grace))
+        drained = asyncio.create_task(calls.none_open.wait())
+        await asyncio.wait({grace, drained}, return_when=asyncio.FIRST_COMPLETED)
         await server.stop(0)
     finally:
         engine.shutdown()

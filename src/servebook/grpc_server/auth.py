@@ -12,7 +12,7 @@ OPEN_PREFIX = "/grpc.health.v1.Health/"
 """Health probes carry no key: kubelets and load balancers have none."""
 
 
-class KeyInterceptor(grpc.aio.ServerInterceptor):
+class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Let a call pass if its metadata has `authorization: Bearer <key>`; else UNAUTHENTICATED."""
 
     def __init__(self, key: str) -> None:
@@ -36,6 +36,4 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
 
 async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
     """End the call, without telling a wrong key from a missing one."""
-    await context.abort(
-        grpc.StatusCode.UNAUTHENTICATED, "Send your key as metadata: authorization: Bearer <key>."
-    )
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "Send your key as metadata: authorization: Bearer <key>.")

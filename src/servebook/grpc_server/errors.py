@@ -58,9 +58,7 @@ def queue_full(limit: int) -> Refusal:
 
 def unavailable(reason: str, message: str) -> Refusal:
     """UNAVAILABLE: no engine behind this server, for a `reason` in UPPER_SNAKE_CASE; another server may have one."""
-    return Refusal(
-        grpc.StatusCode.UNAVAILABLE, message, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
-    )
+    return Refusal(grpc.StatusCode.UNAVAILABLE, message, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
 
 
 def engine_dead() -> Refusal:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm.v1.llm_pb2 import GenerateRequest, Sampling, StreamGenerateRequest
-from servebook.grpc_server.errors import Refusal, invalid
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import EngineInput
 from vllm.renderers import BaseRenderer
 from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+from llm.v1.llm_pb2 import GenerateRequest, Sampling, StreamGenerateRequest
+from servebook.grpc_server.errors import invalid
 
 Request = GenerateRequest | StreamGenerateRequest
 

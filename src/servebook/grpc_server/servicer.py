@@ -7,14 +7,14 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 import grpc
+from vllm.inputs.engine import EngineInput
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.grpc_server.calls import Call, Calls
 from servebook.grpc_server.errors import engine_dead, unavailable
 from servebook.grpc_server.inputs import Request
-from vllm.inputs.engine import EngineInput
-from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 FINISH_REASONS = {
     "stop": llm_pb2.FINISH_REASON_STOP,

@@ -55,7 +55,7 @@ class Health:
     """`grpc.health.v1` for the whole server ("") and for the service by name."""
 
     def __init__(self) -> None:
-        self.servicer = health.aio.HealthServicer()
+        self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs are older
 
     async def say(self, serving: bool) -> None:
         """Tell whoever asks or watches, and Prometheus."""
@@ -83,5 +83,7 @@ def make_server(
         else:
             server.add_insecure_port(address)
     except (RuntimeError, OSError) as error:
-        raise LaunchError(f"Cannot listen on {address}: {error}", "Choose another port, or check the TLS files.") from None
+        raise LaunchError(
+            f"Cannot listen on {address}: {error}", "Choose another port, or check the TLS files."
+        ) from None
     return server
