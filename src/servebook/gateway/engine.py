@@ -133,7 +133,9 @@ class EngineCall:
             param = None
         log.warning("engine refused: status=%d param=%s id=%s", response.status, param, self.request_id)
         if response.status == 400 and param in TOO_LONG:
-            return GatewayError(400, "too_long", "Messages and max_tokens together do not fit the model's context.")
+            return GatewayError(
+                400, "too_long", "This does not fit the model's context; shorten the messages or max_tokens."
+            )
         if response.status in (400, 422):
             return GatewayError(400, "refused", "The engine does not accept this request.")
         if response.status in (429, 503):

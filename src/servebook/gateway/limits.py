@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from servebook.gateway.errors import GatewayError, error_response
 
-MESSAGE_CHARS = 8_000
+MESSAGE_CHARS = 32_000
 """The longest message, in characters."""
 HISTORY_TURNS = 50
 MAX_TOKENS = 2_048
