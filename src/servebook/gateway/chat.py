@@ -26,7 +26,7 @@ EXAMPLE: dict[str, Any] = {"message": "What is the capital of France?", "max_tok
 class Turn(BaseModel):
     """One earlier message of the conversation."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["user", "assistant"]
     content: Text
@@ -35,7 +35,7 @@ class Turn(BaseModel):
 class ChatRequest(BaseModel):
     """`max_tokens` bounds the answer; without `temperature` the model's own default holds."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE]})
 
     message: Text
     max_tokens: int = Field(default=100, ge=1, le=MAX_TOKENS)

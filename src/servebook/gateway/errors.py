@@ -12,15 +12,11 @@ from starlette.exceptions import HTTPException
 
 
 class ErrorDetail(BaseModel):
+    """What the body of every answer that is not a success, and the SSE event `error`, hold under `error`."""
+
     code: str = Field(description="A stable word for programs.", examples=["busy"])
     message: str = Field(description="What happened and what to do, for people.")
     request_id: str = Field(description="Also in the header X-Request-ID and in the gateway's log.")
-
-
-class ErrorBody(BaseModel):
-    """The body of every answer that is not a success, and the data of an SSE event named `error`."""
-
-    error: ErrorDetail
 
 
 class GatewayError(Exception):
@@ -38,8 +34,8 @@ class GatewayError(Exception):
 
 
 def error_body(error: GatewayError, request_id: str) -> dict[str, Any]:
-    """`error` in the shape of `ErrorBody`."""
-    return ErrorBody(error=ErrorDetail(code=error.code, message=error.message, request_id=request_id)).model_dump()
+    """`error` as a caller gets it."""
+    return {"error": ErrorDetail(code=error.code, message=error.message, request_id=request_id).model_dump()}
 
 
 def error_response(request: Request, error: GatewayError) -> JSONResponse:
@@ -63,7 +59,7 @@ def describe(error: RequestValidationError) -> str:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Give every error of `app` the shape of `ErrorBody`."""
+    """Give every error of `app` the same shape."""
 
     @app.exception_handler(GatewayError)
     async def known(request: Request, error: GatewayError) -> JSONResponse:
@@ -85,5 +81,6 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a path operation, for its OpenAPI documentation."""
-    return {status: {"model": ErrorBody} for status in statuses}
+    """The `responses` of a path operation, for its OpenAPI documentation: JSON, whatever the answer itself is."""
+    schema = {"type": "object", "required": ["error"], "properties": {"error": ErrorDetail.model_json_schema()}}
+    return {status: {"content": {"application/json": {"schema": schema}}} for status in statuses}
