@@ -510,17 +510,26 @@ def real(tmp_path: Path) -> Iterator[Desk]:
     desk.close()
 
 
-def engine_parts(desk: Desk) -> list[psutil.Process]:
-    """vLLM's processes behind its server."""
-    return [process for process in desk.family() if process.name().startswith("VLLM::")]
+def engine_parts(desk: Desk) -> dict[str, psutil.Process]:
+    """vLLM's processes behind its server, by the names that they give themselves."""
+    found = {}
+    for process in desk.family():
+        try:
+            words = " ".join(process.cmdline()).split()
+        except psutil.Error:
+            continue
+        if words and words[0].startswith("VLLM::"):
+            found[words[0]] = process
+    return found
 
 
 @pytest.mark.engine
 def test_real_engine_killed_while_it_serves(real: Desk) -> None:
     real.start(SERVEBOOK, "up", "vllm").wait(300)
     assert real.status()["state"] == "ready"
-    engine = next(process for process in engine_parts(real) if "EngineCore" in process.name())
-    engine.kill()
+    parts = engine_parts(real)
+    assert set(parts) == {"VLLM::EngineCore", "VLLM::Worker"}
+    parts["VLLM::EngineCore"].kill()
     real.nothing_left()
     assert real.status()["state"] == "failed"
 
@@ -530,7 +539,8 @@ def test_real_engine_killed_while_it_serves(real: Desk) -> None:
 def test_real_engine_whose_keeper_is_killed_while_it_starts(real: Desk, victim: str) -> None:
     code = "from servebook import serve; serve('vllm')"
     kernel = real.start("-c", code)
-    eventually(lambda: len(engine_parts(real)) >= 2, "EngineCore and its worker", seconds=120)
+    eventually(lambda: kernel.poll() is not None or len(engine_parts(real)) == 2, "EngineCore and Worker", seconds=250)
+    assert kernel.poll() is None, kernel.communicate()
     assert real.status()["state"] == "starting"
     (kernel if victim == "kernel" else real.supervisor()).kill()
     real.nothing_left()
