@@ -34,6 +34,7 @@ lint: $(ready)
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/buf lint protos
+	$(bin)/buf format --diff --exit-code protos
 
 setup: $(ready)
 
@@ -48,6 +49,10 @@ notebooks: $(ready)
 
 labs: $(ready)
 	$(python) -m servebook.lab.release
+
+# llm.v1's stubs; a test holds them fresh.
+protos: $(ready)
+	$(python) -m grpc_tools.protoc -I protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src llm/v1/llm.proto
 
 clean:
 	@-[ ! -x $(bin)/servebook ] || $(bin)/servebook down --all

