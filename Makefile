@@ -17,11 +17,11 @@ locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject
 
 .PHONY: lab test check lint setup lock notebooks labs clean
 
-# JupyterLab refuses root unless told; in a container root is usual. answer_yes: the first Ctrl-C ends it.
+# The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
 lab: $(ready)
 	@$(bin)/servebook doctor --quiet || true
-	@PATH="$(bin):$$PATH" exec $(bin)/jupyter-lab --ip 127.0.0.1 --ServerApp.answer_yes=True \
-		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS) notebooks/00_start_here.ipynb
+	@PATH="$(bin):$$PATH" JUPYTER_CONFIG_PATH="$(CURDIR)/jupyter" exec $(bin)/jupyter-lab --ip 127.0.0.1 \
+		--ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: lint
 	$(bin)/pytest $(if $(K),-k "$(K)")

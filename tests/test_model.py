@@ -21,9 +21,9 @@ from servebook.settings import Settings, load_settings
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    """A cache of its own, with the bundled model prepared in it for real."""
+    """A cache of its own, with a copy of the model that the set-up prepared."""
     settings = load_settings(cache_dir=tmp_path_factory.mktemp("cache"))
-    prepare_model.prepare_bundled(settings)
+    shutil.copytree(model_path(load_settings()), bundled_path(settings))
     yield settings
     shutil.rmtree(settings.cache_dir)
 
@@ -87,7 +87,7 @@ def test_a_cache_that_cannot_be_written(place: str) -> None:
 
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(prepare_model.shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
     with pytest.raises(ModelError, match="10 MB free"):
         prepare_model.prepare_bundled(load_settings(cache_dir=tmp_path))
 

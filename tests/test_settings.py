@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,7 @@ def test_model_name(model: str, name: str) -> None:
     ],
 )
 def test_on_gpu(monkeypatch: pytest.MonkeyPatch, device: str, driver: bool, vllm: str, on_gpu: bool) -> None:
-    monkeypatch.setattr(module.shutil, "which", lambda _: "/usr/bin/nvidia-smi" if driver else None)
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi" if driver else None)
     monkeypatch.setattr(module, "installed_vllm", lambda: vllm)
     assert load_settings(device=device).on_gpu is on_gpu
 
