@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -13,7 +13,7 @@ import pytest
 # Before servebook is imported anywhere: this run's servers are its own, apart from those of the person at work.
 STATE_DIR = Path(os.environ.setdefault("SERVEBOOK_STATE_DIR", tempfile.mkdtemp(prefix="servebook-tests-")))
 
-from servebook import launch  # noqa: E402
+from servebook import launch, notebook_gate  # noqa: E402
 from servebook.settings import Settings, load_settings  # noqa: E402
 
 
@@ -50,6 +50,28 @@ def kserve() -> launch.Server:
 @pytest.fixture(scope="session")
 def vllm_grpc() -> launch.Server:
     return launch.serve("vllm-grpc")
+
+
+NOTEBOOK_RESULTS = pytest.StashKey[list[notebook_gate.Result]]()
+
+
+@pytest.fixture(scope="session")
+def run_notebook(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Put a chapter's notebook through the gate: `run_notebook("01_openai_rest")`; the table comes at the end."""
+    results = pytestconfig.stash.setdefault(NOTEBOOK_RESULTS, [])
+
+    def run(stem: str) -> None:
+        results.append(notebook_gate.run(notebook_gate.NOTEBOOKS / f"{stem}.ipynb"))
+        assert not results[-1].problem, f"{stem}:\n{results[-1].problem}"
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what each notebook took, and how much of it was run."""
+    if results := config.stash.get(NOTEBOOK_RESULTS, []):
+        terminalreporter.section("notebooks")
+        terminalreporter.write_line(notebook_gate.table(results))
 
 
 def ours() -> list[psutil.Process]:

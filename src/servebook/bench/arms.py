@@ -1,0 +1,179 @@
+"""Two arms compared in one run: blocks interleaved (ABBA), ratios from neighbours, and a control that can void it all.
+
+Server A and server B are never under load at the same time, but always within seconds of each other, so
+that a machine that warms up, slows down or is disturbed does so to both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pydantic import BaseModel, Field
+
+from servebook.bench import workload
+from servebook.bench.load import Job, Load, Send, ask, closed_loop
+from servebook.bench.paths import Path
+from servebook.bench.resources import CpuSeconds, ProcessTree
+from servebook.bench.stats import Estimate, Summary, difference, ratio, summarize
+from servebook.launch import Server
+
+CONTROL_LIMIT = 0.03
+"""How far the A/A control may be from 1 before a run is void."""
+
+ORDER = ("ABBA", "BAAB")
+"""The order within one round; every second round begins with the other arm."""
+
+
+class Workload(BaseModel):
+    """What one request asks for, and how long a block lasts."""
+
+    prompt_tokens: int = Field(default=40, ge=10, description="About; the exact number is the server's.")
+    max_tokens: int = Field(default=64, ge=2)
+    block_seconds: float = Field(default=4.0, gt=0, description="Aimed at, by the number of requests in a block.")
+    rounds: int = Field(default=3, ge=1, description="Of four blocks each: two of either arm.")
+
+
+class ArmResult(BaseModel):
+    """What one arm showed over all of its blocks."""
+
+    path: str
+    summary: Summary
+    cpu_per_1000: CpuSeconds = Field(description="CPU seconds per 1,000 output tokens.")
+    memory_mib: float | None = Field(description="PSS of all of the server's processes; None if it runs elsewhere.")
+    block_tokens_per_s: list[float] = Field(description="In the order in which the blocks were run.")
+
+
+class Comparison(BaseModel):
+    """An arm against its reference at one concurrency. Ratios are arm / reference."""
+
+    name: str
+    concurrency: int
+    engines_up: int = Field(description="Engines in memory during the measurement; only one at a time had work.")
+    workload: Workload
+    arm: ArmResult
+    reference: ArmResult
+    tokens_per_s: Estimate = Field(description="Ratio; above 1 the arm is faster.")
+    ttft_p50: Estimate = Field(description="Ratio; below 1 the arm is faster.")
+    ttft_p50_ms: Estimate = Field(description="Difference in milliseconds; below 0 the arm is faster.")
+    itl_p50: Estimate | None = Field(description="Ratio; None where an arm does not stream.")
+    front_cpu: Estimate | None = Field(description="Ratio of CPU per token outside the engine; None if not seen.")
+
+
+class Block(NamedTuple):
+    """One block of one arm."""
+
+    load: Load
+    cpu: CpuSeconds
+
+
+@dataclass
+class Arm:
+    """A path to a server that is up, with its endless supply of fresh jobs."""
+
+    path: Path
+    send: Send
+    tree: ProcessTree
+    jobs: Iterator[Job]
+    blocks: list[Block] = field(default_factory=list)
+
+    async def warm_up(self, concurrency: int) -> float:
+        """One untimed request per caller, then the seconds that one more takes at this concurrency."""
+        await closed_loop(self.send, workload.take(self.jobs, concurrency), concurrency)
+        return (await closed_loop(self.send, workload.take(self.jobs, concurrency), concurrency)).seconds
+
+    async def block(self, concurrency: int, requests: int) -> Block:
+        """Run one block and keep it."""
+        jobs = workload.take(self.jobs, requests)
+        before = self.tree.cpu()
+        load = await closed_loop(self.send, jobs, concurrency)
+        block = Block(load, self.tree.cpu() - before)
+        self.blocks.append(block)
+        return block
+
+    def result(self) -> ArmResult:
+        """All blocks together."""
+        loads = [block.load for block in self.blocks]
+        summary = summarize(*loads)
+        cpu = CpuSeconds(
+            front=_sum([block.cpu.front for block in self.blocks]),
+            engine=_sum([block.cpu.engine for block in self.blocks]),
+            client=sum(block.cpu.client for block in self.blocks),
+        )
+        return ArmResult(
+            path=self.path.name,
+            summary=summary,
+            cpu_per_1000=cpu.per_1000(summary.output_tokens),
+            memory_mib=self.tree.memory_mib(),
+            block_tokens_per_s=[load.output_tokens / load.seconds for load in loads],
+        )
+
+
+@asynccontextmanager
+async def open_arm(path: Path, server: Server, wants: Workload, seed: int) -> AsyncIterator[Arm]:
+    """Connect to `server` over `path`; a first request shows that it answers."""
+    make = workload.chats if path.chat else workload.completions
+    jobs = make(wants.prompt_tokens, wants.max_tokens, seed)
+    async with path.open(server) as send:
+        await ask(send, next(jobs))
+        yield Arm(path, send, ProcessTree(server.pid), jobs)
+
+
+async def compare(
+    name: str,
+    arm: Arm,
+    reference: Arm,
+    concurrency: int,
+    wants: Workload,
+    engines_up: int,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """Measure `arm` against `reference` in interleaved blocks; `on_block` hears of each that is done."""
+    arm.blocks, reference.blocks = [], []
+    await arm.warm_up(concurrency)
+    seconds = await reference.warm_up(concurrency)
+    requests = concurrency * max(1, round(wants.block_seconds / seconds))
+    order = [letter for number in range(wants.rounds) for letter in ORDER[number % 2]]
+    for done, letter in enumerate(order, start=1):
+        await (arm if letter == "B" else reference).block(concurrency, requests)
+        on_block(done, len(order))
+    return _comparison(name, arm, reference, concurrency, wants, engines_up)
+
+
+def _comparison(name: str, arm: Arm, reference: Arm, concurrency: int, wants: Workload, engines_up: int) -> Comparison:
+    of_arm, of_reference = [
+        [(summarize(block.load), block.cpu.per_1000(block.load.output_tokens)) for block in side.blocks]
+        for side in (arm, reference)
+    ]
+
+    def both(read: Callable[[Summary], float]) -> tuple[list[float], list[float]]:
+        return [read(summary) for summary, _ in of_arm], [read(summary) for summary, _ in of_reference]
+
+    fronts = [[cpu.front or 0.0 for _, cpu in side] for side in (of_arm, of_reference)]
+    streams = arm.path.streams and reference.path.streams
+    return Comparison(
+        name=name,
+        concurrency=concurrency,
+        engines_up=engines_up,
+        workload=wants,
+        arm=arm.result(),
+        reference=reference.result(),
+        tokens_per_s=ratio(*both(lambda summary: summary.tokens_per_s)),
+        ttft_p50=ratio(*both(lambda summary: summary.ttft_ms.p50)),
+        ttft_p50_ms=difference(*both(lambda summary: summary.ttft_ms.p50)),
+        itl_p50=ratio(*both(lambda summary: summary.itl_ms.p50 if summary.itl_ms else math.nan)) if streams else None,
+        front_cpu=ratio(*fronts) if all(map(all, fronts)) else None,
+    )
+
+
+def off_by(control: Comparison) -> float:
+    """How far an A/A control is from 1 in tokens/s: 0.03 is 3 %."""
+    return abs(control.tokens_per_s.value - 1)
+
+
+def _sum(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

@@ -1,0 +1,96 @@
+"""vLLM's own OpenAI server over HTTP: completions and chat, as one JSON answer or as SSE.
+
+aiohttp and orjson, not the OpenAI SDK: the SDK builds a pydantic object per chunk, and on two cores the
+generator's CPU would be taken from the server that it measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import orjson
+
+from servebook.bench.load import BenchError, Job, Message, Send
+
+
+@asynccontextmanager
+async def http_session(base_url: str, key: str | None) -> AsyncIterator[aiohttp.ClientSession]:
+    """A session without limits of its own: the load decides how many connections are open."""
+    async with aiohttp.ClientSession(
+        base_url,
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=600),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+    ) as session:
+        yield session
+
+
+async def sse_events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The `data:` of each event, as soon as its blank line has come."""
+    rest = b""
+    async for data in response.content.iter_any():
+        *events, rest = (rest + data).split(b"\n\n")
+        for event in events:
+            yield event.removeprefix(b"data: ")
+
+
+async def check(response: aiohttp.ClientResponse) -> None:
+    """Refuse to measure an error.
+
+    Raises:
+        BenchError: with the status and the beginning of the body.
+    """
+    if response.status != 200:
+        raise BenchError(f"HTTP {response.status}: {(await response.text())[:300]}", "See the server's log.")
+
+
+def _body(model: str, job: Job, chat: bool) -> dict[str, Any]:
+    prompt = {"messages": [{"role": "user", "content": job.prompt}]} if chat else {"prompt": job.prompt}
+    return {"model": model, "max_tokens": job.max_tokens, "temperature": 0} | prompt
+
+
+def _route(chat: bool) -> str:
+    return "/v1/chat/completions" if chat else "/v1/completions"
+
+
+@asynccontextmanager
+async def rest(base_url: str, model: str, key: str | None = None, chat: bool = False) -> AsyncIterator[Send]:
+    """The whole answer as one JSON object."""
+    async with http_session(base_url, key) as session:
+
+        async def send(job: Job) -> AsyncIterator[Message]:
+            async with session.post(_route(chat), json=_body(model, job, chat)) as response:
+                await check(response)
+                answer = orjson.loads(await response.read())
+            choice, usage = answer["choices"][0], answer["usage"]
+            text = choice["message"]["content"] if chat else choice["text"]
+            yield Message(text, choice["finish_reason"], usage["prompt_tokens"], usage["completion_tokens"])
+
+        yield send
+
+
+@asynccontextmanager
+async def sse(base_url: str, model: str, key: str | None = None, chat: bool = False) -> AsyncIterator[Send]:
+    """Server-sent events. Usage is asked for once, in the last event, as a plain client does: it costs least."""
+    async with http_session(base_url, key) as session:
+
+        async def send(job: Job) -> AsyncIterator[Message]:
+            body = _body(model, job, chat) | {"stream": True, "stream_options": {"include_usage": True}}
+            async with session.post(_route(chat), json=body) as response:
+                await check(response)
+                async for data in sse_events(response):
+                    if data == b"[DONE]":
+                        return
+                    event = orjson.loads(data)
+                    if "error" in event:
+                        raise BenchError(f"The stream ended in an error: {event['error']}", "See the server's log.")
+                    if choices := event["choices"]:
+                        text = choices[0]["delta"].get("content") if chat else choices[0]["text"]
+                        yield Message(text or "", choices[0]["finish_reason"])
+                    elif usage := event.get("usage"):
+                        yield Message("", None, usage["prompt_tokens"], usage["completion_tokens"])
+
+        yield send

@@ -1,0 +1,72 @@
+"""CPU seconds and memory of a server's process tree, its engine apart, and of this process."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+from pydantic import BaseModel, Field
+
+ENGINE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
+"""The titles that vLLM gives to the processes of its engine."""
+
+
+class CpuSeconds(BaseModel):
+    """CPU time spent, in seconds, user and system."""
+
+    front: float | None = Field(description="The server without its engine: protocol, tokenizer, detokenizer.")
+    engine: float | None = Field(description="EngineCore and Worker; 0 where the server has none.")
+    client: float = Field(description="The load generator.")
+
+    def per_1000(self, tokens: int) -> CpuSeconds:
+        """The same per 1,000 tokens."""
+        scale = 1000 / tokens
+        return CpuSeconds(
+            front=None if self.front is None else self.front * scale,
+            engine=None if self.engine is None else self.engine * scale,
+            client=self.client * scale,
+        )
+
+    def __sub__(self, earlier: CpuSeconds) -> CpuSeconds:
+        return CpuSeconds(
+            front=None if self.front is None or earlier.front is None else self.front - earlier.front,
+            engine=None if self.engine is None or earlier.engine is None else self.engine - earlier.engine,
+            client=self.client - earlier.client,
+        )
+
+
+class ProcessTree:
+    """A server's processes, found once; `pid` is None for a server that runs elsewhere."""
+
+    def __init__(self, pid: int | None) -> None:
+        self.front: list[psutil.Process] = []
+        self.engine: list[psutil.Process] = []
+        self.known = pid is not None
+        if pid is not None:
+            root = psutil.Process(pid)
+            for process in [root, *root.children(recursive=True)]:
+                (self.engine if is_engine(process) else self.front).append(process)
+
+    def cpu(self) -> CpuSeconds:
+        """CPU seconds spent so far; subtract an earlier reading."""
+        return CpuSeconds(
+            front=_cpu(self.front) if self.known else None,
+            engine=_cpu(self.engine) if self.known else None,
+            client=time.process_time(),
+        )
+
+    def memory_mib(self) -> float | None:
+        """Memory in MiB as PSS: a page that n processes share counts as 1/n in each."""
+        if not self.known:
+            return None
+        return float(sum(process.memory_full_info().pss for process in [*self.front, *self.engine]) / 2**20)
+
+
+def is_engine(process: psutil.Process) -> bool:
+    """Whether it is one of vLLM's engine processes."""
+    return " ".join(process.cmdline()).startswith(ENGINE_TITLES)
+
+
+def _cpu(processes: list[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
+    return float(sum(time.user + time.system for time in times))

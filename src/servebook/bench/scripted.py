@@ -1,0 +1,114 @@
+"""A scripted token source, for the benchmark's protocol arm only: the real servers around no model at all.
+
+    python -m servebook.bench.scripted vllm.entrypoints.cli.main serve --model …
+
+runs the named module unchanged, with `ScriptedLLM` in the place of vLLM's `AsyncLLM`. What is left is what
+a protocol costs: parsing, tokenizing the prompt, turning each output into a message and sending it. Its
+answers mean nothing, and nothing but the benchmark ever starts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import runpy
+import sys
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import vllm.v1.engine.async_llm
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.renderers import renderer_from_config
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+
+RATE_VARIABLE = "SERVEBOOK_SCRIPTED_RATE"
+"""Tokens a second for each request; 0 for as fast as the server takes them."""
+
+SENTENCE = " The quick brown fox jumps over the lazy dog and runs along the river."
+
+
+class ScriptedLLM(AsyncLLM):
+    """What a server sees of `AsyncLLM`, without EngineCore: every request gets the same sentence, over and over.
+
+    All requests step together, as the requests of one batch do in an engine.
+    """
+
+    def __init__(self, vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.scheduler_config = vllm_config.scheduler_config
+        self.observability_config = vllm_config.observability_config
+        self.renderer = renderer_from_config(vllm_config)
+        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.logger_manager = None
+        self.log_stats = self.log_requests = False
+        tokenizer = self.renderer.get_tokenizer()
+        ids = tokenizer.encode(SENTENCE, add_special_tokens=False)
+        self.script = [(token, tokenizer.decode([token])) for token in ids]
+        self.rate = float(os.environ.get(RATE_VARIABLE, "0"))
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **_: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Emit `max_tokens` tokens, one an output, as `output_kind` asks: deltas, the text so far, or only the end."""
+        if not (isinstance(prompt, dict) and "prompt_token_ids" in prompt):
+            prompt = self.input_processor.process_inputs(
+                request_id, prompt, sampling_params, supported_tasks=await self.get_supported_tasks()
+            )
+            prompt_ids = prompt.prompt_token_ids
+        else:
+            prompt_ids = prompt["prompt_token_ids"]
+        loop = asyncio.get_running_loop()
+        kind = sampling_params.output_kind
+        count = sampling_params.max_tokens or 16
+        text, ids = "", list[int]()
+        for number in range(count):
+            if self.rate:
+                step = int(loop.time() * self.rate) + 1
+                await asyncio.sleep(step / self.rate - loop.time())
+            else:
+                await asyncio.sleep(0)
+            token, piece = self.script[number % len(self.script)]
+            text, ids = (piece, [token]) if kind == RequestOutputKind.DELTA else (text + piece, [*ids, token])
+            last = number == count - 1
+            if last or kind != RequestOutputKind.FINAL_ONLY:
+                output = CompletionOutput(0, text, ids, None, None, finish_reason="length" if last else None)
+                yield RequestOutput(request_id, None, prompt_ids, None, [output], last)
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Every request is taken."""
+
+    async def get_supported_tasks(self) -> tuple[Any, ...]:
+        return ("generate",)
+
+    async def abort(self, request_id: Any, internal: bool = False) -> None:
+        """Leaving the generator is all that there is to end."""
+
+    async def reset_mm_cache(self) -> None:
+        """There is none."""
+
+    @property
+    def is_running(self) -> bool:
+        return True
+
+    @property
+    def errored(self) -> bool:
+        return False
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        if renderer := getattr(self, "renderer", None):
+            renderer.shutdown()
+
+
+def main() -> None:
+    """Run the module that the command line names, with its own arguments."""
+    vllm.v1.engine.async_llm.AsyncLLM = ScriptedLLM
+    module = sys.argv[1]
+    sys.argv = sys.argv[1:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Reads one figure from a server's Prometheus page."""
+
+from __future__ import annotations
+
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from servebook.errors import ServebookError
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """The value of the sample `name` on the Prometheus page at `url`, summed over all samples that have `labels`.
+
+    `url` is a server's root or its whole `/metrics` address; "host:port" is enough. A counter's sample ends
+    in `_total`, a histogram's in `_sum`, `_count` or `_bucket`, as the page has it.
+
+    Raises:
+        ServebookError: the page cannot be read, or has no such sample.
+    """
+    page = url if "://" in url else f"http://{url}"
+    page = page if page.endswith("/metrics") else f"{page.rstrip('/')}/metrics"
+    try:
+        answer = requests.get(page, timeout=10)
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        raise ServebookError(f"There are no metrics at {page} ({type(error).__name__}).", "Is the server up?") from None
+    found = [
+        sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+    if not found:
+        raise ServebookError(f"{page} has no sample {name} {labels or ''}".rstrip() + ".", "Open the page and look.")
+    return sum(found)

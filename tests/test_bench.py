@@ -1,0 +1,180 @@
+"""The benchmark's own arithmetic, on arrivals that are known: no server needed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+
+from servebook.bench import workload
+from servebook.bench.arms import CONTROL_LIMIT, Arm, Workload, compare, off_by
+from servebook.bench.load import BenchError, Job, Load, Message, Sample, ask, closed_loop, open_loop
+from servebook.bench.paths import PATHS, Path, find_path
+from servebook.bench.resources import ProcessTree
+from servebook.bench.stats import difference, percentiles, ratio, summarize
+
+
+class Source:
+    """A path without a server: sends `merged` tokens a message, one message each `interval` seconds."""
+
+    def __init__(self, interval: float, merged: int = 1) -> None:
+        self.interval, self.merged = interval, merged
+        self.now = self.most = 0
+
+    async def __call__(self, job: Job) -> AsyncIterator[Message]:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        for _ in range(0, job.max_tokens, self.merged):
+            await asyncio.sleep(self.interval)
+            yield Message("x" * self.merged)
+        yield Message("", "length", 3, job.max_tokens)
+        self.now -= 1
+
+
+def arm(source: Source) -> Arm:
+    return Arm(find_path("sse"), source, ProcessTree(os.getpid()), workload.completions(20, 8))
+
+
+def test_times_and_tokens_of_one_sample() -> None:
+    sample = Sample(due=10.0, arrivals=[10.5, 10.6, 10.8], output_tokens=7)
+    assert sample.ttft == pytest.approx(0.5)
+    assert sample.gaps == pytest.approx([0.1, 0.2])
+    assert sample.tpot == pytest.approx(0.3 / 6), "time is shared by the tokens, not by the messages"
+
+
+def test_tokens_are_counted_by_usage_even_when_messages_merge() -> None:
+    load = Load([Sample(0, [1.0, 2.0], output_tokens=8), Sample(0, [1.0], output_tokens=4)], seconds=2.0)
+    summary = summarize(load)
+    assert (summary.output_tokens, summary.tokens_per_s, summary.tokens_per_message) == (12, 6.0, 4.0)
+    assert summary.itl_ms is not None
+    assert summary.itl_ms.p50 == 1000
+
+
+def test_a_path_that_does_not_stream_has_no_inter_token_latency() -> None:
+    summary = summarize(Load([Sample(0, [1.0], output_tokens=4)], seconds=1.0))
+    assert summary.itl_ms is None
+    assert summary.tpot_ms is None
+
+
+def test_percentiles_are_milliseconds_and_refuse_nothing() -> None:
+    found = percentiles([0.001 * n for n in range(101)])
+    assert (found.p50, found.p90, found.p99) == pytest.approx((50, 90, 99))
+    with pytest.raises(ValueError, match="no values"):
+        percentiles([float("nan")])
+
+
+def test_a_ratio_finds_a_real_difference_through_common_noise() -> None:
+    machine = [100.0, 60.0, 140.0, 80.0, 120.0, 90.0]  # slow and fast minutes, common to both arms
+    found = ratio([1.05 * value for value in machine], machine)
+    assert found.value == pytest.approx(1.05)
+    assert found.low == pytest.approx(1.05)
+    assert found.high == pytest.approx(1.05)
+    assert difference([value + 3 for value in machine], machine).value == pytest.approx(3)
+
+
+def test_an_interval_widens_with_noise_and_contains_the_value() -> None:
+    found = ratio([100, 110, 90, 105, 95, 100], [100, 95, 104, 98, 101, 102])
+    assert found.low < found.value < found.high
+    with pytest.raises(ValueError, match="no pairs"):
+        ratio([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("concurrency", [1, 5, 64])
+async def test_closed_loop_keeps_exactly_so_many_in_flight(concurrency: int) -> None:
+    source = Source(0.001)
+    load = await closed_loop(source, workload.take(workload.completions(20, 4), 2 * concurrency), concurrency)
+    assert source.most == concurrency
+    assert len(load.samples) == 2 * concurrency
+    assert load.output_tokens == 8 * concurrency
+
+
+async def test_open_loop_does_not_wait_for_answers() -> None:
+    source = Source(0.2)
+    load = await open_loop(source, workload.take(workload.completions(20, 2), 20), rate=200)
+    assert source.most > 10, "a closed loop of one caller would have one in flight"
+    assert load.seconds < 20 * 0.4
+
+
+@pytest.mark.parametrize("concurrency", [0, 65])
+async def test_concurrency_outside_its_bounds_is_refused(concurrency: int) -> None:
+    with pytest.raises(BenchError, match="not within"):
+        await closed_loop(Source(0), [], concurrency)
+
+
+async def test_an_answer_without_a_count_is_refused() -> None:
+    async def silent(job: Job) -> AsyncIterator[Message]:
+        yield Message("text but no usage")
+
+    with pytest.raises(BenchError, match="0 counted tokens"):
+        await ask(silent, Job("a", 1))
+
+
+@pytest.mark.parametrize("loop", [closed_loop, open_loop])
+async def test_a_failing_request_ends_the_load_with_its_cause(loop: object) -> None:
+    async def broken(job: Job) -> AsyncIterator[Message]:
+        raise ConnectionResetError("gone")
+        yield Message("")  # type: ignore[unreachable]
+
+    with pytest.raises(BenchError, match="ConnectionResetError: gone"):
+        await loop(broken, [Job("a", 1)], 1)  # type: ignore[operator]
+
+
+async def test_blocks_are_interleaved_abba_then_baab() -> None:
+    order: list[str] = []
+
+    class Noted(Source):
+        async def __call__(self, job: Job) -> AsyncIterator[Message]:
+            order.append(self.name)
+            async for message in super().__call__(job):
+                yield message
+
+        name = ""
+
+    a, b = Noted(0.0005), Noted(0.0005)
+    a.name, b.name = "A", "B"
+    wants = Workload(max_tokens=8, block_seconds=0.001, rounds=2)
+    await compare("order", arm(b), arm(a), 1, wants, 0)
+    assert "".join(order[-8:]) == "ABBABAAB"
+
+
+async def test_a_slower_arm_is_seen_and_would_void_a_control() -> None:
+    wants = Workload(max_tokens=8, block_seconds=0.05, rounds=2)
+    found = await compare("slow", arm(Source(0.004)), arm(Source(0.002)), 2, wants, 0)
+    assert found.tokens_per_s.value == pytest.approx(0.5, abs=0.15)
+    assert found.itl_p50 is not None
+    assert found.itl_p50.value > 1.5
+    assert off_by(found) > CONTROL_LIMIT
+
+
+def test_prompts_do_not_repeat_and_are_the_same_for_the_same_seed() -> None:
+    for make in (workload.completions, workload.chats):
+        jobs = workload.take(make(40, 8, seed=1), 64)
+        assert len({job.prompt for job in jobs}) > 60
+        assert jobs == workload.take(make(40, 8, seed=1), 64)
+        assert jobs != workload.take(make(40, 8, seed=2), 64)
+
+
+def test_cpu_is_counted_outside_and_inside_the_engine() -> None:
+    tree = ProcessTree(os.getpid())
+    before = tree.cpu()
+    sum(range(3_000_000))
+    spent = tree.cpu() - before
+    assert spent.front is not None
+    assert spent.front > 0
+    assert spent.engine == 0
+    assert tree.memory_mib() or 0 > 10
+    assert ProcessTree(None).cpu().front is None
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_each_path_is_compared_with_one_that_asks_for_the_same(path: Path) -> None:
+    against = find_path(path.against)
+    assert against.server == "vllm"
+    assert against.chat == path.chat
+
+
+def test_an_unknown_path_is_an_error_that_lists_the_known() -> None:
+    with pytest.raises(BenchError, match="Choose from sse"):
+        find_path("carrier-pigeon")

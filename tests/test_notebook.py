@@ -1,0 +1,135 @@
+"""The display helpers, and reading a metric."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import grpc
+import pytest
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
+
+from servebook import ServebookError, notebook
+from servebook.metrics import metric
+from servebook.notebook import bars, curves, expect_error, show, timeline, versions, wire
+from servebook.settings import load_settings
+
+
+@pytest.fixture
+def displayed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """What was displayed, as MIME bundles."""
+    bundles: list[dict[str, str]] = []
+    monkeypatch.setattr(notebook, "display", lambda bundle, raw: bundles.append(bundle))
+    return bundles
+
+
+def test_expected_error_is_printed_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    with expect_error(ValueError, KeyError) as caught:
+        int("x")
+    assert capsys.readouterr().out == "ValueError: invalid literal for int() with base 10: 'x'\n"
+    assert isinstance(caught.value, ValueError)
+
+
+def test_no_error_is_a_failure() -> None:
+    with pytest.raises(AssertionError, match="meant to end in KeyError, and no error came"), expect_error(KeyError):
+        pass
+
+
+def test_another_error_goes_through() -> None:
+    with pytest.raises(ZeroDivisionError), expect_error(KeyError):
+        _ = 1 / 0
+
+
+def test_grpc_error_is_its_code_and_details(capsys: pytest.CaptureFixture[str]) -> None:
+    with grpc.insecure_channel("127.0.0.1:1") as channel, expect_error(grpc.RpcError):
+        channel.unary_unary("/llm.v1.LLMService/Generate", None, None)(b"", timeout=5)
+    assert capsys.readouterr().out.startswith("_InactiveRpcError: UNAVAILABLE: failed to connect")
+
+
+def test_show_names_the_place_and_keeps_the_text(displayed: list[dict[str, str]], tmp_path: Path) -> None:
+    config = tmp_path / "config.pbtxt"
+    config.write_text('backend: "vllm"\n')
+    show(notebook.picture, config)
+    source, text = displayed
+    assert re.match(r"src/servebook/notebook\.py, line \d+\ndef picture\(", source["text/plain"])
+    assert "<style" not in source["text/html"], "JupyterLab strips stylesheets from untrusted outputs"
+    assert text["text/plain"] == 'config.pbtxt\nbackend: "vllm"\n'
+
+
+def test_show_of_a_method_is_not_indented(displayed: list[dict[str, str]]) -> None:
+    show(expect_error.__enter__)
+    assert "\ndef __enter__(self)" in displayed[0]["text/plain"]
+
+
+def svg_of(bundle: dict[str, str]) -> tuple[str, str]:
+    """The alt text and the SVG of a displayed picture."""
+    found = re.fullmatch(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)"[^>]*>', bundle["text/html"])
+    assert found
+    svg = base64.b64decode(found[2]).decode()
+    ElementTree.fromstring(svg)
+    return found[1], svg
+
+
+def test_timeline_says_what_it_shows(displayed: list[dict[str, str]]) -> None:
+    timeline({"alone": [0.1, 0.2, 0.35], "refused": []})
+    alt, svg = svg_of(displayed[0])
+    assert alt == "Arrival of tokens. alone: 3 events from 0.10 s to 0.35 s."
+    assert "seconds since the request was sent" in svg
+
+
+def test_curves_and_bars_label_their_axes(displayed: list[dict[str, str]]) -> None:
+    curves([1, 2, 4], {"REST": [20, 40, 80]}, xlabel="requests at once", ylabel="tokens/s", title="Throughput", log="x")
+    bars({"raw": 9.5, "JSON": 122.0}, xlabel="ms", title="Encoding")
+    alt, svg = svg_of(displayed[0])
+    assert alt == "Throughput: tokens/s over requests at once. REST: 20 at 1, 80 at 4."
+    assert "requests at once" in svg
+    assert "tokens/s" in svg
+    assert svg_of(displayed[1])[0] == "Encoding, ms: raw 9.5; JSON 122."
+
+
+def test_the_same_data_give_the_same_picture(displayed: list[dict[str, str]]) -> None:
+    for _ in range(2):
+        bars({"a": 1.0}, xlabel="s", title="Twice")
+    assert displayed[0] == displayed[1]
+
+
+def test_versions_lists_packages_and_machine(displayed: list[dict[str, str]]) -> None:
+    versions(load_settings(device="cpu"))
+    rows = dict(line.split(": ", 1) for line in displayed[0]["text/plain"].splitlines())
+    assert {"Python", "vLLM", "torch", "tritonclient", "KServe", "model", "device", "processor"} <= rows.keys()
+    assert rows["device"] == "cpu"
+    assert "not installed" not in rows.values()
+
+
+def test_wire_shows_bytes_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    wire("data: é\r\n\r\n".encode() + b"x" * 600, limit=12)
+    assert capsys.readouterr().out.splitlines() == [r"data: \xc3\xa9\r\n", r"\r\n", "… and 600 bytes more"]
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[str]:
+    """A Prometheus page with two engines on it."""
+    registry = CollectorRegistry()
+    running = Gauge("vllm:num_requests_running", "Requests in the batch", ["engine"], registry=registry)
+    running.labels("0").set(1)
+    running.labels("1").set(2)
+    server, thread = start_http_server(0, "127.0.0.1", registry)
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_metric_sums_over_the_labels_not_given(page: str) -> None:
+    assert metric(page, "vllm:num_requests_running") == 3
+    assert metric(f"http://{page}/metrics", "vllm:num_requests_running", engine="1") == 2
+
+
+def test_metric_that_is_not_there(page: str) -> None:
+    with pytest.raises(ServebookError, match="has no sample vllm:nothing"):
+        metric(page, "vllm:nothing")
+    with pytest.raises(ServebookError, match=r"no metrics at http://127.0.0.1:1/metrics"):
+        metric("127.0.0.1:1", "vllm:nothing")

@@ -1,0 +1,163 @@
+"""The gate itself: what must turn it red does; and what holds for every notebook without running it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+
+from servebook import launch, notebook_gate
+from servebook.notebook_gate import NOTEBOOKS
+
+TESTS = Path(__file__).parent
+CANARIES = TESTS / "canaries"
+CHAPTERS = sorted(NOTEBOOKS.glob("*.ipynb"))
+PARAMETERS = ['model = ""', 'engine_url = ""', 'api_key = ""']
+MACHINE_PATH = re.compile(r"(?<![\w.])/(root|home|tmp|work|Users)/")
+
+
+@pytest.mark.parametrize(
+    ("canary", "problem"),
+    [
+        ("error", "RuntimeError: on purpose"),
+        ("drift", "cell drifted: stdout differs:"),
+        ("hang", "a cell ran beyond its time"),
+        ("slow", "the notebook beyond its 3 s"),
+        ("dead_kernel", "the kernel died"),
+        ("few_cells", "1 code cells were executed, and at least 2 must be"),
+        ("nothing_stored", "nothing is stored to compare with"),
+    ],
+)
+def test_canary_turns_the_gate_red(canary: str, problem: str) -> None:
+    assert problem in notebook_gate.run(CANARIES / f"{canary}.ipynb").problem
+
+
+def test_green_canary_runs_in_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the user has a kernel of the same name that belongs to another Python."""
+    spec = tmp_path / "data/kernels/python3/kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": ["/bin/false"], "display_name": "other", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+    copy = tmp_path / "green.ipynb"
+    copy.write_bytes((CANARIES / "green.ipynb").read_bytes())
+
+    result = notebook_gate.run(copy)
+    assert (result.problem, result.executed, result.skipped, result.compared) == ("", 3, 0, 1)
+
+    assert not notebook_gate.run(copy, store=True).problem
+    stored = copy.read_bytes()
+    cells = nbformat.reads(stored.decode(), as_version=4).cells
+    assert [cell.id for cell in cells] == ["intro", "parameters", "greet", "kernel"]
+    assert [cell.get("execution_count") for cell in cells] == [None, 1, 2, 3]
+    assert cells[-1].outputs[0].text.strip() == sys.executable
+    assert b"papermill" not in stored
+
+    assert not notebook_gate.run(copy, store=True).problem
+    assert copy.read_bytes() == stored, "storing twice must give the same bytes"
+
+
+def test_parameters_reach_the_notebook() -> None:
+    assert "+bye" in notebook_gate.run(CANARIES / "green.ipynb", {"greeting": "bye"}).problem
+
+
+def test_a_red_notebook_is_an_exit_code_and_a_row_and_is_not_stored(tmp_path: Path) -> None:
+    copy = tmp_path / "error.ipynb"
+    copy.write_bytes((CANARIES / "error.ipynb").read_bytes())
+    gate = [sys.executable, "-m", "servebook.notebook_gate", "--store"]
+    done = subprocess.run([*gate, copy, CANARIES / "green.ipynb"], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    rows = done.stdout.splitlines()[-2:]
+    assert rows[0].split()[0] == "error"
+    assert rows[0].endswith("FAILED")
+    assert rows[1].split()[0] == "green"
+    assert not rows[1].endswith("FAILED")
+    assert copy.read_bytes() == (CANARIES / "error.ipynb").read_bytes()
+
+
+@pytest.fixture(scope="module", params=CHAPTERS, ids=lambda path: path.stem)
+def chapter(request: pytest.FixtureRequest) -> tuple[str, NotebookNode]:
+    path: Path = request.param
+    return path.stem, nbformat.read(path, as_version=4)
+
+
+Chapter = tuple[str, NotebookNode]
+
+
+def test_form(chapter: Chapter) -> None:
+    stem, notebook = chapter
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3"
+    ids = [cell.id for cell in notebook.cells]
+    assert len(ids) == len(set(ids))
+    assert not [each for each in ids if re.fullmatch(r"[0-9a-f]{8}", each)], "ids are to be readable"
+    assert notebook.cells[0].source.startswith("# ")
+    assert "By the end you will have seen that" in notebook.cells[0].source
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert parameters.source.splitlines()[:3] == PARAMETERS
+    assert notebook.metadata.servebook.min_cells <= sum(cell.cell_type == "code" for cell in notebook.cells)
+    assert f'run_notebook("{stem}")' in (TESTS / f"test_{stem}.py").read_text(), "its chapter's tests must run it"
+
+
+def test_pictures_in_text_survive_jupyterlab(chapter: Chapter) -> None:
+    """JupyterLab strips a bare <svg> from Markdown; a file in notebooks/images/ shows everywhere."""
+    _, notebook = chapter
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert "<svg" not in text, "put it into notebooks/images/ and write ![what it shows](images/name.svg)"
+    pictures = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", text)
+    assert pictures, "a chapter has a map"
+    for alt, path in pictures:
+        assert len(alt) > 20, f"{path} needs a text that says what it shows"
+        assert (NOTEBOOKS / path).is_file()
+
+
+def test_outputs_are_those_of_one_run(chapter: Chapter) -> None:
+    _, notebook = chapter
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    ran = [cell.execution_count for cell in code if "skip-execution" not in cell.metadata.get("tags", [])]
+    assert ran == list(range(1, len(ran) + 1)), "run `make notebooks`"
+    checked = [cell for cell in code if notebook_gate.CHECKED in cell.metadata.get("tags", [])]
+    assert len(checked) >= 3
+    assert not [cell.id for cell in checked if not cell.outputs]
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not MACHINE_PATH.search(json.dumps(outputs)), "an output names a path of the machine that ran it"
+    assert not {"papermill", "execution"} & {key for cell in code for key in cell.metadata}
+
+
+@pytest.mark.engine
+def test_nbval_agrees(vllm: launch.Server) -> None:
+    """People who use nbval by itself get the same answer as from the gate."""
+    first = NOTEBOOKS / "00_start_here.ipynb"
+    nbval = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval-lax",
+        "--nbval-cell-timeout",
+        "60",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run([*nbval, first], capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\b\d+ passed", done.stdout)
+
+
+@pytest.mark.engine
+def test_engine_elsewhere(vllm: launch.Server, tmp_path: Path) -> None:
+    """With SERVEBOOK_ENGINE_URL the notebooks use that engine and start none."""
+    env = os.environ | {"SERVEBOOK_ENGINE_URL": vllm.url, "SERVEBOOK_STATE_DIR": str(tmp_path)}
+    chapters = [NOTEBOOKS / "00_start_here.ipynb", NOTEBOOKS / "02_sse_streaming.ipynb"]
+    gate = [sys.executable, "-m", "servebook.notebook_gate", *map(str, chapters)]
+    done = subprocess.run(gate, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "servers").exists(), "a server was started"
