@@ -7,7 +7,7 @@ that a machine that warms up, slows down or is disturbed does so to both.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from servebook.bench import workload
 from servebook.bench.load import Job, Load, Send, ask, closed_loop
 from servebook.bench.paths import Path
-from servebook.bench.resources import CpuSeconds, ProcessTree
+from servebook.bench.resources import CpuSeconds, ProcessTree, engines_up
 from servebook.bench.stats import Estimate, Summary, difference, ratio, summarize
 from servebook.launch import Server
 
@@ -113,13 +113,15 @@ class Arm:
 
 
 @asynccontextmanager
-async def open_arm(path: Path, server: Server, wants: Workload, seed: int) -> AsyncIterator[Arm]:
-    """Connect to `server` over `path`; a first request shows that it answers."""
+async def open_arm(
+    path: Path, server: Server, wants: Workload, seed: int, behind: Sequence[Server] = ()
+) -> AsyncIterator[Arm]:
+    """Connect to `server` over `path`; a first request shows that it answers. CPU of the servers `behind` it counts."""
     make = workload.chats if path.chat else workload.completions
     jobs = make(wants.prompt_tokens, wants.max_tokens, seed)
     async with path.open(server) as send:
         await ask(send, next(jobs))
-        yield Arm(path, send, ProcessTree(server.pid), jobs)
+        yield Arm(path, send, ProcessTree(server.pid, *(other.pid for other in behind)), jobs)
 
 
 async def compare(
@@ -128,7 +130,6 @@ async def compare(
     reference: Arm,
     concurrency: int,
     wants: Workload,
-    engines_up: int,
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
     """Measure `arm` against `reference` in interleaved blocks; `on_block` hears of each that is done."""
@@ -157,7 +158,7 @@ def _comparison(name: str, arm: Arm, reference: Arm, concurrency: int, wants: Wo
     return Comparison(
         name=name,
         concurrency=concurrency,
-        engines_up=engines_up,
+        engines_up=engines_up(),
         workload=wants,
         arm=arm.result(),
         reference=reference.result(),
