@@ -141,10 +141,10 @@ async def compare(
     for done, letter in enumerate(order, start=1):
         await (arm if letter == "B" else reference).block(concurrency, requests)
         on_block(done, len(order))
-    return _comparison(name, arm, reference, concurrency, wants, engines_up)
+    return _comparison(name, arm, reference, concurrency, wants)
 
 
-def _comparison(name: str, arm: Arm, reference: Arm, concurrency: int, wants: Workload, engines_up: int) -> Comparison:
+def _comparison(name: str, arm: Arm, reference: Arm, concurrency: int, wants: Workload) -> Comparison:
     of_arm, of_reference = [
         [(summarize(block.load), block.cpu.per_1000(block.load.output_tokens)) for block in side.blocks]
         for side in (arm, reference)

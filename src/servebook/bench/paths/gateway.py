@@ -1,0 +1,56 @@
+"""Our FastAPI gateway: its own small chat API, as SSE and as one JSON answer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import orjson
+
+from servebook.bench.load import BenchError, Job, Message, Send
+from servebook.bench.paths.openai import check, http_session, sse_events
+from servebook.launch import Server
+
+
+@asynccontextmanager
+async def stream(server: Server) -> AsyncIterator[Send]:
+    """`POST /chat/stream`: an event for each piece of text, then one with finish reason and usage, then `[DONE]`."""
+    async with http_session(server.url, server.settings.key) as session:
+
+        async def send(job: Job) -> AsyncIterator[Message]:
+            body = {"message": job.prompt, "max_tokens": job.max_tokens, "temperature": 0}
+            async with session.post("/chat/stream", json=body) as response:
+                await check(response)
+                async for data in sse_events(response):
+                    if data == b"[DONE]":
+                        return
+                    if data.startswith(b"event: error"):
+                        raise BenchError(f"The stream ended in an error: {data.decode()}", "See the gateway's log.")
+                    event = orjson.loads(data)
+                    usage = event.get("usage") or {}
+                    yield Message(
+                        event["text"],
+                        event.get("finish_reason"),
+                        usage.get("prompt_tokens"),
+                        usage.get("completion_tokens"),
+                    )
+
+        yield send
+
+
+@asynccontextmanager
+async def whole(server: Server) -> AsyncIterator[Send]:
+    """`POST /chat`: the answer as one JSON object."""
+    async with http_session(server.url, server.settings.key) as session:
+
+        async def send(job: Job) -> AsyncIterator[Message]:
+            body = {"message": job.prompt, "max_tokens": job.max_tokens, "temperature": 0}
+            async with session.post("/chat", json=body) as response:
+                await check(response)
+                answer = orjson.loads(await response.read())
+            usage = answer["usage"]
+            yield Message(
+                answer["response"], answer["finish_reason"], usage["prompt_tokens"], usage["completion_tokens"]
+            )
+
+        yield send
