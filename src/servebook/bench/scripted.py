@@ -1,9 +1,8 @@
 """A scripted token source, for the benchmark's protocol arm only: the real servers around no model at all.
 
-    python -m servebook.bench.scripted 20 vllm.entrypoints.cli.main serve --model …
+    python -m servebook.bench.scripted vllm.entrypoints.cli.main serve --model …
 
-runs the named module unchanged, with `ScriptedLLM` in the place of vLLM's `AsyncLLM`, at 20 tokens a second for
-each request. What is left is what
+runs the named module unchanged, with `ScriptedLLM` in the place of vLLM's `AsyncLLM`. What is left is what
 a protocol costs: parsing, tokenizing the prompt, turning each output into a message and sending it. Its
 answers mean nothing, and nothing but the benchmark ever starts it.
 """
@@ -23,16 +22,16 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
+from servebook.bench.protocol import SCRIPTED_RATE
+
 SENTENCE = " The quick brown fox jumps over the lazy dog and runs along the river."
 
 
 class ScriptedLLM(AsyncLLM):  # type: ignore[misc]
     """What a server sees of `AsyncLLM`, without EngineCore: every request gets the same sentence, over and over.
 
-    All requests step together, as the requests of one batch do in an engine; `rate` is in steps a second.
+    All requests step together, as the requests of one batch do in an engine.
     """
-
-    rate = 20.0
 
     def __init__(self, vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> None:
         self.vllm_config = vllm_config
@@ -63,8 +62,8 @@ class ScriptedLLM(AsyncLLM):  # type: ignore[misc]
         count = sampling_params.max_tokens or 16
         text, ids = "", list[int]()
         for number in range(count):
-            step = int(loop.time() * self.rate) + 1
-            await asyncio.sleep(step / self.rate - loop.time())
+            step = int(loop.time() * SCRIPTED_RATE) + 1
+            await asyncio.sleep(step / SCRIPTED_RATE - loop.time())
             token, piece = self.script[number % len(self.script)]
             text, ids = (piece, [token]) if kind == RequestOutputKind.DELTA else (text + piece, [*ids, token])
             last = number == count - 1
@@ -97,11 +96,15 @@ class ScriptedLLM(AsyncLLM):  # type: ignore[misc]
             renderer.shutdown()
 
 
+def install() -> None:
+    """From here on this process gets the scripted source wherever it imports `AsyncLLM`."""
+    vllm.v1.engine.async_llm.AsyncLLM = ScriptedLLM
+
+
 def main() -> None:
     """Run the module that the command line names, with its own arguments."""
-    _, rate, *sys.argv = sys.argv
-    ScriptedLLM.rate = float(rate)
-    vllm.v1.engine.async_llm.AsyncLLM = ScriptedLLM
+    install()
+    del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 
 from servebook.bench.load import BenchError, Send
-from servebook.bench.paths import openai
+from servebook.bench.paths import gateway, llm_v1, openai, v2, vllm_engine
 from servebook.launch import Server
+from servebook.settings import TENSOR_MODEL_NAME
 
 Open = Callable[[Server], AbstractAsyncContextManager[Send]]
 
@@ -31,32 +33,53 @@ class Path:
     cannot: tuple[str, ...] = ()
 
 
-def _openai(connect: Callable[..., AbstractAsyncContextManager[Send]], chat: bool) -> Open:
-    return lambda server: connect(server.url, server.model, server.settings.key, chat=chat)
-
+kserve_sse = partial(openai.sse, prefix="/openai", model=TENSOR_MODEL_NAME)
 
 PATHS: dict[str, Path] = {
     path.name: path
     for path in (
-        Path("sse", "vLLM's OpenAI server, completion as SSE", "vllm", _openai(openai.sse, chat=False)),
-        Path("rest", "the same, one JSON answer", "vllm", _openai(openai.rest, chat=False), streams=False),
+        Path("sse", "vLLM's OpenAI server: completion, SSE", "vllm", openai.sse),
+        Path(
+            "rest",
+            "vLLM's OpenAI server: completion, one JSON answer",
+            "vllm",
+            openai.rest,
+            streams=False,
+        ),
         Path(
             "sse-chat",
-            "vLLM's OpenAI server, chat as SSE",
+            "vLLM's OpenAI server: chat, SSE",
             "vllm",
-            _openai(openai.sse, chat=True),
+            partial(openai.sse, chat=True),
             against="sse-chat",
             chat=True,
         ),
         Path(
             "rest-chat",
-            "the same, one JSON answer",
+            "vLLM's OpenAI server: chat, one JSON answer",
             "vllm",
-            _openai(openai.rest, chat=True),
+            partial(openai.rest, chat=True),
             against="sse-chat",
             chat=True,
             streams=False,
         ),
+        Path("triton", "Triton with the vLLM backend: ModelStreamInfer", "triton", v2.grpc_stream),
+        Path("grpc", "our llm.v1.LLMService: StreamGenerate", "grpc", llm_v1.stream),
+        Path("grpc-unary", "our llm.v1.LLMService: Generate", "grpc", llm_v1.unary, against="rest", streams=False),
+        Path("gateway", "our FastAPI gateway: /chat/stream", "gateway", gateway.stream, against="sse-chat", chat=True),
+        Path(
+            "gateway-whole",
+            "our FastAPI gateway: /chat",
+            "gateway",
+            gateway.whole,
+            against="rest-chat",
+            chat=True,
+            streams=False,
+        ),
+        Path("kserve-rest", "KServe: V2 over REST", "kserve", v2.rest, against="rest", streams=False),
+        Path("kserve-grpc", "KServe: V2 over gRPC", "kserve", v2.grpc_unary, against="rest", streams=False),
+        Path("kserve-sse", "KServe: its OpenAI route, SSE", "kserve", kserve_sse),
+        Path("vllm-grpc", "vLLM's own gRPC server: token ids", "vllm-grpc", vllm_engine.stream),
     )
 }
 

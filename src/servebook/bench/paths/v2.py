@@ -107,7 +107,12 @@ async def rest(server: Server) -> AsyncIterator[Send]:
 
         async def send(job: Job) -> AsyncIterator[Message]:
             tensors = [
-                {"name": name, "shape": [1], "datatype": "BOOL" if isinstance(value, bool) else "BYTES", "data": [value]}
+                {
+                    "name": name,
+                    "shape": [1],
+                    "datatype": "BOOL" if isinstance(value, bool) else "BYTES",
+                    "data": [value],
+                }
                 for name, value in inputs(job, False).items()
             ]
             async with session.post(f"/v2/models/{TENSOR_MODEL_NAME}/infer", json={"inputs": tensors}) as response:
@@ -119,6 +124,4 @@ async def rest(server: Server) -> AsyncIterator[Send]:
 
 
 def _answer(found: dict[str, Any]) -> Message:
-    return Message(
-        found["text_output"], found["finish_reason"], found["num_input_tokens"], found["num_output_tokens"]
-    )
+    return Message(found["text_output"], found["finish_reason"], found["num_input_tokens"], found["num_output_tokens"])

@@ -32,13 +32,15 @@ async def stream(server: Server) -> AsyncIterator[Send]:
                 sampling_params=vllm_engine_pb2.SamplingParams(temperature=0, top_p=1, max_tokens=job.max_tokens, n=1),
                 stream=True,
             )
-            decoder = DecodeStream(skip_special_tokens=True)
+            decoder, tokens = DecodeStream(skip_special_tokens=True), 0
             async for response in service.Generate(request, timeout=DEADLINE_SECONDS):
                 if response.HasField("chunk"):
+                    tokens += len(response.chunk.token_ids)
                     pieces = (decoder.step(tokenizer, token) for token in response.chunk.token_ids)
                     yield Message("".join(piece for piece in pieces if piece))
                 else:
                     last = response.complete
-                    yield Message("", last.finish_reason, last.prompt_tokens, last.completion_tokens)
+                    # Its own completion_tokens counts the last message only: streaming clients add up.
+                    yield Message("", last.finish_reason, last.prompt_tokens, tokens)
 
         yield send
