@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from servebook import launch
+from servebook.bench.cli import bench
 from servebook.errors import ServebookError
 from servebook.settings import load_settings
 
@@ -89,6 +90,9 @@ def logs(
         launch.find_server(name)
         raise ServebookError(f"{name} has not run yet: there is no log.", f"Start it with `servebook up {name}`.")
     print(launch.tail(path, lines))
+
+
+app.command()(bench)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, Field
 
 from servebook.bench import workload
-from servebook.bench.load import Job, Load, Send, ask, closed_loop
+from servebook.bench.load import Job, Load, Send, ask, closed_loop, open_loop
 from servebook.bench.paths import Path
 from servebook.bench.resources import CpuSeconds, ProcessTree, engines_up
 from servebook.bench.stats import Estimate, Summary, difference, ratio, summarize
@@ -32,9 +32,10 @@ class Workload(BaseModel):
     """What one request asks for, and how long a block lasts."""
 
     prompt_tokens: int = Field(default=40, ge=10, description="About; the exact number is the server's.")
-    max_tokens: int = Field(default=64, ge=2)
-    block_seconds: float = Field(default=4.0, gt=0, description="Aimed at, by the number of requests in a block.")
+    max_tokens: int = Field(default=48, ge=2)
+    block_seconds: float = Field(default=3.0, gt=0, description="Aimed at, by the number of requests in a block.")
     rounds: int = Field(default=3, ge=1, description="Of four blocks each: two of either arm.")
+    rate: float | None = Field(default=None, gt=0, description="Open loop: requests a second, at random times.")
 
 
 class ArmResult(BaseModel):
@@ -48,10 +49,10 @@ class ArmResult(BaseModel):
 
 
 class Comparison(BaseModel):
-    """An arm against its reference at one concurrency. Ratios are arm / reference."""
+    """An arm against its reference at one load. Ratios are arm / reference."""
 
     name: str
-    concurrency: int
+    concurrency: int = Field(description="Callers, each with one request in flight; 0 in an open loop.")
     engines_up: int = Field(description="Engines in memory during the measurement; only one at a time had work.")
     workload: Workload
     arm: ArmResult
@@ -81,15 +82,14 @@ class Arm:
     blocks: list[Block] = field(default_factory=list)
 
     async def warm_up(self, concurrency: int) -> float:
-        """One untimed request per caller, then the seconds that one more takes at this concurrency."""
-        await closed_loop(self.send, workload.take(self.jobs, concurrency), concurrency)
+        """One request per caller; returns the seconds that they took."""
         return (await closed_loop(self.send, workload.take(self.jobs, concurrency), concurrency)).seconds
 
-    async def block(self, concurrency: int, requests: int) -> Block:
-        """Run one block and keep it."""
+    async def block(self, concurrency: int, requests: int, rate: float | None, seed: int) -> Block:
+        """Run one block and keep it; in an open loop `seed` draws the times of its requests."""
         jobs = workload.take(self.jobs, requests)
         before = self.tree.cpu()
-        load = await closed_loop(self.send, jobs, concurrency)
+        load = await (open_loop(self.send, jobs, rate, seed) if rate else closed_loop(self.send, jobs, concurrency))
         block = Block(load, self.tree.cpu() - before)
         self.blocks.append(block)
         return block
@@ -134,12 +134,16 @@ async def compare(
 ) -> Comparison:
     """Measure `arm` against `reference` in interleaved blocks; `on_block` hears of each that is done."""
     arm.blocks, reference.blocks = [], []
-    await arm.warm_up(concurrency)
-    seconds = await reference.warm_up(concurrency)
-    requests = concurrency * max(1, round(wants.block_seconds / seconds))
+    await arm.warm_up(concurrency or 1)
+    seconds = await reference.warm_up(concurrency or 1)
+    if wants.rate:
+        requests = max(2, round(wants.rate * wants.block_seconds))
+    else:
+        requests = concurrency * max(1, round(wants.block_seconds / seconds))
     order = [letter for number in range(wants.rounds) for letter in ORDER[number % 2]]
     for done, letter in enumerate(order, start=1):
-        await (arm if letter == "B" else reference).block(concurrency, requests)
+        # Neighbours, one of each arm, draw the same times.
+        await (arm if letter == "B" else reference).block(concurrency, requests, wants.rate, seed=(done + 1) // 2)
         on_block(done, len(order))
     return _comparison(name, arm, reference, concurrency, wants)
 

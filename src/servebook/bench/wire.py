@@ -14,7 +14,7 @@ from servebook.bench.load import ask
 from servebook.bench.paths import Path
 from servebook.launch import Server
 
-SHORT, LONG = 16, 80
+SHORT, LONG = 8, 40
 """Answers in tokens; their difference in bytes is what the tokens between them cost."""
 
 
@@ -22,7 +22,7 @@ class WireCost(BaseModel):
     """What one path puts on the wire, both directions together, on a connection that is open already."""
 
     path: str
-    bytes_per_token: float = Field(description="Slope between an answer of 16 tokens and one of 80.")
+    bytes_per_token: float = Field(description="Slope between an answer of 8 tokens and one of 40.")
     bytes_per_request: float = Field(description="What an answer of no tokens would take, by the same line.")
 
 

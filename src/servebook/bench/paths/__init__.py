@@ -9,8 +9,8 @@ from functools import partial
 
 from servebook.bench.load import BenchError, Send
 from servebook.bench.paths import gateway, llm_v1, openai, v2, vllm_engine
-from servebook.launch import Server
-from servebook.settings import TENSOR_MODEL_NAME
+from servebook.launch import Server, ServerSpec, serve
+from servebook.settings import TENSOR_MODEL_NAME, Settings
 
 Open = Callable[[Server], AbstractAsyncContextManager[Send]]
 
@@ -20,7 +20,8 @@ class Path:
     """A way from a client to the engine.
 
     `against` names the path of vLLM's own server that it is compared with: the one that asks the engine for the
-    same work. `cannot` lists what its answers do not carry, in the terms of the parity test.
+    same work. `cannot` lists what its answers do not carry, in the terms of the parity test. `spec` is for a
+    server that is none of the workbook's own.
     """
 
     name: str
@@ -31,6 +32,16 @@ class Path:
     chat: bool = False
     streams: bool = True
     cannot: tuple[str, ...] = ()
+    spec: ServerSpec | None = None
+
+    @property
+    def instance(self) -> str:
+        """The name of its server among those that run."""
+        return self.name if self.spec else self.server
+
+    def serve(self, settings: Settings | None = None) -> Server:
+        """Attach to its server, or start it."""
+        return serve(self.server, instance=self.instance if self.spec else None, settings=settings, spec=self.spec)
 
 
 kserve_sse = partial(openai.sse, prefix="/openai", model=TENSOR_MODEL_NAME)
@@ -76,10 +87,21 @@ PATHS: dict[str, Path] = {
             chat=True,
             streams=False,
         ),
+        Path(
+            "gateway-article",
+            "the article's gateway, a blocking client in async def: /chat",
+            "gateway",
+            gateway.article,
+            against="gateway-whole",
+            chat=True,
+            streams=False,
+            cannot=("temperature", "finish_reason", "usage"),
+            spec=gateway.ARTICLE,
+        ),
         Path("kserve-rest", "KServe: V2 over REST", "kserve", v2.rest, against="rest", streams=False),
         Path("kserve-grpc", "KServe: V2 over gRPC", "kserve", v2.grpc_unary, against="rest", streams=False),
         Path("kserve-sse", "KServe: its OpenAI route, SSE", "kserve", kserve_sse),
-        Path("vllm-grpc", "vLLM's own gRPC server: token ids", "vllm-grpc", vllm_engine.stream),
+        Path("vllm-grpc", "vLLM's own gRPC server: token ids", "vllm-grpc", vllm_engine.stream, cannot=("text",)),
     )
 }
 

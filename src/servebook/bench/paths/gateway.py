@@ -1,15 +1,22 @@
-"""Our FastAPI gateway: its own small chat API, as SSE and as one JSON answer."""
+"""Our FastAPI gateway: its own small chat API, as SSE and as one JSON answer; and the article's version of it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import orjson
+from tokenizers import Tokenizer
 
 from servebook.bench.load import BenchError, Job, Message, Send
 from servebook.bench.paths.openai import check, http_session, sse_events
-from servebook.launch import Server
+from servebook.launch import Server, find_server
+from servebook.launch.servers import Endpoints, http_ok
+from servebook.model import model_path
+from servebook.settings import Settings
 
 
 @asynccontextmanager
@@ -52,5 +59,32 @@ async def whole(server: Server) -> AsyncIterator[Send]:
             yield Message(
                 answer["response"], answer["finish_reason"], usage["prompt_tokens"], usage["completion_tokens"]
             )
+
+        yield send
+
+
+def _article(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
+    upstream = needs["vllm"]["http"]
+    return [
+        *(sys.executable, "-m", "servebook.experiments.article_gateway", "--http-port", "{http}"),
+        *("--upstream", upstream if "://" in upstream else f"http://{upstream}"),
+    ]
+
+
+ARTICLE = replace(find_server("gateway"), argv=_article, ready=lambda at: http_ok(at["http"], "/healthz"))
+"""How the article's gateway is started: in front of the same vLLM."""
+
+
+@asynccontextmanager
+async def article(server: Server) -> AsyncIterator[Send]:
+    """The article's `POST /chat`, which tells no usage: tokens are counted by tokenizing the text again."""
+    tokenizer = Tokenizer.from_file(str(model_path(server.settings) / "tokenizer.json"))
+    async with http_session(server.url, server.settings.key) as session:
+
+        async def send(job: Job) -> AsyncIterator[Message]:
+            async with session.post("/chat", json={"message": job.prompt, "max_tokens": job.max_tokens}) as response:
+                await check(response)
+                answer = orjson.loads(await response.read())
+            yield Message(answer["response"], output_tokens=len(tokenizer.encode(answer["response"]).ids))
 
         yield send
