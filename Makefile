@@ -28,6 +28,7 @@ check: $(ready)
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/buf lint protos
+	$(bin)/buf format --diff --exit-code protos
 
 setup: $(ready)
 
@@ -42,6 +43,10 @@ notebooks: $(ready)
 
 labs: $(ready)
 	$(python) -m servebook.lab.release
+
+# llm.v1's stubs; a test holds them fresh.
+protos: $(ready)
+	$(python) -m grpc_tools.protoc -I protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src llm/v1/llm.proto
 
 clean:
 	@-[ ! -x $(bin)/servebook ] || $(bin)/servebook down --all

@@ -25,6 +25,24 @@ Names = Annotated[
 
 
 @app.command()
+def doctor(
+    quiet: Annotated[bool, typer.Option("--quiet", help="A quick look; print only what is wrong.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check this machine: each line says what is, and what to do about it. Exit code 1 if anything failed."""
+    from servebook import doctor as checks
+
+    report = checks.run(quick=quiet)
+    shown = checks.Report(finding for finding in report if finding.level != "OK" or not quiet)
+    if as_json:
+        print(json.dumps(shown.as_dicts(), indent=2))
+    elif shown:
+        print(shown)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def up(names: Annotated[list[str], typer.Argument(metavar="NAME…")]) -> None:
     """Start servers and leave them running; one that is up already is left as it is."""
     for name in names:

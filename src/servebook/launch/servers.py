@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 from servebook.engine import engine_argv
 from servebook.errors import LaunchError
@@ -42,10 +42,22 @@ class ServerSpec:
 
 
 def http_ok(address: str, path: str, timeout: float = 2.0) -> bool:
-    """Whether GET answers 200. Readiness needs no client library, so the launcher stays light to import."""
+    """Whether GET answers 200; asked past any proxy, and without a client library that takes time to import."""
+    connection = HTTPConnection(address, timeout=timeout)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def http_has(address: str, path: str, words: bytes, timeout: float = 2.0) -> bool:
+    """Whether GET answers 200 with `words` in the body."""
     try:
         with urlopen(Request(f"http://{address}{path}"), timeout=timeout) as response:
-            return bool(response.status == 200)
+            return words in response.read()
     except OSError:
         return False
 
@@ -55,7 +67,7 @@ def grpc_serving(address: str, timeout: float = 2.0) -> bool:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
@@ -100,6 +112,14 @@ def _keyless(name: str, argv: Argv) -> Argv:
     return guarded
 
 
+def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
+    files = {"cert": settings.tls_cert, "key": settings.tls_key, "client-ca": settings.tls_client_ca}
+    return [
+        *_module("grpc_server", "grpc", "metrics")(settings, model, needs),
+        *(word for name, file in files.items() if file for word in (f"--tls-{name}", str(file.resolve()))),
+    ]
+
+
 def _gateway(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
     upstream = needs["vllm"]["http"]
     return [
@@ -137,8 +157,9 @@ SERVERS: dict[str, ServerSpec] = {
             name="grpc",
             about="our llm.v1.LLMService",
             ports=("grpc", "metrics"),
-            argv=_module("grpc_server", "grpc", "metrics"),
-            ready=lambda at: grpc_serving(at["grpc"]),
+            argv=_grpc,
+            # Not asked by gRPC: under mTLS the launcher would need a certificate.
+            ready=lambda at: http_has(at["metrics"], "/metrics", b"servebook_grpc_serving 1.0"),
         ),
         ServerSpec(
             name="gateway",
