@@ -41,25 +41,17 @@ class ServerSpec:
     needs: tuple[str, ...] = ()
 
 
-def http_ok(address: str, path: str, timeout: float = 2.0) -> bool:
-    """Whether GET answers 200; asked past any proxy, and without a client library that takes time to import."""
+def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -> bool:
+    """Whether GET answers 200 with `words` in the body; asked past any proxy, and without a slow import."""
     connection = HTTPConnection(address, timeout=timeout)
     try:
         connection.request("GET", path)
-        return connection.getresponse().status == 200
+        response = connection.getresponse()
+        return response.status == 200 and words in response.read()
     except (OSError, HTTPException):
         return False
     finally:
         connection.close()
-
-
-def http_has(address: str, path: str, words: bytes, timeout: float = 2.0) -> bool:
-    """Whether GET answers 200 with `words` in the body."""
-    try:
-        with urlopen(Request(f"http://{address}{path}"), timeout=timeout) as response:
-            return words in response.read()
-    except OSError:
-        return False
 
 
 def grpc_serving(address: str, timeout: float = 2.0) -> bool:
@@ -98,6 +90,14 @@ def _module(name: str, *ports: str) -> Argv:
     return argv
 
 
+def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
+    files = {"cert": settings.tls_cert, "key": settings.tls_key, "client-ca": settings.tls_client_ca}
+    return [
+        *_module("grpc_server", "grpc", "metrics")(settings, model, needs),
+        *(word for name, file in files.items() if file for word in (f"--tls-{name}", str(file.resolve()))),
+    ]
+
+
 def _keyless(name: str, argv: Argv) -> Argv:
     """The same command, refused beyond this machine: the server checks no key."""
 
@@ -110,14 +110,6 @@ def _keyless(name: str, argv: Argv) -> Argv:
         return argv(settings, model, needs)
 
     return guarded
-
-
-def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
-    files = {"cert": settings.tls_cert, "key": settings.tls_key, "client-ca": settings.tls_client_ca}
-    return [
-        *_module("grpc_server", "grpc", "metrics")(settings, model, needs),
-        *(word for name, file in files.items() if file for word in (f"--tls-{name}", str(file.resolve()))),
-    ]
 
 
 def _gateway(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
@@ -159,7 +151,7 @@ SERVERS: dict[str, ServerSpec] = {
             ports=("grpc", "metrics"),
             argv=_grpc,
             # Not asked by gRPC: under mTLS the launcher would need a certificate.
-            ready=lambda at: http_has(at["metrics"], "/metrics", b"servebook_grpc_serving 1.0"),
+            ready=lambda at: http_ok(at["metrics"], "/metrics", b"servebook_grpc_serving 1.0"),
         ),
         ServerSpec(
             name="gateway",
