@@ -161,8 +161,7 @@ def test_unary_infer_is_refused(triton: Server) -> None:
 
 
 def test_the_articles_shape_is_refused(triton: Server) -> None:
-    (error,) = ask(triton, tensor("text_input", PROMPT, [1, 1]), headers=WITH_STATUS)
-    assert error.status() == "StatusCode.INVALID_ARGUMENT"
+    (error,) = ask(triton, tensor("text_input", PROMPT, [1, 1]))
     assert re.search(r"Expected \[1\],\s+got \[1,1\]", error.message())
 
 
