@@ -13,11 +13,14 @@ from rich.table import Table
 from servebook import launch
 from servebook.bench.cli import bench
 from servebook.errors import ServebookError
+from servebook.lab import cli as lab_cli
 from servebook.settings import load_settings
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The LLM serving workbook."
 )
+app.add_typer(lab_cli.app, name="labs")
+app.command()(lab_cli.release)
 out = Console(highlight=False)
 
 Names = Annotated[
