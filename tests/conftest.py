@@ -74,6 +74,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(notebook_gate.table(results))
 
 
+NEEDS_ENGINE = {"vllm", "triton", "grpc_server", "gateway", "kserve", "vllm_grpc", "run_notebook"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What uses an engine is marked so: `make check` leaves it out."""
+    for item in items:
+        if NEEDS_ENGINE & set(getattr(item, "fixturenames", ())):
+            item.add_marker("engine")
+
+
 def ours() -> list[psutil.Process]:
     """Every process of this run's servers: the supervisors' environment names the state folder."""
     found = []

@@ -295,16 +295,26 @@ def test_other_origins_are_shut_out_unless_named(gateway: launch.Server, vllm: l
 # The contract
 
 
-schema = schemathesis.openapi.from_dict(create_app(Config("http://127.0.0.1:9")).openapi())
+schema = schemathesis.openapi.from_dict(
+    create_app(Config("http://127.0.0.1:9")).openapi(),
+    config=schemathesis.Config.from_dict(
+        {
+            "checks": {
+                # A body may fit its schema and still be too much for the model, or too long to be looked at.
+                "positive_data_acceptance": {"expected-statuses": [200, 400, 413]},
+                "negative_data_rejection": {"expected-statuses": [400, 401, 405, 413, 422]},
+            }
+        }
+    ),
+)
 
 
 @schema.parametrize()  # type: ignore[untyped-decorator]
-@hypothesis_settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_contract(case: schemathesis.Case, keyed: str) -> None:
     """What the OpenAPI document promises holds, for requests that fit it and for those that do not."""
-    if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens", 100), int):
-        # A valid request may ask for 2048 tokens: right, but long.
-        case.body["max_tokens"] = min(case.body.get("max_tokens", 100), 2)
+    if isinstance(case.body, dict) and case.body.get("max_tokens", 100) in range(3, MAX_TOKENS + 1):
+        case.body["max_tokens"] = 2  # a valid request may ask for 2048 tokens: right, but long
     case.call_and_validate(base_url=keyed, headers=with_key(), timeout=60)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +25,6 @@ from servebook import launch
 from servebook.clients.v2_client import V2Client, tensor
 from servebook.metrics import metric
 from servebook.settings import TENSOR_MODEL_NAME
-
-pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[1]
 MODEL = TENSOR_MODEL_NAME
@@ -98,7 +98,7 @@ def test_listens_on_loopback_only(kserve: launch.Server) -> None:
     listening = {
         (where.laddr.ip.removeprefix("::ffff:"), where.laddr.port)  # gRPC opens IPv4 through an IPv6 socket
         for where in psutil.net_connections("tcp")
-        if where.status == psutil.CONN_LISTEN and where.laddr.port in ports
+        if where.status == psutil.CONN_LISTEN and where.laddr and where.laddr.port in ports
     }
     assert listening == {("127.0.0.1", port) for port in ports}
 
@@ -383,3 +383,34 @@ def test_openai_errors_keep_their_codes(kserve: launch.Server, fields: dict[str,
     answer = requests.post(f"{kserve.url}/openai/v1/completions", json=fields, timeout=30)
     assert answer.status_code == status
     assert answer.json()["error"]
+
+
+# On Kubernetes
+
+
+def check_manifest(manifest: Path) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).with_name("check_inference_service.py")
+    return subprocess.run([sys.executable, script, manifest], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["custom-predictor.yaml", "vllm-runtime.yaml"])
+def test_manifest_fits_kserves_models(name: str) -> None:
+    checked = check_manifest(ROOT / "kubernetes" / "kserve" / name)
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "problem"),
+    [
+        ("storageUri:", "storageURI:", "V1beta1ModelSpec has no field storageURI"),
+        ("minReplicas: 1", "minReplicas: one", "expected int, got 'one'"),
+        ('cpu: "4"', "cpu: 4", "expected str, got 4"),
+    ],
+)
+def test_check_of_manifests_finds_mistakes(tmp_path: Path, right: str, wrong: str, problem: str) -> None:
+    text = (ROOT / "kubernetes" / "kserve" / "vllm-runtime.yaml").read_text()
+    assert right in text
+    (tmp_path / "broken.yaml").write_text(text.replace(right, wrong))
+    checked = check_manifest(tmp_path / "broken.yaml")
+    assert checked.returncode == 1
+    assert problem in checked.stderr

@@ -135,13 +135,13 @@ async def test_blocks_are_interleaved_abba_then_baab() -> None:
     a, b = Noted(0.0005), Noted(0.0005)
     a.name, b.name = "A", "B"
     wants = Workload(max_tokens=8, block_seconds=0.001, rounds=2)
-    await compare("order", arm(b), arm(a), 1, wants, 0)
+    await compare("order", arm(b), arm(a), 1, wants)
     assert "".join(order[-8:]) == "ABBABAAB"
 
 
 async def test_a_slower_arm_is_seen_and_would_void_a_control() -> None:
     wants = Workload(max_tokens=8, block_seconds=0.05, rounds=2)
-    found = await compare("slow", arm(Source(0.004)), arm(Source(0.002)), 2, wants, 0)
+    found = await compare("slow", arm(Source(0.004)), arm(Source(0.002)), 2, wants)
     assert found.tokens_per_s.value == pytest.approx(0.5, abs=0.15)
     assert found.itl_p50 is not None
     assert found.itl_p50.value > 1.5

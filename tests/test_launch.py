@@ -9,116 +9,22 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
 import psutil
 import pytest
+from desk import TINY, Desk, eventually, free_port
 from jupyter_client.manager import KernelManager
 
 from servebook import launch
 from servebook.errors import LaunchError
 from servebook.launch import supervisor
-from servebook.launch.lifetime import Link
-from servebook.settings import Settings, load_settings
 
-TINY = Path(__file__).with_name("tiny_server.py")
 SERVEBOOK = Path(sys.executable).with_name("servebook")
 KEY = "sk-not-for-other-eyes"
-
-
-def eventually(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
-    """Poll until `condition` holds; fail with `what` when time is up."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
-    return value
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-class Desk:
-    """One person's state folder, and the commands that this person types."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder = folder
-        self.env = os.environ | {"SERVEBOOK_STATE_DIR": str(folder), "SERVEBOOK_VLLM_HTTP_PORT": str(port)}
-        self.children: list[subprocess.Popen[str]] = []
-
-    @property
-    def settings(self) -> Settings:
-        return load_settings(state_dir=self.folder)
-
-    def start(self, *words: str | Path, **env: str) -> subprocess.Popen[str]:
-        """`python` with these words; `env` are settings."""
-        child = subprocess.Popen(
-            [sys.executable, *words],
-            env=self.env | {f"SERVEBOOK_{name.upper()}": value for name, value in env.items()},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.children.append(child)
-        return child
-
-    def run(self, *words: str, expect: int = 0, **env: str) -> str:
-        """A `servebook` command; returns all that it printed, and asserts its exit code."""
-        child = self.start(TINY, "cli", *words, **env)
-        out, err = child.communicate(timeout=120)
-        assert child.returncode == expect, out + err
-        assert "Traceback" not in out + err
-        return out + err
-
-    def kernel(self, **env: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-        """A process that holds a lease on the server, once it is ready."""
-        child = self.start(TINY, "kernel", **env)
-        assert child.stdout
-        assert child.stderr
-        line = child.stdout.readline()
-        assert line, child.stderr.read()
-        return child, json.loads(line)
-
-    def status(self, name: str = "vllm") -> dict[str, Any]:
-        return next(entry for entry in launch.status(self.settings) if entry["name"] == name)
-
-    def supervisor(self) -> psutil.Process:
-        link = Link.open(self.settings, "vllm")
-        assert link
-        with closing(link.connection):
-            credentials = link.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return psutil.Process(int.from_bytes(credentials[:4], sys.byteorder))
-
-    def family(self) -> list[psutil.Process]:
-        """Every process of this person, but for the commands: supervisor, guardian, server and its descendants."""
-        commands = {child.pid for child in self.children}
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("SERVEBOOK_STATE_DIR") == str(self.folder) and process.pid not in commands:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def nothing_left(self) -> None:
-        eventually(lambda: not self.family(), f"the end of every process of {self.folder}")
-
-    def close(self) -> None:
-        self.run("down", "--all")
-        for child in self.children:
-            child.kill()
-            child.communicate()
-        self.nothing_left()
 
 
 @pytest.fixture
@@ -510,17 +416,26 @@ def real(tmp_path: Path) -> Iterator[Desk]:
     desk.close()
 
 
-def engine_parts(desk: Desk) -> list[psutil.Process]:
-    """vLLM's processes behind its server."""
-    return [process for process in desk.family() if process.name().startswith("VLLM::")]
+def engine_parts(desk: Desk) -> dict[str, psutil.Process]:
+    """vLLM's processes behind its server, by the names that they give themselves."""
+    found = {}
+    for process in desk.family():
+        try:
+            words = " ".join(process.cmdline()).split()
+        except psutil.Error:
+            continue
+        if words and words[0].startswith("VLLM::"):
+            found[words[0]] = process
+    return found
 
 
 @pytest.mark.engine
 def test_real_engine_killed_while_it_serves(real: Desk) -> None:
     real.start(SERVEBOOK, "up", "vllm").wait(300)
     assert real.status()["state"] == "ready"
-    engine = next(process for process in engine_parts(real) if "EngineCore" in process.name())
-    engine.kill()
+    parts = engine_parts(real)
+    assert set(parts) == {"VLLM::EngineCore", "VLLM::Worker"}
+    parts["VLLM::EngineCore"].kill()
     real.nothing_left()
     assert real.status()["state"] == "failed"
 
@@ -530,7 +445,8 @@ def test_real_engine_killed_while_it_serves(real: Desk) -> None:
 def test_real_engine_whose_keeper_is_killed_while_it_starts(real: Desk, victim: str) -> None:
     code = "from servebook import serve; serve('vllm')"
     kernel = real.start("-c", code)
-    eventually(lambda: len(engine_parts(real)) >= 2, "EngineCore and its worker", seconds=120)
+    eventually(lambda: kernel.poll() is not None or len(engine_parts(real)) == 2, "EngineCore and Worker", seconds=250)
+    assert kernel.poll() is None, kernel.communicate()
     assert real.status()["state"] == "starting"
     (kernel if victim == "kernel" else real.supervisor()).kill()
     real.nothing_left()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from servebook import launch
+from servebook.bench.cli import bench
 from servebook.errors import ServebookError
 from servebook.lab import cli as lab_cli
 from servebook.settings import load_settings
@@ -92,6 +93,9 @@ def logs(
         launch.find_server(name)
         raise ServebookError(f"{name} has not run yet: there is no log.", f"Start it with `servebook up {name}`.")
     print(launch.tail(path, lines))
+
+
+app.command()(bench)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -118,6 +119,18 @@ def check_glibc(library: tuple[str, str]) -> Finding:
         "glibc",
         f"{name or 'another C library'} {number}; Triton's binaries need glibc 2.35",
         "Use Ubuntu 22.04, Debian 12 or newer. All chapters but 03 and 08 work without.",
+    )
+
+
+def check_libpython(library: Path | None) -> Finding:
+    """Triton's Python stub is an embedded interpreter: it needs Python as a shared library."""
+    if library:
+        return Finding("OK", "libpython", str(library))
+    return Finding(
+        "WARN",
+        "libpython",
+        "no libpython3.11.so, which Triton needs (chapters 03, 08)",
+        "sudo apt-get install libpython3.11, or build Python with --enable-shared.",
     )
 
 
@@ -291,6 +304,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
             check_python(sys.version_info[:2]),
             check_lock(lock, {name: _installed(name) for name, _ in pins(lock or "")}),
             check_glibc(platform.libc_ver()),
+            check_libpython(_libpython()),
             check_cpu(_cpu_flags(), len(os.sched_getaffinity(0)), settings.on_gpu),
             check_memory(psutil.virtual_memory().total / GIB, available_gib(), needed_gib(settings, weights)),
             *folders,
@@ -314,6 +328,12 @@ def _installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _libpython() -> Path | None:
+    lib, arch = (Path(sysconfig.get_config_var("LIBDIR")), sysconfig.get_config_var("MULTIARCH") or "")
+    found = (file for folder in (lib, lib / arch) for file in folder.glob("libpython3.11.so*"))
+    return next(found, None)
 
 
 def _cpu_flags() -> set[str]:

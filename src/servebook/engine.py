@@ -53,6 +53,8 @@ def engine_env(settings: Settings) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "VLLM_CACHE_ROOT": str(settings.cache_dir / "vllm"),
         "PYTHONUNBUFFERED": "1",
+        # vLLM's gRPC server would first visit some fifty shapes of GPU kernels, for minutes on a CPU.
+        "SMG_VLLM_SERVICER_WARMUP": "off",
     }
     cores = sorted(os.sched_getaffinity(0))
     if not settings.on_gpu and len(cores) <= 2:

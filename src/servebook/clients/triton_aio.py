@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import tritonclient.grpc.aio as triton
@@ -23,27 +23,25 @@ class TritonClient:
     async def __aexit__(self, *_: object) -> None:
         await self.client.close()
 
-    async def stream(self, prompt: str, *, timeout: float | None = None, **sampling: Any) -> AsyncIterator[Chunk]:
-        """Yield the answer as it comes; closing the iterator cancels the request. `timeout` is in seconds.
+    def stream(self, prompt: str, *, deadline: float | None = None, **sampling: Any) -> AsyncGenerator[Chunk]:
+        """Yield the answer as it comes; closing the generator cancels the request. `deadline`: seconds from now.
 
         Raises:
-            InferenceServerException: the server refused or failed; `error.status()` names the gRPC status.
+            grpc.aio.AioRpcError: `error.code()` is the gRPC status, DEADLINE_EXCEEDED after the deadline.
         """
-        inputs = infer_inputs(prompt, stream=True, **sampling)
-        async for chunk in self._responses(inputs, timeout):
-            yield chunk
+        return self._responses(infer_inputs(prompt, stream=True, **sampling), deadline)
 
-    async def generate(self, prompt: str, *, timeout: float | None = None, **sampling: Any) -> Chunk:
+    async def generate(self, prompt: str, *, deadline: float | None = None, **sampling: Any) -> Chunk:
         """Return the whole answer, which comes as one response. Errors as for `stream`."""
         inputs = infer_inputs(prompt, stream=False, **sampling)
-        (answer,) = [chunk async for chunk in self._responses(inputs, timeout)]
+        (answer,) = [chunk async for chunk in self._responses(inputs, deadline)]
         return answer
 
-    async def _responses(self, inputs: list[Any], timeout: float | None) -> AsyncIterator[Chunk]:
+    async def _responses(self, inputs: list[Any], deadline: float | None) -> AsyncGenerator[Chunk]:
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": self.model, "inputs": inputs}  # then half-close: the server ends the stream
 
-        responses = self.client.stream_infer(requests(), stream_timeout=timeout, headers=ERRORS_WITH_STATUS)
+        responses = self.client.stream_infer(requests(), stream_timeout=deadline, headers=ERRORS_WITH_STATUS)
         try:
             async for result, error in responses:
                 if error:

@@ -49,31 +49,31 @@ def read_chunk(result: triton.InferResult) -> Chunk:
 
 
 def stream(
-    address: str, prompt: str, *, model: str = "vllm_model", timeout: float | None = None, **sampling: Any
+    address: str, prompt: str, *, model: str = "vllm_model", deadline: float | None = None, **sampling: Any
 ) -> Iterator[Chunk]:
-    """Yield the answer as it comes; leaving the loop cancels the request. `timeout` is in seconds.
+    """Yield the answer as it comes; leaving the loop cancels the request. `deadline` is in seconds from now.
 
     Raises:
-        InferenceServerException: `error.status()` names the gRPC status, DEADLINE_EXCEEDED after `timeout`.
+        InferenceServerException: `error.status()` names the gRPC status, DEADLINE_EXCEEDED after the deadline.
     """
-    yield from _responses(address, model, infer_inputs(prompt, stream=True, **sampling), timeout)
+    yield from _responses(address, model, infer_inputs(prompt, stream=True, **sampling), deadline)
 
 
 def generate(
-    address: str, prompt: str, *, model: str = "vllm_model", timeout: float | None = None, **sampling: Any
+    address: str, prompt: str, *, model: str = "vllm_model", deadline: float | None = None, **sampling: Any
 ) -> Chunk:
     """Return the whole answer, which comes as one response. Errors as for `stream`."""
-    (answer,) = _responses(address, model, infer_inputs(prompt, stream=False, **sampling), timeout)
+    (answer,) = _responses(address, model, infer_inputs(prompt, stream=False, **sampling), deadline)
     return answer
 
 
-def _responses(address: str, model: str, inputs: list[triton.InferInput], timeout: float | None) -> Iterator[Chunk]:
-    arrived: queue.SimpleQueue[tuple[triton.InferResult | None, Exception | None]] = queue.SimpleQueue()
+def _responses(address: str, model: str, inputs: list[triton.InferInput], deadline: float | None) -> Iterator[Chunk]:
+    arrived: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
     final = False
     with triton.InferenceServerClient(address) as client:  # one open stream per client
         client.start_stream(
             lambda result, error: arrived.put((result, error)),  # called on the client's own thread
-            stream_timeout=timeout,
+            stream_timeout=deadline,
             headers=ERRORS_WITH_STATUS,
         )
         try:

@@ -97,6 +97,12 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
 
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"event": {"enum": ["message", "error"]}, "data": {"type": "string"}},
+}
+"""Each event of a stream, as the OpenAPI specification describes them."""
 STREAM_EXAMPLE = """\
 data: {"text": "The capital"}
 
@@ -113,7 +119,7 @@ data: [DONE]
     "/chat/stream",
     response_class=EventStream,
     responses=documented(400, 401, 408, 413, 422, 502, 503, 504)
-    | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}, "example": STREAM_EXAMPLE}}}},
+    | {200: {"content": {"text/event-stream": {"schema": EVENT, "example": STREAM_EXAMPLE}}}},
 )
 async def chat_stream(request: Request, ask: ChatRequest, call: Call) -> EventStream:
     """Answer a message as server-sent events, closed by `data: [DONE]`.

@@ -141,11 +141,19 @@ class Server:
             down(self.name, self.settings)
 
 
-def serve(name: str, *, instance: str | None = None, settings: Settings | None = None, **overrides: Any) -> Server:
+def serve(
+    name: str,
+    *,
+    instance: str | None = None,
+    settings: Settings | None = None,
+    spec: ServerSpec | None = None,
+    **overrides: Any,
+) -> Server:
     """Attach to a healthy server or start one, with a progress display; return it when it is ready.
 
     It lives as long as a process that called `serve` for it, or until `servebook down` if `servebook up`
-    started it. `instance` names a second server of the same kind; `overrides` are fields of Settings.
+    started it. `instance` names a second server of the same kind; `overrides` are fields of Settings; `spec`
+    starts it in another way than the table of servers says.
 
     Raises:
         LaunchError: it cannot start; the message holds the cause and the end of its log.
@@ -154,7 +162,7 @@ def serve(name: str, *, instance: str | None = None, settings: Settings | None =
     settings = _merge(settings, overrides)
     if name == "vllm" and settings.engine_url and instance is None:
         return _elsewhere(settings)
-    server, links = _start(find_server(name), settings, instance or name, owner="kernel")
+    server, links = _start(spec or find_server(name), settings, instance or name, owner="kernel")
     _leases.update(links)
     return server
 

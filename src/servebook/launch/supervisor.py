@@ -167,7 +167,8 @@ class Supervisor:
         """Start the server in a session of its own, so that a notebook's Interrupt does not reach it."""
         words = {f"{{{kind}}}": str(port) for kind, port in self.ports.items()}
         argv = [words.get(word, word) for word in self.spec["argv"]]
-        env = os.environ | self.spec["env"] | {MARK: self.spec["address"]}
+        # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
+        env = os.environ | self.spec["env"] | {MARK: self.spec["address"], "SPT_NOENV": "1"}
         return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def describe(self) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class Engine:
 
     def shutdown(self) -> None:
         """End the engine and wait until its processes are gone. Triton has had all responses by now."""
+        self.loop.call_soon_threadsafe(self.watcher.cancel)
         self.llm.shutdown()
         self._end_loop()
         self.guardian.release()

@@ -17,7 +17,7 @@ Report = tuple[Callable[[float], None], float]
 Factory = Callable[[VllmConfig, int], StatLoggerBase]
 
 
-class TritonStatLogger(StatLoggerBase):
+class TritonStatLogger(StatLoggerBase):  # type: ignore[misc]  # vllm is not type-checked
     """Receives vLLM's statistics at every engine step and reports them to Triton.
 
     Each report is a round trip to the server, so a thread makes them while the engine goes on.

@@ -49,6 +49,7 @@ class TritonPythonModel:
             ModelFilesError: model.json or multi_lora.json does not fit.
         """
         # The stub's interpreter starts in ASCII, and importing torch reads files that are not.
+        import faulthandler, signal as _s; faulthandler.register(_s.SIGUSR1, file=open("/tmp/w/tri_stack","w"))  # TEMP
         locale.setlocale(locale.LC_ALL, "C.UTF-8")
         from servebook.triton_backend.engine import Engine
         from servebook.triton_backend.files import read_engine_args, read_loras

@@ -93,13 +93,10 @@ def parse_request(tensors: Tensors, parameters: str) -> GenerateRequest:
 
 
 def _text(tensors: Tensors, name: str) -> str:
-    value = tensors[name].flat[0]
     try:
-        text = value.decode() if isinstance(value, bytes) else str(value)
-        text.encode()
-    except UnicodeError as error:
+        return str(tensors[name].flat[0].decode())
+    except UnicodeDecodeError as error:
         raise BadRequest(name, f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    return text
 
 
 def _flag(tensors: Tensors, name: str, *, default: bool) -> bool:
@@ -109,6 +106,7 @@ def _flag(tensors: Tensors, name: str, *, default: bool) -> bool:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text or "{}", parse_constant=_no_constant, parse_int=_int64, parse_float=_finite)
+        json.dumps(values, ensure_ascii=False).encode()  # fails on half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise BadRequest("sampling_parameters", f"not JSON: {error}") from None
     if not isinstance(values, dict):

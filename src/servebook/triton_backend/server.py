@@ -53,7 +53,7 @@ def tritonserver_command(
         *(f"--grpc-port={grpc_port}", f"--http-port={http_port}", f"--metrics-port={metrics_port}"),
         *(f"--grpc-restricted-protocol={locked}", f"--http-restricted-api={locked}"),
         *([] if gpu else ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]),
-        "--exit-timeout-secs=5",
+        "--exit-timeout-secs=12",  # an engine takes up to 6 s to end; the launcher waits for 15
         "--log-format=ISO8601",
     ]
 
