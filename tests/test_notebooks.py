@@ -103,7 +103,7 @@ def test_form(chapter: Chapter) -> None:
     assert "By the end you will have seen that" in notebook.cells[0].source
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert parameters.source.splitlines()[:3] == PARAMETERS
-    assert notebook.metadata.servebook.min_cells <= sum(cell.cell_type == "code" for cell in notebook.cells)
+    assert 0 < notebook.metadata.servebook.min_cells <= sum(cell.cell_type == "code" for cell in notebook.cells)
     assert f'run_notebook("{stem}")' in (TESTS / f"test_{stem}.py").read_text(), "its chapter's tests must run it"
 
 
@@ -117,6 +117,14 @@ def test_pictures_in_text_survive_jupyterlab(chapter: Chapter) -> None:
     for alt, path in pictures:
         assert len(alt) > 20, f"{path} needs a text that says what it shows"
         assert (NOTEBOOKS / path).is_file()
+
+
+def test_links_lead_somewhere(chapter: Chapter) -> None:
+    _, notebook = chapter
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = re.findall(r"(?<!!)\[[^\]]*\]\((?!https?:|#|attachment:)([^)#]+)", text)
+    assert links, "a chapter names the next one"
+    assert not [link for link in links if not (NOTEBOOKS / link).exists()]
 
 
 def test_outputs_are_those_of_one_run(chapter: Chapter) -> None:
