@@ -4,26 +4,32 @@
 DEVICE ?= auto
 LAB_ARGS ?=
 K ?=
-export DEVICE
 
-device := $(if $(filter auto,$(DEVICE)),$(if $(shell command -v nvidia-smi),gpu,cpu),$(DEVICE))
-# Inside an active conda environment the same commands work there.
-env := $(or $(CONDA_PREFIX),$(CURDIR)/.venv)
+device := $(if $(filter auto,$(DEVICE)),$(if $(shell nvidia-smi -L 2> /dev/null),gpu,cpu),$(DEVICE))
+# In an active conda environment named "servebook" (environment.yml) the same commands work there; any other
+# conda environment, such as "base", is left alone.
+conda := $(if $(filter-out servebook,$(notdir $(CONDA_DEFAULT_ENV))),,$(CONDA_PREFIX))
+env := $(or $(conda),$(CURDIR)/.venv)
 bin := $(env)/bin
-python := $(bin)/python
+python := $(bin)/python -P
 ready := $(env)/.servebook-$(device)
 locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
-.PHONY: lab test check setup lock notebooks labs protos clean
+.PHONY: lab test check lint setup lock notebooks labs clean
 
+# The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
 lab: $(ready)
-	@$(bin)/servebook doctor --quiet
-	exec $(bin)/jupyter lab --ip 127.0.0.1 $(LAB_ARGS) notebooks/00_start_here.ipynb
+	@$(bin)/servebook doctor --quiet || true
+	@PATH="$(bin):$$PATH" JUPYTER_CONFIG_PATH="$(CURDIR)/jupyter" exec $(bin)/jupyter-lab --ip 127.0.0.1 \
+		--ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-test: $(ready) check
-	$(python) -m pytest $(if $(K),-k "$(K)")
+test: lint
+	$(bin)/pytest $(if $(K),-k "$(K)")
 
-check: $(ready)
+check: lint
+	$(bin)/pytest -m "not engine and not browser"
+
+lint: $(ready)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy

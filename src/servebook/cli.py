@@ -11,17 +11,39 @@ from rich.console import Console
 from rich.table import Table
 
 from servebook import launch
+from servebook.bench.cli import bench
 from servebook.errors import ServebookError
+from servebook.lab import cli as lab_cli
 from servebook.settings import load_settings
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The LLM serving workbook."
 )
+app.add_typer(lab_cli.app, name="labs")
+app.command()(lab_cli.release)
 out = Console(highlight=False)
 
 Names = Annotated[
     list[str] | None, typer.Argument(metavar="NAME…", help=f"One or more of {', '.join(launch.SERVERS)}.")
 ]
+
+
+@app.command()
+def doctor(
+    quiet: Annotated[bool, typer.Option("--quiet", help="A quick look; print only what is wrong.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check this machine: each line says what is, and what to do about it. Exit code 1 if anything failed."""
+    from servebook import doctor as checks
+
+    report = checks.run(quick=quiet)
+    shown = checks.Report(finding for finding in report if finding.level != "OK" or not quiet)
+    if as_json:
+        print(json.dumps(shown.as_dicts(), indent=2))
+    elif shown:
+        print(shown)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -71,6 +93,9 @@ def logs(
         launch.find_server(name)
         raise ServebookError(f"{name} has not run yet: there is no log.", f"Start it with `servebook up {name}`.")
     print(launch.tail(path, lines))
+
+
+app.command()(bench)
 
 
 def main() -> None:

@@ -53,6 +53,8 @@ def engine_env(settings: Settings) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "VLLM_CACHE_ROOT": str(settings.cache_dir / "vllm"),
         "PYTHONUNBUFFERED": "1",
+        # vLLM's gRPC server would first visit some fifty shapes of GPU kernels, for minutes on a CPU.
+        "SMG_VLLM_SERVICER_WARMUP": "off",
     }
     cores = sorted(os.sched_getaffinity(0))
     if not settings.on_gpu and len(cores) <= 2:
@@ -65,16 +67,19 @@ def engine_env(settings: Settings) -> dict[str, str]:
     return env
 
 
-def available_gib() -> float:
+def available_gib(cgroups: Path = Path("/sys/fs/cgroup")) -> float:
     """Memory that a new process can have, in GiB: the machine's, or the container's where that is less."""
     available = psutil.virtual_memory().available
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for limit_file, usage_file, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            limit = int(Path(limit_file).read_text())
-            available = min(available, limit - int(Path(usage_file).read_text()))
+            limit = int((cgroups / limit_file).read_text())
+            used = int((cgroups / usage_file).read_text())
+            words = (cgroups / limit_file).with_name("memory.stat").read_text().split()
+            # A container's usage counts the files that it has read; those are given back when memory is asked for.
+            available = min(available, limit - used + int(words[words.index(cache) + 1]))
         except (OSError, ValueError):  # no such controller, or "max"
             continue
     return available / GIB

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import shlex
 import shutil
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +21,7 @@ from pydantic_settings import (
 
 from servebook.errors import ServebookError
 
+FILE_NAME = "servebook.toml"
 BUNDLED_MODEL = "bundled"
 TENSOR_MODEL_NAME = "vllm_model"
 """The model's name in Triton and KServe, as the article's model repository has it."""
@@ -36,7 +39,6 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="SERVEBOOK_",
         env_ignore_empty=True,
-        toml_file="servebook.toml",
         extra="forbid",
         validate_default=True,
     )
@@ -79,7 +81,12 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=settings_file())
+
+    @field_validator("cache_dir", "state_dir")
+    @classmethod
+    def _absolute(cls, folder: Path) -> Path:
+        return folder.expanduser().absolute()
 
     @field_validator("engine_url")
     @classmethod
@@ -119,8 +126,10 @@ class Settings(BaseSettings):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether engines run on a GPU: asked for, or `auto` on a machine with NVIDIA's driver."""
-        return self.device == "gpu" or (self.device == "auto" and shutil.which("nvidia-smi") is not None)
+        """Whether engines run on a GPU: asked for, or `auto` with NVIDIA's driver and vLLM's build for it."""
+        if self.device == "auto":
+            return shutil.which("nvidia-smi") is not None and not installed_vllm().endswith("+cpu")
+        return self.device == "gpu"
 
     @property
     def key(self) -> str | None:
@@ -130,6 +139,20 @@ class Settings(BaseSettings):
     def port(self, server: str, kind: str) -> int:
         """The preferred port of `server` for `kind` ("http", "grpc" or "metrics")."""
         return int(getattr(self, f"{server.replace('-', '_')}_{kind}_port"))
+
+
+def installed_vllm() -> str:
+    """vLLM's version, such as "0.32.0", or "0.32.0+cpu" for its CPU build; "" where there is none."""
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return ""
+
+
+def settings_file(start: Path | None = None) -> Path | None:
+    """The nearest `servebook.toml` from `start` (default: the working folder) upwards: notebooks run in folders."""
+    start = start or Path.cwd()
+    return next((file for folder in (start, *start.parents) if (file := folder / FILE_NAME).is_file()), None)
 
 
 def is_loopback(host: str) -> bool:
@@ -150,6 +173,8 @@ def load_settings(**overrides: Any) -> Settings:
     """
     try:
         return Settings(**{k: v for k, v in overrides.items() if v not in (None, "")})
+    except (tomllib.TOMLDecodeError, OSError) as error:
+        raise ServebookError(f"{settings_file()} cannot be read: {error}.", "Correct it, or remove it.") from None
     except ValidationError as error:
         problems = "; ".join(
             (f"SERVEBOOK_{str(e['loc'][0]).upper()}: " if e["loc"] else "") + e["msg"].removeprefix("Value error, ")

@@ -7,7 +7,7 @@ that a machine that warms up, slows down or is disturbed does so to both.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,9 +15,9 @@ from typing import NamedTuple
 from pydantic import BaseModel, Field
 
 from servebook.bench import workload
-from servebook.bench.load import Job, Load, Send, ask, closed_loop
+from servebook.bench.load import Job, Load, Send, ask, closed_loop, open_loop
 from servebook.bench.paths import Path
-from servebook.bench.resources import CpuSeconds, ProcessTree
+from servebook.bench.resources import CpuSeconds, ProcessTree, engines_up
 from servebook.bench.stats import Estimate, Summary, difference, ratio, summarize
 from servebook.launch import Server
 
@@ -32,9 +32,10 @@ class Workload(BaseModel):
     """What one request asks for, and how long a block lasts."""
 
     prompt_tokens: int = Field(default=40, ge=10, description="About; the exact number is the server's.")
-    max_tokens: int = Field(default=64, ge=2)
-    block_seconds: float = Field(default=4.0, gt=0, description="Aimed at, by the number of requests in a block.")
+    max_tokens: int = Field(default=48, ge=2)
+    block_seconds: float = Field(default=3.0, gt=0, description="Aimed at, by the number of requests in a block.")
     rounds: int = Field(default=3, ge=1, description="Of four blocks each: two of either arm.")
+    rate: float | None = Field(default=None, gt=0, description="Open loop: requests a second, at random times.")
 
 
 class ArmResult(BaseModel):
@@ -48,10 +49,10 @@ class ArmResult(BaseModel):
 
 
 class Comparison(BaseModel):
-    """An arm against its reference at one concurrency. Ratios are arm / reference."""
+    """An arm against its reference at one load. Ratios are arm / reference."""
 
     name: str
-    concurrency: int
+    concurrency: int = Field(description="Callers, each with one request in flight; 0 in an open loop.")
     engines_up: int = Field(description="Engines in memory during the measurement; only one at a time had work.")
     workload: Workload
     arm: ArmResult
@@ -81,15 +82,14 @@ class Arm:
     blocks: list[Block] = field(default_factory=list)
 
     async def warm_up(self, concurrency: int) -> float:
-        """One untimed request per caller, then the seconds that one more takes at this concurrency."""
-        await closed_loop(self.send, workload.take(self.jobs, concurrency), concurrency)
+        """One request per caller; returns the seconds that they took."""
         return (await closed_loop(self.send, workload.take(self.jobs, concurrency), concurrency)).seconds
 
-    async def block(self, concurrency: int, requests: int) -> Block:
-        """Run one block and keep it."""
+    async def block(self, concurrency: int, requests: int, rate: float | None, seed: int) -> Block:
+        """Run one block and keep it; in an open loop `seed` draws the times of its requests."""
         jobs = workload.take(self.jobs, requests)
         before = self.tree.cpu()
-        load = await closed_loop(self.send, jobs, concurrency)
+        load = await (open_loop(self.send, jobs, rate, seed) if rate else closed_loop(self.send, jobs, concurrency))
         block = Block(load, self.tree.cpu() - before)
         self.blocks.append(block)
         return block
@@ -113,13 +113,15 @@ class Arm:
 
 
 @asynccontextmanager
-async def open_arm(path: Path, server: Server, wants: Workload, seed: int) -> AsyncIterator[Arm]:
-    """Connect to `server` over `path`; a first request shows that it answers."""
+async def open_arm(
+    path: Path, server: Server, wants: Workload, seed: int, behind: Sequence[Server] = ()
+) -> AsyncIterator[Arm]:
+    """Connect to `server` over `path`; a first request shows that it answers. CPU of the servers `behind` it counts."""
     make = workload.chats if path.chat else workload.completions
     jobs = make(wants.prompt_tokens, wants.max_tokens, seed)
     async with path.open(server) as send:
         await ask(send, next(jobs))
-        yield Arm(path, send, ProcessTree(server.pid), jobs)
+        yield Arm(path, send, ProcessTree(server.pid, *(other.pid for other in behind)), jobs)
 
 
 async def compare(
@@ -128,22 +130,25 @@ async def compare(
     reference: Arm,
     concurrency: int,
     wants: Workload,
-    engines_up: int,
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
     """Measure `arm` against `reference` in interleaved blocks; `on_block` hears of each that is done."""
     arm.blocks, reference.blocks = [], []
-    await arm.warm_up(concurrency)
-    seconds = await reference.warm_up(concurrency)
-    requests = concurrency * max(1, round(wants.block_seconds / seconds))
+    await arm.warm_up(concurrency or 1)
+    seconds = await reference.warm_up(concurrency or 1)
+    if wants.rate:
+        requests = max(2, round(wants.rate * wants.block_seconds))
+    else:
+        requests = concurrency * max(1, round(wants.block_seconds / seconds))
     order = [letter for number in range(wants.rounds) for letter in ORDER[number % 2]]
     for done, letter in enumerate(order, start=1):
-        await (arm if letter == "B" else reference).block(concurrency, requests)
+        # Neighbours, one of each arm, draw the same times.
+        await (arm if letter == "B" else reference).block(concurrency, requests, wants.rate, seed=(done + 1) // 2)
         on_block(done, len(order))
-    return _comparison(name, arm, reference, concurrency, wants, engines_up)
+    return _comparison(name, arm, reference, concurrency, wants)
 
 
-def _comparison(name: str, arm: Arm, reference: Arm, concurrency: int, wants: Workload, engines_up: int) -> Comparison:
+def _comparison(name: str, arm: Arm, reference: Arm, concurrency: int, wants: Workload) -> Comparison:
     of_arm, of_reference = [
         [(summarize(block.load), block.cpu.per_1000(block.load.output_tokens)) for block in side.blocks]
         for side in (arm, reference)
@@ -157,7 +162,7 @@ def _comparison(name: str, arm: Arm, reference: Arm, concurrency: int, wants: Wo
     return Comparison(
         name=name,
         concurrency=concurrency,
-        engines_up=engines_up,
+        engines_up=engines_up(),
         workload=wants,
         arm=arm.result(),
         reference=reference.result(),

@@ -36,14 +36,16 @@ class CpuSeconds(BaseModel):
 
 
 class ProcessTree:
-    """A server's processes, found once; `pid` is None for a server that runs elsewhere."""
+    """The processes of a server, and of those that it stands in front of, found once.
 
-    def __init__(self, pid: int | None) -> None:
+    A pid of None is a server that runs elsewhere: then nothing is known of any.
+    """
+
+    def __init__(self, *pids: int | None) -> None:
         self.front: list[psutil.Process] = []
         self.engine: list[psutil.Process] = []
-        self.known = pid is not None
-        if pid is not None:
-            root = psutil.Process(pid)
+        self.known = None not in pids
+        for root in (psutil.Process(pid) for pid in pids if pid is not None):
             for process in [root, *root.children(recursive=True)]:
                 (self.engine if is_engine(process) else self.front).append(process)
 
@@ -65,6 +67,11 @@ class ProcessTree:
 def is_engine(process: psutil.Process) -> bool:
     """Whether it is one of vLLM's engine processes."""
     return " ".join(process.cmdline()).startswith(ENGINE_TITLES)
+
+
+def engines_up() -> int:
+    """How many engines are in memory on this machine, whoever started them."""
+    return sum(process.name().startswith("VLLM::EngineCor") for process in psutil.process_iter(["name"]))
 
 
 def _cpu(processes: list[psutil.Process]) -> float:

@@ -10,7 +10,6 @@ answers mean nothing, and nothing but the benchmark ever starts it.
 from __future__ import annotations
 
 import asyncio
-import os
 import runpy
 import sys
 from collections.abc import AsyncGenerator
@@ -23,13 +22,12 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
-RATE_VARIABLE = "SERVEBOOK_SCRIPTED_RATE"
-"""Tokens a second for each request; 0 for as fast as the server takes them."""
+from servebook.bench.protocol import SCRIPTED_RATE
 
 SENTENCE = " The quick brown fox jumps over the lazy dog and runs along the river."
 
 
-class ScriptedLLM(AsyncLLM):
+class ScriptedLLM(AsyncLLM):  # type: ignore[misc]
     """What a server sees of `AsyncLLM`, without EngineCore: every request gets the same sentence, over and over.
 
     All requests step together, as the requests of one batch do in an engine.
@@ -47,7 +45,6 @@ class ScriptedLLM(AsyncLLM):
         tokenizer = self.renderer.get_tokenizer()
         ids = tokenizer.encode(SENTENCE, add_special_tokens=False)
         self.script = [(token, tokenizer.decode([token])) for token in ids]
-        self.rate = float(os.environ.get(RATE_VARIABLE, "0"))
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **_: Any
@@ -65,11 +62,8 @@ class ScriptedLLM(AsyncLLM):
         count = sampling_params.max_tokens or 16
         text, ids = "", list[int]()
         for number in range(count):
-            if self.rate:
-                step = int(loop.time() * self.rate) + 1
-                await asyncio.sleep(step / self.rate - loop.time())
-            else:
-                await asyncio.sleep(0)
+            step = int(loop.time() * SCRIPTED_RATE) + 1
+            await asyncio.sleep(step / SCRIPTED_RATE - loop.time())
             token, piece = self.script[number % len(self.script)]
             text, ids = (piece, [token]) if kind == RequestOutputKind.DELTA else (text + piece, [*ids, token])
             last = number == count - 1
@@ -102,12 +96,16 @@ class ScriptedLLM(AsyncLLM):
             renderer.shutdown()
 
 
+def install() -> None:
+    """From here on this process gets the scripted source wherever it imports `AsyncLLM`."""
+    vllm.v1.engine.async_llm.AsyncLLM = ScriptedLLM
+
+
 def main() -> None:
     """Run the module that the command line names, with its own arguments."""
-    vllm.v1.engine.async_llm.AsyncLLM = ScriptedLLM
-    module = sys.argv[1]
-    sys.argv = sys.argv[1:]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    install()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import select
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -26,7 +28,13 @@ from servebook.settings import Settings, load_settings
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 POLL_SECONDS = 0.1
+SUPERVISOR_SECONDS = 20.0
+"""How long a supervisor may take to listen: a few ms, on a machine that is not overloaded."""
+STOP_SECONDS = 40.0
+"""Longer than a supervisor's grace times together."""
 TAIL_LINES = 15
+INSTANCE = re.compile(r"\w[\w.-]*")
+EX_TEMPFAIL, EX_IOERR = 75, 74
 
 
 class Link:
@@ -34,7 +42,7 @@ class Link:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.connection.settimeout(40)
+        self.connection.settimeout(STOP_SECONDS)
 
     @classmethod
     def open(cls, settings: Settings, instance: str) -> Link | None:
@@ -45,6 +53,13 @@ class Link:
         except OSError:
             connection.close()
             return None
+        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", peer)[1] != os.getuid():  # abstract names have no permissions
+            connection.close()
+            raise LaunchError(
+                f"Another user of this machine holds the name of your {instance}.",
+                "Set SERVEBOOK_STATE_DIR to another folder of yours, and tell whoever runs this machine.",
+            )
         return cls(connection)
 
     def ask(self, op: str) -> dict[str, Any] | None:
@@ -82,7 +97,7 @@ class Link:
 
 
 _leases: dict[str, Link] = {}
-"""Leases of this process: they end with it, however it ends."""
+"""Leases of this process by supervisor's address: they end with it, however it ends."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +136,24 @@ class Server:
         return tail(self.log, lines) if self.log else ""
 
     def stop(self) -> None:
-        """End the server, whoever uses it."""
-        down(self.name, self.settings)
+        """End the server, whoever uses it; an engine elsewhere (SERVEBOOK_ENGINE_URL) is left alone."""
+        if self.pid is not None:
+            down(self.name, self.settings)
 
 
-def serve(name: str, *, instance: str | None = None, settings: Settings | None = None, **overrides: Any) -> Server:
+def serve(
+    name: str,
+    *,
+    instance: str | None = None,
+    settings: Settings | None = None,
+    spec: ServerSpec | None = None,
+    **overrides: Any,
+) -> Server:
     """Attach to a healthy server or start one, with a progress display; return it when it is ready.
 
     It lives as long as a process that called `serve` for it, or until `servebook down` if `servebook up`
-    started it. `instance` names a second server of the same kind; `overrides` are fields of Settings.
+    started it. `instance` names a second server of the same kind; `overrides` are fields of Settings; `spec`
+    starts it in another way than the table of servers says.
 
     Raises:
         LaunchError: it cannot start; the message holds the cause and the end of its log.
@@ -138,17 +162,27 @@ def serve(name: str, *, instance: str | None = None, settings: Settings | None =
     settings = _merge(settings, overrides)
     if name == "vllm" and settings.engine_url and instance is None:
         return _elsewhere(settings)
-    server, link = _start(find_server(name), settings, instance or name, owner="kernel")
-    _leases[server.name] = link
+    server, links = _start(spec or find_server(name), settings, instance or name, owner="kernel")
+    _leases.update(links)
     return server
 
 
 def up(name: str, settings: Settings | None = None, **overrides: Any) -> Server:
-    """Like `serve`, but the server stays when this process ends."""
+    """Like `serve`, but the server stays when this process ends.
+
+    Raises:
+        LaunchError: as `serve`; and for "vllm" where SERVEBOOK_ENGINE_URL says that it runs elsewhere.
+    """
     settings = _merge(settings, overrides)
-    server, link = _start(find_server(name), settings, name, owner="cli")
-    link.ask("keep")
-    link.close()
+    if name == "vllm" and settings.engine_url:
+        raise LaunchError(
+            f"The engine runs elsewhere: SERVEBOOK_ENGINE_URL is {settings.engine_url}.",
+            "Unset it to run one here.",
+        )
+    server, links = _start(find_server(name), settings, name, owner="cli")
+    for link in links.values():
+        link.ask("keep")
+        link.close()
     return server
 
 
@@ -159,13 +193,15 @@ def down(instance: str, settings: Settings | None = None) -> bool:
         LaunchError: it is still there after 40 seconds.
     """
     settings = settings or load_settings()
-    _record_path(settings, instance).unlink(missing_ok=True)
-    if lease := _leases.pop(instance, None):
+    with suppress(OSError):
+        _record_path(settings, instance).unlink()
+    link = Link.open(settings, instance)
+    if lease := _leases.pop(_address(settings, instance), None):
         lease.close()
-    if not (link := Link.open(settings, instance)):
+    if link is None:
         return False
     link.ask("stop")
-    if not link.wait_closed(40):
+    if not link.wait_closed(STOP_SECONDS):
         raise LaunchError(f"{instance} does not end.", f"See `servebook logs {instance}`.")
     return True
 
@@ -173,8 +209,8 @@ def down(instance: str, settings: Settings | None = None) -> bool:
 def status(settings: Settings | None = None) -> list[dict[str, Any]]:
     """Every known server's state as `servebook status --json` prints it; asked of the servers, not of the disk."""
     settings = settings or load_settings()
-    records = {path.stem for path in _servers_dir(settings).glob("*.json")}
-    return [_status_of(instance, settings) for instance in [*SERVERS, *sorted(records - SERVERS.keys())]]
+    known = {path.stem for path in _servers_dir(settings).glob("*.json")} | _listening(settings)
+    return [_status_of(instance, settings) for instance in [*SERVERS, *sorted(known - SERVERS.keys())]]
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
@@ -196,41 +232,56 @@ def _merge(settings: Settings | None, overrides: dict[str, Any]) -> Settings:
     return load_settings(**(settings.model_dump(exclude_unset=True) | overrides))
 
 
-def _start(spec: ServerSpec, settings: Settings, instance: str, owner: str) -> tuple[Server, Link]:
-    with progress(instance) as display:
-        needs = {}
-        for need in spec.needs:
-            if need == "vllm" and settings.engine_url:
-                needs[need] = _elsewhere(settings).endpoints
-                continue
-            server, link = _start(find_server(need), settings, need, owner)
-            needs[need] = server.endpoints
-            if owner == "cli":
-                link.ask("keep")
-            _leases[need] = link
-        display.phase("looking for the model")
-        model = model_path(settings)
-        request = _request(spec, settings, instance, owner, model, needs)
-        there = Link.open(settings, instance)
-        if there is None and spec.has_engine:
-            require_memory(settings, model)
-        link = there or _spawn(request, settings, display)
-        try:
-            info = link.ask("attach")
-            if info is None:
-                raise _died(instance, settings)
+def _start(spec: ServerSpec, settings: Settings, instance: str, owner: str) -> tuple[Server, dict[str, Link]]:
+    """Start or attach to `instance` and what it needs; the links lease them until they are closed."""
+    if not INSTANCE.fullmatch(instance):
+        raise LaunchError(f"{instance!r} cannot name a server.", "Use letters, digits, '-', '_' and '.'.")
+    links: dict[str, Link] = {}
+    try:
+        with progress(instance) as display:
+            needs: dict[str, Mapping[str, str]] = {}
+            for need in spec.needs:
+                if need == "vllm" and settings.engine_url:
+                    needs[need] = _elsewhere(settings).endpoints
+                else:
+                    server, its_links = _start(find_server(need), settings, need, owner)
+                    needs[need] = server.endpoints
+                    links |= its_links
+            display.phase("looking for the model")
+            model = model_path(settings)
+            request = _request(spec, settings, instance, owner, model, needs)
+            link, info, attached = _attach(spec, request, settings, model, display)
+            links[request["address"]] = link
             if info["fingerprint"] != request["fingerprint"]:
                 raise LaunchError(
                     f"{instance} is up with other settings (model {info['model']}).",
                     f"End it with `servebook down {instance}`, or ask for the settings that it has.",
                 )
             _await_ready(spec, info, link, settings, display)
-        except BaseException:
+            where = ", ".join(f"{kind} {address}" for kind, address in info["endpoints"].items())
+            display.done(f"{'attached to' if attached else 'ready'}: {where} ({display.elapsed}){_moved(info)}")
+            return _server(info, settings), links
+    except BaseException:
+        for link in links.values():
             link.close()
-            raise
-        where = ", ".join(f"{kind} {address}" for kind, address in info["endpoints"].items())
-        display.done(f"{'attached to' if there else 'ready'}: {where} ({display.elapsed}){_moved(info)}")
-        return _server(info, settings), link
+        raise
+
+
+def _attach(
+    spec: ServerSpec, request: dict[str, Any], settings: Settings, model: Path, display: Progress
+) -> tuple[Link, dict[str, Any], bool]:
+    """A lease on the server that is there, or on a new one; its description; whether it was there."""
+    while there := Link.open(settings, request["name"]):
+        if info := there.ask("attach"):
+            return there, info, True
+        there.close()  # it was ending, for example because its kernel was restarted: wait until it has
+    if spec.has_engine:
+        require_memory(settings, model)
+    link = _spawn(request, settings, display)
+    if info := link.ask("attach"):
+        return link, info, False
+    link.close()
+    raise _died(request["name"], settings)
 
 
 def _moved(info: dict[str, Any]) -> str:
@@ -266,7 +317,7 @@ def _request(
     if settings.key:
         # In the environment, not in argv: `ps` shows argv to every user of the machine.
         env |= {"VLLM_API_KEY": settings.key, "SERVEBOOK_API_KEY": settings.key}
-    what = json.dumps([argv, env, settings.host]).encode()
+    what = json.dumps([argv[1:], env, settings.host]).encode()  # a venv has several names for one Python
     return {
         "name": instance,
         "server": spec.name,
@@ -287,38 +338,36 @@ def _request(
 
 def _spawn(request: dict[str, Any], settings: Settings, display: Progress) -> Link:
     display.phase("importing")
-    log = Path(request["log"])
     try:
-        _servers_dir(settings).mkdir(parents=True, exist_ok=True)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        if log.exists():
-            log.replace(log.with_suffix(".log.1"))
-        output = log.open("ab")
+        settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (Path(request["log"]).parent, Path(request["record"]).parent):
+            folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise LaunchError(
-            f"The state folder {settings.state_dir} cannot be written: {error.strerror}.",
-            "Set SERVEBOOK_STATE_DIR to a folder that you can write to.",
-        ) from None
-    with output:
-        supervisor = subprocess.Popen(
-            [sys.executable, "-I", str(SUPERVISOR)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+        raise _unwritable(settings, error.strerror) from None
+    supervisor = subprocess.Popen(
+        [sys.executable, "-I", str(SUPERVISOR)], stdin=subprocess.PIPE, start_new_session=True
+    )
     assert supervisor.stdin
     with suppress(BrokenPipeError), supervisor.stdin as pipe:
         pipe.write(json.dumps(request).encode())
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + SUPERVISOR_SECONDS
     while time.monotonic() < deadline:
-        ended = supervisor.poll() is not None
+        code = supervisor.poll()
         if link := Link.open(settings, request["name"]):
             return link
-        if ended:
+        if code == EX_IOERR:
+            raise _unwritable(settings, "no log can be made there")
+        if code not in (None, EX_TEMPFAIL):  # TEMPFAIL: another start was first, and is about to listen
             break
         time.sleep(0.02)
     raise _died(request["name"], settings)
+
+
+def _unwritable(settings: Settings, why: str | None) -> LaunchError:
+    return LaunchError(
+        f"The state folder {settings.state_dir} cannot be written: {why}.",
+        "Set SERVEBOOK_STATE_DIR to a folder that you can write to.",
+    )
 
 
 def _await_ready(spec: ServerSpec, info: dict[str, Any], link: Link, settings: Settings, display: Progress) -> None:
@@ -348,9 +397,10 @@ def _died(instance: str, settings: Settings) -> LaunchError:
     log = log_path(instance, settings)
     code = _record(settings, instance).get("exit")
     how = "" if code is None else f" (killed by signal {-code})" if code < 0 else f" (exit code {code})"
+    hint = "If memory is short, Linux kills the largest process: see `servebook doctor`. " if code == -9 else ""
     return LaunchError(
         f"{instance} ended before it was ready{how}. The end of its log:\n{tail(log)}",
-        f"The whole log: `servebook logs {instance}`.",
+        f"{hint}The whole log: `servebook logs {instance}`.",
     )
 
 
@@ -365,9 +415,12 @@ def _elsewhere(settings: Settings) -> Server:
         answer.raise_for_status()
         model = answer.json()["data"][0]["id"]
     except requests.HTTPError as error:
+        refused = error.response.status_code in (401, 403)
         raise LaunchError(
-            f"The engine at {url} refuses: {error.response.status_code} {error.response.reason}.",
-            "Set SERVEBOOK_API_KEY to a key of that engine.",
+            f"The engine at {url} answers {error.response.status_code} {error.response.reason} to GET /v1/models.",
+            "Set SERVEBOOK_API_KEY to a key of that engine."
+            if refused
+            else "Correct SERVEBOOK_ENGINE_URL: it must be a vLLM.",
         ) from None
     except (requests.RequestException, LookupError, TypeError, ValueError):
         raise LaunchError(
@@ -386,7 +439,7 @@ def _status_of(instance: str, settings: Settings) -> dict[str, Any]:
     record = info or _record(settings, instance)
     if info:
         ready = find_server(info["server"]).ready(info["endpoints"])
-        overdue = time.time() - info["started"] > settings.start_timeout
+        overdue = info["seconds"] > settings.start_timeout
         state = "ready" if ready else "failed" if overdue else "starting"
     else:
         state = "failed" if record else "stopped"
@@ -399,6 +452,13 @@ def _status_of(instance: str, settings: Settings) -> dict[str, Any]:
         "owner": record.get("owner"),
         "log": record.get("log"),
     }
+
+
+def _listening(settings: Settings) -> set[str]:
+    """The instances that have a supervisor, whatever became of their records."""
+    prefix = "@" + _address(settings, "")
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return {line.split()[-1].removeprefix(prefix) for line in lines if prefix in line}
 
 
 def _servers_dir(settings: Settings) -> Path:

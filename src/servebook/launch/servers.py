@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 from servebook.engine import engine_argv
 from servebook.errors import LaunchError
-from servebook.settings import TENSOR_MODEL_NAME, Settings
+from servebook.settings import TENSOR_MODEL_NAME, Settings, is_loopback
 
 Endpoints = Mapping[str, str]
+Argv = Callable[[Settings, Path, dict[str, Endpoints]], list[str]]
 
 ENGINE_PHASES = {
     "starting the engine": "Initializing a V1 LLM engine",
@@ -34,28 +35,23 @@ class ServerSpec:
     name: str
     about: str
     ports: tuple[str, ...]
-    argv: Callable[[Settings, Path, dict[str, Endpoints]], list[str]]
+    argv: Argv
     ready: Callable[[Endpoints], bool]
     has_engine: bool = True
     needs: tuple[str, ...] = ()
 
 
-def http_ok(address: str, path: str, timeout: float = 2.0) -> bool:
-    """Whether GET answers 200. Readiness needs no client library, so the launcher stays light to import."""
+def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -> bool:
+    """Whether GET answers 200 with `words` in the body; asked past any proxy, and without a slow import."""
+    connection = HTTPConnection(address, timeout=timeout)
     try:
-        with urlopen(Request(f"http://{address}{path}"), timeout=timeout) as response:
-            return bool(response.status == 200)
-    except OSError:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status == 200 and words in response.read()
+    except (OSError, HTTPException):
         return False
-
-
-def http_has(address: str, path: str, words: bytes, timeout: float = 2.0) -> bool:
-    """Whether GET answers 200 with `words` in the body."""
-    try:
-        with urlopen(Request(f"http://{address}{path}"), timeout=timeout) as response:
-            return words in response.read()
-    except OSError:
-        return False
+    finally:
+        connection.close()
 
 
 def grpc_serving(address: str, timeout: float = 2.0) -> bool:
@@ -63,7 +59,7 @@ def grpc_serving(address: str, timeout: float = 2.0) -> bool:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
@@ -76,11 +72,12 @@ def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"),
         *("--host", settings.host, "--port", "{http}"),
         "--disable-uvicorn-access-log",
+        "--enable-scale-out",  # /inference/v1/generate: token ids in, token ids out (chapter 7)
         *engine_argv(settings, model),
     ]
 
 
-def _module(name: str, *ports: str) -> Callable[[Settings, Path, dict[str, Endpoints]], list[str]]:
+def _module(name: str, *ports: str) -> Argv:
     """The command of a server of ours that holds an engine: `python -m servebook.<name>`."""
 
     def argv(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
@@ -99,6 +96,20 @@ def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[
         *_module("grpc_server", "grpc", "metrics")(settings, model, needs),
         *(word for name, file in files.items() if file for word in (f"--tls-{name}", str(file.resolve()))),
     ]
+
+
+def _keyless(name: str, argv: Argv) -> Argv:
+    """The same command, refused beyond this machine: the server checks no key."""
+
+    def guarded(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
+        if not is_loopback(settings.host):
+            raise LaunchError(
+                f"{name} checks no API key, so it is not opened to {settings.host}.",
+                "Unset SERVEBOOK_HOST; to publish it, put a proxy with TLS and keys in front.",
+            )
+        return argv(settings, model, needs)
+
+    return guarded
 
 
 def _gateway(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
@@ -140,7 +151,7 @@ SERVERS: dict[str, ServerSpec] = {
             ports=("grpc", "metrics"),
             argv=_grpc,
             # Not asked by gRPC: under mTLS the launcher would need a certificate.
-            ready=lambda at: http_has(at["metrics"], "/metrics", b"servebook_grpc_serving 1.0"),
+            ready=lambda at: http_ok(at["metrics"], "/metrics", b"servebook_grpc_serving 1.0"),
         ),
         ServerSpec(
             name="gateway",
@@ -155,14 +166,14 @@ SERVERS: dict[str, ServerSpec] = {
             name="kserve",
             about="KServe's ModelServer with our predictor",
             ports=("grpc", "http"),
-            argv=_module("kserve_server", "grpc", "http"),
+            argv=_keyless("kserve", _module("kserve_server", "grpc", "http")),
             ready=lambda at: http_ok(at["http"], f"/v2/models/{TENSOR_MODEL_NAME}/ready"),
         ),
         ServerSpec(
             name="vllm-grpc",
             about="vLLM's own gRPC server",
             ports=("grpc",),
-            argv=_vllm_grpc,
+            argv=_keyless("vllm-grpc", _vllm_grpc),
             ready=lambda at: grpc_serving(at["grpc"]),
         ),
     )

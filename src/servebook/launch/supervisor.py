@@ -10,11 +10,13 @@ stale, because the kernel drops it with the process. The protocol is one JSON ob
     {"op": "stop"}     → ends the server; the connection closes when nothing is left of it
 
 The server's descendants are found through PR_SET_CHILD_SUBREAPER: whatever loses its parent becomes the
-supervisor's child. A guardian, forked before all else, kills the server's process group if the supervisor
-itself is killed with SIGKILL.
+supervisor's child. The supervisor's own parent, the guardian, does nothing but wait: if the supervisor is
+killed with SIGKILL, what it kept becomes the guardian's and is ended there; if the guardian is killed, the
+supervisor ends in order.
 """
 
 import ctypes
+import errno
 import json
 import os
 import selectors
@@ -28,6 +30,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 FIRST_LEASE_SECONDS = 15.0
 """How long a server without an owner waits for its first lease (its starter may have died)."""
@@ -36,6 +39,13 @@ TERM_SECONDS = 15.0
 ORPHAN_SECONDS = 3.0
 """Grace time of what it left behind; enough for Python's resource tracker to free shared memory."""
 KILL_SECONDS = 5.0
+MARK = "SERVEBOOK_SUPERVISOR"
+"""In the environment of each process that a supervisor started: its address. An orphan is known by it."""
+
+
+def prctl(option: int, value: int) -> None:
+    """Set an attribute of this process (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 def reserve(port: int) -> socket.socket | None:
@@ -50,14 +60,20 @@ def reserve(port: int) -> socket.socket | None:
 
 
 def can_bind(host: str, port: int) -> bool:
-    """Whether a server could listen on `host`:`port` now."""
+    """Whether a server could listen on `host`:`port` now.
+
+    Raises:
+        OSError: not on any port: `host` is not an address of this machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return False
+            raise
     return True
 
 
@@ -71,24 +87,39 @@ def choose_port(host: str, preferred: int, others: set[int]) -> tuple[int, socke
     raise OSError(f"no free port from {preferred} upwards")
 
 
-def start_guardian() -> socket.socket:
-    """Fork a process that waits for this one to end, then kills the group whose id it was sent."""
-    ours, theirs = socket.socketpair()
-    if os.fork() == 0:
-        os.setsid()
-        ours.close()
-        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(sig, signal.SIG_IGN)
-        words = b""
-        while chunk := theirs.recv(64):
-            words += chunk
-        last = words.decode().split()[-1:] or ["done"]
-        if last != ["done"]:
-            with suppress(ProcessLookupError):
-                os.killpg(int(last[0]), signal.SIGKILL)
-        os._exit(0)
-    theirs.close()
-    return ours
+def fork_under_guardian(listener: socket.socket) -> None:
+    """Go on in a child process; this one stays behind as its guardian and ends with it."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    guardian = os.getpid()
+    supervisor = os.fork()
+    if supervisor == 0:
+        os.setsid()  # a signal to the guardian's group must not reach both
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        if os.getppid() != guardian:
+            os._exit(1)
+        return
+    listener.close()
+    for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sig, signal.SIG_IGN)
+    _, status = os.waitpid(supervisor, 0)
+    # A process that dies hands its children to us before it can be waited for: this loop misses none.
+    while left := children():
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    free_openmp_files()
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def open_log(log: Path) -> None:
+    """Make `log` the output of this process and its children; the run before it is kept as `.log.1`."""
+    if log.exists():
+        log.replace(log.with_suffix(".log.1"))
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
 
 
 def children() -> list[int]:
@@ -108,15 +139,14 @@ def free_openmp_files() -> None:
 class Supervisor:
     """One server's life: start, answer, end."""
 
-    def __init__(self, spec: dict[str, Any], listener: socket.socket, guardian: socket.socket) -> None:
+    def __init__(self, spec: dict[str, Any], listener: socket.socket) -> None:
         self.spec = spec
-        self.guardian = guardian
-        self.guardian_pids = set(children())
         self.keep = False
         self.leases: set[socket.socket] = set()
-        self.started = time.time()
+        self.started = time.monotonic()
         self.had_lease = False
         self.stopping = False
+        signal.signal(signal.SIGTERM, self.terminate)
         self.selector = selectors.DefaultSelector()
         self.selector.register(listener, selectors.EVENT_READ, self.accept)
         self.claims: dict[str, socket.socket] = {}
@@ -125,24 +155,21 @@ class Supervisor:
             self.ports[kind], self.claims[kind] = choose_port(spec["host"], preferred, set(spec["avoid"]))
         self.record_path = Path(spec["record"])
         self.child = self.spawn()
-        self.guardian.sendall(f"{self.child.pid}\n".encode())
         self.pidfd = os.pidfd_open(self.child.pid)
         self.selector.register(self.pidfd, selectors.EVENT_READ, self.child_ended)
         self.record("running")
+
+    def terminate(self, *_: object) -> None:
+        """End in order; also what the guardian's death asks for."""
+        self.stopping = True
 
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start the server in a session of its own, so that a notebook's Interrupt does not reach it."""
         words = {f"{{{kind}}}": str(port) for kind, port in self.ports.items()}
         argv = [words.get(word, word) for word in self.spec["argv"]]
-        with Path(self.spec["log"]).open("ab") as log:
-            return subprocess.Popen(
-                argv,
-                env=os.environ | self.spec["env"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
+        env = os.environ | self.spec["env"] | {MARK: self.spec["address"], "SPT_NOENV": "1"}
+        return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def describe(self) -> dict[str, Any]:
         """What callers may know; the environment, which holds keys, stays out."""
@@ -156,14 +183,17 @@ class Supervisor:
             "owner": "cli" if self.keep else self.spec["owner"],
             "fingerprint": self.spec["fingerprint"],
             "log": self.spec["log"],
-            "started": self.started,
+            "seconds": round(time.monotonic() - self.started, 1),
         }
 
     def record(self, state: str, **more: Any) -> None:
         """Write what is left to read when the supervisor is gone; whole or not at all."""
         draft = self.record_path.with_suffix(".draft")
-        draft.write_text(json.dumps(self.describe() | {"state": state} | more))
-        draft.replace(self.record_path)
+        try:
+            draft.write_text(json.dumps(self.describe() | {"state": state} | more))
+            draft.replace(self.record_path)
+        except OSError as error:  # a full disk must not end a server that runs
+            print(f"supervisor: {error}", file=sys.stderr, flush=True)
 
     def run(self) -> None:
         """Serve requests until the server ended or nobody needs it any more."""
@@ -171,7 +201,7 @@ class Supervisor:
             for key, _ in self.selector.select(timeout=1.0):
                 key.data(key.fileobj)
             if not self.keep and not self.leases:
-                waited = time.time() - self.started
+                waited = time.monotonic() - self.started
                 if self.had_lease or waited > FIRST_LEASE_SECONDS:
                     self.stopping = True
         self.end()
@@ -223,19 +253,17 @@ class Supervisor:
             with suppress(subprocess.TimeoutExpired):
                 self.child.wait(TERM_SECONDS)
         self.sweep(signal.SIGTERM, ORPHAN_SECONDS)
-        with suppress(ProcessLookupError):
-            os.killpg(self.child.pid, signal.SIGKILL)
         self.sweep(signal.SIGKILL, KILL_SECONDS)
         free_openmp_files()
         if not by_itself:
-            self.record_path.unlink(missing_ok=True)
-        self.guardian.sendall(b"done\n")
+            with suppress(OSError):
+                self.record_path.unlink(missing_ok=True)
 
     def sweep(self, sig: signal.Signals, seconds: float) -> None:
         """Signal each descendant once as it becomes our child, and reap until none is left or time is up."""
         deadline = time.monotonic() + seconds
         signalled: set[int] = set()
-        while (left := set(children()) - self.guardian_pids) and time.monotonic() < deadline:
+        while (left := set(children())) and time.monotonic() < deadline:
             for pid in left - signalled:
                 with suppress(ProcessLookupError):
                     os.kill(pid, sig)
@@ -247,20 +275,29 @@ class Supervisor:
 
 
 def main() -> int:
-    """Read the spec from standard input; exit with 75 (EX_TEMPFAIL) if the server has a supervisor already."""
+    """Read the spec from standard input and keep its server.
+
+    Exits with 75 (EX_TEMPFAIL) if the server has a supervisor already, with 74 (EX_IOERR) if there can be no log.
+    """
     spec = json.load(sys.stdin)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind("\0" + spec["address"])
     except OSError:
         return 75
+    try:
+        open_log(Path(spec["log"]))
+    except OSError:
+        return 74
+    fork_under_guardian(listener)
     listener.listen(64)
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    guardian = start_guardian()
     for sig in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(sig, signal.SIG_IGN)
-    supervisor = Supervisor(spec, listener, guardian)
-    signal.signal(signal.SIGTERM, lambda *_: setattr(supervisor, "stopping", True))
+        signal.signal(sig, lambda *_: None)  # not SIG_IGN, which the server would inherit
+    try:
+        supervisor = Supervisor(spec, listener)
+    except OSError as error:
+        print(f"supervisor: cannot start {spec['name']} on {spec['host']}: {error}", file=sys.stderr)
+        return 1
     supervisor.run()
     return 0
 

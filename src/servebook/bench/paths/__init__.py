@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 
 from servebook.bench.load import BenchError, Send
-from servebook.bench.paths import openai
-from servebook.launch import Server
+from servebook.bench.paths import gateway, llm_v1, openai, v2, vllm_engine
+from servebook.launch import Server, ServerSpec, serve
+from servebook.settings import TENSOR_MODEL_NAME, Settings
 
 Open = Callable[[Server], AbstractAsyncContextManager[Send]]
 
@@ -18,7 +20,8 @@ class Path:
     """A way from a client to the engine.
 
     `against` names the path of vLLM's own server that it is compared with: the one that asks the engine for the
-    same work. `cannot` lists what its answers do not carry, in the terms of the parity test.
+    same work. `cannot` lists what its answers do not carry, in the terms of the parity test. `spec` is for a
+    server that is none of the workbook's own.
     """
 
     name: str
@@ -29,34 +32,76 @@ class Path:
     chat: bool = False
     streams: bool = True
     cannot: tuple[str, ...] = ()
+    spec: ServerSpec | None = None
+
+    @property
+    def instance(self) -> str:
+        """The name of its server among those that run."""
+        return self.name if self.spec else self.server
+
+    def serve(self, settings: Settings | None = None) -> Server:
+        """Attach to its server, or start it."""
+        return serve(self.server, instance=self.instance if self.spec else None, settings=settings, spec=self.spec)
 
 
-def _openai(connect: Callable[..., AbstractAsyncContextManager[Send]], chat: bool) -> Open:
-    return lambda server: connect(server.url, server.model, server.settings.key, chat=chat)
-
+kserve_sse = partial(openai.sse, prefix="/openai", model=TENSOR_MODEL_NAME)
 
 PATHS: dict[str, Path] = {
     path.name: path
     for path in (
-        Path("sse", "vLLM's OpenAI server, completion as SSE", "vllm", _openai(openai.sse, chat=False)),
-        Path("rest", "the same, one JSON answer", "vllm", _openai(openai.rest, chat=False), streams=False),
+        Path("sse", "vLLM's OpenAI server: completion, SSE", "vllm", openai.sse),
+        Path(
+            "rest",
+            "vLLM's OpenAI server: completion, one JSON answer",
+            "vllm",
+            openai.rest,
+            streams=False,
+        ),
         Path(
             "sse-chat",
-            "vLLM's OpenAI server, chat as SSE",
+            "vLLM's OpenAI server: chat, SSE",
             "vllm",
-            _openai(openai.sse, chat=True),
+            partial(openai.sse, chat=True),
             against="sse-chat",
             chat=True,
         ),
         Path(
             "rest-chat",
-            "the same, one JSON answer",
+            "vLLM's OpenAI server: chat, one JSON answer",
             "vllm",
-            _openai(openai.rest, chat=True),
+            partial(openai.rest, chat=True),
             against="sse-chat",
             chat=True,
             streams=False,
         ),
+        Path("triton", "Triton with the vLLM backend: ModelStreamInfer", "triton", v2.grpc_stream),
+        Path("grpc", "our llm.v1.LLMService: StreamGenerate", "grpc", llm_v1.stream),
+        Path("grpc-unary", "our llm.v1.LLMService: Generate", "grpc", llm_v1.unary, against="rest", streams=False),
+        Path("gateway", "our FastAPI gateway: /chat/stream", "gateway", gateway.stream, against="sse-chat", chat=True),
+        Path(
+            "gateway-whole",
+            "our FastAPI gateway: /chat",
+            "gateway",
+            gateway.whole,
+            against="rest-chat",
+            chat=True,
+            streams=False,
+        ),
+        Path(
+            "gateway-article",
+            "the article's gateway, a blocking client in async def: /chat",
+            "gateway",
+            gateway.article,
+            against="gateway-whole",
+            chat=True,
+            streams=False,
+            cannot=("temperature", "finish_reason", "usage"),
+            spec=gateway.ARTICLE,
+        ),
+        Path("kserve-rest", "KServe: V2 over REST", "kserve", v2.rest, against="rest", streams=False),
+        Path("kserve-grpc", "KServe: V2 over gRPC", "kserve", v2.grpc_unary, against="rest", streams=False),
+        Path("kserve-sse", "KServe: its OpenAI route, SSE", "kserve", kserve_sse),
+        Path("vllm-grpc", "vLLM's own gRPC server: token ids", "vllm-grpc", vllm_engine.stream, cannot=("text",)),
     )
 }
 

@@ -14,6 +14,7 @@ import aiohttp
 import orjson
 
 from servebook.bench.load import BenchError, Job, Message, Send
+from servebook.launch import Server
 
 
 @asynccontextmanager
@@ -52,17 +53,17 @@ def _body(model: str, job: Job, chat: bool) -> dict[str, Any]:
     return {"model": model, "max_tokens": job.max_tokens, "temperature": 0} | prompt
 
 
-def _route(chat: bool) -> str:
-    return "/v1/chat/completions" if chat else "/v1/completions"
+def _route(chat: bool, prefix: str) -> str:
+    return f"{prefix}/v1/chat/completions" if chat else f"{prefix}/v1/completions"
 
 
 @asynccontextmanager
-async def rest(base_url: str, model: str, key: str | None = None, chat: bool = False) -> AsyncIterator[Send]:
+async def rest(server: Server, chat: bool = False) -> AsyncIterator[Send]:
     """The whole answer as one JSON object."""
-    async with http_session(base_url, key) as session:
+    async with http_session(server.url, server.settings.key) as session:
 
         async def send(job: Job) -> AsyncIterator[Message]:
-            async with session.post(_route(chat), json=_body(model, job, chat)) as response:
+            async with session.post(_route(chat, ""), json=_body(server.model, job, chat)) as response:
                 await check(response)
                 answer = orjson.loads(await response.read())
             choice, usage = answer["choices"][0], answer["usage"]
@@ -73,13 +74,16 @@ async def rest(base_url: str, model: str, key: str | None = None, chat: bool = F
 
 
 @asynccontextmanager
-async def sse(base_url: str, model: str, key: str | None = None, chat: bool = False) -> AsyncIterator[Send]:
-    """Server-sent events. Usage is asked for once, in the last event, as a plain client does: it costs least."""
-    async with http_session(base_url, key) as session:
+async def sse(server: Server, chat: bool = False, prefix: str = "", model: str = "") -> AsyncIterator[Send]:
+    """Server-sent events. Usage is asked for once, in the last event, as a plain client does: it costs least.
+
+    `prefix` and `model` are for a server that has the same API under a path and a model name of its own.
+    """
+    async with http_session(server.url, server.settings.key) as session:
 
         async def send(job: Job) -> AsyncIterator[Message]:
-            body = _body(model, job, chat) | {"stream": True, "stream_options": {"include_usage": True}}
-            async with session.post(_route(chat), json=body) as response:
+            body = _body(model or server.model, job, chat) | {"stream": True, "stream_options": {"include_usage": True}}
+            async with session.post(_route(chat, prefix), json=body) as response:
                 await check(response)
                 async for data in sse_events(response):
                     if data == b"[DONE]":

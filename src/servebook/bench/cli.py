@@ -1,0 +1,105 @@
+"""`servebook bench`. What it measures with is imported when it runs: other commands should not wait for that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from servebook.settings import load_settings
+
+if TYPE_CHECKING:
+    from servebook.bench.arms import Workload
+    from servebook.bench.results import Results
+    from servebook.bench.run import Plan
+
+console = Console(highlight=False, soft_wrap=True)
+
+Callers = Annotated[list[int] | None, typer.Option("-c", "--concurrency", min=1, max=64, help="Callers at a time.")]
+
+
+def bench(
+    paths: Annotated[list[str] | None, typer.Argument(metavar="[PATH]…", help="Only these, such as grpc.")] = None,
+    full: Annotated[bool, typer.Option("--full/--quick", help="Everything (25 minutes), or a look (3).")] = False,
+    output: Annotated[Path, typer.Option(help="Grows step by step; the same command goes on.")] = Path("bench.json"),
+    concurrency: Callers = None,
+    rate: Annotated[float | None, typer.Option(min=0.01, help="Open loop: requests a second, not callers.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=10)] = 40,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="Of four interleaved blocks.")] = 3,
+    scripted: Annotated[bool, typer.Option(help="The scripted token source instead of engines.")] = False,
+    force: Annotated[bool, typer.Option(help="Go on when the control is off; the results are marked as void.")] = False,
+    as_report: Annotated[bool, typer.Option("--report", help="Write BENCHMARKS.md from the stored results.")] = False,
+    schema: Annotated[bool, typer.Option(help="Print the JSON schema of the result file.")] = False,
+) -> None:
+    """Measure the paths against vLLM's own server, side by side in one run.
+
+    Without PATH, a quick or a full plan; with PATH, these at the given load. Ctrl-C keeps what is done.
+    """
+    import uvloop
+
+    from servebook.bench.arms import Workload
+    from servebook.bench.report import markdown
+    from servebook.bench.results import Results, stored
+    from servebook.bench.run import FULL, QUICK, start
+
+    if schema:
+        print(json.dumps(Results.model_json_schema(), indent=2))
+        return
+    if as_report:
+        Path("BENCHMARKS.md").write_text(markdown(stored()))
+        console.print("BENCHMARKS.md is written.")
+        return
+    plan = FULL if full else QUICK
+    if paths:
+        wants = Workload(prompt_tokens=prompt_tokens, max_tokens=max_tokens, rounds=rounds, rate=rate)
+        plan = custom(paths, [0] if rate else concurrency or [1, 8], wants, scripted)
+    run = start(plan, load_settings(), output, force)
+    run.say = console.print
+    try:
+        uvloop.run(run.all())
+    except KeyboardInterrupt:
+        console.print(f"Stopped. {len(run.results.done)} of {len(plan)} steps are in {output}; run the same to go on.")
+        raise
+    show(run.results)
+    if run.results.void:
+        raise typer.Exit(1)
+
+
+def custom(paths: list[str], loads: list[int], wants: Workload, scripted: bool) -> Plan:
+    """A plan for some paths only, with a control of its own."""
+    from servebook.bench.paths import find_path
+    from servebook.bench.run import Plan, cells
+
+    chosen = tuple(cell for path in paths for cell in cells(find_path(path).name, *loads))
+    return Plan(
+        name="custom",
+        workload=wants,
+        control=tuple(loads[:1]),
+        engine=() if scripted else chosen,
+        protocol=chosen if scripted else (),
+        wire=tuple(dict.fromkeys(paths)) if scripted else (),
+    )
+
+
+def show(results: Results) -> None:
+    """Print the tables of a run."""
+    from servebook.bench import report
+
+    tables = {"Against vLLM's own server": report.ratios([*results.control, *results.engine])}
+    if results.protocol:
+        tables["Protocol alone (scripted token source)"] = report.protocol_costs(results)
+    if results.tensors:
+        tables["Big tensors, there and back, ms"] = report.tensor_table(results)
+    if results.plan == "full":
+        tables["What the chapters promise"] = report.verdict_table(results)
+    for title, (head, rows) in tables.items():
+        table = Table(*head, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(report.control_line(results))

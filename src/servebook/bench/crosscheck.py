@@ -1,0 +1,90 @@
+"""The same load by vLLM's own benchmark (`vllm bench serve`), to check our generator against a well-kept one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+from servebook.bench import workload
+from servebook.bench.arms import Workload
+from servebook.bench.load import BenchError, Job, closed_loop
+from servebook.bench.paths import find_path
+from servebook.bench.stats import Summary, summarize
+from servebook.engine import engine_env
+from servebook.launch import Server
+from servebook.model import model_path
+
+
+class CrossCheck(BaseModel):
+    """Our figures and those of `vllm bench serve`, for the same prompts against the same server."""
+
+    concurrency: int
+    requests: int
+    ours: Summary
+    theirs_tokens_per_s: float
+    theirs_ttft_p50_ms: float
+    theirs_tpot_p50_ms: float
+    tokens_per_s_ratio: float = Field(description="Ours / theirs; agreement is within 5 %.")
+    tpot_p50_ratio: float = Field(description="Ours / theirs.")
+
+
+async def cross_check(server: Server, wants: Workload, concurrency: int, requests: int) -> CrossCheck:
+    """Run ours, theirs, ours: ours is the mean of what was before and after.
+
+    Raises:
+        BenchError: vLLM's benchmark fails.
+    """
+    jobs = workload.completions(wants.prompt_tokens, wants.max_tokens, seed=7)
+    async with find_path("sse").open(server) as send:
+        await closed_loop(send, workload.take(jobs, concurrency), concurrency)
+        before = await closed_loop(send, workload.take(jobs, requests), concurrency)
+        theirs = await _vllm_bench(server, workload.take(jobs, requests), concurrency)
+        after = await closed_loop(send, workload.take(jobs, requests), concurrency)
+    ours = summarize(before, after)
+    tokens_per_s, ttft, tpot = theirs["output_throughput"], theirs["p50_ttft_ms"], theirs["p50_tpot_ms"]
+    return CrossCheck(
+        concurrency=concurrency,
+        requests=requests,
+        ours=ours,
+        theirs_tokens_per_s=tokens_per_s,
+        theirs_ttft_p50_ms=ttft,
+        theirs_tpot_p50_ms=tpot,
+        tokens_per_s_ratio=ours.tokens_per_s / tokens_per_s,
+        tpot_p50_ratio=ours.tpot_ms.p50 / tpot if ours.tpot_ms else float("nan"),
+    )
+
+
+async def _vllm_bench(server: Server, jobs: list[Job], concurrency: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        prompts, result = Path(folder) / "prompts.jsonl", Path(folder) / "result.json"
+        lines = [json.dumps({"prompt": job.prompt, "output_tokens": job.max_tokens}) for job in jobs]
+        prompts.write_text("\n".join(lines))
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+            *("--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions"),
+            *("--model", server.model, "--tokenizer", str(model_path(server.settings))),
+            *("--dataset-name", "custom", "--dataset-path", str(prompts), "--custom-output-len", "-1"),
+            *("--skip-chat-template", "--disable-shuffle", "--num-prompts", str(len(jobs))),
+            *("--max-concurrency", str(concurrency), "--temperature", "0", "--disable-tqdm"),
+            *("--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50"),
+            *("--save-result", "--result-dir", folder, "--result-filename", result.name),
+            env=_environment(server),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await process.communicate()
+        if process.returncode:
+            last = output.decode(errors="replace").strip().splitlines()[-3:]
+            raise BenchError("`vllm bench serve` failed: " + " / ".join(last))
+        return dict(json.loads(result.read_text()))
+
+
+def _environment(server: Server) -> dict[str, str]:
+    key = {"OPENAI_API_KEY": server.settings.key} if server.settings.key else {}
+    return os.environ | engine_env(server.settings) | key

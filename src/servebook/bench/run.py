@@ -1,0 +1,300 @@
+"""A whole run: which arms at which load, which servers that takes, and a result file that grows step by step."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path as File
+from time import monotonic
+
+from servebook import launch
+from servebook.bench.arms import CONTROL_LIMIT, Comparison, Workload, compare, off_by, open_arm
+from servebook.bench.crosscheck import cross_check
+from servebook.bench.load import BenchError
+from servebook.bench.paths import Path, find_path
+from servebook.bench.protocol import SCRIPTED_RATE, serve_scripted
+from servebook.bench.results import Results, load_results, new_results, now
+from servebook.bench.tensors import SERVERS, SIZES, tensor_costs
+from servebook.bench.wire import wire_cost
+from servebook.launch import Server, find_server
+from servebook.settings import Settings
+
+Cell = tuple[str, int]
+"""A path and how many callers it has at a time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. The cells of one server stand together, so that it is started once.
+
+    `own_control` gives the A/A control an engine of its own, as every other arm has one; else both of its
+    arms are the same server.
+    """
+
+    name: str
+    workload: Workload
+    control: tuple[int, ...]
+    engine: tuple[Cell, ...]
+    protocol: tuple[Cell, ...] = ()
+    wire: tuple[str, ...] = ()
+    tensors: tuple[int, ...] = ()
+    cross_check: bool = False
+    own_control: bool = False
+
+    def __len__(self) -> int:
+        tensors = len(SERVERS) if self.tensors else 0
+        return len([*self.control, *self.engine, *self.protocol, *self.wire]) + tensors + self.cross_check
+
+
+def cells(path: str, *concurrencies: int) -> tuple[Cell, ...]:
+    """The same path under several loads."""
+    return tuple((path, concurrency) for concurrency in concurrencies)
+
+
+SCRIPTED_CALLERS = int(500 / SCRIPTED_RATE)
+"""500 tokens a second through one server process."""
+
+STREAMING = ("grpc", "triton", "vllm-grpc", "kserve-sse", "gateway")
+
+QUICK = Plan(
+    name="quick",
+    workload=Workload(rounds=1, max_tokens=32),
+    control=(8,),
+    engine=(*cells("rest", 8), *cells("gateway", 1, 16), *cells("grpc", 1, 16)),
+)
+
+FULL = Plan(
+    name="full",
+    workload=Workload(),
+    control=(1, 32),
+    own_control=True,
+    engine=(
+        *cells("rest", 1, 32),
+        *cells("gateway", 1, 32),
+        *cells("gateway-article", 16),
+        *cells("triton", 1, 8, 32),
+        *cells("grpc", 1, 4, 16, 32),
+        *cells("grpc-unary", 8),
+        *cells("kserve-sse", 1, 32),
+        *cells("kserve-rest", 8),
+        *cells("kserve-grpc", 8),
+        *cells("vllm-grpc", 1, 8, 32),
+    ),
+    protocol=tuple((path, SCRIPTED_CALLERS) for path in STREAMING),
+    wire=("sse", "sse-chat", *STREAMING),
+    tensors=SIZES,
+    cross_check=True,
+)
+
+
+@dataclass
+class Run:
+    """A run that is going on: its servers, its results so far, and the person who watches."""
+
+    plan: Plan
+    settings: Settings
+    results: Results
+    output: File
+    force: bool = False
+    say: Callable[[str], None] = print
+    servers: dict[str, Server] = field(default_factory=dict)
+    ours: set[str] = field(default_factory=set)
+    step: int = 0
+
+    async def all(self) -> Results:
+        """Make every step that is not done yet. After each the file is whole: stop and resume whenever you like.
+
+        Raises:
+            BenchError: the control is off, and `force` was not asked for; or a request failed.
+            LaunchError: a server cannot start.
+        """
+        try:
+            await self.controls()
+            await self.engines()
+            await self.protocols()
+            await self.tensors()
+        finally:
+            for name in reversed(list(self.servers)):  # a gateway before its vLLM
+                self.end(name)
+        self.results.finished = now()
+        self.results.save(self.output)
+        return self.results
+
+    async def controls(self) -> None:
+        """vLLM's server against itself: what a ratio of exactly 1 looks like on this machine."""
+        path = find_path("sse")
+        own = self.plan.own_control and not self.settings.engine_url
+        for concurrency in self.plan.control:
+            name = f"control @{concurrency}"
+            if self.skip(name):
+                continue
+            self.up(path)  # before the step, so that its time is the measurement's alone
+            arm = self.up(path, instance="vllm-control") if own else None
+            with self.measured(name):
+                found = await self.compare(name, path, path, concurrency, self.up, arm)
+                if off_by(found) > CONTROL_LIMIT and not self.force:
+                    raise BenchError(
+                        f"The A/A control is off by {off_by(found):.1%}: the same server against itself must be within "
+                        f"{CONTROL_LIMIT:.0%}. Nothing measured now would be worth much.",
+                        "End what else runs on this machine and start again; or --force, and the results are marked "
+                        "as void.",
+                    )
+                self.results.control.append(found)
+        self.end("vllm-control")
+
+    async def engines(self) -> None:
+        """Every path on a real engine, one server after the other."""
+        wanted = [cell for cell in self.plan.engine if f"{cell[0]} @{cell[1]}" not in self.results.done]
+        self.step += len(self.plan.engine) - len(wanted)
+        for server, group in itertools.groupby(wanted, lambda cell: find_path(cell[0]).instance):
+            for name, concurrency in group:
+                path, against = find_path(name), find_path(find_path(name).against)
+                self.up(path)
+                title = f"{name} @{concurrency}"
+                with self.measured(title):
+                    self.results.engine.append(await self.compare(title, path, against, concurrency, self.up))
+            if server != "vllm":
+                self.end(server)
+        if self.plan.cross_check and not self.skip("cross-check"):
+            server_there = self.up(find_path("sse"))
+            with self.measured("cross-check"):
+                found = self.results.cross_check = await cross_check(server_there, self.plan.workload, 8, 64)
+                self.say(f"  ours / vllm bench serve: {found.tokens_per_s_ratio:.3f} tokens/s")
+        self.end("gateway")
+        self.end("vllm")
+
+    async def protocols(self) -> None:
+        """The protocol alone: the same servers around the scripted token source."""
+        names = dict.fromkeys([*self.plan.wire, *(name for name, _ in self.plan.protocol)])
+        for name in sorted(names, key=lambda name: find_path(name).server == "gateway"):
+            await self.protocol(find_path(name))
+        self.end("vllm-scripted")
+
+    async def protocol(self, path: Path) -> None:
+        """Bytes and CPU of one path; its scripted server ends with it, except vLLM's, which is the reference."""
+        wire = f"wire {path.name}"
+        if path.name in self.plan.wire and not self.skip(wire):
+            with self.measured(wire):
+                found = await wire_cost(path, self.up_scripted(path))
+                self.results.wire.append(found)
+                self.say(f"  {found.bytes_per_token:.0f} bytes a token")
+        for _, concurrency in (cell for cell in self.plan.protocol if cell[0] == path.name):
+            name = f"scripted {path.name} @{concurrency}"
+            if not self.skip(name):
+                self.up_scripted(path)
+                with self.measured(name):
+                    self.results.protocol.append(
+                        await self.compare(name, path, find_path(path.against), concurrency, self.up_scripted)
+                    )
+        if path.server != "vllm":
+            self.end(f"{path.server}-scripted")
+
+    async def tensors(self) -> None:
+        """Big tensors there and back."""
+        for server in SERVERS if self.plan.tensors else ():
+            name = f"tensors {server}"
+            if not self.skip(name):
+                with self.measured(name):
+                    self.results.tensors += list(tensor_costs(server, self.settings, self.plan.tensors))
+
+    async def compare(
+        self,
+        name: str,
+        path: Path,
+        against: Path,
+        concurrency: int,
+        up: Callable[[Path], Server],
+        arm: Server | None = None,
+    ) -> Comparison:
+        """One cell on the servers that `up` gives; the CPU of those behind a gateway counts as its own."""
+        wants, seed = self.plan.workload, 1000 * self.step
+
+        def behind(path: Path) -> list[Server]:
+            return [up(find_path(need)) for need in ("sse",) if find_server(path.server).needs]
+
+        async with (
+            open_arm(path, arm or up(path), wants, seed, behind(path)) as one,
+            open_arm(against, up(against), wants, seed + 1, behind(against)) as other,
+        ):
+            found = await compare(name, one, other, concurrency, wants, self.on_block)
+        self.say(f"  tokens/s {found.tokens_per_s} · TTFT p50 {found.ttft_p50_ms.value:+.1f} ms")
+        return found
+
+    def up(self, path: Path, instance: str = "") -> Server:
+        """The path's server, attached to or started."""
+
+        def serve() -> Server:
+            if instance:
+                return launch.serve(path.server, instance=instance, settings=self.settings)
+            return path.serve(self.settings)
+
+        return self.keep(instance or path.instance, serve)
+
+    def up_scripted(self, path: Path) -> Server:
+        """The path's server around the scripted source."""
+        if find_server(path.server).needs:
+            self.up_scripted(find_path("sse"))
+        return self.keep(f"{path.server}-scripted", lambda: serve_scripted(path.server, self.settings))
+
+    def keep(self, name: str, serve: Callable[[], Server]) -> Server:
+        """Remember a server, and whether it was up before."""
+        if name not in self.servers:
+            states = {entry["name"]: entry["state"] for entry in launch.status(self.settings)}
+            self.servers[name] = serve()
+            if states.get(name, "stopped") in ("stopped", "failed"):
+                self.ours.add(name)
+        return self.servers[name]
+
+    def end(self, name: str) -> None:
+        """End a server that this run started; others stay up."""
+        server = self.servers.pop(name, None)
+        if server and name in self.ours:
+            self.ours.discard(name)
+            server.stop()
+
+    def skip(self, name: str) -> bool:
+        """Whether this step was made before."""
+        self.step += name in self.results.done
+        return name in self.results.done
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """Say what comes, and write it to the file when it is there."""
+        self.step += 1
+        self.say(f"[{self.step}/{len(self.plan)}] {name}")
+        started = monotonic()
+        yield
+        self.results.seconds += monotonic() - started
+        self.results.done.append(name)
+        self.results.save(self.output)
+
+    def on_block(self, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r  block {done} of {total} \r" if done < total else "\r" + " " * 20 + "\r")
+            sys.stderr.flush()
+
+
+def start(plan: Plan, settings: Settings, output: File, force: bool = False) -> Run:
+    """A new run, or the one in `output` where it left off.
+
+    Raises:
+        BenchError: `output` holds another plan's results, or those of another machine.
+    """
+    fresh = new_results(plan.name, settings.model_name, "gpu" if settings.on_gpu else "cpu")
+    if not output.exists():
+        return Run(plan, settings, fresh, output, force)
+    results = load_results(output)
+    if results.finished or (results.plan, results.machine, results.versions, results.model) != (
+        fresh.plan,
+        fresh.machine,
+        fresh.versions,
+        fresh.model,
+    ):
+        raise BenchError(
+            f"{output} holds a finished run, or one of another plan, machine, version or model.",
+            "Name another file with --output, or remove this one.",
+        )
+    return Run(plan, settings, results, output, force)

@@ -1,0 +1,117 @@
+"""A client of vLLM's own gRPC server, which takes and gives token ids: the text is this side's work."""
+
+from __future__ import annotations
+
+import io
+import uuid
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from smg_grpc_proto import vllm_engine_pb2 as pb
+from smg_grpc_proto import vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+ENGINE = "vllm.grpc.engine.VllmEngine"
+"""The name under which health answers for the engine; "" is the process."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New token ids, and the text that they complete: "" where a character still lacks bytes.
+
+    `finish_reason` is "" until the last piece.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str = ""
+
+
+class VllmGrpcClient:
+    """A client of the server at `address` ("host:port"); use it in a `with` block, from any number of threads.
+
+    Errors are `grpc.RpcError` with `code()` and `details()`.
+    """
+
+    def __init__(self, address: str) -> None:
+        # The server sends messages of any size; gRPC's default would refuse a tokenizer or logprobs beyond 4 MB.
+        self.channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)])
+        self.stub = vllm_engine_pb2_grpc.VllmEngineStub(self.channel)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The engine's own tokenizer, fetched from the server: ids from any other would be another language."""
+        chunks = self.stub.GetTokenizer(common_pb2.GetTokenizerRequest(), timeout=30)
+        with zipfile.ZipFile(io.BytesIO(b"".join(chunk.data for chunk in chunks))) as bundle:
+            return Tokenizer.from_buffer(bundle.read("tokenizer.json"))
+
+    def stream_ids(
+        self, prompt: Sequence[int], *, request_id: str = "", timeout: float = 60, **sampling: Any
+    ) -> Iterator[pb.GenerateResponse]:
+        """Yield the server's messages as they come; leaving the loop, or closing the iterator, cancels the call.
+
+        `sampling` holds fields of the proto's SamplingParams. Without `max_tokens` the engine runs to the end of
+        its context.
+        """
+        call = self.stub.Generate(
+            pb.GenerateRequest(
+                request_id=request_id or str(uuid.uuid4()),
+                tokenized=pb.TokenizedInput(input_ids=prompt),
+                sampling_params=pb.SamplingParams(**sampling),
+                stream=True,
+            ),
+            timeout=timeout,
+        )
+        try:
+            yield from call
+        finally:
+            call.cancel()
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[Piece]:
+        """Tokenize `prompt`, and yield text as it becomes whole; `options` are those of `stream_ids`."""
+        decoder = DecodeStream(skip_special_tokens=True)
+        for message in self.stream_ids(self.tokenizer.encode(prompt).ids, **options):
+            if message.HasField("chunk"):
+                ids = list(message.chunk.token_ids)
+                yield Piece(ids, "".join(decoder.step(self.tokenizer, each) or "" for each in ids))
+            else:
+                yield Piece([], "", message.complete.finish_reason)
+
+    def generate(self, prompt: str, **options: Any) -> Piece:
+        """The whole answer."""
+        pieces = list(self.stream(prompt, **options))
+        ids = [each for piece in pieces for each in piece.token_ids]
+        return Piece(ids, "".join(piece.text for piece in pieces), pieces[-1].finish_reason)
+
+    def abort(self, *request_ids: str) -> None:
+        """Stop requests by their ids, whoever began them: the server asks for no right to do so."""
+        self.stub.Abort(pb.AbortRequest(request_ids=request_ids), timeout=10)
+
+    def model_info(self) -> pb.GetModelInfoResponse:
+        return self.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=10)
+
+    def server_info(self) -> pb.GetServerInfoResponse:
+        return self.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=10)
+
+    def load(self) -> pb.SchedulerLoad:
+        """Running and waiting requests and the part of the KV cache in use, as of the engine's last step."""
+        return self.stub.GetLoads(pb.GetLoadsRequest(), timeout=10).loads[0]
+
+    def serving(self, service: str = ENGINE) -> bool:
+        """Whether grpc.health.v1 answers SERVING for `service`."""
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def __enter__(self) -> VllmGrpcClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()

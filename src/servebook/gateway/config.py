@@ -1,0 +1,23 @@
+"""What whoever runs the gateway can set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """`upstream` is vLLM's root URL; `key` is asked of callers and shown to vLLM. Times are in seconds.
+
+    `idle_seconds` bounds the wait for the next bytes of a stream, `answer_seconds` that for a whole answer.
+    """
+
+    upstream: str
+    key: str | None = None
+    max_concurrent: int = 128
+    max_body_bytes: int = 256 * 1024
+    connect_seconds: float = 2
+    idle_seconds: float = 60
+    answer_seconds: float = 300
+    reader_seconds: float = 30
+    cors_origins: tuple[str, ...] = ()

@@ -1,0 +1,49 @@
+"""Stops the work for callers who have left: cancels their request, streaming or not."""
+
+from __future__ import annotations
+
+import asyncio
+
+import anyio
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class CancelOnDisconnect:
+    """ASGI middleware that cancels the application when its caller disconnects, or stops reading.
+
+    FastAPI notices a disconnect only where it streams; a handler that waits for the engine's whole answer
+    would wait on, and the engine would compute for nobody. Here a task of its own reads what the server
+    receives, ahead of the application, and so sees `http.disconnect` when it comes. Cancelling closes the
+    connection to vLLM (`engine.EngineCall`), and vLLM aborts a request whose connection closes.
+
+    `reader_seconds` is how long a caller may leave a full socket unread before they count as gone.
+    What is read ahead is bounded by `limits.BodyLimit`, which must be outside of this.
+    """
+
+    def __init__(self, app: ASGIApp, reader_seconds: float = 30) -> None:
+        self.app = app
+        self.reader_seconds = reader_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+        with anyio.CancelScope() as request:
+
+            async def read_ahead() -> None:
+                while (message := await receive())["type"] != "http.disconnect":
+                    messages.put_nowait(message)
+                request.cancel()
+
+            async def send_in_time(message: Message) -> None:
+                with anyio.move_on_after(self.reader_seconds) as patience:
+                    await send(message)
+                if patience.cancelled_caught:
+                    request.cancel()
+
+            reading = asyncio.create_task(read_ahead())
+            try:
+                await self.app(scope, messages.get, send_in_time)
+            finally:
+                reading.cancel()

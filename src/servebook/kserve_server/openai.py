@@ -1,0 +1,70 @@
+"""KServe's OpenAI endpoints, answered by vLLM's own implementation of that API."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncGenerator
+from types import ModuleType
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from vllm.entrypoints.generate.base import protocol as generate_protocol
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine import protocol as serve_protocol
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.renderers import chat_utils
+from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.v1.engine.async_llm import AsyncLLM
+
+# KServe 0.21 was built for vLLM 0.24 and looks for these two modules where they were then. Without them its
+# import fails, and the server leaves the OpenAI endpoints out with one line in its log.
+moved = ModuleType("vllm.entrypoints.openai.engine.protocol")
+moved.__dict__.update(vars(serve_protocol) | vars(generate_protocol))
+sys.modules |= {
+    "vllm.entrypoints.openai.engine.protocol": moved,
+    "vllm.entrypoints.chat_utils": chat_utils,
+}
+
+from kserve.protocol.rest.openai import ChatCompletionRequest, CompletionRequest, OpenAIGenerativeModel  # noqa: E402
+
+
+class OpenAIAnswers(OpenAIGenerativeModel):  # type: ignore[misc]
+    """Completions and chat completions, at once or as server-sent events."""
+
+    def answer_with(self, engine: AsyncLLM) -> None:
+        """Set up vLLM's two handlers on `engine`."""
+        models = OpenAIServingModels(engine, [BaseModelPath(name=self.name, model_path=engine.model_config.model)])
+        shared: dict[str, Any] = {
+            "request_logger": None,
+            "online_renderer": OnlineRenderer(
+                model_config=engine.model_config,
+                renderer=engine.renderer,
+                request_logger=None,
+                chat_template=None,
+                chat_template_content_format="auto",
+            ),
+        }
+        self.completions = OpenAIServingCompletion(engine, models, **shared)
+        self.chat = OpenAIServingChat(
+            engine, models, "assistant", chat_template=None, chat_template_content_format="auto", **shared
+        )
+
+    async def create_completion(
+        self, request: CompletionRequest, raw_request: Request, context: dict[str, Any] | None = None
+    ) -> AsyncGenerator[str, None] | Any:
+        return await self.completions.create_completion(request, raw_request)
+
+    async def create_chat_completion(
+        self, request: ChatCompletionRequest, raw_request: Request, context: dict[str, Any] | None = None
+    ) -> AsyncGenerator[str, None] | Any:
+        return await self.chat.create_chat_completion(request, raw_request)
+
+
+async def vllm_error(_: Request, error: Exception) -> JSONResponse:
+    """Answer with the status and body that vLLM's own server has for this error."""
+    answer = create_error_response(error)
+    return JSONResponse(answer.model_dump(), status_code=answer.error.code)

@@ -1,0 +1,91 @@
+"""What the checks of the REST labs share: a learner's call through a tap, and the usual faults explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from servebook.lab.feedback import NotYet, require
+from servebook.lab.tap import Exchange, Tap
+from servebook.lab.work import Work
+from servebook.launch import Server
+
+STATUS_CAUSES = {
+    401: "the key did not arrive: send the header Authorization with `Bearer `, then the key",
+    404: "there is no such path, or no such model: both come out of the arguments",
+    400: "the server read the request and refused it: its message names the field",
+    405: "the path is there, but not for this method: POST it",
+    415: "the body is not marked as JSON: requests does that with json=…",
+    422: "the body is not the JSON that this path wants",
+}
+
+
+def key_of(server: Server) -> str:
+    """The key that clients of this server send; any word does where it asks for none."""
+    return server.settings.key or "no-key-needed"
+
+
+def through(
+    tap: Tap,
+    work: Work,
+    action: Callable[[], Any],
+    causes: Mapping[type[BaseException], str] | None = None,
+) -> tuple[Any, list[Exchange]]:
+    """Run the learner's code against the tap; return its result and the requests that it made.
+
+    Raises:
+        NotYet: no request came, the server refused one, or the code raised.
+    """
+    before = len(tap.exchanges)
+    try:
+        result = work.run(action, causes, tap.busy)
+    except NotYet:
+        # The server's own words say more than the error that followed from them.
+        for exchange in tap.exchanges[before:]:
+            accepted(exchange)
+        raise
+    made = tap.exchanges[before:]
+    require(
+        bool(made),
+        "a request to the server that was handed in",
+        f"no request, and the result {result!r}"[:200],
+        "the answer does not come from that server: use the url or the client that your function is given",
+    )
+    for exchange in made:
+        accepted(exchange)
+    return result, made
+
+
+def accepted(exchange: Exchange) -> None:
+    """Require that the server did not refuse a request."""
+    if exchange.status >= 400:
+        # vLLM says 400 where the standard has 415.
+        status = 415 if b"Media Type" in exchange.answer else exchange.status
+        raise NotYet(
+            f"{exchange.method} that the server accepts",
+            f"{exchange.method} {exchange.path} → {exchange.status} {exchange.answer.decode(errors='replace')[:200]}",
+            STATUS_CAUSES.get(status, "the server refused the request"),
+        )
+
+
+def sends(exchange: Exchange, causes: Mapping[str, str], **fields: Any) -> None:
+    """Require `fields` in the request's JSON; `causes` explains by name why one may be missing or other."""
+    body = exchange.body if isinstance(exchange.body, dict) else {}
+    for name, value in fields.items():
+        require(
+            body.get(name) == value,
+            f"{name} = {value!r} in the request's JSON",
+            f"{name} = {body[name]!r}" if name in body else f"no {name}; it holds {', '.join(body) or 'nothing'}",
+            causes.get(name, "pass on what your function is given, do not fix it in the code"),
+        )
+
+
+def sends_key(exchange: Exchange, key: str) -> None:
+    """Require the key as a Bearer token."""
+    got = {name.lower(): value for name, value in exchange.headers.items()}.get("authorization")
+    require(
+        got == f"Bearer {key}",
+        f"the header Authorization: Bearer {key}",
+        f"Authorization: {got}" if got else "no such header",
+        "the key goes into the header Authorization, after the word Bearer; this server may not ask, the next one will",
+    )

@@ -1,0 +1,93 @@
+"""`servebook labs …` and `servebook release`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from servebook.lab.manifest import find_exercise, load_labs
+from servebook.lab.progress import Store
+
+app = typer.Typer(no_args_is_help=True, help="The labs: what there is, checks, hints, a copy to work in.")
+out = Console(highlight=False)
+
+ID = Annotated[str, typer.Argument(metavar="ID", help="An exercise, such as 04.2.")]
+STATES = {"new": "", "tried": "✗", "passed": "✓"}
+
+
+@app.command("list")
+def list_labs() -> None:
+    """List every exercise with your progress."""
+    table = Table("", "exercise", "", "points", "minutes", "hints", "servers")
+    earned = 0
+    with Store() as progress:
+        for lab in load_labs():
+            table.add_section()
+            table.add_row(
+                "", lab.stem, f"[bold]{lab.title}", str(lab.points), str(lab.minutes), "", " ".join(lab.servers)
+            )
+            for exercise in lab.exercises:
+                record = progress.of(exercise.id)
+                earned += exercise.points if record.state == "passed" else 0
+                table.add_row(
+                    STATES[record.state],
+                    exercise.id,
+                    exercise.title,
+                    str(exercise.points),
+                    str(exercise.minutes),
+                    f"{record.hints}/{len(exercise.hints)}",
+                )
+    out.print(table)
+    out.print(f"{earned} of {sum(lab.points for lab in load_labs())} points")
+
+
+@app.command()
+def check(exercise_id: ID) -> None:
+    """Check an exercise in the notebook as it is saved; exit code 1 unless it passes."""
+    from servebook.lab.checking import remember
+    from servebook.lab.folder import lab_notebook
+    from servebook.lab.shell import LabShell
+
+    lab, _ = find_exercise(exercise_id)
+    session = LabShell(lab_notebook(lab))
+    session.prepare(exercise_id)
+    result = session.check(exercise_id)
+    print(result.render(remember(result)))
+    raise typer.Exit(0 if result.passed else 1)
+
+
+@app.command()
+def hint(exercise_id: ID) -> None:
+    """Show one more hint."""
+    from servebook.lab.checking import next_hint
+
+    print(next_hint(exercise_id))
+
+
+@app.command()
+def reset(exercise_id: ID) -> None:
+    """Open the blank of an exercise again; what was written there is lost."""
+    from servebook.lab import folder
+
+    print(f"{exercise_id}: open again in {folder.reset(exercise_id)}; in JupyterLab, reload it from disk")
+
+
+@app.command()
+def init(target: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Copy the labs to DIR and work there from now on; notebooks that are there already stay."""
+    from servebook.lab.folder import make_copy
+
+    copied, kept = make_copy(target)
+    print(f"{len(copied)} labs copied to {target}" + (f", {len(kept)} left as they were" if kept else ""))
+
+
+def release(target: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write the student bundle to DIR: the workbook without solutions and without instructor's notes."""
+    from servebook.lab.release import write_bundle
+
+    write_bundle(target)
+    print(f"the student bundle is in {target}")

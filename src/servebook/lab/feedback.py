@@ -1,0 +1,73 @@
+"""What a check tells a learner: expected, got, the likely cause, the next hint. Never a traceback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from servebook.errors import ServebookError
+from servebook.lab.manifest import Exercise
+
+WIDTH = 400
+"""How many characters of a value are shown."""
+
+
+class NotYet(Exception):
+    """Raised by a check: the answer is not right yet, and why that is likely so."""
+
+    def __init__(self, expected: Any, got: Any, cause: str) -> None:
+        super().__init__(cause)
+        self.expected = expected if isinstance(expected, str) else shorten(expected)
+        self.got = got if isinstance(got, str) else shorten(got)
+        self.cause = cause
+
+
+class StillOpen(Exception):
+    """The blank is still there."""
+
+
+class NotPassed(ServebookError):
+    """Stands for a failed check where nbgrader grades; a learner at work only reads the feedback."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one check. "stuck" means that the check could not run, which is not the learner's fault."""
+
+    exercise: Exercise
+    state: Literal["passed", "open", "wrong", "stuck"]
+    expected: str = ""
+    got: str = ""
+    cause: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.state == "passed"
+
+    def render(self, hint: str = "") -> str:
+        """The lines that a learner reads, with `hint` as the last of them."""
+        head = f"{self.exercise.id} {self.exercise.title}"
+        if self.passed:
+            return f"✓ {head} ({self.exercise.worth})"
+        lines = [f"○ {head}: still open" if self.state == "open" else f"✗ {head}"]
+        for label, text in (
+            ("expected", self.expected),
+            ("got", self.got),
+            ("likely cause", self.cause),
+            ("next hint", hint),
+        ):
+            if text:
+                lines.append(f"  {label:<13} " + text.replace("\n", "\n" + " " * 16))
+        return "\n".join(lines)
+
+
+def require(condition: bool, expected: Any, got: Any, cause: str) -> None:
+    """Raise NotYet unless `condition` holds."""
+    if not condition:
+        raise NotYet(expected, got, cause)
+
+
+def shorten(value: Any) -> str:
+    """`repr(value)`, cut in the middle where it is long."""
+    text = repr(value)
+    return text if len(text) <= WIDTH else f"{text[: WIDTH // 2]} … {text[-WIDTH // 2 :]}"

@@ -1,0 +1,71 @@
+"""A learner's copy of the labs: made, found, and one blank of it opened again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nbformat
+
+from servebook.errors import ServebookError
+from servebook.lab.manifest import Lab, find_exercise, load_labs
+from servebook.lab.progress import Store
+from servebook.lab.release import ROOT
+
+
+def make_copy(target: Path) -> tuple[list[Lab], list[Lab]]:
+    """Copy the labs to `target` and remember it as the place to work in.
+
+    A notebook that is there already stays as it is. Returns the labs copied and the labs kept.
+    """
+    copied, kept = [], []
+    for lab in load_labs():
+        path = target / lab.path
+        if path.exists():
+            kept.append(lab)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(_at(ROOT / "labs", lab), path)
+        copied.append(lab)
+    with Store() as progress:
+        progress.folder = target.resolve()
+    return copied, kept
+
+
+def lab_notebook(lab: Lab) -> Path:
+    """The notebook that the learner works in: in the folder of `servebook labs init`, else in `labs/`.
+
+    Raises:
+        ServebookError: it is in neither.
+    """
+    with Store() as progress:
+        folder = progress.folder
+    return _at(folder if folder and folder.is_dir() else ROOT / "labs", lab)
+
+
+def reset(exercise_id: str) -> Path:
+    """Open an exercise's blank again and forget its progress; return the notebook that was changed.
+
+    Raises:
+        ServebookError: there is no such exercise, or its notebook has lost its answer cell.
+    """
+    lab, exercise = find_exercise(exercise_id)
+    path = lab_notebook(lab)
+    notebook = nbformat.read(path, as_version=4)
+    answer = next((cell for cell in notebook.cells if cell.id == f"{exercise.cell}-answer"), None)
+    if answer is None or "servebook" not in answer.metadata:
+        raise ServebookError(
+            f"{path} has no answer cell for {exercise_id}.", f"Remove {path.name} and run `servebook labs init` again."
+        )
+    answer.source, answer.outputs, answer.execution_count = answer.metadata["servebook"]["stub"], [], None
+    nbformat.write(notebook, path)
+    with Store() as progress:
+        progress.records.pop(exercise_id, None)
+    return path
+
+
+def _at(folder: Path, lab: Lab) -> Path:
+    path = folder / lab.path
+    if not path.is_file():
+        raise ServebookError(f"There is no {path}.", "Run `servebook labs init DIR`, or `make labs` in the repository.")
+    return path

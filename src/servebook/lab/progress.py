@@ -1,0 +1,53 @@
+"""What one learner has done so far, kept in the state folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock
+from pydantic import BaseModel, ValidationError
+
+from servebook.settings import load_settings
+
+
+class Record(BaseModel):
+    """One exercise: its best state so far, how often it was checked, how many hints were shown."""
+
+    state: Literal["new", "tried", "passed"] = "new"
+    attempts: int = 0
+    hints: int = 0
+
+
+class Progress(BaseModel):
+    """All records of a learner; `folder` is the copy of the labs that they work in."""
+
+    folder: Path | None = None
+    records: dict[str, Record] = {}
+
+    def of(self, exercise_id: str) -> Record:
+        """The record of one exercise, a fresh one where there is none."""
+        return self.records.setdefault(exercise_id, Record())
+
+
+class Store:
+    """A locked view of the progress file: `with Store() as progress:` reads it, and writes it at the end."""
+
+    def __init__(self) -> None:
+        self.path = load_settings().state_dir / "labs.json"
+        self.lock = FileLock(self.path.with_suffix(".lock"))
+
+    def __enter__(self) -> Progress:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire()
+        try:
+            self.progress = Progress.model_validate_json(self.path.read_text())
+        except (OSError, ValidationError):  # none yet, or not ours: progress is not worth an error
+            self.progress = Progress()
+        return self.progress
+
+    def __exit__(self, *_: object) -> None:
+        draft = self.path.with_suffix(".draft")
+        draft.write_text(self.progress.model_dump_json(indent=1))
+        draft.replace(self.path)
+        self.lock.release()

@@ -1,0 +1,101 @@
+"""Runs a lab's notebook in this process, cell by cell and without a kernel: for the command line and the proofs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nbformat
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from traitlets.config import Config
+
+from servebook.lab.checking import evaluate
+from servebook.lab.feedback import Result
+from servebook.lab.manifest import Exercise, find_exercise
+from servebook.lab.work import where
+
+PART = re.compile(r"(\d\d)-(\d)-(brief|given|answer|check|try)")
+"""The ids of an exercise's cells; every other cell belongs to the lab as a whole."""
+
+
+class CellError(Exception):
+    """A cell that is not an exercise's raised."""
+
+
+def exercise_of(cell: Any) -> tuple[str, str] | None:
+    """The exercise's id and the part that a cell plays in it, such as ("04.2", "answer")."""
+    match = PART.fullmatch(cell.id)
+    return (f"{match[1]}.{match[2]}", match[3]) if match else None
+
+
+def tagged(cell: Any, tag: str) -> bool:
+    """Whether a cell carries that tag."""
+    return tag in cell.metadata.get("tags", [])
+
+
+class LabShell:
+    """A session with the lab in `notebook`: `prepare()` once, then answers and checks in any order."""
+
+    def __init__(self, notebook: Path) -> None:
+        self.cells = nbformat.read(notebook, as_version=4).cells
+        quiet = Config()
+        quiet.HistoryManager.enabled = False
+        # A module of its own: the default would take the place of this process's __main__.
+        self.shell = InteractiveShell(user_module=ModuleType("lab"), config=quiet)
+
+    def prepare(self, exercise_id: str | None = None) -> None:
+        """Run the cells that the exercises build on: the shared ones, and what is given for `exercise_id` or for all.
+
+        Raises:
+            CellError: one of them failed.
+        """
+        for cell in self.cells:
+            part = exercise_of(cell)
+            mine = part is None or (part[1] == "given" and exercise_id in (None, part[0]))
+            if cell.cell_type == "code" and mine and not tagged(cell, "demo"):
+                error = self.run(cell.source)
+                if error:
+                    raise CellError(f"cell {cell.id!r}: {type(error).__name__}: {error}") from error
+
+        self.base = dict(self.shell.user_ns)
+
+    def forget(self) -> None:
+        """Forget all answers."""
+        self.shell.user_ns.clear()
+        self.shell.user_ns.update(self.base)
+
+    def source(self, exercise_id: str) -> str:
+        """What the notebook has in the answer cell."""
+        _, exercise = find_exercise(exercise_id)
+        return next(str(cell.source) for cell in self.cells if cell.id == f"{exercise.cell}-answer")
+
+    def run(self, source: str) -> BaseException | None:
+        """Run a cell silently; return the error that it ended with."""
+        with capture_output():
+            done = self.shell.run_cell(source)
+        error: BaseException | None = done.error_before_exec or done.error_in_exec
+        return error
+
+    def check(self, exercise_id: str, answer: str | None = None) -> Result:
+        """Run the answer cell, or `answer` in its place, and its check."""
+        _, exercise = find_exercise(exercise_id)
+        error = self.run(self.source(exercise_id) if answer is None else answer)
+        if error:
+            return _broken(exercise, error)
+        with capture_output():
+            return evaluate(exercise_id, self.shell.user_ns)
+
+
+def _broken(exercise: Exercise, error: BaseException) -> Result:
+    if isinstance(error, NotImplementedError) and error.args == (exercise.id,):
+        return Result(exercise, "open")
+    return Result(
+        exercise,
+        "wrong",
+        "a cell that runs",
+        f"{type(error).__name__}: {error}{where(error)}",
+        "the answer cell itself raised this error",
+    )

@@ -1,0 +1,192 @@
+"""A tap on the wire: relays HTTP between a learner's code and a real server, and notes what passes.
+
+Checks judge by what was really said, not by what the code looks like. What passes is not altered; a `pace` may
+hold it back or cut it into other pieces, as any network may.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "date", "server"}
+
+
+@dataclass
+class Exchange:
+    """One request and its answer; times are of `time.monotonic()`."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: Any
+    """The request's JSON, None where it has none."""
+    started: float
+    status: int = 0
+    answer: bytes = b""
+    """What the server has sent so far, decoded from chunks."""
+    ended: float | None = None
+    """When the whole answer was relayed."""
+    left: float | None = None
+    """When the client hung up before that."""
+    marks: dict[str, float] = field(default_factory=dict)
+    """Times that a pace has noted."""
+    done: threading.Event = field(default_factory=threading.Event)
+    client: socket.socket | None = None
+
+    def json(self) -> Any:
+        """The answer as JSON, None where it is none."""
+        with suppress(ValueError):
+            return json.loads(self.answer)
+        return None
+
+    def events(self) -> list[Any]:
+        """The JSON of every server-sent event so far, without the closing [DONE]."""
+        data = [line[5:].strip() for line in self.answer.split(b"\n") if line.startswith(b"data:")]
+        return [json.loads(item) for item in data if item != b"[DONE]"]
+
+    def client_gone(self) -> bool:
+        """Whether the client has closed its end."""
+        if self.client is None:
+            return True
+        readable, _, _ = select.select([self.client], [], [], 0)
+        try:
+            return bool(readable) and self.client.recv(1, socket.MSG_PEEK) == b""
+        except OSError:
+            return True
+
+
+Pace = Callable[[Iterator[bytes], Exchange], Iterator[bytes]]
+
+
+class Tap:
+    """Relays to the server at `target` (a URL) while the `with` block lasts.
+
+    Attributes:
+        url: where the learner's code is to connect to.
+        exchanges: every request so far, in the order of arrival.
+        most_at_once: how many requests were under way together at most.
+    """
+
+    def __init__(self, target: str, pace: Pace | None = None) -> None:
+        self.target = urlsplit(target)
+        self.pace = pace or (lambda chunks, _: chunks)
+        self.exchanges: list[Exchange] = []
+        self.most_at_once = 0
+        self._under_way = 0
+        self._lock = threading.Lock()
+        tap = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            # Without this a small chunk waits for the acknowledgement of the one before it (about 40 ms).
+            disable_nagle_algorithm = True
+
+            def relay(self) -> None:
+                tap._relay(self)
+
+            do_GET = do_POST = do_DELETE = do_PUT = relay
+
+            def log_message(self, *_: Any) -> None:
+                """Be silent."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._server.block_on_close = False
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Tap:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="tap", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return self._under_way > 0
+
+    def settle(self, seconds: float = 60) -> None:
+        """Wait until no request is under way."""
+        deadline = time.monotonic() + seconds
+        for exchange in list(self.exchanges):
+            exchange.done.wait(max(0, deadline - time.monotonic()))
+
+    def _relay(self, handler: BaseHTTPRequestHandler) -> None:
+        raw = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        try:
+            body = json.loads(raw) if raw else None
+        except ValueError:
+            body = None
+        exchange = Exchange(
+            handler.command, handler.path, dict(handler.headers), body, time.monotonic(), client=handler.connection
+        )
+        with self._lock:
+            self.exchanges.append(exchange)
+            self._under_way += 1
+            self.most_at_once = max(self.most_at_once, self._under_way)
+        try:
+            self._forward(handler, raw, exchange)
+        except OSError:
+            # Either end has hung up: the client on purpose, or the server because it is gone.
+            exchange.left = exchange.left or time.monotonic()
+            handler.close_connection = True
+        finally:
+            with self._lock:
+                self._under_way -= 1
+            exchange.client = None
+            exchange.done.set()
+
+    def _forward(self, handler: BaseHTTPRequestHandler, raw: bytes, exchange: Exchange) -> None:
+        upstream = self._connect()
+        try:
+            headers = {k: v for k, v in handler.headers.items() if k.lower() not in HOP_BY_HOP | {"accept-encoding"}}
+            upstream.request(handler.command, self.target.path + handler.path, raw or None, headers)
+            answer = upstream.getresponse()
+            exchange.status = answer.status
+
+            def chunks() -> Iterator[bytes]:
+                while chunk := answer.read1(65536):
+                    exchange.answer += chunk
+                    yield chunk
+
+            paced = self.pace(chunks(), exchange)
+            if first := next(paced, b""):
+                exchange.marks.setdefault("first", time.monotonic())
+            handler.send_response_only(answer.status, answer.reason)
+            for name, value in answer.getheaders():
+                if name.lower() not in HOP_BY_HOP:
+                    handler.send_header(name, value)
+            handler.send_header("Transfer-Encoding", "chunked")
+            handler.end_headers()
+            piece: bytes | None = first
+            while piece:
+                if exchange.client_gone():
+                    raise BrokenPipeError
+                handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                piece = next(paced, None)
+            handler.wfile.write(b"0\r\n\r\n")
+            exchange.ended = time.monotonic()
+        finally:
+            upstream.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        host, port = str(self.target.hostname), self.target.port
+        if self.target.scheme == "https":
+            return http.client.HTTPSConnection(host, port, timeout=60, context=ssl.create_default_context())
+        return http.client.HTTPConnection(host, port, timeout=60)

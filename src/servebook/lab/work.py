@@ -1,0 +1,133 @@
+"""A learner's work as a check sees it: named things in a notebook, called with a time limit."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import inspect
+import linecache
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from servebook.lab.feedback import NotYet, StillOpen
+from servebook.lab.manifest import Exercise
+from servebook.launch import Server
+
+IDLE_SECONDS = 8.0
+"""How long a learner's code may run while no server works for it."""
+LIMIT_SECONDS = 100.0
+"""How long it may run at most. nbgrader's limit for a cell is longer, so that a check ends first."""
+
+
+class OverTime(Exception):
+    """Put into a learner's thread to end it."""
+
+
+class Work:
+    """What a learner wrote for one exercise."""
+
+    def __init__(self, exercise: Exercise, namespace: Mapping[str, Any]) -> None:
+        self.exercise = exercise
+        self.namespace = namespace
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The learner's function or class of that name."""
+        found = self.namespace.get(name)
+        if not callable(found):
+            raise NotYet(
+                f"a function named {name}",
+                "nothing of that name" if found is None else f"{name} = {found!r}",
+                "its cell has not run in this session, or the name was changed",
+            )
+        return found  # type: ignore[no-any-return]
+
+    def server(self, name: str) -> Server:
+        """The server that the notebook's setup cell put into the variable of that name."""
+        found = self.namespace.get(name.replace("-", "_"))
+        if not isinstance(found, Server):
+            raise NotYet(
+                f"the running server in the variable {name.replace('-', '_')}",
+                found,
+                "the setup cell at the top of the notebook has not run in this session",
+            )
+        return found
+
+    def run(
+        self,
+        action: Callable[[], Any],
+        causes: Mapping[type[BaseException], str] | None = None,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> Any:
+        """Return what `action`, which calls the learner's code, returns; a coroutine is awaited.
+
+        It runs in a thread of its own, so that neither a hanging call nor the notebook's event loop is in the way.
+        Time that a server takes, while `busy` says so, is not held against the learner.
+
+        Raises:
+            StillOpen: it ran into the blank of this exercise.
+            NotYet: it raised, or came to nothing; `causes` explains the errors that are to be expected.
+        """
+        outcome: list[Any] = []
+        failure: list[BaseException] = []
+
+        def target() -> None:
+            try:
+                value = action()
+                outcome.append(asyncio.run(_await(value)) if inspect.isawaitable(value) else value)
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=target, name=f"lab {self.exercise.id}", daemon=True)
+        thread.start()
+        started = idle_since = time.monotonic()
+        while thread.is_alive() and time.monotonic() - idle_since < IDLE_SECONDS:
+            thread.join(0.1)
+            if busy() and time.monotonic() - started < LIMIT_SECONDS:
+                idle_since = time.monotonic()
+        if thread.is_alive():
+            # A loop in Python ends by this; a call that blocks in C lives on until its socket is closed.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(OverTime))
+            raise NotYet(
+                "an end",
+                f"none, {time.monotonic() - started:.0f} s after the call",
+                (causes or {}).get(TimeoutError, "your code waits for something that never comes, or loops for ever"),
+            )
+        if failure:
+            self.blame(failure[0], causes or {})
+        return outcome[0]
+
+    def blame(self, error: BaseException, causes: Mapping[type[BaseException], str]) -> None:
+        """Turn an error of the learner's code into feedback.
+
+        Raises:
+            StillOpen: it says that the blank is open.
+            NotYet: any other.
+        """
+        if isinstance(error, NotYet | StillOpen):
+            raise error
+        if isinstance(error, NotImplementedError) and error.args == (self.exercise.id,):
+            raise StillOpen
+        cause = next((text for kind, text in causes.items() if isinstance(error, kind)), "your code raised this error")
+        raise NotYet("no error", f"{type(error).__name__}: {str(error)[:300]}{where(error)}", cause)
+
+
+async def _await(value: Any) -> Any:
+    return await value
+
+
+def where(error: BaseException) -> str:
+    """The line of the learner's cell that an error went through last, "" where it went through none."""
+    place = ""
+    trace = error.__traceback__
+    while trace:
+        code = trace.tb_frame.f_code
+        if "ipykernel_" in code.co_filename or code.co_filename.startswith("<ipython-input"):
+            line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
+            place = f"\nin line {trace.tb_lineno} of your cell: {line}"
+        trace = trace.tb_next
+    return place
+
+
+CheckFunction = Callable[[Work], None]

@@ -1,0 +1,181 @@
+"""Runs requests on an `AsyncLLM` that lives on an event loop in a thread of its own.
+
+Everything that talks to the engine or to a response sender happens on that loop, so nothing needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+import uvloop
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.inputs import TextPrompt
+from vllm.lora.request import LoRARequest
+from vllm.renderers.inputs.preprocess import parse_model_prompt
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from servebook.triton_backend.guardian import start_guardian
+from servebook.triton_backend.metrics import TritonStats
+from servebook.triton_backend.request import (
+    BadRequest,
+    GenerateRequest,
+    Tensors,
+    UnsupportedRequest,
+    parse_request,
+    refused,
+)
+from servebook.triton_backend.response import Responses
+
+POLL_SECONDS = 0.05
+"""How often cancelled requests are looked for: Triton offers no callback. A cancel must be seen within 0.2 s."""
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+Error = pb_utils.TritonError
+
+
+class Engine:
+    """A running engine and the requests in it.
+
+    `loras` maps adapter names to paths (None: LoRA is off); `on_death` is called once if the engine dies.
+    """
+
+    def __init__(
+        self,
+        engine_args: AsyncEngineArgs,
+        loras: dict[str, str] | None,
+        stats: TritonStats | None,
+        on_death: Callable[[], None] | None,
+    ) -> None:
+        # vLLM's default loggers feed a Prometheus registry that nobody can reach inside a stub.
+        engine_args.disable_log_stats = True
+        self.loras = loras
+        self.stats = stats
+        self.on_death = on_death
+        # Requests without their final response. Asking Triton about a sender after that crashes the server.
+        self.waiting: dict[Any, asyncio.Task[None]] = {}
+        self.guardian = start_guardian()
+        self.loop = uvloop.new_event_loop()
+        self.thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self.thread.start()
+        try:
+            self._on_loop(self._start(engine_args))
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def submit(self, tensors: Tensors, parameters: str, sender: Any) -> None:
+        """Take a request over from Triton; answer at once if it does not fit. Called on Triton's thread."""
+        try:
+            request = parse_request(tensors, parameters)
+            self._check_lora(request)
+        except UnsupportedRequest as error:
+            _send_error(sender, str(error), Error.UNSUPPORTED)
+        except BadRequest as error:
+            _send_error(sender, str(error), Error.INVALID_ARG)
+        else:
+            self.loop.call_soon_threadsafe(self._begin, request, sender)
+
+    def shutdown(self) -> None:
+        """End the engine and wait until its processes are gone. Triton has had all responses by now."""
+        self.loop.call_soon_threadsafe(self.watcher.cancel)
+        self.llm.shutdown()
+        self._end_loop()
+        if self.stats:
+            self.stats.close()
+        self.guardian.release()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def _on_loop(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def _end_loop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+
+    async def _start(self, engine_args: AsyncEngineArgs) -> None:
+        self.llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=[self.stats] if self.stats else [])
+        self.watcher = asyncio.create_task(self._watch())
+
+    def _begin(self, request: GenerateRequest, sender: Any) -> None:
+        self.waiting[sender] = asyncio.create_task(self._serve(request, sender))
+
+    async def _serve(self, request: GenerateRequest, sender: Any) -> None:
+        """Send the engine's outputs as they come, or one error: exactly one response is flagged final."""
+        try:
+            await self._generate(request, sender)
+        except asyncio.CancelledError:
+            self._fail(sender, "the client cancelled the request", Error.CANCELLED)
+        except BadRequest as error:
+            self._fail(sender, str(error), Error.INVALID_ARG)
+        except VLLMClientError as error:
+            self._fail(sender, str(refused("sampling_parameters", error)), Error.INVALID_ARG)
+        except (EngineDeadError, GracefulHTTPError) as error:
+            self._fail(sender, f"the engine cannot serve: {error}", Error.UNAVAILABLE)
+        except Exception as error:
+            cause = error.__cause__ or error
+            pb_utils.Logger.log_error(f"request failed: {cause!r}")
+            self._fail(sender, f"generation failed: {cause!r}", Error.INTERNAL)
+
+    def _fail(self, sender: Any, message: str, code: int) -> None:
+        if self.waiting.pop(sender, None):
+            _send_error(sender, message, code)
+
+    async def _generate(self, request: GenerateRequest, sender: Any) -> None:
+        prompt = parse_model_prompt(self.llm.model_config, TextPrompt(prompt=request.prompt))
+        try:
+            (engine_input,) = await self.llm.renderer.render_cmpl_async([prompt])
+        except VLLMClientError as error:
+            raise refused("text_input", error) from None
+        outputs = self.llm.generate(
+            engine_input, request.sampling, uuid.uuid4().hex, lora_request=self._lora_request(request)
+        )
+        responses = Responses(request)
+        async with aclosing(outputs):  # leaving early aborts the request in the engine
+            async for output in outputs:
+                tensors = [pb_utils.Tensor(name, array) for name, array in responses.tensors(output).items()]
+                if output.finished:
+                    del self.waiting[sender]
+                sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if output.finished else 0)
+
+    async def _watch(self) -> None:
+        """Cancel what clients cancelled; notice an engine that died, also while nobody asks it for anything."""
+        while not self.llm.errored:
+            await asyncio.sleep(POLL_SECONDS)
+            for sender, task in self.waiting.items():
+                if sender.is_cancelled():
+                    task.cancel()
+        pb_utils.Logger.log_error("the engine died")
+        if self.on_death:
+            self.on_death()
+
+    def _check_lora(self, request: GenerateRequest) -> None:
+        if request.lora_name is None:
+            return
+        if self.loras is None:
+            raise BadRequest("sampling_parameters.lora_name", "LoRA feature is not enabled.")
+        if request.lora_name not in self.loras:
+            raise BadRequest(
+                "sampling_parameters.lora_name",
+                f"LoRA {request.lora_name} is not supported, we currently support {list(self.loras)}",
+            )
+
+    def _lora_request(self, request: GenerateRequest) -> LoRARequest | None:
+        if request.lora_name is None or self.loras is None:
+            return None
+        number = 1 + list(self.loras).index(request.lora_name)
+        return LoRARequest(request.lora_name, number, self.loras[request.lora_name])
+
+
+def _send_error(sender: Any, message: str, code: int) -> None:
+    sender.send(pb_utils.InferenceResponse(error=Error(message, code)), flags=FINAL)

@@ -1,0 +1,71 @@
+"""Ends what a killed stub would leave behind; run by path, with the standard library only.
+
+Triton does not notice that a stub died: it stays "ready", and whoever waits for an answer waits for ever.
+And the engine's processes live on. This small process holds the end of a pipe from the stub. When the pipe
+closes without a word, it kills the engine, and the server with it: a client then sees a closed connection at once,
+and whoever keeps the server can start it again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+MARK = "SERVEBOOK_TRITON_STUB"
+"""Environment variable with the stub's process id: how its descendants are found when it is gone."""
+
+
+class Guardian:
+    """The stub's end of the pipe."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+
+    def release(self) -> None:
+        """Say that the stub ends as it should, and wait for the guardian's own end."""
+        self.process.communicate(b"done")
+
+
+def start_guardian() -> Guardian:
+    """Start a guardian of this process, and mark what this process starts from now on."""
+    os.environ[MARK] = str(os.getpid())
+    words = [sys.executable, "-I", __file__, str(os.getppid()), *shared_memory()]
+    return Guardian(subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True))
+
+
+def shared_memory() -> set[str]:
+    """Triton's regions in /dev/shm that this process has mapped."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[-1] for line in maps if "/dev/shm/triton_python_backend" in line}
+
+
+def marked(stub: str) -> list[int]:
+    """Process ids of the stub's descendants, this process left out."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            environ = (folder / "environ").read_bytes().split(b"\0")
+            if f"{MARK}={stub}".encode() in environ and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+    return found
+
+
+def main() -> None:
+    """Wait for the stub's end; unless it said "done", end its engine and its server."""
+    if sys.stdin.buffer.read() == b"done":
+        return
+    server = int(sys.argv[1])
+    print("servebook: the stub died; ending the engine and the server", file=sys.stderr, flush=True)
+    for pid in [*marked(os.environ[MARK]), server]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for region in sys.argv[2:]:
+        Path(region).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

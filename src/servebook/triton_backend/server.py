@@ -1,0 +1,104 @@
+"""The command that runs a real tritonserver on this machine: binary, libraries, backends, ports."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import secrets
+import shutil
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from servebook.errors import LaunchError
+from servebook.settings import is_loopback
+
+
+def tritonserver_command(
+    repository: Path,
+    scratch: Path,
+    *,
+    grpc_port: int,
+    http_port: int,
+    metrics_port: int,
+    host: str = "127.0.0.1",
+    gpu: bool = False,
+) -> list[str]:
+    """The words that start Triton with every model of `repository`; run them with `tritonserver_env()`.
+
+    `scratch` is a folder of your own that may be kept from run to run: the backends are laid out there.
+    Both backends are at hand, `vllm` (ours) and `python`.
+
+    Raises:
+        LaunchError: Triton is not installed, there is no such repository, or `host` is not of this machine.
+    """
+    if not is_loopback(host):
+        raise LaunchError(
+            f"Triton knows no API keys, so it is not opened to the network ({host}).",
+            "Leave SERVEBOOK_HOST at 127.0.0.1, and reach it from elsewhere through an SSH tunnel.",
+        )
+    if not repository.is_dir():
+        raise LaunchError(f"There is no model repository {repository}.", "Name a folder that holds model folders.")
+    # Loading a model means running its code. A model can be unloaded by its own backend (that needs the
+    # mode "explicit"), but nobody may load one over the network: the header's value is told to no one.
+    locked = f"model-repository:servebook-admin={secrets.token_hex(16)}"
+    return [
+        str(_tritonserver() / "bin/tritonserver"),
+        f"--model-repository={repository}",
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        f"--backend-directory={lay_out_backends(scratch / 'backends')}",
+        *(f"--{kind}-address={host}" for kind in ("grpc", "http", "metrics")),
+        *(f"--grpc-port={grpc_port}", f"--http-port={http_port}", f"--metrics-port={metrics_port}"),
+        *(f"--grpc-restricted-protocol={locked}", f"--http-restricted-api={locked}"),
+        *([] if gpu else ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]),
+        "--exit-timeout-secs=12",  # an engine takes up to 6 s to end; the launcher waits for 15
+        "--log-format=ISO8601",
+    ]
+
+
+def tritonserver_env() -> dict[str, str]:
+    """What Triton's environment must hold in addition, so that it finds its libraries and this Python."""
+    libraries = [str(_tritonserver().parents[1] / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
+    return {
+        "LD_LIBRARY_PATH": os.pathsep.join([*libraries, *_given("LD_LIBRARY_PATH")]),
+        # The stub takes its packages from the python3 that comes first.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), *_given("PATH")]),
+    }
+
+
+def lay_out_backends(folder: Path) -> Path:
+    """Fill a backend directory: the wheel's Python backend with the stub of this Python, and ours.
+
+    Copies, because Triton refuses links that lead out of its backend directory.
+    """
+    tritonserver = _tritonserver()
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    sources = {
+        "python": [
+            *(tritonserver / "backends/python").glob("*.*"),
+            tritonserver / "python_backend_stubs" / version / "triton_python_backend_stub",
+        ],
+        "vllm": [Path(__file__).with_name("model.py")],
+    }
+    for backend, files in sources.items():
+        (folder / backend).mkdir(parents=True, exist_ok=True)
+        for source in files:
+            target = folder / backend / source.name
+            if not target.is_file() or not filecmp.cmp(source, target):
+                draft = target.with_name(f"{target.name}.{os.getpid()}")
+                shutil.copy2(source, draft)
+                draft.replace(target)  # whole at any moment, also for a server that starts beside this one
+    return folder
+
+
+def _tritonserver() -> Path:
+    spec = find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise LaunchError("nvidia-pytriton, which carries tritonserver, is not installed.", "Run `make setup`.")
+    return Path(spec.submodule_search_locations[0]) / "tritonserver"
+
+
+def _given(name: str) -> list[str]:
+    return [os.environ[name]] if os.environ.get(name) else []

@@ -1,0 +1,112 @@
+"""One person's state folder, and the commands that this person types; for tests of server lifetimes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from servebook import launch
+from servebook.launch.lifetime import Link
+from servebook.settings import Settings, load_settings
+
+TINY = Path(__file__).with_name("tiny_server.py")
+
+
+def eventually(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
+    """Poll until `condition` holds; fail with `what` when time is up."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+    return value
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+class Desk:
+    """One person's state folder, and the commands that this person types."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder = folder
+        self.env = os.environ | {"SERVEBOOK_STATE_DIR": str(folder), "SERVEBOOK_VLLM_HTTP_PORT": str(port)}
+        self.children: list[subprocess.Popen[str]] = []
+
+    @property
+    def settings(self) -> Settings:
+        return load_settings(state_dir=self.folder)
+
+    def start(self, *words: str | Path, **env: str) -> subprocess.Popen[str]:
+        """`python` with these words; `env` are settings."""
+        child = subprocess.Popen(
+            [sys.executable, *words],
+            env=self.env | {f"SERVEBOOK_{name.upper()}": value for name, value in env.items()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.children.append(child)
+        return child
+
+    def run(self, *words: str, expect: int = 0, **env: str) -> str:
+        """A `servebook` command; returns all that it printed, and asserts its exit code."""
+        child = self.start(TINY, "cli", *words, **env)
+        out, err = child.communicate(timeout=120)
+        assert child.returncode == expect, out + err
+        assert "Traceback" not in out + err
+        return out + err
+
+    def kernel(self, **env: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+        """A process that holds a lease on the server, once it is ready."""
+        child = self.start(TINY, "kernel", **env)
+        assert child.stdout
+        assert child.stderr
+        line = child.stdout.readline()
+        assert line, child.stderr.read()
+        return child, json.loads(line)
+
+    def status(self, name: str = "vllm") -> dict[str, Any]:
+        return next(entry for entry in launch.status(self.settings) if entry["name"] == name)
+
+    def supervisor(self) -> psutil.Process:
+        link = Link.open(self.settings, "vllm")
+        assert link
+        with closing(link.connection):
+            credentials = link.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return psutil.Process(int.from_bytes(credentials[:4], sys.byteorder))
+
+    def family(self) -> list[psutil.Process]:
+        """Every process of this person, but for the commands: supervisor, guardian, server and its descendants."""
+        commands = {child.pid for child in self.children}
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SERVEBOOK_STATE_DIR") == str(self.folder) and process.pid not in commands:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def nothing_left(self) -> None:
+        eventually(lambda: not self.family(), f"the end of every process of {self.folder}")
+
+    def close(self) -> None:
+        self.run("down", "--all")
+        for child in self.children:
+            child.kill()
+            child.communicate()
+        self.nothing_left()

@@ -1,0 +1,576 @@
+"""Chapter 5: the gateway on real sockets in front of a real engine; a few units through the ASGI transport."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import requests
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from starlette.types import Message, Receive, Scope, Send
+
+from servebook import launch
+from servebook.experiments import child_server
+from servebook.experiments.child import free_port
+from servebook.gateway.app import PAGE, create_app
+from servebook.gateway.chat import chat_events
+from servebook.gateway.config import Config
+from servebook.gateway.disconnect import CancelOnDisconnect
+from servebook.gateway.engine import Engine
+from servebook.gateway.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS, BodyLimit
+from servebook.gateway.telemetry import Metrics, Telemetry
+from servebook.metrics import metric
+
+KEY = "only-for-this-test"
+FRANCE = {"message": "What is the capital of France?", "temperature": 0, "max_tokens": 20}
+STORY = {"message": "Tell me a very long story.", "max_tokens": 1500}
+
+
+def texts(body: str) -> list[dict[str, Any]]:
+    """The data of all events of a stream that ended well."""
+    *events, done, end = body.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert all(event.startswith("data: ") for event in events)
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def until(what: str, true: Callable[[], bool], seconds: float = 30) -> None:
+    """Poll until `true`; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+
+
+def running(engine: str) -> float:
+    return metric(engine, "vllm:num_requests_running") + metric(engine, "vllm:num_requests_waiting")
+
+
+def half_a_request(url: str, path: str, ask: dict[str, Any]) -> socket.socket:
+    """Send a request and leave its answer unread."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    body = json.dumps(ask).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+@pytest.fixture(scope="module")
+def keyed(vllm: launch.Server) -> Iterator[str]:
+    """A gateway with a key and four places."""
+    with child_server(
+        "servebook.gateway", "--upstream", vllm.url, "--max-concurrent", "4", SERVEBOOK_API_KEY=KEY
+    ) as url:
+        yield url
+
+
+def with_key(key: str = KEY) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+# The answers
+
+
+def test_chat_is_the_engines_answer(gateway: launch.Server, vllm: launch.Server) -> None:
+    answer = requests.post(f"{gateway.url}/chat", json=FRANCE, timeout=60).json()
+    messages = [{"role": "user", "content": FRANCE["message"]}]
+    direct = requests.post(
+        f"{vllm.url}/v1/chat/completions", json={"messages": messages, "temperature": 0, "max_tokens": 20}, timeout=60
+    ).json()
+    assert answer == {
+        "response": direct["choices"][0]["message"]["content"],
+        "finish_reason": direct["choices"][0]["finish_reason"],
+        "usage": {k: direct["usage"][k] for k in ("prompt_tokens", "completion_tokens")},
+    }
+
+
+def test_stream_is_the_same_answer_in_pieces(gateway: launch.Server) -> None:
+    whole = requests.post(f"{gateway.url}/chat", json=FRANCE, timeout=60).json()
+    stream = requests.post(f"{gateway.url}/chat/stream", json=FRANCE, timeout=60)
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    *pieces, last = texts(stream.text)
+    assert all(piece.keys() == {"text"} and piece["text"] for piece in pieces)
+    assert "".join(piece["text"] for piece in pieces) == whole["response"]
+    assert last == {"text": "", "finish_reason": whole["finish_reason"], "usage": whole["usage"]}
+
+
+def test_history_and_system_reach_the_engine(gateway: launch.Server, vllm: launch.Server) -> None:
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
+    ask = FRANCE | {"system": "Answer in one word.", "history": history}
+    answer = requests.post(f"{gateway.url}/chat", json=ask, timeout=60).json()
+    plain = requests.post(f"{gateway.url}/chat", json=FRANCE, timeout=60).json()
+    messages = [
+        {"role": "system", "content": ask["system"]},
+        *history,
+        {"role": "user", "content": ask["message"]},
+    ]
+    direct = requests.post(
+        f"{vllm.url}/v1/chat/completions", json={"messages": messages, "temperature": 0, "max_tokens": 20}, timeout=60
+    ).json()
+    assert answer["response"] == direct["choices"][0]["message"]["content"]
+    assert answer["usage"]["prompt_tokens"] == direct["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"]
+
+
+async def test_korean_and_emoji_come_whole(vllm: launch.Server) -> None:
+    words = "안녕하세요, 서울의 여우 🦊!"
+    body = {
+        "messages": [{"role": "user", "content": "Greet me."}],
+        "structured_outputs": {"choice": [words]},
+        "max_tokens": 200,
+    }
+    async with Engine(Config(vllm.url)) as engine:
+        events = chat_events(await engine.call("utf-8").stream(body), "utf-8", Metrics())
+        raw = b"".join([event async for event in events])
+    assert "".join(piece["text"] for piece in texts(raw.decode())) == words
+
+
+def test_64_callers_at_once(gateway: launch.Server) -> None:
+    def ask(number: int) -> tuple[int, str, int]:
+        path = ("/chat", "/chat/stream")[number % 2]
+        answer = requests.post(f"{gateway.url}{path}", json=FRANCE | {"max_tokens": 16}, timeout=120)
+        if path == "/chat":
+            return answer.status_code, answer.json()["response"], answer.json()["usage"]["completion_tokens"]
+        *pieces, last = texts(answer.text)
+        text = "".join(piece["text"] for piece in pieces)
+        return answer.status_code, text, last["usage"]["completion_tokens"]
+
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(ask, range(64)))
+    assert {status for status, *_ in answers} == {200}
+    assert all(text and 1 <= tokens <= 16 for _, text, tokens in answers)
+
+
+def test_a_slow_reader_gets_everything_and_holds_up_nobody(gateway: launch.Server) -> None:
+    slow = half_a_request(gateway.url, "/chat/stream", FRANCE | {"max_tokens": 60, "message": "Count to twenty."})
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    raw = slow.recv(16)
+    assert requests.post(f"{gateway.url}/chat", json=FRANCE, timeout=60).status_code == 200
+    while b"[DONE]" not in raw:
+        piece = slow.recv(7)
+        assert piece, "the gateway closed the connection early"
+        raw += piece
+    slow.close()
+    assert raw.count(b'data: {"text"') > 2
+
+
+# What the gateway refuses
+
+BAD_BODIES: dict[str, bytes] = {
+    "empty": b"",
+    "not JSON": b"{",
+    "not UTF-8": b'{"message": "\xff\xfe"}',
+    "a lone surrogate": b'{"message": "\\ud800 secret"}',
+    "deep": b"[" * 5_000,
+    "huge number": b'{"message": "secret", "max_tokens": ' + b"9" * 5_000 + b"}",
+} | {
+    name: json.dumps(body).encode()
+    for name, body in {
+        "null": None,
+        "list": ["secret"],
+        "no message": {},
+        "message null": {"message": None},
+        "message number": {"message": 5},
+        "message empty": {"message": ""},
+        "message list": {"message": ["secret"]},
+        "message too long": {"message": "secret" * MESSAGE_CHARS},
+        "max_tokens zero": {"message": "secret", "max_tokens": 0},
+        "max_tokens negative": {"message": "secret", "max_tokens": -1},
+        "max_tokens too many": {"message": "secret", "max_tokens": MAX_TOKENS + 1},
+        "max_tokens fraction": {"message": "secret", "max_tokens": 1.5},
+        "max_tokens word": {"message": "secret", "max_tokens": "many"},
+        "temperature negative": {"message": "secret", "temperature": -0.1},
+        "temperature hot": {"message": "secret", "temperature": 2.1},
+        "temperature NaN": {"message": "secret", "temperature": float("nan")},
+        "temperature infinite": {"message": "secret", "temperature": float("inf")},
+        "system empty": {"message": "secret", "system": ""},
+        "history string": {"message": "secret", "history": "secret"},
+        "history role": {"message": "secret", "history": [{"role": "system", "content": "secret"}]},
+        "history content": {"message": "secret", "history": [{"role": "user"}]},
+        "history long": {"message": "secret", "history": [{"role": "user", "content": "x"}] * (HISTORY_TURNS + 1)},
+        "unknown field": {"message": "secret", "max_token": 5},
+    }.items()
+}
+
+
+@pytest.mark.parametrize("path", ["/chat", "/chat/stream"])
+@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES)
+def test_bad_input_is_refused_in_words_of_ours(gateway: launch.Server, path: str, body: bytes) -> None:
+    answer = requests.post(f"{gateway.url}{path}", data=body, headers={"Content-Type": "application/json"}, timeout=30)
+    assert answer.status_code in (400, 422)
+    error = answer.json()["error"]
+    assert error.keys() == {"code", "message", "request_id"}
+    assert error["request_id"] == answer.headers["x-request-id"]
+    assert error["message"]
+    assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/chat", "/chat/stream"])
+def test_other_refusals(gateway: launch.Server, path: str) -> None:
+    def status(**request: Any) -> tuple[int, str]:
+        answer = requests.request(request.pop("method", "POST"), f"{gateway.url}{path}", timeout=30, **request)
+        return answer.status_code, answer.json()["error"]["code"]
+
+    assert status(data="a=b", headers={"Content-Type": "text/plain"}) == (422, "invalid_request")
+    assert status(json={"message": "word " * 5_000}) == (400, "too_long")
+    assert status(json={"message": "hello", "system": "x" * 300_000}) == (413, "too_large")
+    assert status(method="GET") == (405, "http_error")
+
+
+def test_a_body_that_does_not_end_is_given_up(vllm: launch.Server) -> None:
+    async def never() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    app = BodyLimit(create_app(Config(vllm.url)), limit=100, seconds=0.05)
+    scope: Scope = {"type": "http", "method": "POST", "path": "/chat", "headers": [], "state": {"request_id": "slow"}}
+    asyncio.run(app(scope, never, send))
+    assert sent[0]["status"] == 408
+
+
+@pytest.mark.parametrize("headers", [{}, with_key("wrong"), with_key(""), {"Authorization": f"Basic {KEY}"}])
+def test_key_missing_or_wrong(keyed: str, headers: dict[str, str]) -> None:
+    for path in ("/chat", "/chat/stream"):
+        answer = requests.post(f"{keyed}{path}", json={"message": ""}, headers=headers, timeout=30)
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.json()["error"]["code"] == "unauthorized"
+        assert KEY not in answer.text
+
+
+def test_the_right_key_opens(keyed: str) -> None:
+    assert requests.post(f"{keyed}/chat", json=FRANCE, headers=with_key(), timeout=60).status_code == 200
+    assert requests.get(f"{keyed}/healthz", timeout=30).json() == {"status": "alive"}
+
+
+def test_beyond_the_last_place_503_and_when_to_come_back(keyed: str, vllm: launch.Server) -> None:
+    session = requests.Session()
+    session.headers.update(with_key())
+    streams = [session.post(f"{keyed}/chat/stream", json=STORY, stream=True, timeout=60) for _ in range(4)]
+    refused = session.post(f"{keyed}/chat", json=FRANCE, timeout=30)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert refused.json()["error"]["code"] == "busy"
+    for stream in streams:
+        stream.close()
+    until(
+        "the places are free again",
+        lambda: session.post(f"{keyed}/chat", json=FRANCE | {"max_tokens": 1}, timeout=30).status_code == 200,
+    )
+    until("the engine is idle", lambda: running(vllm.url) == 0)
+
+
+def test_other_origins_are_shut_out_unless_named(gateway: launch.Server, vllm: launch.Server) -> None:
+    preflight = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    closed = requests.options(f"{gateway.url}/chat", headers=preflight, timeout=30)
+    assert closed.status_code == 405
+    assert "access-control-allow-origin" not in closed.headers
+    with child_server("servebook.gateway", "--upstream", vllm.url, "--cors-origin", preflight["Origin"]) as url:
+        named = requests.options(f"{url}/chat", headers=preflight, timeout=30)
+        other = requests.options(f"{url}/chat", headers=preflight | {"Origin": "https://other.example"}, timeout=30)
+    assert named.headers["access-control-allow-origin"] == preflight["Origin"]
+    assert "access-control-allow-origin" not in other.headers
+
+
+# The contract
+
+
+schema = schemathesis.openapi.from_dict(
+    create_app(Config("http://127.0.0.1:9")).openapi(),
+    config=schemathesis.Config.from_dict(
+        {
+            "checks": {
+                # A body may fit its schema and still be too much for the model, or too long to be looked at.
+                "positive_data_acceptance": {"expected-statuses": [200, 400, 413]},
+                "negative_data_rejection": {"expected-statuses": [400, 401, 405, 413, 422]},
+            }
+        }
+    ),
+)
+
+
+@schema.parametrize()  # type: ignore[untyped-decorator]
+@hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+def test_contract(case: schemathesis.Case, keyed: str) -> None:
+    """What the OpenAPI document promises holds, for requests that fit it and for those that do not."""
+    if isinstance(case.body, dict) and case.body.get("max_tokens", 100) in range(3, MAX_TOKENS + 1):
+        case.body["max_tokens"] = 2  # a valid request may ask for 2048 tokens: right, but long
+    case.call_and_validate(base_url=keyed, headers=with_key(), timeout=60)
+
+
+def test_documentation_has_examples_and_needs_no_other_host(gateway: launch.Server) -> None:
+    document = requests.get(f"{gateway.url}/openapi.json", timeout=30).json()
+    assert document["components"]["schemas"]["ChatRequest"]["examples"]
+    assert "[DONE]" in str(document["paths"]["/chat/stream"]["post"]["responses"]["200"]["content"])
+    docs = requests.get(f"{gateway.url}/docs", timeout=30).text
+    assert "//" not in re.sub(r"<!--.*?-->", "", docs.replace("</", "")) or "://" not in docs
+    for name in re.findall(r'(?:src|href)="([^"]+)"', docs):
+        assert requests.get(f"{gateway.url}{name}", timeout=30).status_code == 200
+
+
+# Callers who leave
+
+
+@pytest.mark.parametrize("path", ["/chat", "/chat/stream"])
+def test_a_disconnect_aborts_in_the_engine_within_200_ms(
+    gateway: launch.Server, vllm: launch.Server, path: str
+) -> None:
+    until("the engine is idle", lambda: running(vllm.url) == 0)
+    took = []
+    for _ in range(5):
+        caller = half_a_request(gateway.url, path, STORY)
+        until("the engine has the request", lambda: metric(vllm.url, "vllm:num_requests_running") == 1)
+        left = time.monotonic()
+        caller.close()
+        until("the engine let go", lambda: running(vllm.url) == 0, seconds=5)
+        took.append(time.monotonic() - left)
+    assert statistics.median(took) < 0.2, took
+
+
+async def test_a_reader_who_never_reads_counts_as_gone() -> None:
+    cancelled = asyncio.Event()
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        finally:
+            cancelled.set()
+
+    async def connected() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def full(_: Message) -> None:
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(5):
+        await CancelOnDisconnect(endless, reader_seconds=0.05)({"type": "http"}, connected, full)
+    assert cancelled.is_set()
+
+
+# Units: the application without a socket
+
+
+@pytest.fixture
+async def app(vllm: launch.Server) -> AsyncIterator[FastAPI]:
+    app = create_app(Config(vllm.url))
+    async with app.router.lifespan_context(app):
+        yield app
+
+
+async def test_request_ids(app: FastAPI) -> None:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        kept = await client.get("/healthz", headers={"X-Request-ID": "trace-1.a_b"})
+        assert kept.headers["x-request-id"] == "trace-1.a_b"
+        made = {
+            (await client.get("/healthz", headers={"X-Request-ID": bad})).headers["x-request-id"]
+            for bad in ("", "with space", "x" * 65, "<script>")
+        }
+        assert len(made) == 4
+        assert all(re.fullmatch("[0-9a-f]{32}", each) for each in made)
+
+
+async def test_an_error_of_ours_is_a_500_without_details() -> None:
+    app = create_app(Config("http://127.0.0.1:9"))
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        answer = await client.get("/readyz")  # outside of its lifespan the application has no engine
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert "engine" not in answer.json()["error"]["message"].removeprefix("The gateway")
+
+
+async def test_metrics_count_by_route_and_status(app: FastAPI) -> None:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway", timeout=60) as client:
+        await client.post("/chat", json=FRANCE)
+        await client.post("/chat/stream", json=FRANCE)
+        await client.post("/chat", json={})
+        await client.get("/made/up%0Apath")
+        page = (await client.get("/metrics")).text
+    for line in (
+        'gateway_requests_total{path="/chat",status="200"} 1.0',
+        'gateway_requests_total{path="/chat/stream",status="200"} 1.0',
+        'gateway_requests_total{path="/chat",status="422"} 1.0',
+        'gateway_requests_total{path="other",status="404"} 1.0',
+        "gateway_time_to_first_token_seconds_count 1.0",
+        "gateway_requests_running 1.0",
+    ):
+        assert line in page
+    assert "made" not in page
+    tokens = re.findall(r'gateway_tokens_total{kind="(\w+)"} (\S+)', page)
+    assert {kind: float(n) > 0 for kind, n in tokens} == {"prompt": True, "completion": True}
+
+
+async def test_a_caller_who_leaves_is_a_499() -> None:
+    metrics = Metrics()
+
+    async def half(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(_: Message) -> None: ...
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    await Telemetry(half, metrics)({"type": "http", "method": "GET", "headers": []}, receive, send)
+    assert metrics.registry.get_sample_value("gateway_requests_total", {"path": "other", "status": "499"}) == 1
+
+
+def test_logs_have_the_request_id_and_never_the_words(gateway: launch.Server) -> None:
+    answer = requests.post(f"{gateway.url}/chat", json={"message": "xyzzyplugh", "max_tokens": 8}, timeout=60)
+    requests.post(f"{gateway.url}/chat", json={"message": "xyzzyplugh " * 4_000}, timeout=60)
+    assert gateway.log
+    log = gateway.log.read_text()
+    assert "POST /chat 200 " in log
+    assert answer.headers["x-request-id"] in log
+    assert "xyzzyplugh" not in log
+
+
+# The page (its behaviour: test_05_browser.py)
+
+
+def test_the_page_asks_no_other_host_and_has_a_strict_policy(gateway: launch.Server) -> None:
+    page = requests.get(gateway.url, timeout=30)
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+    for file in PAGE.iterdir():
+        text = requests.get(f"{gateway.url}/page/{file.name}", timeout=30)
+        assert text.status_code == 200
+        assert not re.search(
+            r"(https?:)?//(?!www\.w3\.org/2000/svg)\w", re.sub(r"^\s*//.*$", "", text.text, flags=re.M)
+        )
+    assert not re.search(r"<script>|<style|\son\w+=|style=", page.text)
+
+
+# When something dies
+
+
+def test_a_gateway_killed_and_started_again(vllm: launch.Server) -> None:
+    port = free_port()
+    until("the engine is idle", lambda: running(vllm.url) == 0)
+    with child_server("servebook.gateway", "--upstream", vllm.url, port=port) as url:
+        stream = requests.post(f"{url}/chat/stream", json=STORY, stream=True, timeout=30)
+        pieces = stream.iter_content(16)
+        assert next(pieces)
+        gateway = next(child for child in psutil.Process().children() if str(port) in child.cmdline())
+        gateway.kill()
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            list(pieces)
+    until("the engine let go", lambda: running(vllm.url) == 0, seconds=5)
+    with child_server("servebook.gateway", "--upstream", vllm.url, port=port) as url:
+        assert requests.post(f"{url}/chat", json=FRANCE, timeout=60).status_code == 200
+
+
+def test_no_engine_is_said_in_words() -> None:
+    with child_server("servebook.gateway", "--upstream", f"http://127.0.0.1:{free_port()}") as url:
+        for path, ask in (("/readyz", None), ("/chat", FRANCE), ("/chat/stream", FRANCE)):
+            answer = requests.request("POST" if ask else "GET", f"{url}{path}", json=ask, timeout=30)
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "engine_unavailable"
+            assert answer.headers["retry-after"] == "5"
+        assert requests.get(f"{url}/healthz", timeout=30).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def doomed() -> launch.Server:
+    """An engine of its own, to be stopped and killed; it comes back on the same port."""
+    return launch.serve("vllm", instance="vllm-doomed", vllm_http_port=free_port(), engine_url=None)
+
+
+async def test_an_engine_that_hangs_is_a_timeout(doomed: launch.Server) -> None:
+    assert doomed.pid
+    app = create_app(Config(doomed.url, idle_seconds=0.5, answer_seconds=1))
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=60) as client,
+    ):
+        chunks = await app.state.engine.call("hang").stream({"messages": [{"role": "user", "content": "Go."}]})
+        await anext(chunks)
+        os.kill(doomed.pid, signal.SIGSTOP)
+        try:
+            raw = b"".join([event async for event in chat_events(chunks, "hang", app.state.metrics)])
+            answers = [await client.post(path, json=FRANCE) for path in ("/chat", "/chat/stream")]
+        finally:
+            os.kill(doomed.pid, signal.SIGCONT)
+    *_, last, end = raw.decode().split("\n\n")
+    assert last.startswith('event: error\ndata: {"error": {"code": "engine_timeout"')
+    assert end == ""
+    assert [(answer.status_code, answer.json()["error"]["code"]) for answer in answers] == [(504, "engine_timeout")] * 2
+
+
+def test_the_engine_killed_under_load_and_back(doomed: launch.Server) -> None:
+    assert doomed.pid
+    with child_server("servebook.gateway", "--upstream", doomed.url) as url, ThreadPoolExecutor(16) as pool:
+        calls = [
+            pool.submit(requests.post, f"{url}{path}", json=STORY, timeout=60)
+            for path in ("/chat", "/chat/stream")
+            for _ in range(8)
+        ]
+        until("the engine has all requests", lambda: metric(doomed.url, "vllm:num_requests_running") == 16)
+        os.kill(doomed.pid, signal.SIGKILL)
+        answers = [call.result() for call in calls]
+        for answer in answers[:8]:
+            assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_failed")
+        for answer in answers[8:]:
+            assert answer.status_code == 200
+            *pieces, error, end = answer.text.split("\n\n")
+            assert pieces
+            assert "[DONE]" not in answer.text
+            name, data = error.split("\n")
+            assert (name, end) == ("event: error", "")
+            assert json.loads(data.removeprefix("data: "))["error"] == {
+                "code": "engine_failed",
+                "message": "The engine broke off its answer.",
+                "request_id": answer.headers["x-request-id"],
+            }
+        assert requests.get(f"{url}/readyz", timeout=30).status_code == 503
+        assert requests.post(f"{url}/chat", json=FRANCE, timeout=30).json()["error"]["code"] == "engine_unavailable"
+
+        back = launch.serve("vllm", instance="vllm-doomed", settings=doomed.settings)
+        assert back.url == doomed.url
+        assert requests.get(f"{url}/readyz", timeout=30).status_code == 200
+        assert requests.post(f"{url}/chat", json=FRANCE, timeout=60).json()["response"]
+        back.stop()
+
+
+# The article's version
+
+
+def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: launch.Server) -> None:
+    """While one caller waits for /chat, the article's gateway answers nobody; ours does."""
+
+    def answers_meanwhile(url: str) -> bool:
+        with half_a_request(url, "/chat", {"message": STORY["message"], "max_tokens": 60}) as caller:
+            until("the engine has the request", lambda: metric(vllm.url, "vllm:num_requests_running") >= 1)
+            requests.get(f"{url}/healthz", timeout=60)
+            caller.setblocking(False)
+            try:
+                return not caller.recv(1)
+            except BlockingIOError:
+                return True
+
+    assert answers_meanwhile(gateway.url)
+    with child_server("servebook.experiments.article_gateway", "--upstream", vllm.url) as url:
+        assert not answers_meanwhile(url)

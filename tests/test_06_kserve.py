@@ -1,0 +1,388 @@
+"""Chapter 6: the Open Inference Protocol over REST and gRPC, against KServe's ModelServer with our predictor."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+import requests
+import tritonclient.grpc as v2
+import tritonclient.http as v2_http
+from tritonclient.utils import InferenceServerException
+
+from servebook import launch
+from servebook.clients.v2_client import V2Client, tensor
+from servebook.metrics import metric
+from servebook.settings import TENSOR_MODEL_NAME
+
+pytestmark = pytest.mark.engine
+
+MODEL = TENSOR_MODEL_NAME
+PROMPT = "The capital of France is"
+GREEDY = {"temperature": 0, "max_tokens": 12}
+ENDLESS = {"max_tokens": 1900, "ignore_eos": True}
+
+JsonTensor = dict[str, Any]
+
+
+def given(name: str, value: Any, datatype: str = "", shape: tuple[int, ...] = (1,)) -> JsonTensor:
+    """A tensor as V2 writes it in JSON."""
+    datatype = datatype or ("BOOL" if isinstance(value, bool) else "BYTES")
+    return {"name": name, "shape": list(shape), "datatype": datatype, "data": [value]}
+
+
+def infer(kserve: launch.Server, *tensors: JsonTensor, model: str = MODEL, **more: Any) -> requests.Response:
+    return requests.post(f"{kserve.url}/v2/models/{model}/infer", json={"inputs": tensors, **more}, timeout=60)
+
+
+def sampling(**fields: Any) -> JsonTensor:
+    return given("sampling_parameters", json.dumps(fields))
+
+
+@pytest.fixture(scope="module")
+def client(kserve: launch.Server) -> Iterator[V2Client]:
+    with V2Client(kserve.grpc) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def rest_answer(vllm: launch.Server) -> str:
+    """The greedy text of vLLM's own REST endpoint."""
+    body = {"model": vllm.model, "prompt": PROMPT, **GREEDY}
+    return str(requests.post(f"{vllm.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"])
+
+
+# Health and metadata, the same over both protocols
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v2/health/live", {"live": True}),
+        ("/v2/health/ready", {"ready": True}),
+        (f"/v2/models/{MODEL}/ready", {"name": MODEL, "ready": True}),
+        ("/v2/models", {"models": [MODEL]}),
+    ],
+)
+def test_health_over_rest(kserve: launch.Server, path: str, body: dict[str, Any]) -> None:
+    answer = requests.get(kserve.url + path, timeout=10)
+    assert (answer.status_code, answer.json()) == (200, body)
+
+
+def test_health_over_grpc(client: V2Client) -> None:
+    assert client.state() == {"live": True, "ready": True, "model ready": True}
+
+
+def test_both_protocols_describe_the_same_tensors(kserve: launch.Server, client: V2Client) -> None:
+    over_rest = requests.get(f"{kserve.url}/v2/models/{MODEL}", timeout=10).json()
+    assert {each["name"]: (each["datatype"], each["shape"]) for each in over_rest["inputs"]} == client.tensors()
+    assert [each["name"] for each in over_rest["outputs"]] == [
+        *("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
+    ]
+    assert client.server["name"] == "kserve"
+    assert not client.decoupled
+
+
+def test_listens_on_loopback_only(kserve: launch.Server) -> None:
+    ports = {int(address.rpartition(":")[2]) for address in kserve.endpoints.values()}
+    listening = {
+        (where.laddr.ip.removeprefix("::ffff:"), where.laddr.port)  # gRPC opens IPv4 through an IPv6 socket
+        for where in psutil.net_connections("tcp")
+        if where.status == psutil.CONN_LISTEN and where.laddr and where.laddr.port in ports
+    }
+    assert listening == {("127.0.0.1", port) for port in ports}
+
+
+# Inference
+
+
+def test_rest_and_grpc_give_the_text_of_vllms_own_endpoint(
+    kserve: launch.Server, client: V2Client, rest_answer: str
+) -> None:
+    over_rest = infer(
+        kserve, given("text_input", PROMPT), sampling(**GREEDY), given("exclude_input_in_output", True)
+    ).json()
+    assert over_rest["outputs"][0] | {"parameters": None} == {
+        "name": "text_output",
+        "datatype": "BYTES",
+        "shape": [1],
+        "parameters": None,
+        "data": [rest_answer],
+    }
+    (over_grpc,) = client.generate(PROMPT, GREEDY)["text_output"]
+    assert over_grpc.decode() == rest_answer
+
+
+def test_outputs_come_when_asked_for(client: V2Client) -> None:
+    answer = client.generate(
+        PROMPT,
+        {"n": 2, "max_tokens": 7, "ignore_eos": True},
+        return_finish_reason=True,
+        return_num_input_tokens=True,
+        return_num_output_tokens=True,
+    )
+    assert answer.keys() == {"text_output", "finish_reason", "num_input_tokens", "num_output_tokens"}
+    assert answer["text_output"].shape == (2,)
+    assert answer["finish_reason"].tolist() == [b"length", b"length"]
+    assert answer["num_input_tokens"].tolist() == [5]
+    assert answer["num_output_tokens"].tolist() == [7, 7]
+    assert answer["num_output_tokens"].dtype == np.uint32
+
+
+def test_prompt_comes_back_unless_excluded(kserve: launch.Server, rest_answer: str) -> None:
+    answer = infer(kserve, given("text_input", PROMPT), sampling(**GREEDY)).json()
+    assert answer["outputs"][0]["data"] == [PROMPT + rest_answer]
+
+
+def test_korean_survives_both_protocols(kserve: launch.Server, client: V2Client) -> None:
+    choice = {"structured_outputs": {"choice": ["안녕하세요, 세계"]}, "max_tokens": 60}
+    (over_grpc,) = client.generate("Say hello: ", choice)["text_output"]
+    answer = infer(kserve, given("text_input", "안녕"), sampling(**choice), given("exclude_input_in_output", True))
+    assert [over_grpc.decode()] == answer.json()["outputs"][0]["data"] == ["안녕하세요, 세계"]
+
+
+def test_binary_tensors_over_http(kserve: launch.Server, rest_answer: str) -> None:
+    http = v2_http.InferenceServerClient(kserve.http)
+    inputs = []
+    for name, text in {"text_input": PROMPT, "sampling_parameters": json.dumps(GREEDY)}.items():
+        inputs.append(v2_http.InferInput(name, [1], "BYTES"))
+        inputs[-1].set_data_from_numpy(np.array([text.encode()], dtype=np.object_))
+    (text,) = http.infer(MODEL, inputs).as_numpy("text_output")
+    assert text.decode() == PROMPT + rest_answer
+
+
+def test_only_requested_outputs_are_sent(kserve: launch.Server, client: V2Client) -> None:
+    tensors = given("text_input", PROMPT), sampling(**GREEDY), given("return_finish_reason", True)
+    answer = infer(kserve, *tensors, outputs=[{"name": "finish_reason"}]).json()
+    assert [output["name"] for output in answer["outputs"]] == ["finish_reason"]
+    inputs = [tensor("text_input", PROMPT), tensor("return_finish_reason", True)]
+    result = client.stub.infer(MODEL, inputs, outputs=[v2.InferRequestedOutput("finish_reason")])
+    assert [output.name for output in result.get_response().outputs] == ["finish_reason"]
+
+
+def test_concurrent_calls_batch_in_one_engine(kserve: launch.Server, client: V2Client) -> None:
+    """The highest number of running requests is more than one, so calls did not queue behind each other."""
+    calls = [
+        client.stub.async_infer(
+            MODEL,
+            [tensor("text_input", PROMPT), tensor("sampling_parameters", '{"max_tokens": 300, "ignore_eos": true}')],
+            callback=lambda result, error: None,
+        )
+        for _ in range(4)
+    ]
+    until(lambda: running(kserve) == 4)
+    for call in calls:
+        call.cancel()
+    until(lambda: running(kserve) == 0)
+
+
+# Mistakes: the right code, and a message that names the tensor
+
+BAD = {
+    "wrong datatype": ([given("text_input", 1.0, "FP32")], "tensor text_input: expected datatype BYTES, got FP32"),
+    "wrong shape": ([given("text_input", PROMPT, shape=(1, 1))], "tensor text_input: expected shape [1], got [1, 1]"),
+    "unknown tensor": ([given("text_inptu", PROMPT)], "unknown tensor text_inptu; this model takes text_input"),
+    "missing tensor": ([sampling(max_tokens=1)], "tensor text_input is missing"),
+    "empty prompt": ([given("text_input", "")], "tensor text_input is missing or empty"),
+    "prompt too long": ([given("text_input", "word " * 3000)], "tensor text_input: This model's maximum context"),
+    "streaming": ([given("text_input", PROMPT), given("stream", True)], "tensor stream: the Open Inference Protocol"),
+    "malformed JSON": (
+        [given("text_input", PROMPT), given("sampling_parameters", "{'n': 1}")],
+        "tensor sampling_parameters: Expecting property name",
+    ),
+    "unknown field": (
+        [given("text_input", PROMPT), sampling(temprature=0)],
+        "tensor sampling_parameters: unknown field temprature",
+    ),
+    "wrong type": (
+        [given("text_input", PROMPT), sampling(temperature="hot")],
+        "tensor sampling_parameters: Expected `float`, got `str` - at `$.temperature`",
+    ),
+    "out of range": (
+        [given("text_input", PROMPT), sampling(top_p=7)],
+        "tensor sampling_parameters: top_p must be in (0, 1]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "message"), BAD.values(), ids=BAD)
+def test_bad_tensors_are_the_callers_error(
+    kserve: launch.Server, client: V2Client, tensors: list[JsonTensor], message: str
+) -> None:
+    over_rest = infer(kserve, *tensors)
+    assert over_rest.status_code == 400
+    assert over_rest.json()["error"].startswith(message)
+    inputs = []
+    for each in tensors:
+        inputs.append(v2.InferInput(each["name"], each["shape"], each["datatype"]))
+        dtype = {"BYTES": np.object_, "BOOL": np.bool_, "FP32": np.float32}[each["datatype"]]
+        inputs[-1].set_data_from_numpy(np.array(each["data"], dtype=dtype).reshape(each["shape"]))
+    with pytest.raises(InferenceServerException) as caught:
+        client.stub.infer(MODEL, inputs)
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert caught.value.message().startswith(message)
+
+
+def test_unknown_model(kserve: launch.Server, client: V2Client) -> None:
+    answer = infer(kserve, given("text_input", PROMPT), model="nope")
+    assert (answer.status_code, answer.json()) == (404, {"error": "Model with name nope does not exist."})
+    with pytest.raises(InferenceServerException, match="Model with name nope does not exist") as caught:
+        client.stub.infer("nope", [tensor("text_input", PROMPT)])
+    assert caught.value.status() == "StatusCode.NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"data": None}, "tensor text_input data: Input should be a valid list"),
+        ({"data": [1]}, "tensor text_input: expected a BYTES element, got 1"),
+        ({"data": ["a", "b"]}, "tensor text_input: its data is not one BYTES element"),
+        ({"shape": "1"}, "tensor text_input shape: Input should be a valid list"),
+    ],
+)
+def test_malformed_json_names_the_tensor(kserve: launch.Server, broken: dict[str, Any], message: str) -> None:
+    answer = infer(kserve, given("text_input", PROMPT) | broken)
+    assert (answer.status_code, answer.json()) == (400, {"error": message})
+
+
+def test_truncated_raw_bytes_name_the_tensor(kserve: launch.Server, client: V2Client) -> None:
+    five_announced_two_sent = b"\x05\x00\x00\x00ab"
+    over_grpc = v2.InferInput("text_input", [1], "BYTES")
+    over_grpc._raw_content = five_announced_two_sent
+    with pytest.raises(InferenceServerException, match="tensor text_input: its data is not one BYTES element"):
+        client.stub.infer(MODEL, [over_grpc])
+    over_http = v2_http.InferInput("text_input", [1], "BYTES")
+    over_http.set_data_from_numpy(np.array([b"ab"], dtype=np.object_))
+    over_http._raw_data = five_announced_two_sent
+    with pytest.raises(InferenceServerException, match="tensor text_input: the binary data does not fit"):
+        v2_http.InferenceServerClient(kserve.http).infer(MODEL, [over_http])
+
+
+def test_bytes_that_are_not_utf8_name_the_tensor(client: V2Client) -> None:
+    given_bytes = v2.InferInput("text_input", [1], "BYTES")
+    given_bytes.set_data_from_numpy(np.array([b"\xff"], dtype=np.object_))
+    with pytest.raises(InferenceServerException, match="tensor text_input: not UTF-8") as caught:
+        client.stub.infer(MODEL, [given_bytes])
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_message_beyond_the_limit(client: V2Client) -> None:
+    with pytest.raises(InferenceServerException, match="larger than max") as caught:
+        client.stub.infer(MODEL, [tensor("text_input", "x" * 9 * 2**20)])
+    assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+
+
+# Callers who leave
+
+
+def running(kserve: launch.Server) -> float:
+    return metric(kserve.url, "vllm:num_requests_running")
+
+
+def generated(kserve: launch.Server) -> float:
+    return metric(kserve.url, "vllm:generation_tokens_total")
+
+
+def until(happened: Callable[[], bool], seconds: float = 20) -> None:
+    """Poll until `happened`; an AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def leave_rest(kserve: launch.Server) -> None:
+    host, _, port = kserve.http.rpartition(":")
+    body = json.dumps({"inputs": [given("text_input", PROMPT), sampling(**ENDLESS)]}).encode()
+    head = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: running(kserve) == 1)
+
+
+def leave_grpc(kserve: launch.Server) -> None:
+    with V2Client(kserve.grpc) as client:
+        inputs = [tensor("text_input", PROMPT), tensor("sampling_parameters", json.dumps(ENDLESS))]
+        call = client.stub.async_infer(MODEL, inputs, callback=lambda result, error: None)
+        until(lambda: running(kserve) == 1)
+        call.cancel()
+
+
+def leave_by_deadline(kserve: launch.Server) -> None:
+    with V2Client(kserve.grpc) as client:
+        with pytest.raises(InferenceServerException) as caught:
+            client.generate(PROMPT, ENDLESS, timeout=2)
+        assert caught.value.status() == "StatusCode.DEADLINE_EXCEEDED"
+
+
+def leave_openai_stream(kserve: launch.Server) -> None:
+    body = {"model": MODEL, "prompt": PROMPT, "stream": True, **ENDLESS}
+    with httpx.stream("POST", f"{kserve.url}/openai/v1/completions", json=body, timeout=30) as stream:
+        next(stream.iter_lines())
+
+
+@pytest.mark.parametrize("leave", [leave_rest, leave_grpc, leave_by_deadline, leave_openai_stream])
+def test_caller_who_leaves_stops_the_engine(kserve: launch.Server, leave: Callable[[launch.Server], None]) -> None:
+    before = generated(kserve)
+    leave(kserve)
+    until(lambda: running(kserve) == 0)
+    assert generated(kserve) - before < ENDLESS["max_tokens"] / 2
+
+
+# KServe's OpenAI endpoints
+
+
+@pytest.fixture(scope="module")
+def sdk(kserve: launch.Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{kserve.url}/openai/v1", api_key="unused", max_retries=0, timeout=60)
+
+
+def test_openai_completion_is_the_same_text(sdk: openai.OpenAI, rest_answer: str) -> None:
+    answer = sdk.completions.create(model=MODEL, prompt=PROMPT, temperature=0, max_tokens=12)
+    assert answer.choices[0].text == rest_answer
+    assert answer.usage
+    assert answer.usage.completion_tokens == 12
+
+
+def test_openai_stream_adds_up(sdk: openai.OpenAI, rest_answer: str) -> None:
+    stream = sdk.completions.create(model=MODEL, prompt=PROMPT, temperature=0, max_tokens=12, stream=True)
+    texts = [chunk.choices[0].text for chunk in stream]
+    assert len(texts) > 1
+    assert "".join(texts) == rest_answer
+
+
+def test_openai_chat_over_sse(kserve: launch.Server) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "stream": True}
+    with httpx.stream("POST", f"{kserve.url}/openai/v1/chat/completions", json=body, timeout=60) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = [line for line in answer.iter_lines() if line]
+    assert all(event.startswith("data: ") for event in events)
+    assert events[-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"model": "nope", "prompt": "x"}, 404),
+        ({"model": MODEL, "prompt": "word " * 3000}, 400),
+        ({"model": MODEL, "prompt": "x", "temperature": -1}, 400),
+        ({"model": MODEL}, 400),
+    ],
+)
+def test_openai_errors_keep_their_codes(kserve: launch.Server, fields: dict[str, Any], status: int) -> None:
+    answer = requests.post(f"{kserve.url}/openai/v1/completions", json=fields, timeout=30)
+    assert answer.status_code == status
+    assert answer.json()["error"]
+
+
+@pytest.mark.timeout(600)
+def test_notebook(run_notebook: Callable[[str], None]) -> None:
+    run_notebook("06_kserve")

@@ -1,0 +1,252 @@
+"""Chapter 7: vLLM's own gRPC server, which speaks token ids, and the REST endpoint beside it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import requests
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from smg_grpc_proto import vllm_engine_pb2 as pb
+
+from servebook import launch
+from servebook.clients.vllm_grpc_client import ENGINE, Piece, VllmGrpcClient
+from servebook.errors import LaunchError
+from servebook.launch.servers import find_server
+from servebook.settings import load_settings
+
+PROMPT = "The capital of France is"
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+ENDLESS: dict[str, Any] = {"max_tokens": 1900, "ignore_eos": True}
+KOREAN = "안녕하세요, 세계 👋🏽"
+engine = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def client(vllm_grpc: launch.Server) -> Iterator[VllmGrpcClient]:
+    with VllmGrpcClient(vllm_grpc.grpc) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def rest_choice(vllm: launch.Server) -> dict[str, Any]:
+    """The greedy answer of vLLM's own REST endpoint, with its token ids."""
+    body = {"model": vllm.model, "prompt": PROMPT, "return_token_ids": True, **GREEDY}
+    return dict(requests.post(f"{vllm.url}/v1/completions", json=body, timeout=60).json()["choices"][0])
+
+
+def until(happened: Callable[[], bool], seconds: float = 20) -> None:
+    """Poll until `happened`; an AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+# Parity
+
+
+@engine
+def test_greedy_text_and_ids_are_those_of_rest(client: VllmGrpcClient, rest_choice: dict[str, Any]) -> None:
+    assert client.tokenizer.encode(PROMPT).ids == rest_choice["prompt_token_ids"]
+    answer = client.generate(PROMPT, **GREEDY)
+    assert answer == Piece(rest_choice["token_ids"], rest_choice["text"], "length")
+
+
+@engine
+def test_stream_is_chunks_and_one_complete(client: VllmGrpcClient) -> None:
+    messages = list(client.stream_ids(client.tokenizer.encode(PROMPT).ids, ignore_eos=True, **GREEDY))
+    assert [message.WhichOneof("response") for message in messages[:-1]] == ["chunk"] * (len(messages) - 1)
+    assert sum(len(message.chunk.token_ids) for message in messages) == 12
+    complete = messages[-1].complete
+    assert (complete.finish_reason, complete.prompt_tokens) == ("length", 5)
+    # In a stream it counts the last step only: whoever bills by this field bills too little.
+    assert complete.completion_tokens == len(messages[-2].chunk.token_ids)
+
+
+@engine
+def test_unary_style_call_is_one_complete_with_all_ids(client: VllmGrpcClient, rest_choice: dict[str, Any]) -> None:
+    request = pb.GenerateRequest(
+        request_id="whole",
+        tokenized=pb.TokenizedInput(input_ids=client.tokenizer.encode(PROMPT).ids),
+        sampling_params=pb.SamplingParams(**GREEDY),
+    )
+    (message,) = client.stub.Generate(request, timeout=60)
+    assert list(message.complete.output_ids) == rest_choice["token_ids"]
+
+
+# Text is the client's work
+
+
+@engine
+def test_no_broken_characters_on_the_way(client: VllmGrpcClient) -> None:
+    pieces = list(client.stream("Say hello: ", max_tokens=80, choice=pb.ChoiceConstraint(choices=[KOREAN])))
+    assert "".join(piece.text for piece in pieces) == KOREAN
+    assert not any("\ufffd" in piece.text for piece in pieces)
+    one_by_one = "".join(client.tokenizer.decode([each]) for piece in pieces for each in piece.token_ids)
+    assert "\ufffd" in one_by_one, "the characters came whole anyway, so this proves nothing"
+
+
+@engine
+def test_stop_string(client: VllmGrpcClient) -> None:
+    answer = client.generate(PROMPT, temperature=0, max_tokens=12, stop=["."])
+    assert answer.finish_reason == "stop"
+
+
+# Abort, cancel, deadline
+
+
+def begin_endless(client: VllmGrpcClient, request_id: str) -> Iterator[pb.GenerateResponse]:
+    """An answer that would take a minute, after its first message."""
+    messages = client.stream_ids(client.tokenizer.encode(PROMPT).ids, request_id=request_id, timeout=120, **ENDLESS)
+    next(messages)
+    return messages
+
+
+def idle(client: VllmGrpcClient) -> bool:
+    return int(client.load().num_running_reqs) == 0
+
+
+@engine
+def test_abort_by_id_ends_the_stream(client: VllmGrpcClient) -> None:
+    messages = begin_endless(client, "to-be-aborted")
+    client.abort("to-be-aborted")
+    rest = list(messages)
+    assert rest[-1].complete.finish_reason == "abort"
+    assert sum(len(message.chunk.token_ids) for message in rest) < ENDLESS["max_tokens"] / 2
+    until(lambda: idle(client))
+
+
+@engine
+def test_leaving_the_loop_stops_the_engine(client: VllmGrpcClient) -> None:
+    messages = begin_endless(client, "to-be-left")
+    until(lambda: not idle(client))
+    messages.close()  # type: ignore[attr-defined]
+    until(lambda: idle(client), seconds=10)
+
+
+@engine
+def test_deadline_stops_the_engine(client: VllmGrpcClient) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(client.stream(PROMPT, timeout=2, **ENDLESS))
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    until(lambda: idle(client), seconds=10)
+
+
+# What the server says of itself
+
+
+@engine
+def test_health_of_process_and_engine(client: VllmGrpcClient) -> None:
+    assert client.serving("")
+    assert client.serving(ENGINE)
+    with pytest.raises(grpc.RpcError) as caught:
+        client.serving("llm.v1.LLMService")
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+@engine
+def test_model_and_server_info(client: VllmGrpcClient, vllm_grpc: launch.Server) -> None:
+    info = client.model_info()
+    assert info.served_model_name == vllm_grpc.model
+    assert info.max_context_length == vllm_grpc.settings.max_model_len
+    assert info.vocab_size == client.tokenizer.get_vocab_size()
+    assert client.server_info().server_type == "vllm-grpc"
+
+
+@engine
+def test_load_counts_running_requests(client: VllmGrpcClient) -> None:
+    streams = [begin_endless(client, f"load-{number}") for number in range(3)]
+    until(lambda: client.load().num_running_reqs == 3)
+    assert client.load().token_usage > 0
+    for stream in streams:
+        stream.close()  # type: ignore[attr-defined]
+    until(lambda: idle(client))
+
+
+@engine
+def test_reflection_lists_the_services(client: VllmGrpcClient) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(client.channel)
+    (answer,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10)
+    assert {service.name for service in answer.list_services_response.service} >= {ENGINE, "grpc.health.v1.Health"}
+
+
+# Mistakes
+
+
+@engine
+@pytest.mark.parametrize(
+    ("ids", "sampling", "details"),
+    [
+        ([], {}, "prompt"),
+        ([0] * 3000, {}, "maximum"),
+        ([49_999_999], {}, "out of vocabulary"),
+        ([1], {"temperature": -1}, "temperature must be non-negative"),
+        ([1], {"top_p": 7}, "top_p must be in (0, 1]"),
+    ],
+)
+def test_bad_requests(client: VllmGrpcClient, ids: list[int], sampling: dict[str, Any], details: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(client.stream_ids(ids, **({"max_tokens": 4} | sampling)))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert details in str(caught.value.details())
+
+
+@engine
+def test_no_key_is_asked_for(vllm_grpc: launch.Server) -> None:
+    """What vLLM's gRPC server lacks: it answers a caller without a key, and one with a wrong key."""
+    with grpc.insecure_channel(vllm_grpc.grpc) as channel:
+        call = channel.unary_unary(
+            f"/{ENGINE}/GetModelInfo",
+            request_serializer=pb.GetModelInfoRequest.SerializeToString,
+            response_deserializer=pb.GetModelInfoResponse.FromString,
+        )
+        wrong = call(pb.GetModelInfoRequest(), metadata=(("authorization", "Bearer wrong"),), timeout=10)
+    assert wrong.served_model_name == vllm_grpc.model
+
+
+@pytest.mark.parametrize("name", ["vllm-grpc", "kserve"])
+def test_server_without_keys_stays_on_this_machine(name: str) -> None:
+    open_to_all = load_settings(host="0.0.0.0", api_key="secret")
+    with pytest.raises(LaunchError, match="checks no API key"):
+        find_server(name).argv(open_to_all, Path("model"), {})
+
+
+# The REST endpoint that does the same
+
+
+@engine
+def test_rest_token_endpoint_gives_the_same_ids(
+    vllm: launch.Server, client: VllmGrpcClient, rest_choice: dict[str, Any]
+) -> None:
+    body = {"model": vllm.model, "token_ids": client.tokenizer.encode(PROMPT).ids, "sampling_params": GREEDY}
+    answer = requests.post(f"{vllm.url}/inference/v1/generate", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    assert choice["token_ids"] == rest_choice["token_ids"]
+    assert "text" not in choice
+
+
+# Threads
+
+
+@engine
+def test_one_client_serves_many_threads(client: VllmGrpcClient, rest_choice: dict[str, Any]) -> None:
+    answers: list[Piece] = []
+    threads = [threading.Thread(target=lambda: answers.append(client.generate(PROMPT, **GREEDY))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [answer.finish_reason for answer in answers] == ["length"] * 4
+
+
+@engine
+@pytest.mark.timeout(600)
+def test_notebook(run_notebook: Callable[[str], None]) -> None:
+    run_notebook("07_vllm_native_grpc")

@@ -1,0 +1,181 @@
+"""Each check of the doctor in both directions, and the whole on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from servebook import doctor
+from servebook.doctor import Finding
+from servebook.errors import LaunchError
+from servebook.launch.supervisor import MARK
+from servebook.model import bundled_path
+from servebook.settings import Settings, load_settings
+
+GIB = 2**30
+SERVEBOOK = Path(sys.executable).with_name("servebook")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Settings:
+    return load_settings(state_dir=tmp_path / "state", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("finding", "level", "says"),
+    [
+        (doctor.check_python((3, 11)), "OK", "3.11"),
+        (doctor.check_python((3, 12)), "FAIL", "3.12"),
+        (doctor.check_lock("a==1\nb==2.0+cpu  # via a\n", {"a": "1", "b": "2.0+cpu"}), "OK", "2 packages"),
+        (doctor.check_lock("a==1\nb==2\n", {"a": "1.5", "b": None}), "FAIL", "a 1.5, b missing"),
+        (doctor.check_lock("a==1\nb==1\nc==1\nd==1\ne==1\nf==1\n", dict.fromkeys("abcdef")), "FAIL", "and 2 more"),
+        (doctor.check_lock(None, {}), "WARN", "no clone"),
+        (doctor.check_glibc(("glibc", "2.36")), "OK", "2.36"),
+        (doctor.check_glibc(("glibc", "2.31")), "FAIL", "2.35"),
+        (doctor.check_glibc(("", "")), "FAIL", "another C library"),
+        (doctor.check_libpython(Path("/usr/lib/libpython3.11.so.1.0")), "OK", "/usr/lib"),
+        (doctor.check_libpython(None), "WARN", "libpython3.11"),
+        (doctor.check_cpu({"avx2", "avx512f", "amx_tile"}, 8, False), "OK", "AMX, 8 cores"),
+        (doctor.check_cpu({"avx2", "avx512f"}, 2, False), "OK", "AVX-512"),
+        (doctor.check_cpu({"avx2"}, 2, False), "OK", "AVX2"),
+        (doctor.check_cpu({"sse4_2"}, 2, False), "FAIL", "no AVX2"),
+        (doctor.check_cpu({"sse4_2"}, 2, True), "OK", "no AVX2"),
+        (doctor.check_cpu({"avx2"}, 1, False), "WARN", "one core"),
+        (doctor.check_memory(16, 8, 3.3), "OK", "8.0 of 16.0"),
+        (doctor.check_memory(16, 2, 3.3), "WARN", "servebook down"),
+        (doctor.check_memory(2, 2, 3.3), "FAIL", "SERVEBOOK_ENGINE_URL"),
+        (doctor.check_disk({"/a": 9 * GIB, "/b": 2 * GIB}), "OK", "2.0 GiB free in /b"),
+        (doctor.check_disk({"/a": 9 * GIB, "/b": GIB // 2}), "FAIL", "/b"),
+        (doctor.check_shm(GIB), "OK", "1024 MiB"),
+        (doctor.check_shm(64 * 2**20), "WARN", "--shm-size"),
+        (doctor.check_ports({("vllm http", 8000): "", ("grpc grpc", 50051): "ours"}), "OK", "1 free, 1 in use by our"),
+        (doctor.check_ports({("vllm http", 8000): "nginx, pid 7"}), "WARN", "8000 (vllm http) by nginx, pid 7"),
+        (doctor.check_gpu(None, "auto", True), "OK", "none"),
+        (doctor.check_gpu(None, "gpu", False), "FAIL", "nvidia-smi"),
+        (doctor.check_gpu("NVIDIA L4, 580.65.06, 23034 MiB", "auto", False), "OK", "NVIDIA L4"),
+        (doctor.check_gpu("NVIDIA L4, 550.54.15, 23034 MiB", "auto", False), "FAIL", "580"),
+        (doctor.check_gpu("NVIDIA L4, 580.65.06, 23034 MiB", "auto", True), "WARN", "make setup DEVICE=gpu"),
+        (doctor.check_gpu("NVIDIA L4, 580.65.06, 23034 MiB", "gpu", True), "FAIL", "make setup DEVICE=gpu"),
+        (doctor.check_gpu("NVIDIA L4, 580.65.06, 23034 MiB", "cpu", True), "OK", "not used"),
+        (doctor.check_engine_url(None, None), "OK", "this machine"),
+        (doctor.check_engine_url("http://gpu-box:8000", None), "OK", "http://gpu-box:8000"),
+        (doctor.check_engine_url("http://x", LaunchError("No vLLM answers.", "Start it.")), "FAIL", "No vLLM answers."),
+        (doctor.check_servers([{"name": "vllm", "state": "ready"}], {}), "OK", "vllm ready"),
+        (doctor.check_servers([{"name": "vllm", "state": "stopped"}], {}), "OK", "none running"),
+        (doctor.check_servers([{"name": "vllm", "state": "failed"}], {}), "WARN", "servebook logs vllm"),
+        (doctor.check_servers([], {17: "VLLM::EngineCore"}), "FAIL", "kill 17"),
+        (doctor.check_environment({"PATH": "/bin", "SERVEBOOK_MODEL": "x"}), "OK", "nothing unknown"),
+        (doctor.check_environment({"SERVEBOOK_MODLE": "x"}), "WARN", "SERVEBOOK_MODLE"),
+        (doctor.check_environment({"http_proxy": "http://p:3128"}), "WARN", "NO_PROXY"),
+        (doctor.check_environment({"HTTP_PROXY": "http://p", "no_proxy": "a.example, localhost"}), "OK", ""),
+        (doctor.check_browser("/usr/bin/chromium"), "OK", "/usr/bin/chromium"),
+        (doctor.check_browser(None), "WARN", "apt-get install chromium"),
+    ],
+)
+def test_check(finding: Finding, level: str, says: str) -> None:
+    assert finding.level == level
+    assert says in str(finding)
+    assert bool(finding.remedy) or level == "OK" or finding.name == "lock"
+
+
+def test_folders(tmp_path: Path) -> None:
+    assert doctor.check_folder("SERVEBOOK_STATE_DIR", tmp_path / "new").level == "OK"
+    finding = doctor.check_folder("SERVEBOOK_CACHE_DIR", Path("/dev/null/cache"))
+    assert (finding.level, finding.name) == ("FAIL", "cache")
+    assert "Set SERVEBOOK_CACHE_DIR" in finding.remedy
+
+
+def test_model(here: Settings, tmp_path: Path) -> None:
+    assert doctor.check_model(load_settings(), quick=False).level == "OK"
+    assert doctor.check_model(load_settings(), quick=True).level == "OK"
+    missing = doctor.check_model(here, quick=True)
+    assert (missing.level, "not prepared yet" in missing.fact) == ("WARN", True)
+    folder = bundled_path(here)
+    folder.mkdir(parents=True)
+    (folder / "SHA256SUMS.json").write_text('{"config.json": "0"}')
+    (folder / "config.json").write_text("{}")
+    for quick in (True, False):
+        assert doctor.check_model(here, quick).level == "FAIL"
+
+    own = tmp_path / "own"
+    own.mkdir()
+    assert "no readable config.json" in doctor.check_model(load_settings(model=str(own)), quick=True).fact
+    (own / "config.json").write_text('{"max_position_embeddings": 4096}')
+    assert "up to 4096 tokens" in doctor.check_model(load_settings(model=str(own)), quick=True).fact
+    assert "from the hub" in doctor.check_model(load_settings(model="Qwen/Qwen3-0.6B"), quick=True).fact
+
+
+def test_a_strangers_port_is_named(here: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        settings = load_settings(**here.model_dump() | {"vllm_http_port": port})
+        holders = doctor._port_holders(settings, [])
+        assert f"pid {os.getpid()}" in holders["vllm http", port]
+        entry = {"endpoints": {"http": f"127.0.0.1:{port}"}}
+        assert doctor._port_holders(settings, [entry])["vllm http", port] == "ours"
+    assert doctor._port_holders(settings, [])["vllm http", port] == ""
+
+
+@pytest.fixture
+def orphan() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "600"], env=os.environ | {MARK: "servebook-no-such-supervisor"}) as process:
+        yield process
+        process.send_signal(signal.SIGKILL)
+
+
+def test_an_orphan_is_found(orphan: subprocess.Popen[bytes]) -> None:
+    assert doctor._orphans()[orphan.pid] == "sleep 600"
+
+
+def test_report_renders_for_people_programs_and_notebooks() -> None:
+    report = doctor.Report([Finding("OK", "python", "3.11.2"), Finding("FAIL", "disk", "0.1 GiB <free>", "Free some.")])
+    assert report.failed
+    assert str(report).splitlines() == [
+        "[ OK ] python    3.11.2",
+        "[FAIL] disk      0.1 GiB <free>",
+        "                 → Free some.",
+    ]
+    assert "&lt;free&gt;" in report._repr_html_()
+    assert report.as_dicts()[1] == {"level": "FAIL", "name": "disk", "fact": "0.1 GiB <free>", "remedy": "Free some."}
+
+
+def command(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [SERVEBOOK, "doctor", *words], env=os.environ | env, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_this_machine_is_ready() -> None:
+    done = command()
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {line[7:16].strip() for line in done.stdout.splitlines() if line.startswith("[")}
+    assert names >= {"python", "lock", "cpu", "memory", "disk", "ports", "gpu", "model", "servers", "browser"}
+
+
+def test_quiet_prints_only_what_is_wrong() -> None:
+    done = command("--quiet")
+    assert done.returncode == 0
+    assert "[ OK ]" not in done.stdout
+    assert "browser" not in done.stdout
+
+
+def test_a_failure_gives_exit_code_1() -> None:
+    done = command("--json", SERVEBOOK_STATE_DIR="/dev/null/state")
+    assert done.returncode == 1, done.stderr
+    failed = [finding for finding in json.loads(done.stdout) if finding["level"] == "FAIL"]
+    assert [finding["name"] for finding in failed] == ["state"]
+
+
+def test_settings_that_do_not_fit_are_a_message() -> None:
+    done = command(SERVEBOOK_MAX_MODEL_LEN="many")
+    assert done.returncode == 1
+    assert "SERVEBOOK_MAX_MODEL_LEN" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,87 @@
+"""Engine arguments, environment and memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from servebook import engine
+from servebook.errors import LaunchError
+from servebook.model import model_path
+from servebook.settings import Settings, load_settings
+
+GIB = 2**30
+
+
+@pytest.fixture
+def cpu() -> Settings:
+    return load_settings(device="cpu")
+
+
+@pytest.fixture
+def gpu() -> Settings:
+    return load_settings(device="gpu")
+
+
+def test_cpu_runs_eager_and_gpu_compiles(cpu: Settings, gpu: Settings) -> None:
+    assert "--enforce-eager" in engine.engine_argv(cpu, Path("/m"))
+    assert "--enforce-eager" not in engine.engine_argv(gpu, Path("/m"))
+
+
+def test_a_readers_arguments_come_last_and_win(cpu: Settings) -> None:
+    settings = cpu.model_copy(update={"engine_args": "--max-model-len 64 --seed 7"})
+    args = engine.engine_args(engine.engine_argv(settings, model_path(cpu)))
+    assert (args.max_model_len, args.seed) == (64, 7)
+    assert args.served_model_name == ["smollm2"]
+    assert args.kv_cache_memory_bytes == GIB
+    assert args.enforce_eager is True
+
+
+def test_two_cores_are_both_used(cpu: Settings, gpu: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3})
+    assert engine.engine_env(cpu)["VLLM_CPU_OMP_THREADS_BIND"] == "1,3"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in engine.engine_env(gpu)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in engine.engine_env(cpu)
+
+
+def test_no_statistics_leave_the_machine(cpu: Settings) -> None:
+    assert engine.engine_env(cpu).items() >= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}.items()
+
+
+def write(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{value}\n")
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    machine = psutil.virtual_memory().available / GIB
+    assert engine.available_gib(tmp_path) == pytest.approx(machine, rel=0.2)
+    write(tmp_path, memory__max="max", memory__current=GIB, memory__stat="inactive_file 0")
+    assert engine.available_gib(tmp_path) == pytest.approx(machine, rel=0.2)
+    write(tmp_path, memory__max=GIB, memory__current=GIB // 2, memory__stat=f"anon 1\ninactive_file {GIB // 4}")
+    assert engine.available_gib(tmp_path) == pytest.approx(0.75)
+
+
+def test_a_containers_limit_counts_in_the_older_layout(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    write(
+        folder, memory__limit_in_bytes=GIB, memory__usage_in_bytes=GIB, memory__stat=f"total_inactive_file {GIB // 2}"
+    )
+    assert engine.available_gib(tmp_path) == pytest.approx(0.5)
+
+
+def test_memory(cpu: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as weights:
+        weights.truncate(3 * GIB)
+    assert engine.needed_gib(cpu, tmp_path) == 3 + 1 + engine.RUNTIME_GIB
+    monkeypatch.setattr(engine, "available_gib", lambda: 6.5)
+    engine.require_memory(cpu, tmp_path)
+    monkeypatch.setattr(engine, "available_gib", lambda: 5.5)
+    with pytest.raises(LaunchError, match=r"about 6\.0 GiB of memory, and 5\.5 GiB"):
+        engine.require_memory(cpu, tmp_path)
+    engine.require_memory(cpu.model_copy(update={"device": "gpu"}), tmp_path)

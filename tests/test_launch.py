@@ -1,0 +1,497 @@
+"""Server lifetimes, with real processes: what starts is found again, and what ends leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import psutil
+import pytest
+import requests
+from desk import TINY, Desk, eventually, free_port
+from jupyter_client.manager import KernelManager
+
+from servebook import launch
+from servebook.errors import LaunchError
+from servebook.launch import supervisor
+
+SERVEBOOK = Path(sys.executable).with_name("servebook")
+KEY = "sk-not-for-other-eyes"
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(tmp_path / "state", free_port())
+    yield desk
+    desk.close()
+
+
+# --- up, status, down ---------------------------------------------------------------------------------------------
+
+
+def test_up_twice_starts_one_and_down_leaves_nothing(desk: Desk) -> None:
+    desk.run("up", "vllm")
+    first = desk.status()
+    assert first["state"] == "ready"
+    assert first["owner"] == "cli"
+    assert len(desk.family()) == 5  # guardian, supervisor, server, child, grandchild
+    assert "attached to" in desk.run("up", "vllm")
+    assert desk.status() == first
+    assert "ended" in desk.run("down", "vllm")
+    assert desk.family() == []
+    assert desk.status()["state"] == "stopped"
+    assert "was not running" in desk.run("down", "vllm")
+
+
+def test_status_has_the_documented_fields(desk: Desk) -> None:
+    desk.run("up", "vllm")
+    (entry, *others) = json.loads(desk.run("status", "--json"))
+    assert [other["state"] for other in others] == ["stopped"] * (len(launch.SERVERS) - 1)
+    assert set(entry) == {"name", "state", "pid", "model", "endpoints", "owner", "log"}
+    assert psutil.pid_exists(entry["pid"])
+    assert entry["model"] == "smollm2"
+    assert "Starting to load model" in Path(entry["log"]).read_text()
+    assert entry == desk.status()
+
+
+def test_two_ups_at_once_start_one(desk: Desk) -> None:
+    both = [desk.start(TINY, "cli", "up", "vllm") for _ in range(3)]
+    for child in both:
+        assert child.wait(60) == 0, child.communicate()
+    assert len(desk.family()) == 5
+    assert Path(desk.status()["log"]).read_text().count("Starting to load model") == 1
+
+
+def test_starting_is_seen_as_such(desk: Desk) -> None:
+    desk.start(TINY, "cli", "up", "vllm", engine_args="--delay 600")
+    entry = eventually(lambda: (e := desk.status())["state"] == "starting" and e, "a starting server")
+    assert psutil.pid_exists(entry["pid"])
+
+
+def test_a_server_that_dies_at_start_says_why(desk: Desk) -> None:
+    text = desk.run("up", "vllm", expect=1, engine_args="--die 3")
+    assert "exit code 3" in text
+    assert "the weights are torn" in text
+    desk.nothing_left()
+    assert desk.status()["state"] == "failed"
+    assert "the weights are torn" in desk.run("logs", "vllm")
+
+
+def test_start_timeout(desk: Desk) -> None:
+    text = desk.run("up", "vllm", expect=1, engine_args="--delay 600", start_timeout="1")
+    assert "not ready within 1 s" in text
+    assert "SERVEBOOK_START_TIMEOUT" in text
+    desk.nothing_left()
+
+
+def test_other_settings_are_not_silently_ignored(desk: Desk) -> None:
+    desk.run("up", "vllm")
+    assert "other settings" in desk.run("up", "vllm", expect=1, engine_args="--linger 0")
+    assert desk.status()["state"] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["up", "nonsense"], 1, "Choose from vllm"),
+        (["down", "nonsense"], 1, "Choose from vllm"),
+        (["logs", "nonsense"], 1, "Choose from vllm"),
+        (["logs", "vllm"], 1, "has not run yet"),
+        (["down"], 2, "name a server, or say --all"),
+        (["up"], 2, "Missing argument"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_bad_commands(desk: Desk, words: list[str], code: int, says: str) -> None:
+    assert says in desk.run(*words, expect=code)
+
+
+def test_instance_names_cannot_leave_the_state_folder(desk: Desk) -> None:
+    with pytest.raises(LaunchError, match="cannot name a server"):
+        launch.serve("vllm", instance="../../escape", settings=desk.settings)
+
+
+# --- ports and people ---------------------------------------------------------------------------------------------
+
+
+def test_port_taken_by_a_stranger(desk: Desk) -> None:
+    with socket.create_server(("127.0.0.1", int(desk.env["SERVEBOOK_VLLM_HTTP_PORT"]))) as stranger:
+        port = stranger.getsockname()[1]
+        assert f"port {port} was taken" in desk.run("up", "vllm")
+        entry = desk.status()
+        assert entry["state"] == "ready"
+        assert entry["endpoints"]["http"] != f"127.0.0.1:{port}"
+
+
+def test_two_people_on_one_machine(desk: Desk, tmp_path: Path) -> None:
+    other = Desk(tmp_path / "other", int(desk.env["SERVEBOOK_VLLM_HTTP_PORT"]))
+    starts = [desk.start(TINY, "cli", "up", "vllm"), other.start(TINY, "cli", "up", "vllm")]
+    assert [start.wait(60) for start in starts] == [0, 0]
+    mine, theirs = desk.status(), other.status()
+    assert mine["state"] == theirs["state"] == "ready"
+    assert mine["endpoints"] != theirs["endpoints"]
+    other.close()
+    assert desk.status() == mine
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to act as another user")
+def test_a_name_held_by_another_user_is_not_trusted(desk: Desk) -> None:
+    name = launch.lifetime._address(desk.settings, "vllm")
+    squat = (
+        "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); "
+        "s.bind(chr(0) + sys.argv[1]); s.listen(); print('held', flush=True); sys.stdin.read()"
+    )
+    holder = desk.start("-c", squat, name)
+    assert holder.stdout
+    assert holder.stdout.readline() == "held\n"
+    assert "Another user" in desk.run("up", "vllm", expect=1)
+    holder.kill()
+    holder.wait()
+
+
+def test_open_to_the_network_only_with_a_key(desk: Desk) -> None:
+    text = desk.run("up", "vllm", expect=1, host="0.0.0.0")
+    assert "SERVEBOOK_API_KEY" in text
+    assert desk.family() == []
+    desk.run("up", "vllm", host="0.0.0.0", api_key=KEY)
+    entry = desk.status()
+    assert entry["state"] == "ready"
+    assert entry["endpoints"]["http"].startswith("127.0.0.1:")
+
+
+def test_a_host_that_is_not_this_machine(desk: Desk) -> None:
+    text = desk.run("up", "vllm", expect=1, host="192.0.2.1", api_key=KEY)
+    assert "cannot start vllm on 192.0.2.1: [Errno 99]" in text
+    desk.nothing_left()
+
+
+def test_the_key_is_in_no_command_line_log_or_state_file(desk: Desk) -> None:
+    text = desk.run("up", "vllm", api_key=KEY) + desk.run("status", "--json") + desk.run("status", api_key=KEY)
+    family = desk.family()
+    assert any(process.environ().get("VLLM_API_KEY") == KEY for process in family)
+    assert all(KEY not in word for process in family for word in process.cmdline())
+    files = [path for path in desk.folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".log", ".json"}
+    assert all(KEY not in path.read_text() for path in files)
+    assert KEY not in text
+    assert desk.folder.stat().st_mode & 0o077 == 0
+
+
+# --- faults -------------------------------------------------------------------------------------------------------
+
+
+def test_kernel_killed_while_the_server_starts(desk: Desk) -> None:
+    kernel = desk.start(TINY, "kernel", engine_args="--delay 600")
+    eventually(lambda: len(desk.family()) == 5, "the whole family")
+    kernel.kill()
+    desk.nothing_left()
+    assert desk.status()["state"] == "stopped"
+
+
+def test_kernel_killed_while_the_server_serves(desk: Desk) -> None:
+    kernel, server = desk.kernel()
+    assert desk.status()["owner"] == "kernel"
+    assert desk.status()["pid"] == server["pid"]
+    kernel.kill()
+    desk.nothing_left()
+    assert desk.status()["state"] == "stopped"
+
+
+def test_a_second_kernel_keeps_the_server(desk: Desk) -> None:
+    first, server = desk.kernel()
+    second, same = desk.kernel()
+    assert same == server
+    first.kill()
+    first.wait()
+    assert desk.status()["state"] == "ready"
+    second.kill()
+    desk.nothing_left()
+
+
+def test_up_takes_over_a_kernels_server(desk: Desk) -> None:
+    kernel, server = desk.kernel()
+    assert "attached to" in desk.run("up", "vllm")
+    kernel.kill()
+    kernel.wait()
+    entry = desk.status()
+    assert (entry["state"], entry["owner"], entry["pid"]) == ("ready", "cli", server["pid"])
+
+
+def test_down_ends_a_kernels_server(desk: Desk) -> None:
+    desk.kernel()
+    assert "ended" in desk.run("down", "vllm")
+    assert desk.status()["state"] == "stopped"
+
+
+def test_a_restarted_kernel_waits_for_its_former_server_to_end(desk: Desk) -> None:
+    kernel, server = desk.kernel(engine_args="--linger 2")
+    kernel.kill()
+    _, fresh = desk.kernel(engine_args="--linger 2")
+    assert fresh["pid"] != server["pid"]
+    assert len(desk.family()) == 5
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_up_ends_what_it_started(desk: Desk, sig: signal.Signals) -> None:
+    up = desk.start(TINY, "cli", "up", "vllm", engine_args="--delay 600")
+    eventually(lambda: len(desk.family()) == 5, "the whole family")
+    up.send_signal(sig)
+    out, err = up.communicate(timeout=20)
+    assert "Traceback" not in out + err
+    assert up.returncode == (130 if sig == signal.SIGINT else -sig)
+    desk.nothing_left()
+    assert desk.status()["state"] == "stopped"
+
+
+@pytest.mark.parametrize("victim", ["server", "supervisor", "guardian"])
+def test_killed_by_9(desk: Desk, victim: str) -> None:
+    desk.run("up", "vllm", engine_args="--deaf")
+    keeper = desk.supervisor()
+    guardian = keeper.parent()
+    assert guardian
+    pid = {"server": desk.status()["pid"], "supervisor": keeper.pid, "guardian": guardian.pid}[victim]
+    os.kill(pid, signal.SIGKILL)
+    desk.nothing_left()
+    entry = desk.status()
+    assert entry["state"] == ("stopped" if victim == "guardian" else "failed")
+    assert entry["pid"] is None
+    desk.run("up", "vllm")
+    assert desk.status()["state"] == "ready"
+
+
+@pytest.mark.parametrize(
+    "rubbish", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"pid": 1, "state": "running", "endpoints": 7, "model": []}']
+)
+def test_corrupted_state_files(desk: Desk, rubbish: bytes) -> None:
+    desk.run("up", "vllm")
+    before = desk.status()
+    record = desk.folder / "servers/vllm.json"
+    record.write_bytes(rubbish)
+    assert desk.status() == before
+    desk.supervisor().kill()
+    desk.nothing_left()
+    record.write_bytes(rubbish)
+    entry = desk.status()
+    assert entry["pid"] is None  # a pid on disk is never believed
+    assert entry["state"] in ("failed", "stopped")
+
+
+def test_a_lost_record_does_not_hide_a_server(desk: Desk) -> None:
+    desk.run("up", "vllm")
+    (desk.folder / "servers/vllm.json").unlink()
+    assert desk.status()["state"] == "ready"
+    desk.run("down", "--all")
+    desk.nothing_left()
+
+
+@pytest.mark.parametrize("place", ["/dev/null/state", "/proc/servebook"])
+def test_state_folder_that_cannot_be_written(desk: Desk, place: str) -> None:
+    text = desk.run("up", "vllm", expect=1, state_dir=place)
+    assert f"{place} cannot be written" in text
+    assert "SERVEBOOK_STATE_DIR" in text
+    assert json.loads(desk.run("status", "--json", state_dir=place))[0]["state"] == "stopped"
+
+
+def test_cache_folder_that_cannot_be_written(desk: Desk) -> None:
+    text = desk.run("up", "vllm", expect=1, cache_dir="/dev/null/cache")
+    assert "SERVEBOOK_CACHE_DIR" in text
+
+
+def test_model_that_does_not_exist(desk: Desk) -> None:
+    text = desk.run("up", "vllm", expect=1, model="/no/such/model")
+    assert "no model folder '/no/such/model'" in text
+    assert desk.family() == []
+
+
+def test_longer_than_the_model(desk: Desk) -> None:
+    text = desk.run("up", "vllm", expect=1, max_model_len="100000")
+    assert "100000" in text
+    assert "8192" in text
+    assert desk.family() == []
+
+
+def test_too_little_memory_is_refused_before_the_start(desk: Desk) -> None:
+    with pytest.raises(LaunchError, match=r"needs about 10000\d\.\d GiB"):
+        launch.serve("vllm", settings=desk.settings, kv_cache_gib=100_000)
+    assert desk.family() == []
+
+
+def test_no_engine_at_the_given_url(desk: Desk) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(LaunchError, match="No vLLM answers"):
+        launch.serve("vllm", settings=desk.settings, engine_url=url)
+    desk.run("up", "vllm")
+    with pytest.raises(LaunchError, match="404"):
+        launch.serve("vllm", settings=desk.settings, engine_url=f"http://{desk.status()['endpoints']['http']}")
+    assert "runs elsewhere" in desk.run("up", "vllm", expect=1, engine_url=url)
+
+
+# --- what the person sees -----------------------------------------------------------------------------------------
+
+
+def test_progress_on_a_pipe_is_one_line_a_phase(desk: Desk) -> None:
+    lines = desk.run("up", "vllm", engine_args="--delay 1").splitlines()
+    assert [line.split(" (")[0] for line in lines] == [
+        "vllm: looking for the model",
+        "vllm: importing",
+        "vllm: loading weights",
+        f"vllm: ready: http {desk.status()['endpoints']['http']}",
+    ]
+
+
+def test_progress_on_a_terminal_shows_phase_and_seconds(desk: Desk) -> None:
+    reader, writer = pty.openpty()
+    command = [sys.executable, str(TINY), "cli", "up", "vllm"]
+    env = desk.env | {"SERVEBOOK_ENGINE_ARGS": "--delay 2.5", "TERM": "xterm"}
+    with subprocess.Popen(command, env=env, stdin=writer, stdout=writer, stderr=writer) as up:
+        os.close(writer)
+        text = b""
+        try:
+            while chunk := os.read(reader, 4096):
+                text += chunk
+        except OSError:  # EIO: the terminal's other end is closed
+            os.close(reader)
+    assert up.returncode == 0
+    seconds = re.findall("vllm: loading weights … ([0-9]+) s", text.decode())
+    assert len(set(seconds)) >= 2, text
+    assert b"ready: http" in text
+
+
+def test_a_real_kernel_shows_progress_survives_interrupt_and_takes_its_server_along(desk: Desk) -> None:
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(env=desk.env | {"PYTHONPATH": f"{TINY.parent}:{desk.env.get('PYTHONPATH', '')}"})
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    try:
+        shown: list[str] = []
+
+        def output(message: dict[str, Any]) -> None:
+            shown.append(json.dumps(message["content"]))
+
+        code = "import tiny_server; tiny_server.install()\nfrom servebook import serve\nvllm = serve('vllm')"
+        reply = client.execute_interactive(code, output_hook=output, timeout=60)
+        assert reply["content"]["status"] == "ok", shown
+        assert any("aria-live" in text and "ready: http" in text for text in shown)
+        before = desk.status()
+        assert before["state"] == "ready"
+
+        asked = client.execute("import time\nprint('asleep', flush=True)\ntime.sleep(600)")
+        stream = eventually(lambda: _stream(client), "the cell's first output")
+        assert "asleep" in stream
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=30)
+        assert reply["parent_header"]["msg_id"] == asked
+        assert reply["content"]["ename"] == "KeyboardInterrupt"
+        assert desk.status() == before
+
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)  # SIGKILL
+    desk.nothing_left()
+
+
+def _stream(client: Any) -> str:
+    try:
+        message = client.get_iopub_msg(timeout=0.1)
+    except Empty:
+        return ""
+    return str(message["content"].get("text", ""))
+
+
+# --- with the real engine -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(tmp_path / "state", free_port())
+    yield desk
+    desk.close()
+
+
+def engine_parts(desk: Desk) -> dict[str, psutil.Process]:
+    """vLLM's processes behind its server, by the names that they give themselves."""
+    found = {}
+    for process in desk.family():
+        try:
+            words = " ".join(process.cmdline()).split()
+        except psutil.Error:
+            continue
+        if words and words[0].startswith("VLLM::"):
+            found[words[0]] = process
+    return found
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+def test_real_engine_killed_while_it_serves(real: Desk) -> None:
+    up = real.start(SERVEBOOK, "up", "vllm", api_key=KEY)
+    assert up.wait(280) == 0, up.communicate()
+    entry = real.status()
+    assert entry["state"] == "ready"
+    assert KEY not in Path(entry["log"]).read_text()
+    models = f"http://{entry['endpoints']['http']}/v1/models"
+    assert requests.get(models, timeout=10).status_code == 401
+    assert requests.get(models, timeout=10, headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+    parts = engine_parts(real)
+    assert set(parts) == {"VLLM::EngineCore", "VLLM::Worker"}
+    parts["VLLM::EngineCore"].kill()
+    real.nothing_left()
+    assert real.status()["state"] == "failed"
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", ["kernel", "supervisor"])
+def test_real_engine_whose_keeper_is_killed_while_it_starts(real: Desk, victim: str) -> None:
+    code = "from servebook import serve; serve('vllm')"
+    kernel = real.start("-c", code)
+    eventually(lambda: kernel.poll() is not None or len(engine_parts(real)) == 2, "EngineCore and Worker", seconds=250)
+    assert kernel.poll() is None, kernel.communicate()
+    assert real.status()["state"] == "starting"
+    (kernel if victim == "kernel" else real.supervisor()).kill()
+    real.nothing_left()
+    assert real.status()["state"] == ("stopped" if victim == "kernel" else "failed")
+
+
+def test_vllms_own_command_line_works_on_cpu() -> None:
+    done = subprocess.run([Path(sys.executable).with_name("vllm"), "--version"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1].startswith("0.32.0")
+
+
+def test_the_repositorys_folder_triton_does_not_hide_the_compilers_absence() -> None:
+    command = [sys.executable, "-c", "import torch._dynamo, torch.utils._triton as t; print(t.has_triton_package())"]
+    done = subprocess.run(command, cwd=TINY.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- the supervisor's parts ---------------------------------------------------------------------------------------
+
+
+def test_choose_port_skips_the_taken_the_claimed_and_other_servers_defaults() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        start = busy.getsockname()[1]
+        port, claim = supervisor.choose_port("127.0.0.1", start, {start, start + 1})
+        with claim:
+            assert port > start + 1
+            following, its_claim = supervisor.choose_port("127.0.0.1", port, set())
+            its_claim.close()
+            assert following > port
+    port, claim = supervisor.choose_port("127.0.0.1", port, set())
+    claim.close()
+
+
+def test_an_address_elsewhere_is_no_place_to_listen() -> None:
+    with pytest.raises(OSError, match="assign"):
+        supervisor.can_bind("192.0.2.1", 8000)

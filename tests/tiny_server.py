@@ -1,0 +1,99 @@
+"""A real server that is up at once, in the place of vLLM's: for the tests of `launch` itself.
+
+It has a child and, in a session of its own, a grandchild: the worst that an engine's workers can be.
+`python tiny_server.py cli up vllm` is the command line with it, `python tiny_server.py kernel` a process that
+holds a lease as a notebook does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+CHILD = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
+time.sleep(600)
+"""
+GRANDCHILD = "import time; time.sleep(600)"
+DEAF_GRANDCHILD = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + GRANDCHILD
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def serve_http(words: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--delay", type=float, default=0, help="seconds until it listens")
+    parser.add_argument("--linger", type=float, default=0, help="seconds that it takes to end")
+    parser.add_argument("--deaf", action="store_true", help="the grandchild ignores SIGTERM")
+    parser.add_argument("--die", type=int, help="exit code of a server that does not come up")
+    args = parser.parse_args(words)
+    print("tiny: Starting to load model", flush=True)
+    if args.die is not None:
+        print("tiny: the weights are torn", flush=True)
+        sys.exit(args.die)
+
+    def end(*_: object) -> None:
+        time.sleep(args.linger)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    subprocess.Popen([sys.executable, "-c", CHILD, DEAF_GRANDCHILD if args.deaf else GRANDCHILD])
+    time.sleep(args.delay)
+    with ThreadingHTTPServer((args.host, args.port), Handler) as server:
+        server.serve_forever()
+
+
+def install() -> None:
+    """Put this server in vLLM's place in the table; SERVEBOOK_ENGINE_ARGS goes to it."""
+    from servebook.launch import SERVERS
+
+    SERVERS["vllm"] = replace(
+        SERVERS["vllm"],
+        has_engine=False,
+        argv=lambda settings, model, needs: [
+            *(sys.executable, str(Path(__file__)), "server", "--host", settings.host, "--port", "{http}"),
+            *shlex.split(settings.engine_args),
+        ],
+    )
+
+
+def main() -> None:
+    command, *words = sys.argv[1:]
+    if command == "server":
+        return serve_http(words)
+    install()
+    if command == "cli":
+        from servebook import cli
+
+        sys.argv = ["servebook", *words]
+        return cli.main()
+    from servebook import serve
+
+    server = serve("vllm")
+    print(json.dumps({"pid": server.pid, **server.endpoints}), flush=True)
+    sys.stdin.read()
+    return None
+
+
+if __name__ == "__main__":
+    main()
