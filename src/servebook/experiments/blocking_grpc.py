@@ -90,10 +90,10 @@ class Outcome:
     errors: dict[str, str]
 
 
-def ask(address: str, clients: int) -> Outcome:
+def ask(address: str, clients: int, api_key: str | None = None) -> Outcome:
     """Ask each of PROMPTS once, `clients` at a time, greedily."""
     texts, errors, tokens = {}, {}, 0
-    with GrpcClient(address) as client, ThreadPoolExecutor(clients) as pool:
+    with GrpcClient(address, api_key=api_key) as client, ThreadPoolExecutor(clients) as pool:
         started = time.monotonic()
         calls = {
             prompt: pool.submit(client.generate, prompt, max_tokens=MAX_TOKENS, temperature=0) for prompt in PROMPTS
