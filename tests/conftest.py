@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 STATE_DIR = Path(os.environ.setdefault("SERVEBOOK_STATE_DIR", tempfile.mkdtemp(prefix="servebook-tests-")))
 
 from servebook import launch, notebook_gate  # noqa: E402
+from servebook.launch.supervisor import can_bind  # noqa: E402
 from servebook.settings import Settings, load_settings  # noqa: E402
 
 
@@ -150,11 +151,14 @@ def ours() -> list[psutil.Process]:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left() -> Iterator[None]:
-    """End all servers after the run and assert that no process of ours is left."""
+    """End all servers after the run and assert that no process and no port of ours is left."""
     os.environ["SERVEBOOK_TEST_RUN"] = str(os.getpid())
     yield
-    for entry in launch.status():
+    entries = launch.status()
+    for entry in entries:
         launch.down(entry["name"])
     psutil.wait_procs(ours(), timeout=5)
     left = [" ".join(process.cmdline()) for process in ours()]
     assert not left, f"left running: {left}"
+    addresses = [address.rsplit(":", 1) for entry in entries for address in entry["endpoints"].values()]
+    assert all(can_bind(host, int(port)) for host, port in addresses), f"left listening: one of {addresses}"
