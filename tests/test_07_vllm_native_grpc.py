@@ -85,7 +85,9 @@ def test_unary_style_call_is_one_complete_with_all_ids(client: VllmGrpcClient, r
 
 @engine
 def test_no_broken_characters_on_the_way(client: VllmGrpcClient) -> None:
-    pieces = list(client.stream("Say hello: ", max_tokens=80, choice=pb.ChoiceConstraint(choices=[KOREAN])))
+    pieces = list(
+        client.stream("Say hello: ", temperature=0, max_tokens=80, choice=pb.ChoiceConstraint(choices=[KOREAN]))
+    )
     assert "".join(piece.text for piece in pieces) == KOREAN
     assert not any("\ufffd" in piece.text for piece in pieces)
     one_by_one = "".join(client.tokenizer.decode([each]) for piece in pieces for each in piece.token_ids)
