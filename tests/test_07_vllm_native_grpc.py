@@ -244,3 +244,9 @@ def test_one_client_serves_many_threads(client: VllmGrpcClient, rest_choice: dic
     for thread in threads:
         thread.join(60)
     assert [answer.finish_reason for answer in answers] == ["length"] * 4
+
+
+@engine
+@pytest.mark.timeout(600)
+def test_notebook(run_notebook: Callable[[str], None]) -> None:
+    run_notebook("07_vllm_native_grpc")

@@ -13,6 +13,7 @@ notebook. Fewer than `min_cells` executed code cells (by default: fewer than all
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -35,8 +36,6 @@ from servebook.launch import serve
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CHECKED = "nbval-check-output"
-KERNEL_BY_IPC = Config(KernelManager={"transport": "ipc"})
-"""Sockets in this user's runtime folder: no ports to collide on, and no other user can listen."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def _execute(notebook: Path, wants: Mapping[str, Any], parameters: Mapping[str, 
                 progress_bar=False,
                 cwd=notebook.parent,
                 timeout_func=_time_left(limit, wants.get("cell_timeout", 120)),
-                config=KERNEL_BY_IPC,
+                config=_kernel_in(Path(scratch)),
             )
         except PapermillExecutionError as error:
             problem = str(error).strip()
@@ -138,6 +137,11 @@ def _execute(notebook: Path, wants: Mapping[str, Any], parameters: Mapping[str, 
     return {cell.id: cell for cell in cells}, problem
 
 
+def _kernel_in(folder: Path) -> Config:
+    """Talk to the kernel through sockets in `folder`: no ports to collide on, and no other user can listen."""
+    return Config(KernelManager={"transport": "ipc", "ip": str(folder / "kernel")})
+
+
 def _time_left(notebook_seconds: float, cell_seconds: float) -> Callable[[Any], float]:
     """nbclient's `timeout_func`: what the next cell may take, in seconds, never 0 (which would mean no limit)."""
     deadline = time.monotonic() + notebook_seconds
@@ -145,13 +149,17 @@ def _time_left(notebook_seconds: float, cell_seconds: float) -> Callable[[Any], 
 
 
 def _store(notebook: Path, source: NotebookNode, done: Sequence[tuple[NotebookNode, NotebookNode]]) -> None:
-    """Write the new outputs into the notebook, and nothing else of the run: no times, no papermill metadata."""
+    """Write the new outputs into the notebook, and nothing else of the run: no times, no papermill metadata.
+
+    The home folder is written as `~`: an output that names it would differ on every machine.
+    """
     for cell in source.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     for count, (cell, new) in enumerate(done, start=1):
         cell.execution_count = count
-        cell.outputs = coalesce_streams(new.outputs)
+        outputs = json.dumps(coalesce_streams(new.outputs)).replace(str(Path.home()), "~")
+        cell.outputs = nbformat.from_dict(json.loads(outputs))
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count

@@ -15,7 +15,6 @@ from servebook.lab.feedback import NotYet, StillOpen
 from servebook.lab.manifest import Exercise
 from servebook.launch import Server
 
-
 IDLE_SECONDS = 8.0
 """How long a learner's code may run while no server works for it."""
 LIMIT_SECONDS = 100.0

@@ -168,8 +168,17 @@ def serve(
 
 
 def up(name: str, settings: Settings | None = None, **overrides: Any) -> Server:
-    """Like `serve`, but the server stays when this process ends."""
+    """Like `serve`, but the server stays when this process ends.
+
+    Raises:
+        LaunchError: as `serve`; and for "vllm" where SERVEBOOK_ENGINE_URL says that it runs elsewhere.
+    """
     settings = _merge(settings, overrides)
+    if name == "vllm" and settings.engine_url:
+        raise LaunchError(
+            f"The engine runs elsewhere: SERVEBOOK_ENGINE_URL is {settings.engine_url}.",
+            "Unset it to run one here.",
+        )
     server, links = _start(find_server(name), settings, name, owner="cli")
     for link in links.values():
         link.ask("keep")

@@ -1,0 +1,243 @@
+"""What surrounds the labs: manifest and notebooks agree, the command line, the bundle, nbgrader."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbgrader.api import Gradebook
+
+from servebook import launch
+from servebook.errors import ServebookError
+from servebook.lab import checking
+from servebook.lab.manifest import Lab, find_exercise, load_labs
+from servebook.lab.release import ROOT, student_notebook
+from servebook.lab.shell import exercise_of
+
+LABS = [pytest.param(lab, id=lab.stem) for lab in load_labs()]
+STEM = "01_openai_rest"
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """`servebook …` as a learner with no progress yet."""
+    environment = os.environ | {"SERVEBOOK_STATE_DIR": str(tmp_path / "state")}
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.delenv("NBGRADER_EXECUTION", raising=False)
+
+    def run(*words: object, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+        program = "import sys; from servebook.cli import main; sys.argv[0] = 'servebook'; main()"
+        argv = [sys.executable, "-c", program, *map(str, words)]
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment | more, timeout=120)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    yield run
+
+
+def cells_of(path: Path) -> dict[str, Any]:
+    return {cell.id: cell for cell in nbformat.read(path, as_version=4).cells}
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_notebook_agrees_with_the_manifest(lab: Lab) -> None:
+    """Each exercise has its cells, in order, with the manifest's title, points and minutes."""
+    by_id = cells_of(ROOT / "solutions" / lab.path)
+    order = [cell_id for cell_id in by_id if exercise_of(by_id[cell_id])]
+    assert [cell_id for cell_id in order if cell_id.endswith("-check")] == [f"{e.cell}-check" for e in lab.exercises]
+    for exercise in lab.exercises:
+        head = f"## {exercise.id} · {exercise.title}\n*{exercise.kind.capitalize()} · {exercise.worth} · about "
+        assert by_id[f"{exercise.cell}-brief"].source.startswith(head + f"{exercise.minutes} minutes*")
+        answer, check = by_id[f"{exercise.cell}-answer"], by_id[f"{exercise.cell}-check"]
+        assert order.index(check.id) == order.index(answer.id) + 1
+        assert answer.metadata.nbgrader.solution
+        assert not answer.metadata.nbgrader.grade
+        assert check.metadata.nbgrader.grade
+        assert check.metadata.nbgrader.locked
+        assert check.metadata.nbgrader.points == exercise.points
+        assert check.source == f'check("{exercise.id}")'
+    assert {"intro", "parameters", "setup"} <= by_id.keys()
+    assert 3 <= len(lab.exercises) <= 6
+    assert 20 <= lab.minutes <= 45
+
+
+def test_nothing_is_orphaned() -> None:
+    """Every solution, lab and check function belongs to the manifest."""
+    labs = load_labs()
+    assert {path.name for path in (ROOT / "solutions").iterdir()} == {lab.stem for lab in labs}
+    assert {path.name for path in (ROOT / "labs").iterdir()} == {lab.stem for lab in labs}
+    checks = ROOT / "src/servebook/lab/checks"
+    assert {path.stem for path in checks.glob("c[0-9]*.py")} == {f"c{lab.stem}" for lab in labs}
+    for lab in labs:
+        functions = re.findall(r"^def check_(\d\d_\d)\(", (checks / f"c{lab.stem}.py").read_text(), re.M)
+        assert functions == [exercise.id.replace(".", "_") for exercise in lab.exercises]
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_notebooks_are_python(lab: Lab) -> None:
+    for folder in ("solutions", "labs"):
+        for cell in cells_of(ROOT / folder / lab.path).values():
+            if cell.cell_type == "code" and not cell.source.startswith("%%"):
+                compile(cell.source, cell.id, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_labs_are_fresh(lab: Lab) -> None:
+    """`labs/` is what its solution gives, byte for byte, again and again."""
+    made = student_notebook(ROOT / "solutions" / lab.path)
+    assert made == student_notebook(ROOT / "solutions" / lab.path)
+    assert made == (ROOT / "labs" / lab.path).read_text(), "run `make labs`"
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_released_blanks_say_what_to_do(lab: Lab) -> None:
+    cells = cells_of(ROOT / "labs" / lab.path)
+    for exercise in lab.exercises:
+        source = cells[f"{exercise.cell}-answer"].source
+        assert re.search(rf"# TODO\({exercise.id}\): .+ \(about \d+ lines?\)\n *raise NotImplementedError", source)
+        assert f'raise NotImplementedError("{exercise.id}")' in source
+
+
+def test_list_hint_and_progress(learner: Run) -> None:
+    _, exercise = find_exercise("01.2")
+    assert "0/3" in learner("labs", "list").stdout
+    for number, text in enumerate(exercise.hints, 1):
+        shown = learner("labs", "hint", "01.2").stdout
+        assert text in shown
+        assert all((other in shown) == (i <= number) for i, other in enumerate(exercise.hints, 1))
+    assert "that was the last one" in learner("labs", "hint", "01.2").stdout
+    assert "3/3" in learner("labs", "list", COLUMNS="200").stdout
+    assert "Choose from 01.1, 01.2" in learner("labs", "hint", "01.9", code=1).stderr
+
+
+@pytest.mark.engine
+def test_init_check_and_reset(learner: Run, vllm: launch.Server, tmp_path: Path) -> None:
+    copy = tmp_path / "mine"
+    here = {"SERVEBOOK_ENGINE_URL": vllm.url}
+    assert f"{len(load_labs())} labs copied" in learner("labs", "init", copy).stdout
+    opened = learner("labs", "check", "01.2", code=1, **here).stdout
+    assert opened.startswith("○ 01.2 Read what it cost and how it ended: still open")
+    assert "next hint     Which of the three numbers" in opened
+
+    path = copy / STEM / f"{STEM}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    answer = next(cell for cell in notebook.cells if cell.id == "01-2-answer")
+    stub, answer.source = answer.source, cells_of(ROOT / "solutions" / STEM / f"{STEM}.ipynb")["01-2-answer"].source
+    nbformat.write(notebook, path)
+    assert learner("labs", "check", "01.2", **here).stdout == "✓ 01.2 Read what it cost and how it ended (1 point)\n"
+    assert "1 of " in learner("labs", "list").stdout
+
+    assert "left as they were" in learner("labs", "init", copy).stdout
+    assert cells_of(path)["01-2-answer"].source == answer.source
+    learner("labs", "reset", "01.2")
+    assert cells_of(path)["01-2-answer"].source == stub
+    assert "0 of " in learner("labs", "list").stdout
+
+
+def test_check_in_a_notebook_reports_and_under_nbgrader_raises(
+    learner: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learner reads; nbgrader needs an error to give no points."""
+    checking.check("01.1")
+    text = capsys.readouterr().out
+    assert text.splitlines()[0] == "✗ 01.1 Ask with plain HTTP"
+    assert "its cell has not run" in text
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    with pytest.raises(ServebookError, match="its cell has not run"):
+        checking.check("01.1")
+
+
+def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    learner("release", bundle)
+    assert {"labs", "notebooks", "src", "Makefile", "pyproject.toml"} <= {path.name for path in bundle.iterdir()}
+    assert not {"solutions", "tests", "docs", "nbgrader_config.py"} & {path.name for path in bundle.iterdir()}
+    solved = [
+        cell.source
+        for lab in load_labs()
+        for cell in cells_of(ROOT / "solutions" / lab.path).values()
+        if cell.id.endswith("-answer")
+    ]
+    marks = ("### BEGIN SOLUTION", "### END SOLUTION", "BEGIN HIDDEN TESTS")
+    for path in bundle.rglob("*"):
+        if path.is_file() and path.suffix in {".ipynb", ".md", ".toml"}:
+            text = path.read_text()
+            assert not [mark for mark in marks if mark in text], path
+        if path.suffix == ".ipynb":
+            for cell in cells_of(path).values():
+                assert "instructor" not in cell.metadata.get("tags", []), path
+                assert cell.source not in solved
+    assert "is not empty" in learner("release", bundle, code=1).stderr
+
+
+def nbgrader(course: Path, *words: str, code: int = 0) -> str:
+    environment = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"}
+    argv = [sys.executable, "-m", "nbgrader", *words]
+    done = subprocess.run(argv, cwd=course, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
+def submit(course: Path, student: str, answers: dict[str, str]) -> None:
+    """Hand in the released notebook with some cells filled in, by cell id."""
+    notebook = nbformat.read(course / "labs" / STEM / f"{STEM}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        cell.source = answers.get(cell.id, cell.source)
+    path = course / "submitted" / student / STEM / f"{STEM}.ipynb"
+    path.parent.mkdir(parents=True)
+    nbformat.write(notebook, path)
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, tmp_path: Path) -> None:
+    """One perfect, one partial and one empty submission get their points, whatever a fourth and fifth do."""
+    for name in (f"solutions/{STEM}/{STEM}.ipynb", "nbgrader_config.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    nbgrader(tmp_path, "generate_assignment", STEM)
+    released = tmp_path / "labs" / STEM / f"{STEM}.ipynb"
+    assert released.read_text() == (ROOT / "labs" / STEM / f"{STEM}.ipynb").read_text()
+
+    solution = cells_of(ROOT / "solutions" / STEM / f"{STEM}.ipynb")
+    perfect = {cell_id: cell.source for cell_id, cell in solution.items() if cell_id.endswith("-answer")}
+    some = {"01-1-answer", "01-4-answer"}
+    submit(tmp_path, "crashes", {"01-1-answer": "import os\nos._exit(1)"})
+    submit(tmp_path, "empty", {})
+    submit(tmp_path, "hangs", {"01-1-answer": "while True:\n    pass", "01-2-answer": perfect["01-2-answer"]})
+    # A locked cell that was altered is put back before grading.
+    submit(tmp_path, "partial", {k: v for k, v in perfect.items() if k in some} | {"01-5-check": "pass"})
+    submit(tmp_path, "perfect", perfect)
+    said = nbgrader(tmp_path, "autograde", STEM, "--Execute.timeout=40", code=1)
+    assert re.findall(r"error processing assignment '\w+' for student '(\w+)'", said) == ["crashes"]
+    nbgrader(tmp_path, "generate_feedback", STEM)
+
+    with Gradebook(f"sqlite:///{tmp_path}/gradebook.db", "servebook") as gradebook:
+        scores = {
+            student: gradebook.find_submission(STEM, student).score
+            for student in ("empty", "hangs", "partial", "perfect")
+        }
+        worth = gradebook.find_assignment(STEM).max_score
+    lab, _ = find_exercise("01.1")
+    points = {exercise.id: exercise.points for exercise in lab.exercises}
+    assert worth == lab.points
+    assert scores == {
+        "empty": 0,
+        "hangs": points["01.2"],
+        "partial": points["01.1"] + points["01.4"],
+        "perfect": lab.points,
+    }
+    feedback = (tmp_path / "feedback" / "partial" / STEM / f"{STEM}.html").read_text()
+    assert "NotPassed: ○ 01.5" in feedback
+    assert "Traceback" not in feedback
