@@ -68,6 +68,7 @@ class Engine:
             self._on_loop(self._start(engine_args, stat_loggers))
         except BaseException:
             self._end_loop()
+            self.guardian.release()
             raise
 
     def submit(self, tensors: Tensors, parameters: str, sender: Any) -> None:
