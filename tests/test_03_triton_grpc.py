@@ -33,6 +33,8 @@ from servebook.launch import Server
 from servebook.metrics import metric
 from servebook.triton_backend.server import tritonserver_command, tritonserver_env
 
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
 MODEL = "vllm_model"
 PROMPT = "The capital of France is"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}

@@ -56,13 +56,15 @@ def marked(stub: str) -> list[int]:
 
 def main() -> None:
     """Wait for the stub's end; unless it said "done", end its engine and its server."""
+    server = os.pidfd_open(int(sys.argv[1]))  # not the bare id, which the kernel may give to another process
     if sys.stdin.buffer.read() == b"done":
         return
-    server = int(sys.argv[1])
     print("servebook: the stub died; ending the engine and the server", file=sys.stderr, flush=True)
-    for pid in [*marked(os.environ[MARK]), server]:
+    for pid in marked(os.environ[MARK]):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(server, signal.SIGKILL)
     for region in sys.argv[2:]:
         Path(region).unlink(missing_ok=True)
 

@@ -49,10 +49,7 @@ class TritonPythonModel:
             ModelFilesError: model.json or multi_lora.json does not fit.
         """
         # The stub's interpreter starts in ASCII, and importing torch reads files that are not.
-
         locale.setlocale(locale.LC_ALL, "C.UTF-8")
-        from servebook.triton_backend.files import read_engine_args, read_loras
-
         parameters = json.loads(args["model_config"]).get("parameters", {})
         for name in parameters.keys() - set(FLAGS):
             pb_utils.Logger.log_warn(
@@ -61,6 +58,8 @@ class TritonPythonModel:
         flags = {name: parameters.get(name, {}).get("string_value", "").lower() == "true" for name in FLAGS}
         if args["model_instance_kind"] == "GPU":  # one instance per device, each with its own
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
+
+        from servebook.triton_backend.files import read_engine_args, read_loras
 
         folder = Path(pb_utils.get_model_dir())
         engine_args = read_engine_args(folder)
