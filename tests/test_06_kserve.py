@@ -210,6 +210,14 @@ BAD = {
         [given("text_input", PROMPT), sampling(top_p=7)],
         "tensor sampling_parameters: top_p must be in (0, 1]",
     ),
+    "beyond 64 bits": (
+        [given("text_input", PROMPT), sampling(seed=2**70)],
+        "tensor sampling_parameters: ",
+    ),
+    "half a character in JSON": (
+        [given("text_input", PROMPT), given("sampling_parameters", '{"stop": "\\ud800"}')],
+        "tensor sampling_parameters: ",
+    ),
 }
 
 
