@@ -67,7 +67,7 @@ class TritonPythonModel:
         loras = read_loras(folder, engine_args)
 
         from servebook.triton_backend.engine import Engine
-        from servebook.triton_backend.metrics import TritonStats
+        from servebook.triton_backend.metrics import stat_logger_factory
 
         labels = {"model": args["model_name"], "version": args["model_version"]}
         report = flags["REPORT_CUSTOM_METRICS"] and not engine_args.disable_log_stats
@@ -75,7 +75,7 @@ class TritonPythonModel:
         self.engine = Engine(
             engine_args,
             loras,
-            stats=TritonStats(labels) if report else None,
+            stat_loggers=[stat_logger_factory(labels)] if report else [],
             on_death=(lambda: pb_utils.unload_model(name)) if flags["ENABLE_VLLM_HEALTH_CHECK"] else None,
         )
 
