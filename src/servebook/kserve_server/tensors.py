@@ -84,9 +84,10 @@ def read_sampling_parameters(text: str) -> SamplingParams:
         if unknown := sorted(fields.keys() - allowed):
             raise InvalidInput(f"tensor sampling_parameters: unknown field {', '.join(unknown)}")
         params = msgspec.json.decode(text, type=SamplingParams)
+        msgspec.msgpack.encode(params)  # the way to the engine's process, which ends at 64 bits
     except InvalidInput:
         raise
-    except (ValueError, RecursionError, VLLMValidationError) as error:
+    except (ValueError, OverflowError, RecursionError, VLLMValidationError) as error:
         raise InvalidInput(f"tensor sampling_parameters: {error}") from None
     params.output_kind = RequestOutputKind.FINAL_ONLY
     return params
