@@ -52,9 +52,9 @@ class Rule:
 
 
 def tokens_ratio(run: Results, path: str) -> str:
-    """The ratios of tokens/s that `path` has to its reference, as text."""
-    found = [f"{interval(each.tokens_per_s)} at {each.concurrency}" for each in run.engine if each.arm.path == path]
-    return f"tokens/s {', '.join(found)} callers" if found else "not in this run"
+    """The ratios of tokens/s that `path` has to its reference, each @ its number of callers."""
+    found = [f"{interval(each.tokens_per_s)} @{each.concurrency}" for each in run.engine if each.arm.path == path]
+    return f"tokens/s {', '.join(found)}" if found else "not in this run"
 
 
 def cpu_ratio(run: Results, path: str) -> Estimate | None:
@@ -78,7 +78,7 @@ def tensor_ms(run: Results, server: str, encoding: str, size: int = 15 * MIB) ->
 
 def _gateway(run: Results) -> str:
     more = [
-        f"{each.ttft_p50_ms.value:+.1f} ms at {each.concurrency}" for each in run.engine if each.arm.path == "gateway"
+        f"{each.ttft_p50_ms.value:+.1f} ms @{each.concurrency}" for each in run.engine if each.arm.path == "gateway"
     ]
     return f"TTFT {', '.join(more)}; {tokens_ratio(run, 'gateway')}"
 
@@ -123,8 +123,8 @@ RULES = (
         _grpc,
     ),
     Rule(
-        "our own gRPC server, or more server processes for REST",
-        "At this rate the protocol work of one process becomes the limit",
+        "more server processes in front of the engine (--api-server-count)",
+        "At this rate one process that writes every message becomes the limit, whatever it speaks",
         "08",
         lambda needs: needs.tokens_per_s >= BUSY_TOKENS_PER_S,
         _busy,
@@ -195,7 +195,7 @@ ARTICLE = (
         "S14, S18",
         "REST has overhead against gRPC",
         "corrected",
-        "in CPU and bytes per token, yes; in tokens/s next to nothing with a real engine",
+        "in bytes, much; in CPU, some; in tokens/s next to nothing with a real engine (chapter 08)",
         _grpc,
     ),
     Row(
