@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from textwrap import indent
@@ -20,8 +22,11 @@ ROOT = Path(__file__).parents[1]
 OpenSession = Callable[[Lab], LabShell]
 
 
+REGION = re.compile(r"(.*?\n|)( *)(?:// )?### BEGIN SOLUTION.*?### END SOLUTION\n?(.*)", re.DOTALL)
+
+
 class Answer(BaseModel):
-    """An answer other than the solution's: its cell with some edits, or its `def` with another body.
+    """An answer other than the solution's: its cell with some edits, or with another text in place of the blank.
 
     `cause` is for wrong ones: words that the feedback must name.
     """
@@ -36,9 +41,8 @@ class Answer(BaseModel):
     def applied_to(self, solution: str) -> str:
         """The answer cell's text."""
         if self.body:
-            head, found, _ = solution.partition("    ### BEGIN SOLUTION")
-            assert found
-            return head + indent(self.body, "    ")
+            head, indentation, tail = REGION.fullmatch(solution).groups()  # type: ignore[union-attr]
+            return head + indent(self.body, indentation) + tail
         for old, new in self.edits:
             assert old in solution, f"{old!r} is not in the solution"
             solution = solution.replace(old, new)
@@ -88,10 +92,11 @@ def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return open_session
 
 
-@pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Learners' files go to a folder of their own."""
-    monkeypatch.chdir(tmp_path)
+    with contextlib.chdir(tmp_path_factory.mktemp("learner")):
+        yield
 
 
 @pytest.mark.engine
