@@ -186,7 +186,7 @@ def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) 
 def nbgrader(course: Path, *words: str, code: int = 0) -> str:
     environment = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"}
     argv = [sys.executable, "-m", "nbgrader", *words]
-    done = subprocess.run(argv, cwd=course, capture_output=True, text=True, env=environment, timeout=280)
+    done = subprocess.run(argv, cwd=course, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == code, done.stderr
     return done.stderr
 
@@ -221,7 +221,7 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, tmp_path: Pa
     # A locked cell that was altered is put back before grading.
     submit(tmp_path, "partial", {k: v for k, v in perfect.items() if k in some} | {"01-5-check": "pass"})
     submit(tmp_path, "perfect", perfect)
-    said = nbgrader(tmp_path, "autograde", STEM, "--Execute.timeout=40", code=1)
+    said = nbgrader(tmp_path, "autograde", STEM, "--Execute.timeout=45", code=1)
     assert re.findall(r"error processing assignment '\w+' for student '(\w+)'", said) == ["crashes"]
     nbgrader(tmp_path, "generate_feedback", STEM)
 
