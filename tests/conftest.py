@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 # Before servebook is imported anywhere: this run's servers are its own, apart from those of the person at work.
 STATE_DIR = Path(os.environ.setdefault("SERVEBOOK_STATE_DIR", tempfile.mkdtemp(prefix="servebook-tests-")))
 
 from servebook import launch, notebook_gate  # noqa: E402
+from servebook.launch.supervisor import can_bind  # noqa: E402
 from servebook.settings import Settings, load_settings  # noqa: E402
 
 
@@ -84,6 +87,56 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("engine")
 
 
+SCREENSHOTS = Path(__file__).parents[1] / "scratch" / "screenshots"
+CHROMIUM_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE_MS = 60_000
+"""How long a browser test waits for what it expects to see."""
+REPORT = pytest.StashKey[pytest.TestReport]()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """Chromium for one module: while Playwright runs, no test can start an event loop of its own."""
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if not executable:
+        pytest.fail("There is no Chromium: `sudo apt-get install chromium`, or leave these out with -m 'not browser'.")
+    expect.set_options(timeout=PATIENCE_MS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_ARGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """A fresh window; of a failed test a screenshot is kept."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    yield page
+    if request.node.stash[REPORT].failed:
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / f"{request.node.name}.png")
+    context.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let fixtures see whether their test failed."""
+    report = yield
+    if report.when == "call":
+        item.stash[REPORT] = report
+    return report
+
+
 def ours() -> list[psutil.Process]:
     """Every process of this run's servers: the supervisors' environment names the state folder."""
     found = []
@@ -98,11 +151,14 @@ def ours() -> list[psutil.Process]:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left() -> Iterator[None]:
-    """End all servers after the run and assert that no process of ours is left."""
+    """End all servers after the run and assert that no process and no port of ours is left."""
     os.environ["SERVEBOOK_TEST_RUN"] = str(os.getpid())
     yield
-    for entry in launch.status():
+    entries = launch.status()
+    for entry in entries:
         launch.down(entry["name"])
     psutil.wait_procs(ours(), timeout=5)
     left = [" ".join(process.cmdline()) for process in ours()]
     assert not left, f"left running: {left}"
+    addresses = [address.rsplit(":", 1) for entry in entries for address in entry["endpoints"].values()]
+    assert all(can_bind(host, int(port)) for host, port in addresses), f"left listening: one of {addresses}"

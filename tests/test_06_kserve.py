@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,7 +23,8 @@ from servebook.clients.v2_client import V2Client, tensor
 from servebook.metrics import metric
 from servebook.settings import TENSOR_MODEL_NAME
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.engine
+
 MODEL = TENSOR_MODEL_NAME
 PROMPT = "The capital of France is"
 GREEDY = {"temperature": 0, "max_tokens": 12}
@@ -212,6 +210,14 @@ BAD = {
         [given("text_input", PROMPT), sampling(top_p=7)],
         "tensor sampling_parameters: top_p must be in (0, 1]",
     ),
+    "beyond 64 bits": (
+        [given("text_input", PROMPT), sampling(seed=2**70)],
+        "tensor sampling_parameters: ",
+    ),
+    "half a character in JSON": (
+        [given("text_input", PROMPT), given("sampling_parameters", '{"stop": "\\ud800"}')],
+        "tensor sampling_parameters: ",
+    ),
 }
 
 
@@ -385,32 +391,6 @@ def test_openai_errors_keep_their_codes(kserve: launch.Server, fields: dict[str,
     assert answer.json()["error"]
 
 
-# On Kubernetes
-
-
-def check_manifest(manifest: Path) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).with_name("check_inference_service.py")
-    return subprocess.run([sys.executable, script, manifest], capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize("name", ["custom-predictor.yaml", "vllm-runtime.yaml"])
-def test_manifest_fits_kserves_models(name: str) -> None:
-    checked = check_manifest(ROOT / "kubernetes" / "kserve" / name)
-    assert checked.returncode == 0, checked.stderr
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong", "problem"),
-    [
-        ("storageUri:", "storageURI:", "V1beta1ModelSpec has no field storageURI"),
-        ("minReplicas: 1", "minReplicas: one", "expected int, got 'one'"),
-        ('cpu: "4"', "cpu: 4", "expected str, got 4"),
-    ],
-)
-def test_check_of_manifests_finds_mistakes(tmp_path: Path, right: str, wrong: str, problem: str) -> None:
-    text = (ROOT / "kubernetes" / "kserve" / "vllm-runtime.yaml").read_text()
-    assert right in text
-    (tmp_path / "broken.yaml").write_text(text.replace(right, wrong))
-    checked = check_manifest(tmp_path / "broken.yaml")
-    assert checked.returncode == 1
-    assert problem in checked.stderr
+@pytest.mark.timeout(600)
+def test_notebook(run_notebook: Callable[[str], None]) -> None:
+    run_notebook("06_kserve")

@@ -335,3 +335,34 @@ def test_a_lock_that_cannot_be_renewed_says_so(clone: Path) -> None:
     done = make(clone, "lock", UV_DEFAULT_INDEX="http://127.0.0.1:9/simple", UV_NO_CACHE="1", UV_HTTP_RETRIES="0")
     assert done.returncode != 0
     assert "was not renewed; check the network" in done.stderr
+
+
+# --- CI -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("summary", "code"), [("=== 3 passed in 1.2s ===", 0), ("=== 1 failed, 2 passed in 1.2s ===", 2), ("", 2)]
+)
+def test_ci_ends_with_pytests_summary(
+    clone: Path, program: Callable[[str, str], Path], summary: str, code: int
+) -> None:
+    shutil.copytree(ROOT / ".ci", clone / ".ci")
+    program("make", f'echo "make $*"; echo "{summary}"; exit {code}')
+    program("chromium", "true")
+    done = subprocess.run([clone / ".ci/run", "triton"], env=environment(clone), capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == code
+    assert lines[0] == "make test K=triton"
+    assert lines[-1] == f"ci: exit code {code} · {summary or 'pytest did not run'}"
+
+
+def test_ci_says_what_it_cannot_install(clone: Path, program: Callable[[str, str], Path], tmp_path: Path) -> None:
+    shutil.copytree(ROOT / ".ci", clone / ".ci")
+    for tool in ("bash", "dirname", "id"):
+        program(tool, f'exec {shutil.which(tool)} "$@"')
+    program("apt-get", "exit 100")
+    program("sudo", 'exec "$@"')
+    env = {"PATH": str(tmp_path / "bin")}
+    done = subprocess.run([shutil.which("bash") or "", clone / ".ci/run"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cannot install make chromium" in done.stderr

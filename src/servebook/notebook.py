@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).parents[2]
 PACKAGES = {
     "vLLM": "vllm",
     "torch": "torch",
-    "Triton Inference Server (in nvidia-pytriton)": "nvidia-pytriton",
+    "nvidia-pytriton (holds Triton 2.51)": "nvidia-pytriton",
     "tritonclient": "tritonclient",
     "grpcio": "grpcio",
     "KServe": "kserve",
@@ -211,7 +211,11 @@ def versions(settings: Settings | None = None) -> None:
     settings = settings or load_settings()
     rows = {"Python": platform.python_version()}
     rows |= {label: _version(package) for label, package in PACKAGES.items()}
-    rows |= {"model": settings.model, "device": _device(settings), "processor": f"{_cpu()}, {os.cpu_count()} cores"}
+    rows |= {
+        "model": f"{settings.model_name} ({settings.model})",
+        "device": _device(settings),
+        "processor": f"{_cpu()}, {os.cpu_count()} cores",
+    }
     cells = "".join(
         f'<tr><th scope="row" style="text-align: left">{html.escape(name)}</th>'
         f'<td style="text-align: left">{html.escape(value)}</td></tr>'

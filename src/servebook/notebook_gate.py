@@ -13,6 +13,7 @@ notebook. Fewer than `min_cells` executed code cells (by default: fewer than all
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -31,12 +32,13 @@ from nbval.plugin import IPyNbCell, coalesce_streams, nocolors
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from servebook.errors import ServebookError
 from servebook.launch import serve
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CHECKED = "nbval-check-output"
-KERNEL_BY_IPC = Config(KernelManager={"transport": "ipc"})
-"""Sockets in this user's runtime folder: no ports to collide on, and no other user can listen."""
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+"""As JupyterLab writes it: otherwise a notebook counts as changed when it is only opened."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +86,20 @@ def run(notebook: Path, parameters: Mapping[str, Any] | None = None, store: bool
     """Execute one notebook and compare it; with `store`, keep the new outputs instead if no cell failed.
 
     `parameters` replace those of the cell tagged `parameters`.
-
-    Raises:
-        LaunchError: a server that the notebook needs cannot start.
     """
     source = nbformat.read(notebook, as_version=4)
     wants = source.metadata.get("servebook", {})
-    for name in wants.get("servers", []):
-        serve(name)
+    code = [cell for cell in source.cells if cell.cell_type == "code"]
+    try:
+        for name in wants.get("servers", []):
+            serve(name)
+    except ServebookError as error:
+        return Result(notebook, 0, 0, len(code), 0, str(error))
     started = time.monotonic()
     executed, problem = _execute(notebook, wants, parameters or {})
     seconds = time.monotonic() - started
 
-    pairs = [(cell, executed.get(cell.id)) for cell in source.cells if cell.cell_type == "code"]
+    pairs = [(cell, executed.get(cell.id)) for cell in code]
     done = [(cell, new) for cell, new in pairs if new and new.execution_count is not None]
     floor = wants.get("min_cells", len(pairs))
     checked = [] if store else [(cell, new) for cell, new in done if CHECKED in cell.metadata.get("tags", [])]
@@ -126,7 +129,7 @@ def _execute(notebook: Path, wants: Mapping[str, Any], parameters: Mapping[str, 
                 progress_bar=False,
                 cwd=notebook.parent,
                 timeout_func=_time_left(limit, wants.get("cell_timeout", 120)),
-                config=KERNEL_BY_IPC,
+                config=_kernel_in(Path(scratch)),
             )
         except PapermillExecutionError as error:
             problem = str(error).strip()
@@ -138,6 +141,11 @@ def _execute(notebook: Path, wants: Mapping[str, Any], parameters: Mapping[str, 
     return {cell.id: cell for cell in cells}, problem
 
 
+def _kernel_in(folder: Path) -> Config:
+    """Talk to the kernel through sockets in `folder`: no ports to collide on, and no other user can listen."""
+    return Config(KernelManager={"transport": "ipc", "ip": str(folder / "kernel")})
+
+
 def _time_left(notebook_seconds: float, cell_seconds: float) -> Callable[[Any], float]:
     """nbclient's `timeout_func`: what the next cell may take, in seconds, never 0 (which would mean no limit)."""
     deadline = time.monotonic() + notebook_seconds
@@ -145,16 +153,21 @@ def _time_left(notebook_seconds: float, cell_seconds: float) -> Callable[[Any], 
 
 
 def _store(notebook: Path, source: NotebookNode, done: Sequence[tuple[NotebookNode, NotebookNode]]) -> None:
-    """Write the new outputs into the notebook, and nothing else of the run: no times, no papermill metadata."""
+    """Write the new outputs into the notebook, and nothing else of the run: no times, no papermill metadata.
+
+    The home folder is written as `~`: an output that names it would differ on every machine.
+    """
     for cell in source.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     for count, (cell, new) in enumerate(done, start=1):
         cell.execution_count = count
-        cell.outputs = coalesce_streams(new.outputs)
+        outputs = json.dumps(coalesce_streams(new.outputs)).replace(str(Path.home()), "~")
+        cell.outputs = nbformat.from_dict(json.loads(outputs))
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
+    source.metadata.kernelspec = KERNEL
     nbformat.validate(source)
     nbformat.write(source, notebook)
 

@@ -101,6 +101,7 @@ def ratios(found: Iterable[Comparison]) -> Rows:
     rows: list[Row] = []
     for each in found:
         arm, itl = each.arm.summary, each.arm.summary.itl_ms
+        streams = each.itl_p50 is not None
         rows.append(
             (
                 each.arm.path,
@@ -108,8 +109,8 @@ def ratios(found: Iterable[Comparison]) -> Rows:
                 str(each.concurrency) if each.concurrency else f"{each.workload.rate:g}/s",
                 f"{arm.tokens_per_s:.0f}",
                 interval(each.tokens_per_s),
-                f"{arm.ttft_ms.p50:.0f}",
-                interval(each.ttft_p50_ms, 1),
+                f"{arm.ttft_ms.p50:.0f}" if streams else "–",
+                interval(each.ttft_p50_ms, 1) if streams else "–",
                 f"{itl.p50:.1f}" if itl else "–",
                 interval(each.itl_p50),
             )
@@ -196,7 +197,8 @@ def section(run: Results) -> str:
     parts = [
         f"## {machine.cpu}, {machine.cores} cores, engine on {machine.device}",
         f"Model {run.model}; {run.started:%Y-%m-%d}, {run.seconds / 60:.0f} minutes; at most {engines} engines in "
-        f"memory, one of them at work; {machine.memory_gib:g} GiB; {machine.system}; Python {machine.python}; {versions}.",
+        f"memory, one of them at work; {machine.memory_gib:g} GiB; {machine.system}; Python {machine.python}; "
+        f"{versions}.",
         "### What the chapters promise",
         markdown_table(*verdict_table(run)),
         "### Ratios to vLLM's own server",

@@ -100,6 +100,7 @@ class Run:
     output: File
     force: bool = False
     say: Callable[[str], None] = print
+    servers: dict[str, Server] = field(default_factory=dict)
     ours: set[str] = field(default_factory=set)
     step: int = 0
 
@@ -116,8 +117,8 @@ class Run:
             await self.protocols()
             await self.tensors()
         finally:
-            for instance in list(self.ours):
-                self.end(instance)
+            for name in reversed(list(self.servers)):  # a gateway before its vLLM
+                self.end(name)
         self.results.finished = now()
         self.results.save(self.output)
         return self.results
@@ -130,7 +131,7 @@ class Run:
             name = f"control @{concurrency}"
             if self.skip(name):
                 continue
-            self.up(path)
+            self.up(path)  # before the step, so that its time is the measurement's alone
             arm = self.up(path, instance="vllm-control") if own else None
             with self.measured(name):
                 found = await self.compare(name, path, path, concurrency, self.up, arm)
@@ -163,8 +164,7 @@ class Run:
                 found = self.results.cross_check = await cross_check(server_there, self.plan.workload, 8, 64)
                 self.say(f"  ours / vllm bench serve: {found.tokens_per_s_ratio:.3f} tokens/s")
         self.end("gateway")
-        if not self.settings.engine_url:
-            self.end("vllm")
+        self.end("vllm")
 
     async def protocols(self) -> None:
         """The protocol alone: the same servers around the scripted token source."""
@@ -224,31 +224,36 @@ class Run:
         return found
 
     def up(self, path: Path, instance: str = "") -> Server:
-        """The path's server; remembered as ours where it was not up before."""
-        name = instance or path.instance
-        self.remember(name)
-        if instance:
-            return launch.serve(path.server, instance=instance, settings=self.settings)
-        return path.serve(self.settings)
+        """The path's server, attached to or started."""
+
+        def serve() -> Server:
+            if instance:
+                return launch.serve(path.server, instance=instance, settings=self.settings)
+            return path.serve(self.settings)
+
+        return self.keep(instance or path.instance, serve)
 
     def up_scripted(self, path: Path) -> Server:
         """The path's server around the scripted source."""
-        self.remember(f"{path.server}-scripted")
         if find_server(path.server).needs:
-            self.remember("vllm-scripted")
-        return serve_scripted(path.server, self.settings)
+            self.up_scripted(find_path("sse"))
+        return self.keep(f"{path.server}-scripted", lambda: serve_scripted(path.server, self.settings))
 
-    def remember(self, name: str) -> None:
-        states = {entry["name"]: entry["state"] for entry in launch.status(self.settings)}
-        if states.get(name, "stopped") in ("stopped", "failed"):
-            self.ours.add(name)
-            self.ours |= {need for need in ("vllm",) if name.startswith("gateway") and states[need] == "stopped"}
+    def keep(self, name: str, serve: Callable[[], Server]) -> Server:
+        """Remember a server, and whether it was up before."""
+        if name not in self.servers:
+            states = {entry["name"]: entry["state"] for entry in launch.status(self.settings)}
+            self.servers[name] = serve()
+            if states.get(name, "stopped") in ("stopped", "failed"):
+                self.ours.add(name)
+        return self.servers[name]
 
     def end(self, name: str) -> None:
         """End a server that this run started; others stay up."""
-        if name in self.ours:
+        server = self.servers.pop(name, None)
+        if server and name in self.ours:
             self.ours.discard(name)
-            launch.down(name, self.settings)
+            server.stop()
 
     def skip(self, name: str) -> bool:
         """Whether this step was made before."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+import grpc
 import tritonclient.grpc.aio as triton
+from tritonclient.utils import InferenceServerException
 
 from servebook.clients.triton_client import ERRORS_WITH_STATUS, Chunk, infer_inputs, read_chunk
 
@@ -27,7 +29,7 @@ class TritonClient:
         """Yield the answer as it comes; closing the generator cancels the request. `deadline`: seconds from now.
 
         Raises:
-            grpc.aio.AioRpcError: `error.code()` is the gRPC status, DEADLINE_EXCEEDED after the deadline.
+            InferenceServerException: `error.status()` names the gRPC status, DEADLINE_EXCEEDED after the deadline.
         """
         return self._responses(infer_inputs(prompt, stream=True, **sampling), deadline)
 
@@ -47,5 +49,7 @@ class TritonClient:
                 if error:
                     raise error
                 yield read_chunk(result)
+        except grpc.aio.AioRpcError as error:
+            raise InferenceServerException(error.details(), status=str(error.code())) from None
         finally:
             responses.cancel()  # of no effect on a stream that has ended

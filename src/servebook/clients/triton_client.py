@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +50,7 @@ def read_chunk(result: triton.InferResult) -> Chunk:
 
 def stream(
     address: str, prompt: str, *, model: str = "vllm_model", deadline: float | None = None, **sampling: Any
-) -> Iterator[Chunk]:
+) -> Generator[Chunk]:
     """Yield the answer as it comes; leaving the loop cancels the request. `deadline` is in seconds from now.
 
     Raises:
@@ -67,7 +67,7 @@ def generate(
     return answer
 
 
-def _responses(address: str, model: str, inputs: list[triton.InferInput], deadline: float | None) -> Iterator[Chunk]:
+def _responses(address: str, model: str, inputs: list[triton.InferInput], deadline: float | None) -> Generator[Chunk]:
     arrived: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
     final = False
     with triton.InferenceServerClient(address) as client:  # one open stream per client

@@ -49,7 +49,7 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--grpc-port", type=int, default=50051)
     parser.add_argument("--metrics-port", type=int, default=9051, help="Prometheus, plain HTTP")
     parser.add_argument("--max-calls", type=int, default=512, help="open calls; more get RESOURCE_EXHAUSTED")
-    parser.add_argument("--grace", type=float, default=10.0, help="seconds that open calls have after SIGTERM")
+    parser.add_argument("--grace", type=float, default=8.0, help="seconds that open calls have after SIGTERM")
     parser.add_argument("--tls-cert", type=Path, help="PEM; clients must then use TLS")
     parser.add_argument("--tls-key", type=Path, help="PEM")
     parser.add_argument("--tls-client-ca", type=Path, help="PEM; clients must then show a certificate of it (mTLS)")

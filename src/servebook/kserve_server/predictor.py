@@ -91,7 +91,7 @@ class Predictor(Model, OpenAIAnswers):  # type: ignore[misc]
         try:
             async for output in self.llm.generate(tokens, asked.sampling_parameters, str(uuid.uuid4())):
                 final = output
-        except VLLMClientError as error:
+        except (VLLMClientError, ValueError, OverflowError) as error:  # the latter from numbers beyond 64 bits
             raise InvalidInput(f"tensor sampling_parameters: {error}") from None
         except EngineDeadError:
             raise EngineDown(self.name, "Its engine has died; restart the server.") from None

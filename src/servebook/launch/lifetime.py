@@ -168,8 +168,17 @@ def serve(
 
 
 def up(name: str, settings: Settings | None = None, **overrides: Any) -> Server:
-    """Like `serve`, but the server stays when this process ends."""
+    """Like `serve`, but the server stays when this process ends.
+
+    Raises:
+        LaunchError: as `serve`; and for "vllm" where SERVEBOOK_ENGINE_URL says that it runs elsewhere.
+    """
     settings = _merge(settings, overrides)
+    if name == "vllm" and settings.engine_url:
+        raise LaunchError(
+            f"The engine runs elsewhere: SERVEBOOK_ENGINE_URL is {settings.engine_url}.",
+            "Unset it to run one here.",
+        )
     server, links = _start(find_server(name), settings, name, owner="cli")
     for link in links.values():
         link.ask("keep")
@@ -430,7 +439,7 @@ def _status_of(instance: str, settings: Settings) -> dict[str, Any]:
     record = info or _record(settings, instance)
     if info:
         ready = find_server(info["server"]).ready(info["endpoints"])
-        overdue = info["seconds"] > settings.start_timeout
+        overdue = info.get("seconds", 0) > settings.start_timeout
         state = "ready" if ready else "failed" if overdue else "starting"
     else:
         state = "failed" if record else "stopped"

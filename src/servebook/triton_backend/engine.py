@@ -23,6 +23,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from servebook.triton_backend.guardian import start_guardian
+from servebook.triton_backend.metrics import Factory
 from servebook.triton_backend.request import (
     BadRequest,
     GenerateRequest,
@@ -50,14 +51,15 @@ class Engine:
         self,
         engine_args: AsyncEngineArgs,
         loras: dict[str, str] | None,
-        stat_loggers: list[Any],
+        stat_loggers: list[Factory],
         on_death: Callable[[], None] | None,
     ) -> None:
         # vLLM's default loggers feed a Prometheus registry that nobody can reach inside a stub.
         engine_args.disable_log_stats = True
         self.loras = loras
         self.on_death = on_death
-        self.tasks: dict[asyncio.Task[None], Any] = {}
+        # Requests without their final response. Asking Triton about a sender after that crashes the server.
+        self.waiting: dict[Any, asyncio.Task[None]] = {}
         self.guardian = start_guardian()
         self.loop = uvloop.new_event_loop()
         self.thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
@@ -98,31 +100,33 @@ class Engine:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
 
-    async def _start(self, engine_args: AsyncEngineArgs, stat_loggers: list[Any]) -> None:
+    async def _start(self, engine_args: AsyncEngineArgs, stat_loggers: list[Factory]) -> None:
         self.llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=stat_loggers)
         self.watcher = asyncio.create_task(self._watch())
 
     def _begin(self, request: GenerateRequest, sender: Any) -> None:
-        task = asyncio.create_task(self._serve(request, sender))
-        self.tasks[task] = sender
-        task.add_done_callback(self.tasks.pop)
+        self.waiting[sender] = asyncio.create_task(self._serve(request, sender))
 
     async def _serve(self, request: GenerateRequest, sender: Any) -> None:
         """Send the engine's outputs as they come, or one error: exactly one response is flagged final."""
         try:
             await self._generate(request, sender)
         except asyncio.CancelledError:
-            _send_error(sender, "the client cancelled the request", Error.CANCELLED)
+            self._fail(sender, "the client cancelled the request", Error.CANCELLED)
         except BadRequest as error:
-            _send_error(sender, str(error), Error.INVALID_ARG)
+            self._fail(sender, str(error), Error.INVALID_ARG)
         except VLLMClientError as error:
-            _send_error(sender, str(refused("sampling_parameters", error)), Error.INVALID_ARG)
+            self._fail(sender, str(refused("sampling_parameters", error)), Error.INVALID_ARG)
         except (EngineDeadError, GracefulHTTPError) as error:
-            _send_error(sender, f"the engine cannot serve: {error}", Error.UNAVAILABLE)
+            self._fail(sender, f"the engine cannot serve: {error}", Error.UNAVAILABLE)
         except Exception as error:
             cause = error.__cause__ or error
             pb_utils.Logger.log_error(f"request failed: {cause!r}")
-            _send_error(sender, f"generation failed: {cause!r}", Error.INTERNAL)
+            self._fail(sender, f"generation failed: {cause!r}", Error.INTERNAL)
+
+    def _fail(self, sender: Any, message: str, code: int) -> None:
+        if self.waiting.pop(sender, None):
+            _send_error(sender, message, code)
 
     async def _generate(self, request: GenerateRequest, sender: Any) -> None:
         prompt = parse_model_prompt(self.llm.model_config, TextPrompt(prompt=request.prompt))
@@ -137,13 +141,15 @@ class Engine:
         async with aclosing(outputs):  # leaving early aborts the request in the engine
             async for output in outputs:
                 tensors = [pb_utils.Tensor(name, array) for name, array in responses.tensors(output).items()]
+                if output.finished:
+                    del self.waiting[sender]
                 sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if output.finished else 0)
 
     async def _watch(self) -> None:
         """Cancel what clients cancelled; notice an engine that died, also while nobody asks it for anything."""
         while not self.llm.errored:
             await asyncio.sleep(POLL_SECONDS)
-            for task, sender in self.tasks.items():
+            for sender, task in self.waiting.items():
                 if sender.is_cancelled():
                     task.cancel()
         pb_utils.Logger.log_error("the engine died")

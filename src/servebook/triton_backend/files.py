@@ -25,10 +25,11 @@ def read_engine_args(folder: Path) -> AsyncEngineArgs:
     Raises:
         ModelFilesError: no such file, not a JSON object, or a key that this vLLM does not know.
     """
+    values = _read_object(folder / ENGINE_ARGS)
+
     from vllm import __version__
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    values = _read_object(folder / ENGINE_ARGS)
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for key in values.keys() - known:
         close = difflib.get_close_matches(key, known, n=1)

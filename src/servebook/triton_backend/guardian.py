@@ -40,7 +40,7 @@ def start_guardian() -> Guardian:
 def shared_memory() -> set[str]:
     """Triton's regions in /dev/shm that this process has mapped."""
     maps = Path("/proc/self/maps").read_text().splitlines()
-    return {line.split()[-1] for line in maps if "/dev/shm/triton_python_backend" in line}
+    return {line.split()[-1] for line in maps if "_backend_shm_region_" in line}
 
 
 def marked(stub: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -13,8 +14,26 @@ from vllm.v1.metrics import buckets
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-Report = tuple[Callable[[float], None], float]
 Factory = Callable[[VllmConfig, int], StatLoggerBase]
+
+COUNTERS = {
+    "prompt_tokens_total": "Prefill tokens processed.",
+    "generation_tokens_total": "Generation tokens processed.",
+    "num_preemptions_total": "Preemptions by the scheduler.",
+}
+GAUGES = {
+    "num_requests_running": "Requests in the engine's running batch.",
+    "num_requests_waiting": "Requests that wait to be scheduled.",
+    "gpu_cache_usage_perc": "KV cache in use; 1 is all of it.",
+}
+LATENCIES = {
+    "e2e_request_latency_seconds": ("e2e_latency", "From arrival to the last token."),
+    "request_queue_time_seconds": ("queued_time", "Time in the queue."),
+    "request_inference_time_seconds": ("inference_time", "Time in prefill and decode."),
+    "request_prefill_time_seconds": ("prefill_time", "Time in prefill."),
+    "request_decode_time_seconds": ("decode_time", "Time in decode."),
+}
+"""Histogram → vLLM's field of a finished request, in seconds, and what it is."""
 
 
 class TritonStatLogger(StatLoggerBase):  # type: ignore[misc]  # vllm is not type-checked
@@ -25,39 +44,25 @@ class TritonStatLogger(StatLoggerBase):  # type: ignore[misc]  # vllm is not typ
 
     def __init__(self, labels: dict[str, str], vllm_config: VllmConfig) -> None:
         self.labels = labels
-        self.families: list[Any] = []  # a metric ends with its family
-        self.reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self.last: dict[Any, float] = {}
-        latency, tokens = (
-            buckets.REQUEST_LATENCY_BUCKETS,
-            buckets.build_1_2_5_buckets(vllm_config.model_config.max_model_len),
-        )
-
-        self.prompt_tokens = self._counter("prompt_tokens_total", "Prefill tokens processed.")
-        self.generation_tokens = self._counter("generation_tokens_total", "Generation tokens processed.")
-        self.preemptions = self._counter("num_preemptions_total", "Preemptions by the scheduler.")
-        self.running = self._gauge("num_requests_running", "Requests in the engine's running batch.")
-        self.waiting = self._gauge("num_requests_waiting", "Requests that wait to be scheduled.")
-        self.cache_usage = self._gauge("gpu_cache_usage_perc", "KV cache in use; 1 is all of it.")
-        self.iteration_tokens = self._histogram(
-            "iteration_tokens_total", "Tokens per engine step.", buckets.ITERATION_TOKENS_BUCKETS
-        )
-        self.first_token = self._histogram(
-            "time_to_first_token_seconds", "Time to first token.", buckets.TIME_TO_FIRST_TOKEN_BUCKETS
-        )
-        self.per_token = self._histogram(
-            "time_per_output_token_seconds", "Time between tokens.", buckets.INTER_TOKEN_LATENCY_BUCKETS
-        )
-        self.e2e = self._histogram("e2e_request_latency_seconds", "From arrival to last token.", latency)
-        self.queued = self._histogram("request_queue_time_seconds", "Time in the queue.", latency)
-        self.inference = self._histogram("request_inference_time_seconds", "Prefill and decode.", latency)
-        self.prefill = self._histogram("request_prefill_time_seconds", "Time in prefill.", latency)
-        self.decode = self._histogram("request_decode_time_seconds", "Time in decode.", latency)
-        self.request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens per request.", tokens)
-        self.request_generation = self._histogram("request_generation_tokens", "Tokens generated per request.", tokens)
-        self.request_n = self._histogram(
-            "request_params_n", "The parameter n of requests.", buckets.REQUEST_PARAMS_N_BUCKETS
-        )
+        self.metrics: dict[str, Any] = {}
+        self.gauges: dict[str, float] = {}
+        self.reports: queue.SimpleQueue[tuple[Callable[[float], None], float]] = queue.SimpleQueue()
+        kinds = pb_utils.MetricFamily
+        for name, about in COUNTERS.items():
+            self._create(name, about, kinds.COUNTER)
+        for name, about in GAUGES.items():
+            self._create(name, about, kinds.GAUGE)
+        tokens = buckets.build_1_2_5_buckets(vllm_config.model_config.max_model_len)
+        for name, about, bounds in (
+            ("iteration_tokens_total", "Tokens per engine step.", buckets.ITERATION_TOKENS_BUCKETS),
+            ("time_to_first_token_seconds", "Time to first token.", buckets.TIME_TO_FIRST_TOKEN_BUCKETS),
+            ("time_per_output_token_seconds", "Time between tokens.", buckets.INTER_TOKEN_LATENCY_BUCKETS),
+            *((name, about, buckets.REQUEST_LATENCY_BUCKETS) for name, (_, about) in LATENCIES.items()),
+            ("request_prompt_tokens", "Prompt tokens per request.", tokens),
+            ("request_generation_tokens", "Tokens generated per request.", tokens),
+            ("request_params_n", "The parameter n of requests.", buckets.REQUEST_PARAMS_N_BUCKETS),
+        ):
+            self._create(name, about, kinds.HISTOGRAM, buckets=list(bounds))
         threading.Thread(target=self._report, name="metrics", daemon=True).start()
 
     def record(
@@ -69,56 +74,46 @@ class TritonStatLogger(StatLoggerBase):  # type: ignore[misc]  # vllm is not typ
     ) -> None:
         """Queue the reports of one engine step; called by vLLM."""
         if scheduler_stats:
-            self._set(self.running, scheduler_stats.num_running_reqs)
-            self._set(self.waiting, scheduler_stats.num_waiting_reqs)
-            self._set(self.cache_usage, scheduler_stats.kv_cache_usage)
+            self._set("num_requests_running", scheduler_stats.num_running_reqs)
+            self._set("num_requests_waiting", scheduler_stats.num_waiting_reqs)
+            self._set("gpu_cache_usage_perc", scheduler_stats.kv_cache_usage)
         if iteration_stats:
-            self._add(self.prompt_tokens, iteration_stats.num_prompt_tokens)
-            self._add(self.generation_tokens, iteration_stats.num_generation_tokens)
-            self._add(self.preemptions, iteration_stats.num_preempted_reqs)
+            self._add("prompt_tokens_total", iteration_stats.num_prompt_tokens)
+            self._add("generation_tokens_total", iteration_stats.num_generation_tokens)
+            self._add("num_preemptions_total", iteration_stats.num_preempted_reqs)
             step = iteration_stats.prompt_token_stats.computed + iteration_stats.num_generation_tokens
-            self._observe(self.iteration_tokens, [step])
-            self._observe(self.first_token, iteration_stats.time_to_first_tokens_iter)
-            self._observe(self.per_token, iteration_stats.inter_token_latencies_iter)
-            self._observe(self.request_n, iteration_stats.n_params_iter)
+            self._observe("iteration_tokens_total", [step])
+            self._observe("time_to_first_token_seconds", iteration_stats.time_to_first_tokens_iter)
+            self._observe("time_per_output_token_seconds", iteration_stats.inter_token_latencies_iter)
+            self._observe("request_params_n", iteration_stats.n_params_iter)
             for request in iteration_stats.finished_requests:
-                self._observe(self.e2e, [request.e2e_latency])
-                self._observe(self.queued, [request.queued_time])
-                self._observe(self.inference, [request.inference_time])
-                self._observe(self.prefill, [request.prefill_time])
-                self._observe(self.decode, [request.decode_time])
-                self._observe(self.request_prompt, [request.num_prompt_tokens])
-                self._observe(self.request_generation, [request.num_generation_tokens])
+                for name, (field, _) in LATENCIES.items():
+                    self._observe(name, [getattr(request, field)])
+                self._observe("request_prompt_tokens", [request.num_prompt_tokens])
+                self._observe("request_generation_tokens", [request.num_generation_tokens])
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: vLLM logs its configuration itself."""
 
-    def _family(self, name: str, description: str, kind: Any) -> Any:
-        self.families.append(pb_utils.MetricFamily(name=f"vllm:{name}", description=description, kind=kind))
-        return self.families[-1]
+    def _create(self, name: str, about: str, kind: Any, **more: Any) -> None:
+        family = pb_utils.MetricFamily(name=f"vllm:{name}", description=about, kind=kind)
+        self.metrics[name] = family.Metric(labels=self.labels, **more)
+        for thing in (family, self.metrics[name]):
+            # Never to be freed: that asks Triton, which does not answer while it unloads the model.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
-    def _counter(self, name: str, description: str) -> Any:
-        return self._family(name, description, pb_utils.MetricFamily.COUNTER).Metric(labels=self.labels)
+    def _set(self, gauge: str, value: float) -> None:
+        if self.gauges.get(gauge) != value:
+            self.gauges[gauge] = value
+            self.reports.put((self.metrics[gauge].set, value))
 
-    def _gauge(self, name: str, description: str) -> Any:
-        return self._family(name, description, pb_utils.MetricFamily.GAUGE).Metric(labels=self.labels)
-
-    def _histogram(self, name: str, description: str, bounds: Iterable[float]) -> Any:
-        family = self._family(name, description, pb_utils.MetricFamily.HISTOGRAM)
-        return family.Metric(labels=self.labels, buckets=list(bounds))
-
-    def _set(self, gauge: Any, value: float) -> None:
-        if self.last.get(gauge) != value:
-            self.last[gauge] = value
-            self.reports.put((gauge.set, value))
-
-    def _add(self, counter: Any, value: float) -> None:
+    def _add(self, counter: str, value: float) -> None:
         if value:
-            self.reports.put((counter.increment, value))
+            self.reports.put((self.metrics[counter].increment, value))
 
-    def _observe(self, histogram: Any, values: Iterable[float]) -> None:
+    def _observe(self, histogram: str, values: Iterable[float]) -> None:
         for value in values:
-            self.reports.put((histogram.observe, value))
+            self.reports.put((self.metrics[histogram].observe, value))
 
     def _report(self) -> None:
         while True:

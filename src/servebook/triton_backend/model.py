@@ -49,11 +49,9 @@ class TritonPythonModel:
             ModelFilesError: model.json or multi_lora.json does not fit.
         """
         # The stub's interpreter starts in ASCII, and importing torch reads files that are not.
-        import faulthandler, signal as _s; faulthandler.register(_s.SIGUSR1, file=open("/tmp/w/tri_stack","w"))  # TEMP
+
         locale.setlocale(locale.LC_ALL, "C.UTF-8")
-        from servebook.triton_backend.engine import Engine
         from servebook.triton_backend.files import read_engine_args, read_loras
-        from servebook.triton_backend.metrics import stat_logger_factory
 
         parameters = json.loads(args["model_config"]).get("parameters", {})
         for name in parameters.keys() - set(FLAGS):
@@ -66,12 +64,17 @@ class TritonPythonModel:
 
         folder = Path(pb_utils.get_model_dir())
         engine_args = read_engine_args(folder)
+        loras = read_loras(folder, engine_args)
+
+        from servebook.triton_backend.engine import Engine
+        from servebook.triton_backend.metrics import stat_logger_factory
+
         labels = {"model": args["model_name"], "version": args["model_version"]}
         report = flags["REPORT_CUSTOM_METRICS"] and not engine_args.disable_log_stats
         name = args["model_name"]
         self.engine = Engine(
             engine_args,
-            read_loras(folder, engine_args),
+            loras,
             stat_loggers=[stat_logger_factory(labels)] if report else [],
             on_death=(lambda: pb_utils.unload_model(name)) if flags["ENABLE_VLLM_HEALTH_CHECK"] else None,
         )

@@ -1,0 +1,48 @@
+"""The pictures of chapters 8 and 9, drawn from results; `servebook.notebook` displays them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from servebook.bench.report import size_name
+from servebook.bench.stats import Estimate
+from servebook.bench.tensors import TensorCost
+from servebook.notebook import STYLES, picture
+
+
+def forest(found: Mapping[str, Estimate], *, xlabel: str, title: str, line: float = 1.0) -> None:
+    """One row per label: the value, and its 95 % interval as a bar. `line` is where nothing differs."""
+    figure = Figure(figsize=(8, 0.9 + 0.32 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for row, each in enumerate(found.values()):
+        axes.plot([each.low, each.high], [row, row], color="#1f4e79", linewidth=2)
+        axes.plot(
+            [each.value], [row], color="#c55a11" if each.low > line or each.high < line else "#1f4e79", marker="D"
+        )
+    axes.axvline(line, color="#3f3f3f", linestyle=":")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set(xlabel=f"{xlabel} (orange: the interval leaves {line:g} out)", title=title)
+    rows = (f"{label} {each.value:.2f}, from {each.low:.2f} to {each.high:.2f}" for label, each in found.items())
+    picture(figure, f"{title}, {xlabel}: {'; '.join(rows)}.")
+
+
+def sweep(costs: Sequence[TensorCost], *, title: str) -> None:
+    """Milliseconds over the size of the tensor, one line per encoding, both axes logarithmic."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    rows = []
+    for label, style in zip(dict.fromkeys(cost.encoding for cost in costs), STYLES, strict=False):
+        points = [(cost.tensor_bytes, cost.median_ms) for cost in costs if cost.encoding == label]
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+        rows.append(f"{label} {points[-1][1]:.3g} ms at {size_name(points[-1][0])}")
+    sizes = sorted({cost.tensor_bytes for cost in costs})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [size_name(size) for size in sizes])
+    axes.set(xlabel="size of the tensor", ylabel="ms, there and back", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture(figure, f"{title}: {'; '.join(rows)}.")

@@ -1,0 +1,727 @@
+"""Chapter 4: our own gRPC server, over real sockets, with a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import requests
+from google.protobuf import descriptor_pb2
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from llm.v1 import llm_pb2 as pb
+from llm.v1 import llm_pb2_grpc
+from servebook import launch, serve
+from servebook.certificates import Certificates, make_certificates
+from servebook.clients.grpc_aio_client import GrpcAioClient
+from servebook.clients.grpc_client import GrpcClient
+from servebook.metrics import metric
+from servebook.settings import Settings
+
+pytestmark = pytest.mark.engine
+
+FOREVER = pb.Sampling(ignore_eos=True)
+KOREAN = "안녕하세요 세계 👋🏽 잘 지내요?"
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+ABORT_SECONDS = 0.2
+"""How soon after its end a call must have been aborted."""
+ENGINE_STEPS = 3
+"""The engine takes an abort up between two steps, and tells after the next: 35 ms each on a quiet machine."""
+
+
+def eventually(condition: Callable[[], bool], seconds: float, what: str) -> float:
+    """Poll until `condition` holds; return how many seconds it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+def figures(server: launch.Server, *names: str) -> list[float]:
+    """Figures of the metrics page, read once and without parsing it all: these tests ask often."""
+    lines = requests.get(f"http://{server.metrics}/metrics", timeout=10).text.splitlines()
+    return [sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{name}[{{ ]", line)) for name in names]
+
+
+def open_calls(server: launch.Server) -> int:
+    """Calls that the server counts."""
+    return int(figures(server, "servebook_grpc_open_calls")[0])
+
+
+def running(server: launch.Server) -> int:
+    """Requests that the engine itself counts, running or waiting."""
+    return int(sum(figures(server, "vllm:num_requests_running", "vllm:num_requests_waiting")))
+
+
+def is_idle(server: launch.Server) -> bool:
+    return not any(
+        figures(server, "servebook_grpc_open_calls", "vllm:num_requests_running", "vllm:num_requests_waiting")
+    )
+
+
+def health_of(channel: grpc.Channel, service: str = "") -> int:
+    answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+    return int(answer.status)
+
+
+def stub_on(channel: grpc.Channel) -> Any:
+    """A stub; untyped, because the types of its calls lack half of their methods."""
+    return llm_pb2_grpc.LLMServiceStub(channel)
+
+
+def any_method(channel: Any, name: str) -> Any:
+    """A method by its name, which takes and gives bytes."""
+    return channel.unary_stream(f"/llm.v1.LLMService/{name}")
+
+
+def detail(error: Any, kind: type[Any]) -> Any:
+    """The one `google.rpc` detail of `error`, which must be of `kind`."""
+    status = rpc_status.from_call(error)
+    assert status is not None, error
+    [packed] = status.details
+    message = kind()
+    assert packed.Unpack(message), packed.type_url
+    return message
+
+
+@pytest.fixture(scope="module")
+def client(grpc_server: launch.Server) -> Iterator[GrpcClient]:
+    with GrpcClient(grpc_server.grpc) as client:
+        yield client
+
+
+@pytest.fixture
+async def aio(grpc_server: launch.Server) -> AsyncIterator[GrpcAioClient]:
+    async with GrpcAioClient(grpc_server.grpc) as client:
+        yield client
+
+
+# What it answers
+
+
+def test_unary_and_stream_agree(client: GrpcClient) -> None:
+    whole = client.generate("The capital of France is", max_tokens=12, temperature=0)
+    pieces = list(client.stream("The capital of France is", max_tokens=12, temperature=0))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [token for piece in pieces for token in piece.token_ids] == list(whole.token_ids)
+    assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
+    assert [piece.is_finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert pieces[-1].finish_reason == whole.finish_reason == pb.FINISH_REASON_LENGTH
+    assert pieces[-1].usage == whole.usage == pb.Usage(prompt_tokens=5, completion_tokens=12)
+    assert not any(piece.finish_reason or piece.HasField("usage") for piece in pieces[:-1])
+
+
+def test_greedy_text_is_that_of_vllms_own_server(client: GrpcClient, vllm: launch.Server) -> None:
+    def ask(path: str, **body: Any) -> Any:
+        headers = {"Authorization": f"Bearer {vllm.settings.key}"} if vllm.settings.key else {}
+        body |= {"model": vllm.model, "max_tokens": 24, "temperature": 0}
+        return requests.post(f"{vllm.url}/v1/{path}", json=body, headers=headers, timeout=60).json()
+
+    prompt = "Water boils at"
+    rest = ask("completions", prompt=prompt)
+    ours = client.generate(prompt, max_tokens=24, temperature=0)
+    assert ours.text == rest["choices"][0]["text"]
+    assert ours.usage.prompt_tokens == rest["usage"]["prompt_tokens"]
+
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    rest = ask("chat/completions", messages=messages)
+    chat = pb.Chat(messages=[pb.ChatMessage(**turn) for turn in messages])
+    answer = stub_on(client.channel).Generate(pb.GenerateRequest(chat=chat, max_tokens=24, temperature=0), timeout=60)
+    assert answer.text == rest["choices"][0]["message"]["content"]
+    assert answer.usage.prompt_tokens == rest["usage"]["prompt_tokens"]
+    assert answer.finish_reason == pb.FINISH_REASON_STOP
+
+
+def test_token_ids_continue_like_their_text(client: GrpcClient) -> None:
+    first = client.generate("One, two, three,", max_tokens=4, temperature=0)
+    ids = pb.TokenIds(ids=first.token_ids)
+    by_ids = stub_on(client.channel).Generate(
+        pb.GenerateRequest(prompt_token_ids=ids, max_tokens=4, temperature=0), timeout=60
+    )
+    by_text = client.generate(first.text, max_tokens=4, temperature=0)
+    assert by_ids.usage.prompt_tokens == 4
+    assert by_ids.text == by_text.text
+
+
+def test_zero_temperature_is_not_unset(client: GrpcClient) -> None:
+    assert pb.GenerateRequest(temperature=0).HasField("temperature")
+    greedy = {client.generate("My favourite number is", max_tokens=12, temperature=0).text for _ in range(2)}
+    free = {client.generate("My favourite number is", max_tokens=12).text for _ in range(3)}
+    assert len(greedy) == 1
+    assert len(free) > 1
+
+
+def test_a_seed_repeats(client: GrpcClient) -> None:
+    texts = {client.generate("Once", max_tokens=12, sampling=pb.Sampling(seed=7, top_p=0.9)).text for _ in range(3)}
+    assert len(texts) == 1
+
+
+def test_characters_of_several_tokens_arrive_whole(client: GrpcClient) -> None:
+    choice = pb.Sampling(choice=pb.Choice(options=[KOREAN]))
+    pieces = list(client.stream("Say hello:", temperature=0, sampling=choice))
+    assert "".join(piece.text for piece in pieces) == KOREAN
+    assert any(not piece.text for piece in pieces), "no character was split over tokens"
+    assert sum(len(piece.token_ids) for piece in pieces) == pieces[-1].usage.completion_tokens > len(KOREAN)
+
+
+def test_stop_strings_split_over_tokens_never_show(client: GrpcClient) -> None:
+    sampling = pb.Sampling(choice=pb.Choice(options=[KOREAN]), stop=["세계 👋"])
+    pieces = list(client.stream("Say hello:", temperature=0, sampling=sampling))
+    assert "".join(piece.text for piece in pieces) == KOREAN.split("세계")[0]
+    assert pieces[-1].finish_reason == pb.FINISH_REASON_STOP
+
+
+def test_constraints_hold(client: GrpcClient) -> None:
+    schema = json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
+    answer = client.generate("A JSON object:", max_tokens=60, temperature=0, sampling=pb.Sampling(json_schema=schema))
+    assert answer.finish_reason == pb.FINISH_REASON_LENGTH or isinstance(json.loads(answer.text)["n"], int)
+    digits = client.generate("A year:", sampling=pb.Sampling(regex=r"(19|20)\d\d"))
+    assert len(digits.text) == 4
+    assert digits.text.isdecimal()
+
+
+async def test_32_streams_neither_mix_nor_skip(aio: GrpcAioClient) -> None:
+    async def one(number: int) -> None:
+        mine = f"stream number {number:02d} of thirty-two"
+        sampling = pb.Sampling(choice=pb.Choice(options=[mine]))
+        pieces = [piece async for piece in aio.stream("Who are you?", sampling=sampling)]
+        assert "".join(piece.text for piece in pieces) == mine
+        assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
+
+    await asyncio.gather(*(one(number) for number in range(32)))
+
+
+# How it refuses
+
+
+def invalid_requests() -> dict[str, tuple[pb.GenerateRequest, str]]:
+    def request(**fields: Any) -> pb.GenerateRequest:
+        defaults: dict[str, Any] = {"prompt": "x", "max_tokens": 1}
+        return pb.GenerateRequest(**defaults | fields)
+
+    def sampling(**fields: Any) -> pb.GenerateRequest:
+        return request(sampling=pb.Sampling(**fields))
+
+    return {
+        "no input": (pb.GenerateRequest(), "prompt"),
+        "empty prompt": (request(prompt=""), "prompt"),
+        "empty token ids": (pb.GenerateRequest(prompt_token_ids=pb.TokenIds()), "prompt_token_ids"),
+        "unknown token": (pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[2**32 - 1])), "prompt_token_ids"),
+        "empty chat": (pb.GenerateRequest(chat=pb.Chat()), "chat.messages"),
+        "long prompt": (request(prompt="word " * 3000), "prompt"),
+        "very long prompt": (request(prompt="x" * 4_000_000), "prompt"),
+        "zero max_tokens": (request(max_tokens=0), "max_tokens"),
+        "negative max_tokens": (request(max_tokens=-1), "max_tokens"),
+        "beyond the context": (request(max_tokens=2048), "max_tokens"),
+        "negative temperature": (request(temperature=-0.1), "temperature"),
+        "no number": (request(temperature=float("nan")), "temperature"),
+        "hot": (request(temperature=float("inf")), "temperature"),
+        "top_p": (sampling(top_p=0), "sampling.top_p"),
+        "top_k": (sampling(top_k=-1), "sampling.top_k"),
+        "empty stop": (sampling(stop=[""]), "sampling.stop"),
+        "many stops": (sampling(stop=["x"] * 17), "sampling.stop"),
+        "bad regex": (sampling(regex="("), "sampling.constraint"),
+        "long regex": (sampling(regex="x" * 20_000), "sampling.regex"),
+        "bad schema": (sampling(json_schema="{"), "sampling.constraint"),
+        "no choice": (sampling(choice=pb.Choice()), "sampling.constraint"),
+    }
+
+
+@pytest.mark.parametrize("name", invalid_requests())
+def test_invalid_argument_names_the_field(client: GrpcClient, name: str) -> None:
+    request, field = invalid_requests()[name]
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_on(client.channel).Generate(request, timeout=60)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, caught.value.details()
+    [violation] = detail(caught.value, error_details_pb2.BadRequest).field_violations
+    assert violation.field == field
+    assert caught.value.details() == f"{violation.field}: {violation.description}"
+
+
+def test_a_stream_is_refused_like_a_unary_call(client: GrpcClient) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        next(client.stream("x", max_tokens=0))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert detail(caught.value, error_details_pb2.BadRequest).field_violations[0].field == "max_tokens"
+
+
+def test_too_large_a_message(client: GrpcClient) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        client.generate("x" * 5 * 2**20)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert client.generate("x", max_tokens=1).usage.completion_tokens == 1
+
+
+def test_the_status_carries_an_id_that_the_log_has_without_the_prompt(
+    client: GrpcClient, grpc_server: launch.Server
+) -> None:
+    secret = f"secret-{random.getrandbits(64):x}"
+    _, call = stub_on(client.channel).Generate.with_call(pb.GenerateRequest(prompt=secret, max_tokens=2), timeout=60)
+    request_id = dict(call.trailing_metadata())["x-request-id"]
+    with pytest.raises(grpc.RpcError):
+        client.generate(secret, sampling=pb.Sampling(regex=f"{secret}("))
+    eventually(lambda: '"code": "INVALID_ARGUMENT"' in grpc_server.tail(50), 5, "the call in the log")
+    lines = [json.loads(line) for line in grpc_server.tail(50).splitlines() if line.startswith("{")]
+    [line] = [line for line in lines if line.get("id") == request_id]
+    assert (line["method"], line["code"], line["completion_tokens"]) == ("Generate", "OK", 2)
+    assert secret not in grpc_server.tail(1000)
+
+
+texts = st.text(max_size=40)
+fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_tokens": st.integers(-(2**31), 2**31 - 1),
+        "temperature": st.floats(width=32),
+    },
+)
+samplings = st.builds(
+    pb.Sampling,
+    top_p=st.none() | st.floats(width=32),
+    top_k=st.none() | st.integers(-(2**31), 2**31 - 1),
+    seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+    stop=st.lists(texts, max_size=20),
+    regex=st.none() | texts,
+)
+inputs = st.one_of(
+    st.builds(lambda prompt: {"prompt": prompt}, texts),
+    st.builds(lambda ids: {"prompt_token_ids": pb.TokenIds(ids=ids)}, st.lists(st.integers(0, 2**32 - 1), max_size=20)),
+    st.builds(
+        lambda turns: {"chat": pb.Chat(messages=[pb.ChatMessage(role=role, content=text) for role, text in turns])},
+        st.lists(st.tuples(st.sampled_from(["user", "system", "assistant", "", "\0"]), texts), max_size=3),
+    ),
+)
+
+
+@hypothesis_settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(inputs, fields, samplings)
+def test_any_request_is_served_or_refused_never_failed(
+    client: GrpcClient, given_input: dict[str, Any], given_fields: dict[str, Any], sampling: pb.Sampling
+) -> None:
+    request = pb.StreamGenerateRequest(**given_input, **given_fields, sampling=sampling)
+    call = stub_on(client.channel).StreamGenerate(request, timeout=60)
+    with suppress(grpc.RpcError):
+        next(call)
+        call.cancel()
+    assert call.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT), request
+
+
+@hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_message_hurt_nobody(client: GrpcClient, junk: bytes) -> None:
+    call = any_method(client.channel, "StreamGenerate")(junk, timeout=60)
+    with suppress(grpc.RpcError):
+        next(call)
+        call.cancel()
+    # UNKNOWN is grpc.aio's own answer to bytes that its deserializer refuses.
+    possible = {"CANCELLED", "OK", "INVALID_ARGUMENT", "UNKNOWN"}
+    assert call.code().name in possible
+    assert health_of(client.channel) == SERVING
+
+
+def test_a_connection_that_speaks_no_http2_hurts_nobody(grpc_server: launch.Server, client: GrpcClient) -> None:
+    host, port = grpc_server.grpc.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+        while connection.recv(4096):
+            pass
+    assert client.generate("x", max_tokens=1).usage.completion_tokens == 1
+
+
+def test_unknown_method(client: GrpcClient) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(any_method(client.channel, "Nothing")(b"", timeout=10))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+# When calls end early
+
+
+async def cancelled(aio: GrpcAioClient, after: int) -> None:
+    """Read `after` messages of an endless stream, then leave it."""
+    async with aclosing(aio.stream("Once upon a time", timeout=120, sampling=FOREVER)) as stream:
+        for _ in range(after):
+            await anext(stream)
+
+
+async def test_200_cancels_at_random_leave_the_engine_idle(aio: GrpcAioClient, grpc_server: launch.Server) -> None:
+    chance = random.Random(4)
+    for _ in range(25):
+        await asyncio.gather(*(cancelled(aio, chance.randint(1, 6)) for _ in range(8)))
+        await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), 5, "the engine idle after 8 cancels")
+
+
+async def test_a_cancel_before_the_first_token_counts_too(aio: GrpcAioClient, grpc_server: launch.Server) -> None:
+    calls = [aio.stub.Generate(pb.GenerateRequest(prompt="Once", sampling=FOREVER)) for _ in range(8)]
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    await asyncio.to_thread(eventually, lambda: open_calls(grpc_server) == 8, 10, "8 open calls")
+    for call in calls:
+        call.cancel()
+    assert {type(end) for end in await asyncio.gather(*tasks, return_exceptions=True)} == {asyncio.CancelledError}
+    await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), 5, "the engine idle")
+
+
+class Endless:
+    """An endless stream that has begun, and how fast it is."""
+
+    def __init__(self, client: GrpcClient, seconds: float) -> None:
+        request = pb.StreamGenerateRequest(prompt="Once", sampling=FOREVER)
+        self.call = stub_on(client.channel).StreamGenerate(request, timeout=seconds)
+        arrivals = [(next(self.call), time.monotonic())[1] for _ in range(3)]
+        self.step = max(later - earlier for earlier, later in pairwise(arrivals))
+
+    def ended_in(self, server: launch.Server) -> tuple[float, float]:
+        """Seconds until the server has no call, and until its engine has none, less the steps that it was in."""
+        ours = eventually(lambda: open_calls(server) == 0, 10, "no call in the server")
+        theirs = eventually(lambda: is_idle(server), 10, "no request in the engine")
+        return ours, ours + theirs - ENGINE_STEPS * self.step
+
+
+def test_a_cancel_reaches_the_engine_at_once(client: GrpcClient, grpc_server: launch.Server) -> None:
+    times = []
+    for _ in range(5):
+        endless = Endless(client, seconds=60)
+        endless.call.cancel()
+        times.append(max(endless.ended_in(grpc_server)))
+    assert median(times) < ABORT_SECONDS, times
+
+
+def test_a_deadline_reaches_the_engine_at_once(client: GrpcClient, grpc_server: launch.Server) -> None:
+    times = []
+    for _ in range(3):
+        endless = Endless(client, seconds=5)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(endless.call)
+        times.append(max(endless.ended_in(grpc_server)))
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert median(times) < ABORT_SECONDS, times
+
+
+DROPPED = """
+import os, signal, sys
+from llm.v1 import llm_pb2 as pb
+from servebook.clients.grpc_client import GrpcClient
+stream = GrpcClient(sys.argv[1]).stream("Once", sampling=pb.Sampling(ignore_eos=True))
+next(stream)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_dropped_connection_reaches_the_engine(grpc_server: launch.Server) -> None:
+    ended = subprocess.run([sys.executable, "-c", DROPPED, grpc_server.grpc], check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    eventually(lambda: is_idle(grpc_server), 10, "idle")
+
+
+def test_a_slow_reader_gets_merged_messages_and_loses_nothing(grpc_server: launch.Server, client: GrpcClient) -> None:
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64)]  # a small window: soon full
+    request = pb.StreamGenerateRequest(prompt="Once", max_tokens=250, sampling=FOREVER)
+    with grpc.insecure_channel(grpc_server.grpc, options) as channel:
+        call = stub_on(channel).StreamGenerate(request, timeout=200)
+        pieces = [next(call)]
+        assert client.generate("x", max_tokens=4, sampling=FOREVER).usage.completion_tokens == 4, "others go on"
+        eventually(lambda: running(grpc_server) == 0, 150, "the engine done, reader or not")
+        assert open_calls(grpc_server) == 1
+        pieces += call
+    assert sum(len(piece.token_ids) for piece in pieces) == pieces[-1].usage.completion_tokens == 250
+    assert max(len(piece.token_ids) for piece in pieces) > 1
+    assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
+
+
+def test_a_pinging_client_may_wait_in_silence(grpc_server: launch.Server) -> None:
+    options = [
+        ("grpc.keepalive_time_ms", 500),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    with grpc.insecure_channel(grpc_server.grpc, options) as channel:
+        request = pb.GenerateRequest(prompt="Once", max_tokens=150, sampling=FOREVER)
+        answer = stub_on(channel).Generate(request, timeout=120)
+    assert answer.usage.completion_tokens == 150
+
+
+async def test_2000_short_calls_leave_nothing_behind(aio: GrpcAioClient, grpc_server: launch.Server) -> None:
+    def standing() -> dict[str, float]:
+        names = ("servebook_grpc_asyncio_tasks", "process_open_fds", "process_resident_memory_bytes")
+        return dict(zip(names, figures(grpc_server, *names), strict=True))
+
+    async def one(number: int) -> None:
+        if number % 4 == 0:
+            await cancelled(aio, 1)
+        elif number % 4 == 1:
+            answer = await aio.generate("x", timeout=120, max_tokens=1)
+            assert answer.usage.completion_tokens == 1
+        else:
+            assert [piece.is_finished async for piece in aio.stream("x", timeout=120, max_tokens=1)] == [True]
+
+    async def some(first: int, last: int) -> None:
+        places = asyncio.Semaphore(32)
+
+        async def placed(number: int) -> None:
+            async with places:
+                await one(number)
+
+        await asyncio.gather(*(placed(number) for number in range(first, last)))
+        await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), 10, "idle")
+
+    await some(0, 200)  # the first calls fill caches
+    before = await asyncio.to_thread(standing)
+    await some(200, 2000)
+    after = await asyncio.to_thread(standing)
+    growth = {name: after[name] - before[name] for name in before}
+    assert growth["servebook_grpc_asyncio_tasks"] <= 0, growth
+    assert growth["process_open_fds"] <= 1, growth  # the connection of whoever reads the metrics
+    assert growth["process_resident_memory_bytes"] < 20e6, growth
+
+
+# Health, reflection, metrics
+
+
+def test_health_knows_the_server_and_the_service(client: GrpcClient) -> None:
+    assert health_of(client.channel) == SERVING
+    assert health_of(client.channel, "llm.v1.LLMService") == SERVING
+    with pytest.raises(grpc.RpcError) as caught:
+        health_of(client.channel, "llm.v1.Nothing")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_reflection_tells_the_whole_contract(client: GrpcClient) -> None:
+    database = ProtoReflectionDescriptorDatabase(client.channel)
+    assert {"llm.v1.LLMService", "grpc.health.v1.Health"} <= set(database.get_services())
+    told = database.FindFileByName("llm/v1/llm.proto")
+    ours = descriptor_pb2.FileDescriptorProto()
+    pb.DESCRIPTOR.CopyToProto(ours)
+    assert told == ours
+
+
+def test_metrics_count_calls_by_code(client: GrpcClient, grpc_server: launch.Server) -> None:
+    def count(code: str) -> float:
+        return metric(grpc_server.metrics, "servebook_grpc_calls_total", method="Generate", code=code)
+
+    client.generate("x", max_tokens=1)
+    with pytest.raises(grpc.RpcError):
+        client.generate("")
+    good, bad = count("OK"), count("INVALID_ARGUMENT")
+    client.generate("x", max_tokens=1)
+    with pytest.raises(grpc.RpcError):
+        client.generate("")
+    eventually(lambda: (count("OK"), count("INVALID_ARGUMENT")) == (good + 1, bad + 1), 5, "both counted")
+
+
+# A server of its own: TLS, certificates, keys, its queue, its end
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def guarded(certificates: Certificates) -> launch.Server:
+    """A server with mutual TLS, a key, and room for 4 calls; the last test of it ends it."""
+    return serve(
+        "grpc",
+        instance="grpc-guarded",
+        api_key=KEY,
+        tls_cert=certificates.server_cert,
+        tls_key=certificates.server_key,
+        tls_client_ca=certificates.ca,
+        engine_args="--max-calls 4",
+    )
+
+
+KEY = "a key for a test"
+
+
+def credentials_of(certificates: Certificates, with_certificate: bool = True) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(
+        root_certificates=certificates.ca.read_bytes(),
+        private_key=certificates.client_key.read_bytes() if with_certificate else None,
+        certificate_chain=certificates.client_cert.read_bytes() if with_certificate else None,
+    )
+
+
+@pytest.fixture
+def friend(guarded: launch.Server, certificates: Certificates) -> Iterator[GrpcClient]:
+    with GrpcClient(guarded.grpc, api_key=KEY, credentials=credentials_of(certificates)) as client:
+        yield client
+
+
+def test_key_and_certificate_open_the_server(friend: GrpcClient) -> None:
+    assert friend.generate("x", max_tokens=1).usage.completion_tokens == 1
+    assert next(friend.stream("x", max_tokens=1)).is_finished
+
+
+async def test_key_and_certificate_open_it_for_asyncio(guarded: launch.Server, certificates: Certificates) -> None:
+    async with GrpcAioClient(guarded.grpc, api_key=KEY, credentials=credentials_of(certificates)) as aio:
+        assert (await aio.generate("x", max_tokens=1)).usage.completion_tokens == 1
+        assert [piece.is_finished async for piece in aio.stream("x", max_tokens=1)] == [True]
+
+
+@pytest.mark.parametrize("key", [None, "", "another key", f"{KEY} "])
+def test_without_the_key_only_health_answers(guarded: launch.Server, certificates: Certificates, key: str) -> None:
+    with GrpcClient(guarded.grpc, api_key=key, credentials=credentials_of(certificates)) as stranger:
+        for ask in (
+            lambda: stranger.generate("x", max_tokens=1),
+            lambda: next(stranger.stream("x", max_tokens=1)),
+            lambda: ProtoReflectionDescriptorDatabase(stranger.channel).get_services(),
+            lambda: list(any_method(stranger.channel, "Nothing")(b"", timeout=10)),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                ask()
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert KEY not in str(caught.value)
+        assert health_of(stranger.channel) == SERVING
+
+
+def test_no_certificate_another_authority_or_no_tls_at_all(
+    guarded: launch.Server, certificates: Certificates, tmp_path: Path
+) -> None:
+    other = make_certificates(tmp_path)
+    for channel in (
+        grpc.secure_channel(guarded.grpc, credentials_of(certificates, with_certificate=False)),
+        grpc.secure_channel(guarded.grpc, credentials_of(other)),
+        grpc.insecure_channel(guarded.grpc),
+    ):
+        with channel, pytest.raises(grpc.RpcError) as caught:
+            health_of(channel)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_full_queue_says_when_to_come_back(friend: GrpcClient, guarded: launch.Server) -> None:
+    request = pb.StreamGenerateRequest(prompt="Once", sampling=FOREVER)
+    calls = [stub_on(friend.channel).StreamGenerate(request, timeout=120) for _ in range(4)]
+    for call in calls:
+        next(call)
+    with pytest.raises(grpc.RpcError) as caught:
+        friend.generate("x", max_tokens=1)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert detail(caught.value, error_details_pb2.RetryInfo).retry_delay.seconds == 1
+    assert next(calls[0]).sequence == 1, "those inside go on"
+    for call in calls:
+        call.cancel()
+    eventually(lambda: is_idle(guarded), 5, "idle")
+    assert friend.generate("x", max_tokens=1).usage.completion_tokens == 1
+
+
+def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient, guarded: launch.Server) -> None:
+    watch = health_pb2_grpc.HealthStub(friend.channel).Watch(health_pb2.HealthCheckRequest(), timeout=120)
+    assert next(watch).status == SERVING
+    request = pb.StreamGenerateRequest(prompt="Once", max_tokens=20, sampling=FOREVER)
+    calls = [stub_on(friend.channel).StreamGenerate(request, timeout=60) for _ in range(3)]
+    for call in calls:
+        next(call)
+    process = psutil.Process(guarded.pid)
+    family = [process, *process.children(recursive=True)]
+    process.terminate()
+    assert next(watch).status == NOT_SERVING
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_on(friend.channel).Generate(pb.GenerateRequest(prompt="x", max_tokens=1), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    for call in calls:
+        last = list(call)[-1]
+        assert last.is_finished
+        assert last.usage.completion_tokens == 20
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
+    assert '"event": "stopped"' in guarded.tail(50)
+
+
+def test_starting_serving_dead(settings: Settings) -> None:
+    """One server from its first second to the death of its engine: what callers and health see."""
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(serve, "grpc", instance="grpc-doomed")
+
+        def address() -> str:
+            endpoints = {entry["name"]: entry["endpoints"] for entry in launch.status(settings)}
+            return str(endpoints.get("grpc-doomed", {}).get("grpc", ""))
+
+        eventually(lambda: bool(address()), 30, "a port")
+        with grpc.insecure_channel(address()) as channel:
+            stub = stub_on(channel)
+            assert health_of_starting(channel) == NOT_SERVING
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Generate(pb.GenerateRequest(prompt="x"), timeout=10)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert detail(caught.value, error_details_pb2.ErrorInfo).reason == "ENGINE_STARTING"
+
+            server = ready.result(timeout=280)
+            assert health_of(channel) == SERVING
+            request = pb.StreamGenerateRequest(prompt="Once", sampling=FOREVER)
+            streams = [stub.StreamGenerate(request, timeout=60) for _ in range(4)]
+            unary = [stub.Generate.future(pb.GenerateRequest(prompt="Once", sampling=FOREVER)) for _ in range(4)]
+            for stream in streams:
+                next(stream)
+            eventually(lambda: running(server) == 8, 10, "8 requests in the engine")
+            [core] = [child for child in psutil.Process(server.pid).children() if "EngineCore" in child.name()]
+            core.kill()
+            killed = time.monotonic()
+            for call in (*streams, *unary):
+                with pytest.raises(grpc.RpcError) as caught:
+                    _ = call.result(timeout=10) if call in unary else list(call)
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert detail(caught.value, error_details_pb2.ErrorInfo).reason == "ENGINE_DEAD"
+            eventually(lambda: health_of(channel) == NOT_SERVING, 2, "health turned")
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Generate(pb.GenerateRequest(prompt="x"), timeout=10)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert time.monotonic() - killed < 2
+            server.stop()
+
+
+def health_of_starting(channel: grpc.Channel) -> int:
+    """The health of a server whose port may not be open yet."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    return int(stub.Check(health_pb2.HealthCheckRequest(), timeout=60, wait_for_ready=True).status)
+
+
+# What starts not at all
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--host", "0.0.0.0"], "opens the server to the network"),
+        (["--tls-cert", "a.pem"], "go together"),
+        (["--tls-cert", "no.pem", "--tls-key", "no.key", "--grpc-port", "0"], "TLS files"),
+    ],
+)
+def test_an_unsafe_start_is_refused(words: list[str], problem: str) -> None:
+    command = [sys.executable, "-m", "servebook.grpc_server", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode != 0
+    assert problem in ended.stderr
+
+
+def test_a_taken_port_is_refused(grpc_server: launch.Server) -> None:
+    port = grpc_server.grpc.rsplit(":", 1)[1]
+    command = [sys.executable, "-m", "servebook.grpc_server", "--grpc-port", port]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 1
+    assert "Choose another port" in ended.stderr

@@ -1,0 +1,205 @@
+"""Chapter 08: the notebook; every path gives the same answer; and the measurements measure what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path as File
+
+import jsonschema
+import pytest
+from smg_grpc_proto import vllm_engine_pb2
+
+from servebook.bench import workload
+from servebook.bench.arms import Workload, compare, open_arm
+from servebook.bench.crosscheck import cross_check
+from servebook.bench.load import BenchError, Job, Sample, ask, closed_loop
+from servebook.bench.paths import PATHS, find_path
+from servebook.bench.protocol import serve_scripted
+from servebook.bench.results import Results, load_results
+from servebook.bench.run import Plan, start
+from servebook.bench.scripted import SENTENCE
+from servebook.bench.tensors import ENCODINGS, KIB, SERVERS, tensor_costs
+from servebook.bench.wire import wire_cost
+from servebook.launch import Server
+from servebook.settings import Settings
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+FIXTURES = {"vllm-grpc": "vllm_grpc", "grpc": "grpc_server"}
+"""Where the fixture is not called like its server."""
+
+PROMPTS = {
+    False: Job("100, 102, 104, 106, 108,", 24),
+    True: Job("Write a long story about the river.", 24),
+}
+"""A completion and a chat, both greedy, both of which run to their last token."""
+
+
+def test_notebook(run_notebook: Callable[[str], None]) -> None:
+    run_notebook("08_measure")
+
+
+async def answer(path: str, server: Server, job: Job) -> Sample:
+    async with find_path(path).open(server) as send:
+        return await ask(send, job)
+
+
+@pytest.mark.parametrize("name", [name for name, path in PATHS.items() if path.spec is None])
+async def test_parity(name: str, vllm: Server, request: pytest.FixtureRequest) -> None:
+    """The same greedy request gives the same text, finish reason and usage on every path."""
+    path = find_path(name)
+    server = request.getfixturevalue(FIXTURES.get(path.server, path.server))
+    job = PROMPTS[path.chat]
+    expected = await answer("rest-chat" if path.chat else "rest", vllm, job)
+    found = await answer(name, server, job)
+    assert found.text == expected.text
+    assert (found.finish_reason, found.prompt_tokens, found.output_tokens) == (
+        expected.finish_reason,
+        expected.prompt_tokens,
+        expected.output_tokens,
+    )
+    assert found.output_tokens == job.max_tokens
+    assert (len(found.arrivals) > 1) == path.streams
+
+
+@pytest.mark.parametrize("name", [name for name, path in PATHS.items() if path.spec is None])
+async def test_a_natural_end_is_told_on_every_path(name: str, vllm: Server, request: pytest.FixtureRequest) -> None:
+    path = find_path(name)
+    server = request.getfixturevalue(FIXTURES.get(path.server, path.server))
+    job = Job("What is the capital of France?" if path.chat else "<|im_start|>user\nSay hi.<|im_end|>\n", 200)
+    expected = await answer("rest-chat" if path.chat else "rest", vllm, job)
+    assert expected.finish_reason == "stop"
+    found = await answer(name, server, job)
+    assert (found.text, found.finish_reason) == (expected.text, "stop")
+    assert found.output_tokens == expected.output_tokens
+
+
+async def test_what_a_path_cannot_carry(vllm: Server) -> None:
+    """The lists in `PATHS` are true: vLLM's gRPC has no text, the article's gateway neither reason nor usage."""
+    assert PATHS["vllm-grpc"].cannot == ("text",)
+    fields = [
+        field.name
+        for message in (vllm_engine_pb2.GenerateStreamChunk, vllm_engine_pb2.GenerateComplete)
+        for field in message.DESCRIPTOR.fields
+        if field.type == field.TYPE_STRING
+    ]
+    assert "text" not in fields
+    article = find_path("gateway-article")
+    assert article.cannot == ("temperature", "finish_reason", "usage")
+    server = article.serve(vllm.settings)
+    try:
+        found = await answer(article.name, server, PROMPTS[True])
+    finally:
+        server.stop()
+    assert found.text
+    assert (found.finish_reason, found.prompt_tokens) == (None, 0)
+
+
+async def test_tokens_do_not_depend_on_how_they_are_counted(vllm: Server) -> None:
+    jobs = workload.take(workload.completions(40, 16), 16)
+    async with find_path("sse").open(vllm) as send:
+        load = await closed_loop(send, jobs, 8)
+    assert load.output_tokens == 16 * 16
+    assert all(sample.finish_reason == "length" for sample in load.samples), "the workload's answers do not end early"
+
+
+async def test_a_comparison_over_real_servers(vllm: Server) -> None:
+    wants = Workload(rounds=1, max_tokens=8, block_seconds=0.1)
+    async with open_arm(find_path("rest"), vllm, wants, 1) as arm, open_arm(find_path("sse"), vllm, wants, 2) as other:
+        found = await compare("rest @2", arm, other, 2, wants)
+    assert found.engines_up >= (vllm.pid is not None)
+    assert found.itl_p50 is None, "one arm does not stream"
+    assert len(found.arm.block_tokens_per_s) == len(found.reference.block_tokens_per_s) == 2
+    assert found.tokens_per_s.low <= found.tokens_per_s.value <= found.tokens_per_s.high
+
+
+async def test_grpc_puts_a_fifth_of_the_bytes_of_sse_on_the_wire(vllm: Server, grpc_server: Server) -> None:
+    sse = await wire_cost(find_path("sse"), vllm)
+    grpc = await wire_cost(find_path("grpc"), grpc_server)
+    assert sse.bytes_per_token > 200
+    assert grpc.bytes_per_token <= sse.bytes_per_token / 5
+
+
+@pytest.mark.parametrize("name", ["sse", "grpc", "triton"])
+async def test_the_scripted_source_behind_the_real_server(name: str, settings: Settings) -> None:
+    path = find_path(name)
+    server = serve_scripted(path.server, settings)
+    try:
+        wants = Workload(max_tokens=40)
+        async with open_arm(path, server, wants, 1) as arm:
+            block = await arm.block(10, 20, None, 0)
+    finally:
+        server.stop()
+    assert block.load.output_tokens == 20 * 40
+    assert all(sample.text.startswith(SENTENCE) for sample in block.load.samples)
+    assert block.cpu.engine == 0, "no engine is up"
+    assert block.cpu.front
+    assert block.cpu.front > 0
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_big_tensors_come_back_in_every_encoding(server: str, settings: Settings) -> None:
+    """`tensor_costs` itself checks that what comes back is what was sent."""
+    sizes = (KIB, 256 * KIB)
+    costs = {(cost.encoding, cost.tensor_bytes): cost for cost in tensor_costs(server, settings, sizes)}
+    assert costs.keys() == {(name, size) for name in SERVERS[server] for size in sizes}
+    size = {name: costs[name, 256 * KIB].request_bytes / (256 * KIB) for name in SERVERS[server]}
+    assert size["JSON list"] > 4, "a float as text takes some twenty bytes"
+    assert size["JSON base64"] == pytest.approx(4 / 3, rel=0.01)
+    assert size["HTTP binary"] == pytest.approx(1, rel=0.01)
+    assert size["gRPC raw"] == pytest.approx(1, rel=0.01)
+    assert size.get("shared memory", 0) < 0.01
+    assert set(SERVERS["triton"]) == set(ENCODINGS)
+
+
+async def test_vllms_own_benchmark_counts_the_same(vllm: Server) -> None:
+    """Within 5 % on a quiet machine (the full run); here within what a machine that runs tests allows."""
+    found = await cross_check(vllm, Workload(max_tokens=16), 4, 24)
+    assert found.ours.output_tokens == 2 * 24 * 16
+    assert 0.5 < found.tokens_per_s_ratio < 2
+
+
+TINY = Plan(
+    name="tiny",
+    workload=Workload(rounds=1, max_tokens=4, block_seconds=0.05),
+    control=(1,),
+    engine=(("rest", 1), ("rest", 2)),
+)
+
+
+async def test_an_interrupted_run_goes_on_where_it_was(vllm: Server, tmp_path: File) -> None:
+    output = tmp_path / "run.json"
+    said: list[str] = []
+
+    def interrupt(line: str) -> None:
+        said.append(line)
+        if line.startswith("[3/3]"):
+            raise KeyboardInterrupt
+
+    run = start(TINY, vllm.settings, output, force=True)
+    run.say = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        await run.all()
+    assert load_results(output).done == ["control @1", "rest @1"]
+
+    again = start(TINY, vllm.settings, output, force=True)
+    again.say = said.append
+    results = await again.all()
+    assert results.done == ["control @1", "rest @1", "rest @2"]
+    assert [line for line in said if line.startswith("[")] == [
+        "[1/3] control @1",
+        "[2/3] rest @1",
+        *["[3/3] rest @2"] * 2,
+    ]
+    assert [found.name for found in results.engine] == ["rest @1", "rest @2"]
+    jsonschema.validate(json.loads(output.read_text()), Results.model_json_schema())
+    with pytest.raises(BenchError, match="finished run"):
+        start(TINY, vllm.settings, output)
+
+
+async def test_a_restless_control_stops_the_run(vllm: Server, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.bench.run.CONTROL_LIMIT", 0.0)
+    with pytest.raises(BenchError, match="A/A control is off"):
+        await start(TINY, vllm.settings, tmp_path / "run.json").all()
+    assert not (tmp_path / "run.json").exists()

@@ -1,0 +1,205 @@
+"""The chat page in a real browser, in front of a real engine."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from playwright.sync_api import Locator, Page, Request, expect
+
+from servebook import launch
+from servebook.experiments import child_server
+from servebook.experiments.child import free_port
+from servebook.metrics import metric
+
+pytestmark = pytest.mark.browser
+
+FRANCE = "What is the capital of France?"
+STORY = "Tell me a very long story about a fox."
+KEY = "only-for-this-test"
+
+
+@pytest.fixture
+def chat(page: Page, gateway: launch.Server) -> Iterator[Page]:
+    """The page, open and ready; afterwards nothing was asked of another host, and the console is clean."""
+    asked: list[str] = []
+    said: list[str] = []
+
+    def note(request: Request) -> None:
+        asked.append(request.url)
+
+    page.on("request", note)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(gateway.url)
+    yield page
+    assert all(url.startswith(gateway.url) for url in asked)
+    assert said == []
+
+
+def ask(page: Page, message: str, longest: int = 200) -> None:
+    if not page.get_by_label("Longest answer").is_visible():
+        page.get_by_text("Options").click()
+    page.get_by_label("Longest answer").fill(str(longest))
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_label("Message", exact=True).fill(message)
+    page.keyboard.press("Enter")
+
+
+def engine_idle(vllm: launch.Server, seconds: float = 5) -> bool:
+    deadline = time.monotonic() + seconds
+    while metric(vllm.url, "vllm:num_requests_running"):
+        if time.monotonic() > deadline:
+            return False
+    return True
+
+
+def test_an_answer_streams_in(chat: Page) -> None:
+    ask(chat, STORY, longest=60)
+    answer = chat.get_by_role("article", name="Model")
+    expect(answer).to_have_attribute("aria-busy", "true")
+    expect(answer.locator("p").first).not_to_be_empty()
+    assert answer.get_attribute("aria-busy") == "true", "the first words came with the last"
+    expect(chat.get_by_role("status")).to_have_text("Answer complete.")
+    expect(answer).not_to_have_attribute("aria-busy", "true")
+    expect(chat.locator("#ttft")).to_have_text(re.compile(r"^\d+ ms$"))
+    expect(chat.locator("#rate")).to_have_text(re.compile(r"^\d+\.\d tokens/s$"))
+    expect(chat.locator("#tokens")).to_have_text(re.compile(r"^60 out, \d+ in$"))
+    expect(answer).to_contain_text("Cut at the longest answer.")
+
+
+def test_the_conversation_goes_on(chat: Page) -> None:
+    ask(chat, FRANCE)
+    expect(chat.get_by_role("article", name="Model")).to_contain_text("Paris")
+    expect(chat.get_by_role("status")).to_have_text("Answer complete.")
+    before = int(re.findall(r"(\d+) in", chat.locator("#tokens").inner_text())[0])
+    ask(chat, "And of Italy?", longest=5)
+    expect(chat.locator("#tokens")).to_have_text(re.compile(r"^\d+ out, \d+ in$"))
+    assert int(re.findall(r"(\d+) in", chat.locator("#tokens").inner_text())[0]) > before + 10, "no history was sent"
+    chat.get_by_role("button", name="New chat").click()
+    expect(chat.get_by_role("article")).to_have_count(0)
+
+
+@pytest.mark.parametrize("how", ["button", "Escape"])
+def test_stop_stops_the_engine(chat: Page, vllm: launch.Server, how: str) -> None:
+    ask(chat, STORY, longest=1500)
+    expect(chat.get_by_role("article", name="Model").locator("p").first).not_to_be_empty()
+    assert metric(vllm.url, "vllm:num_requests_running") == 1
+    if how == "button":
+        chat.get_by_role("button", name="Stop").click()
+    else:
+        chat.keyboard.press("Escape")
+    expect(chat.get_by_role("article", name="Model")).to_contain_text("Stopped.")
+    assert engine_idle(vllm)
+    ask(chat, FRANCE)
+    expect(chat.get_by_role("status")).to_have_text("Answer complete.")
+
+
+def test_a_reload_in_mid_stream_stops_the_engine_too(chat: Page, vllm: launch.Server) -> None:
+    ask(chat, STORY, longest=1500)
+    expect(chat.get_by_role("article", name="Model").locator("p").first).not_to_be_empty()
+    chat.reload()
+    assert engine_idle(vllm)
+    expect(chat.get_by_role("article")).to_have_count(0)
+    ask(chat, FRANCE)
+    expect(chat.get_by_role("article", name="Model")).to_contain_text("Paris")
+
+
+def test_what_people_write_is_text(chat: Page) -> None:
+    words = "안녕하세요 🦊👩‍👩‍👧 <img src=x onerror=\"document.title='broken'\">\nשלום"
+    chat.get_by_label("Message", exact=True).fill(words)
+    chat.get_by_role("button", name="Send").click()
+    assert chat.get_by_role("article", name="You").inner_text() == words
+    assert chat.title() == "Chat · servebook gateway"
+    chat.get_by_role("button", name="Stop").click()
+
+
+def test_the_keyboard_is_enough(chat: Page) -> None:
+    expect(chat.get_by_label("Message", exact=True)).to_be_focused()
+    chat.keyboard.type("One line")
+    chat.keyboard.press("Shift+Enter")
+    chat.keyboard.type("and another")
+    expect(chat.get_by_label("Message", exact=True)).to_have_value("One line\nand another")
+    # While an input method composes a syllable, Enter belongs to it.
+    chat.get_by_label("Message", exact=True).dispatch_event("keydown", {"key": "Enter", "isComposing": True})
+    expect(chat.get_by_role("article")).to_have_count(0)
+    chat.keyboard.press("Tab")
+    expect(chat.get_by_role("button", name="Send")).to_be_focused()
+    chat.keyboard.press("Space")
+    expect(chat.get_by_role("article", name="You")).to_have_count(1)
+    expect(chat.get_by_label("Message", exact=True)).to_be_focused()
+    chat.keyboard.press("Tab")
+    expect(chat.get_by_role("button", name="Stop")).to_be_focused()
+    chat.keyboard.press("Space")
+    expect(chat.get_by_role("article", name="Model")).to_contain_text("Stopped.")
+
+
+def test_what_a_screen_reader_finds(chat: Page) -> None:
+    expect(chat.get_by_role("log", name="Conversation")).to_be_visible()
+    expect(chat.get_by_role("heading", name="Chat")).to_be_visible()
+    expect(chat.get_by_role("status")).to_have_count(1)
+    for field in chat.locator("input, textarea, button").all():
+        name = field.evaluate("field => field.labels?.[0]?.textContent.trim() || field.textContent.trim()")
+        assert name, field.evaluate("field => field.outerHTML")
+
+
+@pytest.mark.parametrize("width", [320, 375, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(chat: Page, width: int, scheme: str) -> None:
+    chat.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    chat.set_viewport_size({"width": width, "height": 640})
+    ask(chat, "x" * 200, longest=3)
+    expect(chat.get_by_role("status")).to_have_text("Answer complete.")
+    assert chat.evaluate("document.documentElement.scrollWidth") <= width
+    box = chat.get_by_role("button", name="Send").bounding_box()
+    assert box
+    assert box["x"] + box["width"] <= width
+    assert box["y"] + box["height"] <= 640
+    assert contrast(chat.locator("body")) >= 7
+    assert contrast(chat.get_by_role("button", name="Send")) >= 4.5
+
+
+def contrast(element: Locator) -> float:
+    """The contrast of an element's text by WCAG 2.2's formula, from 1 to 21; AA asks for 4.5, AAA for 7."""
+    colours = element.evaluate("e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor]")
+
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted(map(luminance, colours))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_no_engine_is_said_and_the_message_kept(page: Page) -> None:
+    with child_server("servebook.gateway", "--upstream", f"http://127.0.0.1:{free_port()}") as url:
+        page.goto(url)
+        ask(page, FRANCE)
+        expect(page.get_by_role("status")).to_have_text("The engine cannot be reached.")
+        expect(page.get_by_label("Message", exact=True)).to_have_value(FRANCE)
+
+
+def test_a_key_is_asked_for(page: Page, vllm: launch.Server) -> None:
+    with child_server("servebook.gateway", "--upstream", vllm.url, SERVEBOOK_API_KEY=KEY) as url:
+        page.goto(url)
+        ask(page, FRANCE)
+        expect(page.get_by_label("Key")).to_be_focused()
+        page.get_by_label("Key").fill(KEY)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("article", name="Model").last).to_contain_text("Paris")
+
+
+def test_a_gateway_that_dies_in_mid_stream(page: Page, vllm: launch.Server) -> None:
+    port = free_port()
+    with child_server("servebook.gateway", "--upstream", vllm.url, port=port) as url:
+        page.goto(url)
+        ask(page, STORY, longest=1500)
+        expect(page.get_by_role("article", name="Model").locator("p").first).not_to_be_empty()
+        next(child for child in psutil.Process().children() if str(port) in child.cmdline()).kill()
+        expect(page.get_by_role("status")).to_have_text("The gateway cannot be reached.")
+        expect(page.get_by_role("article", name="Model").locator("p").first).not_to_be_empty()
+    assert engine_idle(vllm)
