@@ -15,6 +15,7 @@ c = get_config()  # type: ignore[name-defined]  # noqa: F821
 c.CourseDirectory.course_id = "servebook"
 c.CourseDirectory.source_directory = "solutions"
 c.CourseDirectory.release_directory = "labs"
+c.CourseDirectory.ignore = [".ipynb_checkpoints", "__pycache__", "*.py", "*.proto"]  # files that solutions write
 c.GenerateAssignment.preprocessors = STEPS
 
 # Plain TCP would open a student's kernel to every user of this machine. The sockets' place has to be absolute:

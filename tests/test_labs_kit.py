@@ -208,7 +208,9 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, tmp_path: Pa
     for name in (f"solutions/{STEM}/{STEM}.ipynb", "nbgrader_config.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / f"solutions/{STEM}/answer.py").write_text("# what a solution writes when it runs")
     nbgrader(tmp_path, "generate_assignment", STEM)
+    assert [path.name for path in (tmp_path / "labs" / STEM).iterdir()] == [f"{STEM}.ipynb"]
     released = tmp_path / "labs" / STEM / f"{STEM}.ipynb"
     assert released.read_text() == (ROOT / "labs" / STEM / f"{STEM}.ipynb").read_text()
 

@@ -36,10 +36,11 @@ def real_arrivals(url: str, key: str, model: str) -> tuple[float, Arrivals]:
         timeout=60,
     ) as answer:
         answer.raise_for_status()
-        single = []
-        for event in events_of(answer.iter_content(None)):
-            if event.startswith(b"data: {"):
-                single.append((time.perf_counter(), len(json.loads(event[5:])["choices"][0]["token_ids"])))
+        single = [
+            (time.perf_counter(), len(json.loads(event[5:])["choices"][0]["token_ids"]))
+            for event in events_of(answer.iter_content(None))
+            if event.startswith(b"data: {")
+        ]
     merged = [single[0], *((late, n + m) for (_, n), (late, m) in zip(single[1::2], single[2::2], strict=False))]
     return asked, merged
 
