@@ -45,7 +45,7 @@ def main() -> None:
                 payload.id or "0",
                 self.name,
                 [InferOutput(tensor.name, list(array.shape), tensor.datatype, array)],
-                use_binary_outputs=payload.use_binary_outputs or payload.from_grpc,
+                use_binary_outputs=payload.use_binary_outputs and not payload.from_grpc,  # gRPC: raw without asking
                 requested_outputs=payload.request_outputs,
             )
 
