@@ -560,7 +560,7 @@ def guarded(certificates: Certificates) -> launch.Server:
         tls_cert=certificates.server_cert,
         tls_key=certificates.server_key,
         tls_client_ca=certificates.ca,
-        engine_args="--max-calls 4",
+        engine_args="--max-calls 4 --grace 60",
     )
 
 
@@ -638,10 +638,17 @@ def test_a_full_queue_says_when_to_come_back(friend: GrpcClient, guarded: launch
     assert friend.generate("x", max_tokens=1).usage.completion_tokens == 1
 
 
+def is_refused(client: GrpcClient) -> bool:
+    """Whether a new call is turned away; one that comes in the same moment as the signal may still be taken."""
+    request = pb.StreamGenerateRequest(prompt="x", max_tokens=1)
+    call = stub_on(client.channel).StreamGenerate(request, timeout=30)
+    return bool(call.code() is grpc.StatusCode.UNAVAILABLE)
+
+
 def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient, guarded: launch.Server) -> None:
     watch = health_pb2_grpc.HealthStub(friend.channel).Watch(health_pb2.HealthCheckRequest(), timeout=120)
     assert next(watch).status == SERVING
-    request = pb.StreamGenerateRequest(prompt="Once", max_tokens=20, sampling=FOREVER)
+    request = pb.StreamGenerateRequest(prompt="Once", max_tokens=60, sampling=FOREVER)
     calls = [stub_on(friend.channel).StreamGenerate(request, timeout=60) for _ in range(3)]
     for call in calls:
         next(call)
@@ -649,14 +656,12 @@ def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient,
     family = [process, *process.children(recursive=True)]
     process.terminate()
     assert next(watch).status == NOT_SERVING
-    with pytest.raises(grpc.RpcError) as caught:
-        stub_on(friend.channel).Generate(pb.GenerateRequest(prompt="x", max_tokens=1), timeout=10)
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    eventually(lambda: is_refused(friend), IDLE_SECONDS, "new calls refused")
     for call in calls:
         last = list(call)[-1]
         assert last.is_finished
-        assert last.usage.completion_tokens == 20
-    _, alive = psutil.wait_procs(family, timeout=15)
+        assert last.usage.completion_tokens == 60
+    _, alive = psutil.wait_procs(family, timeout=IDLE_SECONDS)
     assert not alive
     assert '"event": "stopped"' in guarded.tail(50)
 

@@ -66,12 +66,13 @@ def engine_dead() -> Refusal:
 
 def refusal_for(error: Exception, limit: int, call_id: str) -> Refusal:
     """What the client gets for any error of a call; INTERNAL where it is nobody's expected one."""
+    if isinstance(error, Refusal):
+        return error
+    # Not before this point: while the engine starts, another thread imports vLLM and whoever wants it has to wait.
     from vllm.exceptions import GracefulHTTPError, VLLMClientError
     from vllm.v1.engine.exceptions import EngineDeadError
 
     match error:
-        case Refusal():
-            return error
         case EngineDeadError():
             return engine_dead()
         case VLLMClientError():  # what is left for the engine to check: whether the regex, schema or choice compiles
