@@ -85,6 +85,10 @@ def with_key(key: str = KEY) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+def test_notebook(run_notebook: Callable[[str], None]) -> None:
+    run_notebook("05_fastapi_gateway")
+
+
 # The answers
 
 

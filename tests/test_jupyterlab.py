@@ -93,7 +93,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, vllm: launch.Server) -> Iterat
             eventually(answers, "JupyterLab", seconds=120)
             yield Lab(f"http://127.0.0.1:{port}", clone / "notebooks")
         finally:
-            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
 
 
