@@ -3,6 +3,11 @@
 Instructor's guide: docs/instructor.md.
 """
 
+import os
+from pathlib import Path
+
+from jupyter_core.paths import jupyter_runtime_dir
+
 from servebook.lab.preprocessors import STEPS
 
 c = get_config()  # type: ignore[name-defined]  # noqa: F821
@@ -10,12 +15,17 @@ c = get_config()  # type: ignore[name-defined]  # noqa: F821
 c.CourseDirectory.course_id = "servebook"
 c.CourseDirectory.source_directory = "solutions"
 c.CourseDirectory.release_directory = "labs"
+c.CourseDirectory.ignore = [".ipynb_checkpoints", "__pycache__", "*.py", "*.proto"]  # files that solutions write
 c.GenerateAssignment.preprocessors = STEPS
 
-# Plain TCP would open a student's kernel to every user of this machine.
-c.ConnectionFileMixin.transport = "ipc"
+# Plain TCP would open a student's kernel to every user of this machine. The sockets' place has to be absolute:
+# the kernel works in the folder of the submission, its manager in this one.
+sockets = Path(jupyter_runtime_dir())
+sockets.mkdir(parents=True, exist_ok=True)
+c.KernelManager.transport = "ipc"
+c.KernelManager.ip = str(sockets / f"nbgrader-{os.getpid()}")
 
-# Seconds for one cell. The default of 30 ends a check that waits for a cold engine; a hanging answer costs this
-# once, then gets an error, no points, and the next cell runs.
+# Seconds for one cell, more than the longest that a check takes. A hanging answer costs this once, then it has an
+# error and no points, and the next cell runs.
 c.Execute.timeout = 150
 c.Execute.startup_timeout = 120

@@ -9,7 +9,7 @@ import requests
 
 from servebook.launch import Server
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 def test_notebook(run_notebook: Callable[[str], None]) -> None:

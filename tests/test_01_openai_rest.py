@@ -14,7 +14,7 @@ from openai import AsyncOpenAI
 from servebook.launch import Server
 from servebook.metrics import metric
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 def test_notebook(run_notebook: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ from httpx_sse import connect_sse
 from servebook.launch import Server
 from servebook.metrics import metric
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -24,7 +25,12 @@ QUESTION = {"messages": [{"role": "user", "content": "What is the capital of Fra
 PROMPT = {"prompt": "Once upon a time", "max_tokens": 16}
 
 
-def test_notebook(run_notebook: Callable[[str], None]) -> None:
+def test_notebook(
+    run_notebook: Callable[[str], None], vllm: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Against an engine elsewhere: this run's, known by nothing but its URL."""
+    monkeypatch.setenv("SERVEBOOK_ENGINE_URL", vllm.url)
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path))
     run_notebook("02_sse_streaming")
 
 

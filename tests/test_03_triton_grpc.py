@@ -30,7 +30,10 @@ from servebook.clients import triton_client
 from servebook.clients.triton_aio import TritonClient
 from servebook.clients.triton_client import Chunk
 from servebook.launch import Server
+from servebook.metrics import metric
 from servebook.triton_backend.server import tritonserver_command, tritonserver_env
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 MODEL = "vllm_model"
 PROMPT = "The capital of France is"
@@ -76,16 +79,12 @@ def generate_over_http(server: Server, **body: Any) -> requests.Response:
     return requests.post(f"{server.url}/v2/models/{MODEL}/generate", json=body, timeout=120)
 
 
-def metric(server: Server, name: str) -> float:
-    """The value of one series on Triton's metrics port."""
-    lines = requests.get(f"http://{server.metrics}/metrics", timeout=10).text
-    found = re.search(rf'^{name}{{model="{MODEL}",version="1"}} (\S+)$', lines, re.MULTILINE)
-    assert found, f"no {name} with the labels model and version"
-    return float(found[1])
+def vllm_metric(server: Server, name: str) -> float:
+    return metric(server.metrics, f"vllm:{name}", model=MODEL, version="1")
 
 
 def running(server: Server) -> float:
-    return metric(server, "vllm:num_requests_running")
+    return vllm_metric(server, "num_requests_running")
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> float:
@@ -115,6 +114,10 @@ def family(server: Server) -> dict[str, psutil.Process]:
     children = psutil.Process(server.pid).children(recursive=True)
     names = {"stub": "triton_python", "core": "VLLM::EngineCor", "worker": "VLLM::Worker"}
     return {role: next(child for child in children if child.name().startswith(name)) for role, name in names.items()}
+
+
+def test_notebook(triton: Server, run_notebook: Callable[[str], None]) -> None:
+    run_notebook("03_triton_grpc")
 
 
 # The contract
@@ -374,7 +377,7 @@ async def test_a_cancel_reaches_the_engine(triton: Server, stream: bool) -> None
 async def test_a_cancel_before_the_first_token(triton: Server) -> None:
     prompt = " ".join(str(number) for number in range(400))  # its prefill takes longer than the cancel
     async with TritonClient(triton.grpc) as client:
-        before = metric(triton, "vllm:generation_tokens_total")
+        before = vllm_metric(triton, "generation_tokens_total")
         task = asyncio.create_task(client.generate(prompt, **LONG))
         await until(lambda: "exec_count" in requests.get(f"{triton.url}/v2/models/{MODEL}/stats").text, "it came")
         await asyncio.sleep(0)
@@ -383,7 +386,7 @@ async def test_a_cancel_before_the_first_token(triton: Server) -> None:
             await task
         await client.generate("next", max_tokens=1)
         await until(lambda: running(triton) == 0, "the engine is free")
-        after = metric(triton, "vllm:generation_tokens_total")
+        after = vllm_metric(triton, "generation_tokens_total")
     assert after - before < 20
 
 
@@ -403,7 +406,7 @@ async def test_200_random_cancels(triton: Server) -> None:
         for _ in range(10):
             outcomes = await asyncio.gather(*(leave_early(client) for _ in range(20)))
             assert set(outcomes) == {"left"}
-        await until(lambda: running(triton) == 0 and metric(triton, "vllm:num_requests_waiting") == 0, "all aborted")
+        await until(lambda: running(triton) == 0 and vllm_metric(triton, "num_requests_waiting") == 0, "all aborted")
         answer = await client.generate(PROMPT, **GREEDY)
     assert answer.finish_reason == "length"
     assert {role: process.pid for role, process in family(triton).items()} == before
@@ -438,12 +441,12 @@ def test_the_synchronous_client_streams_answers_and_cancels(triton: Server) -> N
 
 
 def test_vllms_metrics_on_tritons_port(triton: Server) -> None:
-    names = ["vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_params_n_count"]
+    names = ["prompt_tokens_total", "generation_tokens_total", "request_params_n_count"]
     wait_until(lambda: running(triton) == 0, "nothing runs")
-    before = [metric(triton, name) for name in names]
+    before = [vllm_metric(triton, name) for name in names]
     triton_client.generate(triton.grpc, PROMPT, **GREEDY)
-    wait_until(lambda: metric(triton, names[2]) > before[2], "the request is counted")
-    assert [metric(triton, name) - old for name, old in zip(names, before, strict=True)] == [5, 6, 1]
+    wait_until(lambda: vllm_metric(triton, names[2]) > before[2], "the request is counted")
+    assert [vllm_metric(triton, name) - old for name, old in zip(names, before, strict=True)] == [5, 6, 1]
     text = requests.get(f"http://{triton.metrics}/metrics", timeout=10).text
     kinds = dict(re.findall(r"^# TYPE (vllm:\S+) (\S+)$", text, re.MULTILINE))
     assert kinds == {
@@ -556,9 +559,7 @@ def own(request: pytest.FixtureRequest) -> Iterator[Server]:
 @pytest.mark.parametrize("victim", ["core", "stub"])
 async def test_a_death_is_seen_at_once_by_all_and_leaves_nothing(own: Server, victim: str) -> None:
     processes = family(own)
-    regions = {
-        entry.path for entry in processes["stub"].memory_maps() if entry.path.startswith("/dev/shm/triton_python")
-    }
+    regions = {entry.path for entry in processes["stub"].memory_maps() if "_backend_shm_region_" in entry.path}
     assert regions
 
     async def wait_for_answer(client: TritonClient, stream: bool) -> str:

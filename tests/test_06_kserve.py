@@ -184,6 +184,18 @@ def test_concurrent_calls_batch_in_one_engine(kserve: launch.Server, client: V2C
     until(lambda: running(kserve) == 0)
 
 
+def test_one_client_speaks_to_triton_too(triton: launch.Server, client: V2Client, rest_answer: str) -> None:
+    with V2Client(triton.grpc) as other:
+        assert other.state() == client.state()
+        assert (other.server["name"], other.decoupled) == ("triton", True)
+        assert client.tensors().items() <= other.tensors().items()
+        answers = [each.generate(PROMPT, GREEDY, return_finish_reason=True) for each in (client, other)]
+        assert [answer["text_output"].tolist() for answer in answers] == [[rest_answer.encode()]] * 2
+        assert [answer["finish_reason"].tolist() for answer in answers] == [[b"length"]] * 2
+        with pytest.raises(InferenceServerException, match="top_p"):
+            other.generate(PROMPT, {"top_p": 7})
+
+
 # Mistakes: the right code, and a message that names the tensor
 
 BAD = {
@@ -209,6 +221,14 @@ BAD = {
     "out of range": (
         [given("text_input", PROMPT), sampling(top_p=7)],
         "tensor sampling_parameters: top_p must be in (0, 1]",
+    ),
+    "beyond 64 bits": (
+        [given("text_input", PROMPT), sampling(seed=2**70)],
+        "tensor sampling_parameters: ",
+    ),
+    "half a character in JSON": (
+        [given("text_input", PROMPT), given("sampling_parameters", '{"stop": "\\ud800"}')],
+        "tensor sampling_parameters: ",
     ),
 }
 

@@ -31,6 +31,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/(root|home|tmp|work|Users)/")
         ("hang", "a cell ran beyond its time"),
         ("slow", "the notebook beyond its 3 s"),
         ("dead_kernel", "the kernel died"),
+        ("no_server", "There is no server 'nothing'"),
         ("few_cells", "1 code cells were executed, and at least 2 must be"),
         ("nothing_stored", "nothing is stored to compare with"),
     ],
@@ -102,7 +103,7 @@ def test_form(chapter: Chapter) -> None:
     assert "By the end you will have seen that" in notebook.cells[0].source
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert parameters.source.splitlines()[:3] == PARAMETERS
-    assert notebook.metadata.servebook.min_cells <= sum(cell.cell_type == "code" for cell in notebook.cells)
+    assert 0 < notebook.metadata.servebook.min_cells <= sum(cell.cell_type == "code" for cell in notebook.cells)
     assert f'run_notebook("{stem}")' in (TESTS / f"test_{stem}.py").read_text(), "its chapter's tests must run it"
 
 
@@ -116,6 +117,14 @@ def test_pictures_in_text_survive_jupyterlab(chapter: Chapter) -> None:
     for alt, path in pictures:
         assert len(alt) > 20, f"{path} needs a text that says what it shows"
         assert (NOTEBOOKS / path).is_file()
+
+
+def test_links_lead_somewhere(chapter: Chapter) -> None:
+    _, notebook = chapter
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = re.findall(r"(?<!!)\[[^\]]*\]\((?!https?:|#|attachment:)([^)#]+)", text)
+    assert links, "a chapter names the next one"
+    assert not [link for link in links if not (NOTEBOOKS / link).exists()]
 
 
 def test_outputs_are_those_of_one_run(chapter: Chapter) -> None:
@@ -132,7 +141,7 @@ def test_outputs_are_those_of_one_run(chapter: Chapter) -> None:
     assert not {"papermill", "execution"} & {key for cell in code for key in cell.metadata}
 
 
-@pytest.mark.engine
+@pytest.mark.timeout(600)
 def test_nbval_agrees(vllm: launch.Server) -> None:
     """People who use nbval by itself get the same answer as from the gate."""
     first = NOTEBOOKS / "00_start_here.ipynb"
@@ -152,12 +161,11 @@ def test_nbval_agrees(vllm: launch.Server) -> None:
     assert re.search(r"\b\d+ passed", done.stdout)
 
 
-@pytest.mark.engine
+@pytest.mark.timeout(600)
 def test_engine_elsewhere(vllm: launch.Server, tmp_path: Path) -> None:
-    """With SERVEBOOK_ENGINE_URL the notebooks use that engine and start none."""
+    """With SERVEBOOK_ENGINE_URL a notebook uses that engine and starts none."""
     env = os.environ | {"SERVEBOOK_ENGINE_URL": vllm.url, "SERVEBOOK_STATE_DIR": str(tmp_path)}
-    chapters = [NOTEBOOKS / "00_start_here.ipynb", NOTEBOOKS / "02_sse_streaming.ipynb"]
-    gate = [sys.executable, "-m", "servebook.notebook_gate", *map(str, chapters)]
+    gate = [sys.executable, "-m", "servebook.notebook_gate", str(NOTEBOOKS / "00_start_here.ipynb")]
     done = subprocess.run(gate, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not (tmp_path / "servers").exists(), "a server was started"
+    assert not list(tmp_path.glob("logs/*")), "a server was started"

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import hypothesis
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -275,3 +280,47 @@ def test_the_server_listens_on_this_machine_only(tmp_path: Path) -> None:
         command(REPOSITORY, host="0.0.0.0")
     with pytest.raises(LaunchError, match="There is no model repository"):
         command(tmp_path / "nothing")
+
+
+STUB = """
+import subprocess, sys
+from servebook.triton_backend.guardian import start_guardian
+guardian = start_guardian()
+engine = subprocess.Popen(["sleep", "60"], start_new_session=True)
+print(engine.pid, guardian.process.pid, flush=True)
+if sys.stdin.readline() == "end\\n":
+    guardian.release()
+"""
+SERVER = """
+import subprocess, sys, time
+stub = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print(stub.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_stub_takes_engine_and_server_along() -> None:
+    server = subprocess.Popen([sys.executable, "-c", SERVER, STUB], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout
+    stub = int(server.stdout.readline())
+    engine, guardian = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
+    os.kill(stub, signal.SIGKILL)
+    assert server.wait(10) == -signal.SIGKILL
+    _, alive = psutil.wait_procs([engine, guardian], timeout=10)
+    assert not alive
+
+
+def test_a_stub_that_ends_as_it_should_harms_nobody() -> None:
+    server = subprocess.Popen([sys.executable, "-c", SERVER, STUB], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout
+    assert server.stdin
+    stub = psutil.Process(int(server.stdout.readline()))
+    engine, guardian = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
+    server.stdin.write(b"end\n")
+    server.stdin.flush()
+    guardian.wait(10)
+    assert engine.is_running()
+    assert server.poll() is None
+    for process in (engine, stub, server):
+        process.kill()
+    server.wait(10)

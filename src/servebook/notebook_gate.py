@@ -32,10 +32,13 @@ from nbval.plugin import IPyNbCell, coalesce_streams, nocolors
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from servebook.errors import ServebookError
 from servebook.launch import serve
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CHECKED = "nbval-check-output"
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+"""As JupyterLab writes it: otherwise a notebook counts as changed when it is only opened."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +86,20 @@ def run(notebook: Path, parameters: Mapping[str, Any] | None = None, store: bool
     """Execute one notebook and compare it; with `store`, keep the new outputs instead if no cell failed.
 
     `parameters` replace those of the cell tagged `parameters`.
-
-    Raises:
-        LaunchError: a server that the notebook needs cannot start.
     """
     source = nbformat.read(notebook, as_version=4)
     wants = source.metadata.get("servebook", {})
-    for name in wants.get("servers", []):
-        serve(name)
+    code = [cell for cell in source.cells if cell.cell_type == "code"]
+    try:
+        for name in wants.get("servers", []):
+            serve(name)
+    except ServebookError as error:
+        return Result(notebook, 0, 0, len(code), 0, str(error))
     started = time.monotonic()
     executed, problem = _execute(notebook, wants, parameters or {})
     seconds = time.monotonic() - started
 
-    pairs = [(cell, executed.get(cell.id)) for cell in source.cells if cell.cell_type == "code"]
+    pairs = [(cell, executed.get(cell.id)) for cell in code]
     done = [(cell, new) for cell, new in pairs if new and new.execution_count is not None]
     floor = wants.get("min_cells", len(pairs))
     checked = [] if store else [(cell, new) for cell, new in done if CHECKED in cell.metadata.get("tags", [])]
@@ -163,6 +167,7 @@ def _store(notebook: Path, source: NotebookNode, done: Sequence[tuple[NotebookNo
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
+    source.metadata.kernelspec = KERNEL
     nbformat.validate(source)
     nbformat.write(source, notebook)
 

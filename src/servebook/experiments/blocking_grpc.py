@@ -1,15 +1,23 @@
-"""The obvious gRPC server: vLLM's offline class `LLM` behind a thread pool. `python -m servebook.experiments.blocking_grpc`
+"""The obvious gRPC server: vLLM's offline class `LLM` behind a thread pool, and what becomes of it.
 
-It serves the same proto as `servebook.grpc_server`, is asked the same questions, and prints what came of it as
-one JSON object: `alone` and `together` (each an `Outcome`), and `stream`, the error of `stream=True`.
+The server is a process of its own. It serves the proto of `servebook.grpc_server` on two ports: on one, a lock lets a
+single thread at a time use the engine; on the other, nothing does. This module asks both, and prints what came of it
+as one JSON object: `alone`, `locked` and `unlocked` (each an `Outcome`), `stream` (the error of `stream=True`) and
+`exit`, the server's exit code (None while it lives).
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,28 +25,30 @@ import grpc
 
 from llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.clients.grpc_client import GrpcClient
+from servebook.engine import engine_env
 from servebook.model import model_path
 from servebook.settings import load_settings
 
 THREADS = 4
 MAX_TOKENS = 24
-PROMPTS = [f"Question {number}: what is {number} plus {number}? Answer:" for number in range(1, 9)]
+PROMPTS = [f"Story {number}. Once upon a time" for number in range(1, 9)]
 
 
 class BlockingServicer(llm_pb2_grpc.LLMServiceServicer):
-    """One method call, one thread, one call of `LLM.generate`."""
+    """One call, one thread, one `LLM.generate`."""
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, turn: AbstractContextManager[Any]) -> None:
         self.llm = llm
+        self.turn = turn
 
     def Generate(self, request: llm_pb2.GenerateRequest, context: grpc.ServicerContext) -> llm_pb2.GenerateResponse:
         """Block a thread until the text is complete."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=request.max_tokens, temperature=request.temperature)
-        [output] = self.llm.generate([request.prompt], params, use_tqdm=False)
-        completion = output.outputs[0]
-        return llm_pb2.GenerateResponse(text=completion.text, token_ids=completion.token_ids)
+        with self.turn:
+            [output] = self.llm.generate([request.prompt], params, use_tqdm=False)
+        return llm_pb2.GenerateResponse(text=output.outputs[0].text, token_ids=output.outputs[0].token_ids)
 
     def StreamGenerate(
         self, request: llm_pb2.StreamGenerateRequest, context: grpc.ServicerContext
@@ -48,42 +58,8 @@ class BlockingServicer(llm_pb2_grpc.LLMServiceServicer):
             yield llm_pb2.StreamGenerateResponse(text=output.outputs[0].text)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What several clients got: seconds in all, tokens per second, each prompt's text, each failed prompt's error."""
-
-    seconds: float
-    tokens_per_s: float
-    texts: dict[str, str]
-    errors: dict[str, str]
-
-    def wrong(self, alone: Mapping[str, str]) -> int:
-        """How many did not get the text that they get when they ask alone."""
-        return sum(self.texts.get(prompt) != text for prompt, text in alone.items())
-
-
-def ask(address: str, clients: int) -> Outcome:
-    """Ask each of PROMPTS once, `clients` at a time, greedily."""
-    texts, errors, tokens = {}, {}, 0
-    with GrpcClient(address) as client, ThreadPoolExecutor(clients) as pool:
-        started = time.monotonic()
-        calls = {
-            prompt: pool.submit(client.generate, prompt, max_tokens=MAX_TOKENS, temperature=0, timeout=30)
-            for prompt in PROMPTS
-        }
-        for prompt, call in calls.items():
-            try:
-                answer = call.result()
-                texts[prompt] = answer.text
-                tokens += len(answer.token_ids)
-            except grpc.RpcError as error:
-                errors[prompt] = f"{error.code().name}: {error.details()}"  # type: ignore[attr-defined]
-        seconds = time.monotonic() - started
-    return Outcome(seconds, tokens / seconds, texts, errors)
-
-
-def main() -> None:
-    """Start engine and server, ask, print, end."""
+def serve() -> None:
+    """Start the engine and both ports, print the addresses, serve until the standard input closes."""
     from vllm import LLM
 
     settings = load_settings()
@@ -93,20 +69,75 @@ def main() -> None:
         kv_cache_memory_bytes=settings.kv_cache_gib * 2**30,
         enforce_eager=not settings.on_gpu,
     )
-    server = grpc.server(ThreadPoolExecutor(THREADS))
-    llm_pb2_grpc.add_LLMServiceServicer_to_server(BlockingServicer(llm), server)
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
-    result: dict[str, Any] = {"alone": asdict(ask(address, clients=1))}
-    with GrpcClient(address) as client:
-        try:
-            next(client.stream(PROMPTS[0]))
-        except grpc.RpcError as error:
-            result["stream"] = f"{error.code().name}: {error.details()}"  # type: ignore[attr-defined]
-    result["together"] = asdict(ask(address, clients=len(PROMPTS)))
-    print(json.dumps(result), flush=True)
-    server.stop(None)
+    servers, ports = [], []
+    for turn in (threading.Lock(), nullcontext()):
+        server = grpc.server(ThreadPoolExecutor(THREADS))
+        llm_pb2_grpc.add_LLMServiceServicer_to_server(BlockingServicer(llm, turn), server)
+        ports.append(server.add_insecure_port("127.0.0.1:0"))
+        server.start()
+        servers.append(server)
+    print(json.dumps([f"127.0.0.1:{port}" for port in ports]), flush=True)
+    sys.stdin.read()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a group of clients got: seconds in all, tokens per second, texts and errors by prompt."""
+
+    seconds: float
+    tokens_per_s: float
+    texts: dict[str, str]
+    errors: dict[str, str]
+
+
+def ask(address: str, clients: int, api_key: str | None = None) -> Outcome:
+    """Ask each of PROMPTS once, `clients` at a time, greedily."""
+    texts, errors, tokens = {}, {}, 0
+    with GrpcClient(address, api_key=api_key) as client, ThreadPoolExecutor(clients) as pool:
+        started = time.monotonic()
+        calls = {
+            prompt: pool.submit(client.generate, prompt, max_tokens=MAX_TOKENS, temperature=0) for prompt in PROMPTS
+        }
+        for prompt, call in calls.items():
+            try:
+                answer = call.result()
+            except grpc.RpcError as error:
+                errors[prompt] = str(error.code().name)
+            else:
+                texts[prompt] = answer.text
+                tokens += len(answer.token_ids)
+        seconds = time.monotonic() - started
+    return Outcome(seconds, tokens / seconds, texts, errors)
+
+
+def main() -> None:
+    """Start the server, ask, print, and end the server with all that it started."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "servebook.experiments.blocking_grpc", "serve"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | engine_env(load_settings()),
+        start_new_session=True,
+        text=True,
+    )
+    assert server.stdout
+    try:
+        locked, unlocked = json.loads(next(line for line in server.stdout if line.startswith('["127')))
+        result: dict[str, Any] = {"alone": asdict(ask(locked, clients=1))}
+        with GrpcClient(locked) as client:
+            try:
+                next(client.stream(PROMPTS[0]))
+            except grpc.RpcError as error:
+                result["stream"] = f"{error.code().name}: {error.details()}"
+        result["locked"] = asdict(ask(locked, clients=len(PROMPTS)))
+        result["unlocked"] = asdict(ask(unlocked, clients=len(PROMPTS)))
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=5)  # if it crashed, its exit code is due now
+        print(json.dumps(result | {"exit": server.poll()}))
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # the engine's processes too, which a crash leaves behind
+        server.wait()
 
 
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1:] == ["serve"] else main()

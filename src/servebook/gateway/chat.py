@@ -155,7 +155,10 @@ async def chat_events(chunks: AsyncIterator[dict[str, Any]], request_id: str, me
     yield b"data: [DONE]\n\n"
 
 
+to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def event(data: dict[str, Any], name: str = "") -> bytes:
     """One server-sent event. JSON escapes line breaks, so that the data are always one line."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    return f"{head}data: {to_json(data)}\n\n".encode()

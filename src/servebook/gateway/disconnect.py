@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,6 +30,7 @@ class CancelOnDisconnect:
             await self.app(scope, receive, send)
             return
         messages: asyncio.Queue[Message] = asyncio.Queue()
+        sending_since: float | None = None
         with anyio.CancelScope() as request:
 
             async def read_ahead() -> None:
@@ -36,14 +38,22 @@ class CancelOnDisconnect:
                     messages.put_nowait(message)
                 request.cancel()
 
-            async def send_in_time(message: Message) -> None:
-                with anyio.move_on_after(self.reader_seconds) as patience:
-                    await send(message)
-                if patience.cancelled_caught:
-                    request.cancel()
+            async def note_and_send(message: Message) -> None:
+                nonlocal sending_since
+                sending_since = time.monotonic()
+                await send(message)
+                sending_since = None
 
-            reading = asyncio.create_task(read_ahead())
+            async def watch_reader() -> None:
+                # One timer per request, for all that it sends: a timer per token would cost more than the token.
+                while True:
+                    await asyncio.sleep(self.reader_seconds / 4)
+                    if sending_since and time.monotonic() > sending_since + self.reader_seconds:
+                        request.cancel()
+
+            watching = [asyncio.create_task(read_ahead()), asyncio.create_task(watch_reader())]
             try:
-                await self.app(scope, messages.get, send_in_time)
+                await self.app(scope, messages.get, note_and_send)
             finally:
-                reading.cancel()
+                for task in watching:
+                    task.cancel()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
 import aiohttp
+import orjson
 
 from servebook.gateway.config import Config
 from servebook.gateway.errors import GatewayError
@@ -18,7 +18,6 @@ log = logging.getLogger("servebook.gateway")
 KEEPALIVE_SECONDS = 3
 """Shorter than vLLM's 5, so that a connection is never taken from the pool while vLLM closes it."""
 
-DATA = b"data: "
 TOO_LONG = {"input_tokens", "max_tokens"}
 """The parameters that vLLM blames when prompt and answer do not fit the model's context."""
 
@@ -33,7 +32,11 @@ def engine_failures() -> Iterator[None]:
     except TimeoutError:
         raise GatewayError(504, "engine_timeout", "The engine took too long.") from None
     except (aiohttp.ClientError, ValueError, LookupError):
-        raise GatewayError(502, "engine_failed", "The engine broke off its answer.") from None
+        raise broken_off() from None
+
+
+def broken_off() -> GatewayError:
+    return GatewayError(502, "engine_failed", "The engine broke off its answer.")
 
 
 class Engine:
@@ -98,18 +101,19 @@ class EngineCall:
         return self._chunks(response)
 
     async def _chunks(self, response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+        rest = b""
         with engine_failures():
-            async for line in response.content:
-                if not line.startswith(DATA):
-                    continue
-                data = line[len(DATA) :].strip()
-                if data == b"[DONE]":
-                    return
-                chunk = json.loads(data)
-                if "error" in chunk:
-                    break
-                yield chunk
-        raise GatewayError(502, "engine_failed", "The engine broke off its answer.")
+            async for piece in response.content.iter_any():
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    if line == b"data: [DONE]":
+                        return
+                    if line.startswith(b"data: "):
+                        chunk = orjson.loads(line[6:])
+                        if "error" in chunk:
+                            raise broken_off()
+                        yield chunk
+        raise broken_off()
 
     async def _post(self, body: dict[str, Any], idle_seconds: float | None) -> aiohttp.ClientResponse:
         config = self.engine.config

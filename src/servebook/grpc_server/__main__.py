@@ -21,13 +21,14 @@ from servebook.engine import engine_args
 from servebook.errors import ServebookError
 from servebook.grpc_server import metrics
 from servebook.grpc_server.calls import Calls
-from servebook.grpc_server.inputs import Inputs
 from servebook.grpc_server.servicer import LLMServicer
 from servebook.grpc_server.transport import Health, Tls, make_server
 from servebook.settings import is_loopback, load_settings
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from servebook.grpc_server.inputs import Inputs
 
 WATCH_SECONDS = 0.2
 
@@ -49,7 +50,7 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--grpc-port", type=int, default=50051)
     parser.add_argument("--metrics-port", type=int, default=9051, help="Prometheus, plain HTTP")
     parser.add_argument("--max-calls", type=int, default=512, help="open calls; more get RESOURCE_EXHAUSTED")
-    parser.add_argument("--grace", type=float, default=10.0, help="seconds that open calls have after SIGTERM")
+    parser.add_argument("--grace", type=float, default=8.0, help="seconds that open calls have after SIGTERM")
     parser.add_argument("--tls-cert", type=Path, help="PEM; clients must then use TLS")
     parser.add_argument("--tls-key", type=Path, help="PEM")
     parser.add_argument("--tls-client-ca", type=Path, help="PEM; clients must then show a certificate of it (mTLS)")
@@ -65,11 +66,15 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return ours, engine_words
 
 
-def start_engine(words: list[str]) -> AsyncLLM:
-    """Load the model; takes half a minute, in a thread."""
+def start_engine(words: list[str]) -> tuple[AsyncLLM, Inputs]:
+    """Import vLLM and load the model; takes half a minute, in a thread, while the port is open already."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(engine_args(words))
+    from servebook.grpc_server.inputs import Inputs
+
+    engine = AsyncLLM.from_engine_args(engine_args(words))
+    model = engine.model_config
+    return engine, Inputs(engine.renderer, model.max_model_len, model.get_diff_sampling_param())
 
 
 async def serve(options: argparse.Namespace, engine_words: list[str]) -> None:
@@ -97,11 +102,14 @@ async def serve(options: argparse.Namespace, engine_words: list[str]) -> None:
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
+        # An engine that is half up cannot be shut down, only ended; its thread cannot be cancelled.
         for process in psutil.Process().children(recursive=True):
-            process.terminate()  # the constructor notices and raises
-    engine = await starting
+            process.kill()
+        log.info("stopped")
+        os._exit(0)
+    engine, inputs = await starting
     try:
-        servicer.attach(engine, Inputs(engine.renderer, engine.model_config.max_model_len, defaults(engine)))
+        servicer.attach(engine, inputs)
         gc.collect()
         gc.freeze()  # what the start left is not searched again and again
         await health.say(serving=True)
@@ -132,11 +140,6 @@ async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health) -> None:
             await asyncio.wait_for(stop.wait(), WATCH_SECONDS)
         except TimeoutError:
             continue
-
-
-def defaults(engine: AsyncLLM) -> dict[str, object]:
-    """The model's own sampling defaults, as vLLM's OpenAI server takes them."""
-    return dict(engine.model_config.get_diff_sampling_param())
 
 
 def main() -> None:

@@ -6,8 +6,6 @@ import grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
-from vllm.v1.engine.exceptions import EngineDeadError
 
 DOMAIN = "servebook"
 RETRY_SECONDS = 1
@@ -68,6 +66,9 @@ def engine_dead() -> Refusal:
 
 def refusal_for(error: Exception, limit: int, call_id: str) -> Refusal:
     """What the client gets for any error of a call; INTERNAL where it is nobody's expected one."""
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     match error:
         case Refusal():
             return error

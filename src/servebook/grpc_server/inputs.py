@@ -66,8 +66,8 @@ class Inputs:
             raise invalid(kind, "must not be empty")
         return rendered
 
-    def params(self, request: Request, prompt_tokens: int, kind: RequestOutputKind) -> SamplingParams:
-        """What the request says, over the model's defaults.
+    def params(self, request: Request, prompt_tokens: int, stream: bool) -> SamplingParams:
+        """What the request says, over the model's defaults; with `stream`, outputs hold only what is new.
 
         Raises:
             Refusal: a value out of range; or prompt and `max_tokens` do not fit into the context together.
@@ -98,7 +98,7 @@ class Inputs:
                 stop=stop_strings(sampling),
                 ignore_eos=sampling.ignore_eos,
                 structured_outputs=constraint(sampling),
-                output_kind=kind,
+                output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
                 skip_clone=True,  # nobody else has this object
             )
         except (VLLMClientError, ValueError) as error:

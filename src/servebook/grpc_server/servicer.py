@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
-from vllm.inputs.engine import EngineInput
-from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.grpc_server.calls import Call, Calls
 from servebook.grpc_server.errors import engine_dead, unavailable
-from servebook.grpc_server.inputs import Request
+
+if TYPE_CHECKING:
+    from vllm.inputs.engine import EngineInput
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+
+    from servebook.grpc_server.inputs import Request
 
 FINISH_REASONS = {
     "stop": llm_pb2.FINISH_REASON_STOP,
@@ -41,7 +44,7 @@ class Converter(Protocol):
     async def prompt(self, request: Request) -> EngineInput:
         """The tokens to continue."""
 
-    def params(self, request: Request, prompt_tokens: int, kind: RequestOutputKind) -> SamplingParams:
+    def params(self, request: Request, prompt_tokens: int, stream: bool) -> SamplingParams:
         """How to continue them."""
 
 
@@ -63,7 +66,7 @@ class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
         """Wait for the whole text."""
         response = llm_pb2.GenerateResponse()
         async with self.calls.admit("Generate", context) as call:
-            outputs = await self.start(request, call, RequestOutputKind.FINAL_ONLY)
+            outputs = await self.start(request, call, stream=False)
             async with aclosing(outputs):
                 async for output in outputs:  # one, the last
                     completion = output.outputs[0]
@@ -82,7 +85,7 @@ class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
     ) -> None:
         """Write a message for each output of the engine."""
         async with self.calls.admit("StreamGenerate", context) as call:
-            outputs = await self.start(request, call, RequestOutputKind.DELTA)
+            outputs = await self.start(request, call, stream=True)
             sequence = 0
             # aclosing: however this block is left, the engine stops working for this call.
             async with aclosing(outputs):
@@ -104,7 +107,7 @@ class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
                     await context.write(message)
                     sequence += 1
 
-    async def start(self, request: Request, call: Call, kind: RequestOutputKind) -> AsyncGenerator[RequestOutput, None]:
+    async def start(self, request: Request, call: Call, stream: bool) -> AsyncGenerator[RequestOutput, None]:
         """Check the request, and hand it to the engine; nothing is computed before the first `async for`.
 
         Raises:
@@ -116,7 +119,7 @@ class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
             raise engine_dead()
         prompt = await self.inputs.prompt(request)
         call.prompt_tokens = len(prompt["prompt_token_ids"])
-        params = self.inputs.params(request, call.prompt_tokens, kind)
+        params = self.inputs.params(request, call.prompt_tokens, stream)
         return self.engine.generate(prompt, params, call.id)
 
 

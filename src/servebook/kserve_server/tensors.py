@@ -84,9 +84,10 @@ def read_sampling_parameters(text: str) -> SamplingParams:
         if unknown := sorted(fields.keys() - allowed):
             raise InvalidInput(f"tensor sampling_parameters: unknown field {', '.join(unknown)}")
         params = msgspec.json.decode(text, type=SamplingParams)
-    except (ValueError, VLLMValidationError) as error:
-        if isinstance(error, InvalidInput):
-            raise
+        msgspec.msgpack.encode(params)  # the way to the engine's process, which ends at 64 bits
+    except InvalidInput:
+        raise
+    except (ValueError, OverflowError, RecursionError, VLLMValidationError) as error:
         raise InvalidInput(f"tensor sampling_parameters: {error}") from None
     params.output_kind = RequestOutputKind.FINAL_ONLY
     return params
@@ -125,7 +126,8 @@ def _value(tensor: InferInput) -> str | bool:
         # `data` holds what came as JSON or as typed protobuf contents; raw bytes are decoded by as_numpy.
         (value,) = tensor.data or tensor.as_numpy().tolist()
         value = value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
+        str(value).encode()  # fails on half of a surrogate pair, which JSON lets through
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise InvalidInput(f"tensor {tensor.name}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, TypeError, struct.error):
         raise InvalidInput(f"tensor {tensor.name}: its data is not one {tensor.datatype} element") from None

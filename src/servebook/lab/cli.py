@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -53,9 +54,11 @@ def check(exercise_id: ID) -> None:
     from servebook.lab.shell import LabShell
 
     lab, _ = find_exercise(exercise_id)
-    session = LabShell(lab_notebook(lab))
-    session.prepare(exercise_id)
-    result = session.check(exercise_id)
+    notebook = lab_notebook(lab)
+    with contextlib.chdir(notebook.parent):  # some answers are files
+        session = LabShell(notebook)
+        session.prepare(exercise_id)
+        result = session.check(exercise_id)
     print(result.render(remember(result)))
     raise typer.Exit(0 if result.passed else 1)
 

@@ -17,7 +17,7 @@ from nbgrader.preprocessors import (
 
 from servebook.lab.shell import exercise_of, tagged
 
-TASK = re.compile(r"### BEGIN SOLUTION *(.+)")
+TASK = re.compile(r"(// |)### BEGIN SOLUTION (.+)")
 
 
 class OpenBlanks(ClearSolutions):  # type: ignore[misc]
@@ -32,7 +32,8 @@ class OpenBlanks(ClearSolutions):  # type: ignore[misc]
             return cell, resources
         if not (task := TASK.search(cell.source)):
             raise ValueError(f"Cell {cell.id} has no line `### BEGIN SOLUTION task`.")
-        self.code_stub = {"python": f'# TODO({part[0]}): {task[1]}\nraise NotImplementedError("{part[0]}")'}
+        mark, after = ("// ", "// ") if task[1] else ("# ", "")  # a .proto file has comments of its own kind
+        self.code_stub = {"python": f'{mark}TODO({part[0]}): {task[2]}\n{after}raise NotImplementedError("{part[0]}")'}
         cell, resources = super().preprocess_cell(cell, resources, index)
         cell.metadata["servebook"] = {"stub": cell.source}
         return cell, resources

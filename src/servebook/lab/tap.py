@@ -114,6 +114,10 @@ class Tap:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take no more connections: whoever comes now is refused."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -172,6 +176,7 @@ class Tap:
             for name, value in answer.getheaders():
                 if name.lower() not in HOP_BY_HOP:
                     handler.send_header(name, value)
+            handler.send_header("Connection", "close")  # with the tap its connections are gone too
             handler.send_header("Transfer-Encoding", "chunked")
             handler.end_headers()
             piece: bytes | None = first

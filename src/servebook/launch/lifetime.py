@@ -439,7 +439,7 @@ def _status_of(instance: str, settings: Settings) -> dict[str, Any]:
     record = info or _record(settings, instance)
     if info:
         ready = find_server(info["server"]).ready(info["endpoints"])
-        overdue = info["seconds"] > settings.start_timeout
+        overdue = info.get("seconds", 0) > settings.start_timeout
         state = "ready" if ready else "failed" if overdue else "starting"
     else:
         state = "failed" if record else "stopped"

@@ -40,7 +40,7 @@ def start_guardian() -> Guardian:
 def shared_memory() -> set[str]:
     """Triton's regions in /dev/shm that this process has mapped."""
     maps = Path("/proc/self/maps").read_text().splitlines()
-    return {line.split()[-1] for line in maps if "/dev/shm/triton_python_backend" in line}
+    return {line.split()[-1] for line in maps if "_backend_shm_region_" in line}
 
 
 def marked(stub: str) -> list[int]:
@@ -56,13 +56,15 @@ def marked(stub: str) -> list[int]:
 
 def main() -> None:
     """Wait for the stub's end; unless it said "done", end its engine and its server."""
+    server = os.pidfd_open(int(sys.argv[1]))  # not the bare id, which the kernel may give to another process
     if sys.stdin.buffer.read() == b"done":
         return
-    server = int(sys.argv[1])
     print("servebook: the stub died; ending the engine and the server", file=sys.stderr, flush=True)
-    for pid in [*marked(os.environ[MARK]), server]:
+    for pid in marked(os.environ[MARK]):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(server, signal.SIGKILL)
     for region in sys.argv[2:]:
         Path(region).unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -12,6 +13,8 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics import buckets
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+Factory = Callable[[VllmConfig, int], StatLoggerBase]
 
 COUNTERS = {
     "prompt_tokens_total": "Prefill tokens processed.",
@@ -41,10 +44,9 @@ class TritonStatLogger(StatLoggerBase):  # type: ignore[misc]  # vllm is not typ
 
     def __init__(self, labels: dict[str, str], vllm_config: VllmConfig) -> None:
         self.labels = labels
-        self.families: list[Any] = []
         self.metrics: dict[str, Any] = {}
         self.gauges: dict[str, float] = {}
-        self.reports: queue.SimpleQueue[tuple[Callable[[float], None], float] | None] = queue.SimpleQueue()
+        self.reports: queue.SimpleQueue[tuple[Callable[[float], None], float]] = queue.SimpleQueue()
         kinds = pb_utils.MetricFamily
         for name, about in COUNTERS.items():
             self._create(name, about, kinds.COUNTER)
@@ -61,8 +63,7 @@ class TritonStatLogger(StatLoggerBase):  # type: ignore[misc]  # vllm is not typ
             ("request_params_n", "The parameter n of requests.", buckets.REQUEST_PARAMS_N_BUCKETS),
         ):
             self._create(name, about, kinds.HISTOGRAM, buckets=list(bounds))
-        self.thread = threading.Thread(target=self._report, name="metrics", daemon=True)
-        self.thread.start()
+        threading.Thread(target=self._report, name="metrics", daemon=True).start()
 
     def record(
         self,
@@ -94,17 +95,12 @@ class TritonStatLogger(StatLoggerBase):  # type: ignore[misc]  # vllm is not typ
     def log_engine_initialized(self) -> None:
         """Nothing to say: vLLM logs its configuration itself."""
 
-    def close(self) -> None:
-        """Finish the reports, then drop the metrics, then their families: Triton wants this order."""
-        self.reports.put(None)
-        self.thread.join()
-        self.metrics.clear()
-        self.families.clear()
-
     def _create(self, name: str, about: str, kind: Any, **more: Any) -> None:
         family = pb_utils.MetricFamily(name=f"vllm:{name}", description=about, kind=kind)
-        self.families.append(family)
         self.metrics[name] = family.Metric(labels=self.labels, **more)
+        for thing in (family, self.metrics[name]):
+            # Never to be freed: that asks Triton, which does not answer while it unloads the model.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
     def _set(self, gauge: str, value: float) -> None:
         if self.gauges.get(gauge) != value:
@@ -120,24 +116,11 @@ class TritonStatLogger(StatLoggerBase):  # type: ignore[misc]  # vllm is not typ
             self.reports.put((self.metrics[histogram].observe, value))
 
     def _report(self) -> None:
-        while item := self.reports.get():
-            report, value = item
+        while True:
+            report, value = self.reports.get()
             report(value)
 
 
-class TritonStats:
-    """Makes the stat loggers that AsyncLLM asks for, and closes them."""
-
-    def __init__(self, labels: dict[str, str]) -> None:
-        self.labels = labels
-        self.loggers: list[TritonStatLogger] = []
-
-    def __call__(self, vllm_config: VllmConfig, engine_index: int) -> TritonStatLogger:
-        """A stat logger for one engine; called by vLLM."""
-        self.loggers.append(TritonStatLogger(self.labels, vllm_config))
-        return self.loggers[-1]
-
-    def close(self) -> None:
-        """To be called when the engine has ended, before the stub does."""
-        for logger in self.loggers:
-            logger.close()
+def stat_logger_factory(labels: dict[str, str]) -> Factory:
+    """What AsyncLLM's `stat_loggers` wants: called with vLLM's configuration and the engine's index."""
+    return lambda vllm_config, _: TritonStatLogger(labels, vllm_config)

@@ -49,10 +49,7 @@ class TritonPythonModel:
             ModelFilesError: model.json or multi_lora.json does not fit.
         """
         # The stub's interpreter starts in ASCII, and importing torch reads files that are not.
-
         locale.setlocale(locale.LC_ALL, "C.UTF-8")
-        from servebook.triton_backend.files import read_engine_args, read_loras
-
         parameters = json.loads(args["model_config"]).get("parameters", {})
         for name in parameters.keys() - set(FLAGS):
             pb_utils.Logger.log_warn(
@@ -62,12 +59,14 @@ class TritonPythonModel:
         if args["model_instance_kind"] == "GPU":  # one instance per device, each with its own
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
 
+        from servebook.triton_backend.files import read_engine_args, read_loras
+
         folder = Path(pb_utils.get_model_dir())
         engine_args = read_engine_args(folder)
         loras = read_loras(folder, engine_args)
 
         from servebook.triton_backend.engine import Engine
-        from servebook.triton_backend.metrics import TritonStats
+        from servebook.triton_backend.metrics import stat_logger_factory
 
         labels = {"model": args["model_name"], "version": args["model_version"]}
         report = flags["REPORT_CUSTOM_METRICS"] and not engine_args.disable_log_stats
@@ -75,7 +74,7 @@ class TritonPythonModel:
         self.engine = Engine(
             engine_args,
             loras,
-            stats=TritonStats(labels) if report else None,
+            stat_loggers=[stat_logger_factory(labels)] if report else [],
             on_death=(lambda: pb_utils.unload_model(name)) if flags["ENABLE_VLLM_HEALTH_CHECK"] else None,
         )
 

@@ -1,0 +1,205 @@
+"""Checks of lab 08: numbers out of a stream, arms that take turns, and what a result does and does not say."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import requests
+
+from servebook.lab.checks.c02_sse_streaming import events_of
+from servebook.lab.checks.rest import key_of
+from servebook.lab.feedback import NotYet, require
+from servebook.lab.tap import Exchange, Tap
+from servebook.lab.work import Work
+
+Arrivals = list[tuple[float, int]]
+
+
+@cache
+def real_arrivals(url: str, key: str, model: str) -> tuple[float, Arrivals]:
+    """When one real stream was asked for, and when each of its messages came with how many tokens.
+
+    After the first message every two count as one, as it does for a reader who is slower than the engine.
+    """
+    body = {"model": model, "prompt": "Once upon a time", "max_tokens": 12, "stream": True}
+    asked = time.perf_counter()
+    with requests.post(
+        f"{url}/v1/completions",
+        headers={"Authorization": f"Bearer {key}"},
+        json=body | {"ignore_eos": True, "return_token_ids": True},
+        stream=True,
+        timeout=60,
+    ) as answer:
+        answer.raise_for_status()
+        single = [
+            (time.perf_counter(), len(json.loads(event[5:])["choices"][0]["token_ids"]))
+            for event in events_of(answer.iter_content(None))
+            if event.startswith(b"data: {")
+        ]
+    merged = [single[0], *((late, n + m) for (_, n), (late, m) in zip(single[1::2], single[2::2], strict=False))]
+    return asked, merged
+
+
+def check_08_1(work: Work) -> None:
+    """Three numbers that people quote, of a real stream with messages of one and of two tokens."""
+    sum_up, vllm = work.function("sum_up"), work.server("vllm")
+    asked, arrivals = real_arrivals(vllm.url, key_of(vllm), vllm.model)
+    for given in (arrivals, arrivals[:1]):
+        first, last = given[0][0], given[-1][0]
+        tokens, later = sum(n for _, n in given), sum(n for _, n in given[1:])
+        right: dict[str, float | None] = {
+            "ttft": first - asked,
+            "tpot": (last - first) / later if later else None,
+            "tokens_per_s": tokens / (last - asked),
+        }
+        got = work.run(
+            lambda given=given: sum_up(asked, list(given)),  # type: ignore[misc]
+            {ZeroDivisionError: "with a single message no token came later: TPOT is None then"},
+        )
+        shown = {name: None if value is None else round(value, 4) for name, value in right.items()}
+        require(
+            isinstance(got, dict) and got.keys() == right.keys(), shown, got, "return a dict with these three names"
+        )
+
+        def same(name: str, value: float | None, got: dict[str, Any] = got) -> bool:
+            if value is None or got[name] is None:
+                return value is got[name]
+            return bool(abs(got[name] - value) <= 1e-3 * abs(value))
+
+        causes = {
+            "ttft": [
+                (1000 * (first - asked), "these are milliseconds; the brief asks for seconds"),
+                (first, "the time to the first token counts from the moment of asking"),
+            ],
+            "tpot": [
+                ((last - first) / (len(given) - 1 or 1), "that is the time per message: one may hold several tokens"),
+                ((last - first) / tokens, "the tokens of the first message were there already: count those after it"),
+                ((last - asked) / tokens, "the time to the first token is not part of it: begin at the first message"),
+            ],
+            "tokens_per_s": [
+                (len(given) / (last - asked), "that is messages per second: count the tokens in them"),
+                (tokens / (last - first or 1), "the wait for the first token is time, too: begin at the asking"),
+            ],
+        }
+        for name, value in right.items():
+            if not same(name, value):
+                cause = next((text for wrong, text in causes[name] if same(name, wrong)), "see the table in the brief")
+                if value is None:
+                    cause = "with a single message no token came later: TPOT is None then"
+                raise NotYet(f"{name}: {shown[name]}", f"{name}: {got[name]}", cause)
+
+
+def check_08_2(work: Work) -> None:
+    """Turns in which neither path is the earlier one, on a line that gets slower with every request."""
+    take_turns, vllm = work.function("take_turns"), work.server("vllm")
+    rounds = 2
+    order: list[str] = []
+
+    def slower(chunks: Iterator[bytes], _: Exchange) -> Iterator[bytes]:
+        time.sleep(0.3 if len(order) <= 2 else 0.02 * len(order))
+        yield from chunks
+
+    with Tap(vllm.url, slower) as tap:
+        spent: list[float] = []
+
+        def path(name: str) -> Callable[[], None]:
+            def request() -> None:
+                order.append(name)
+                started = time.perf_counter()
+                requests.post(
+                    f"{tap.url}/v1/completions",
+                    headers={"Authorization": f"Bearer {key_of(vllm)}"},
+                    json={"model": vllm.model, "prompt": "Hello", "max_tokens": 1},
+                    timeout=60,
+                ).raise_for_status()
+                spent.append(time.perf_counter() - started)
+
+            return request
+
+        got = work.run(lambda: take_turns(path("A"), path("B"), rounds), busy=tap.busy)
+    calls = "".join(order)
+    want = f"A and B once each to warm up, then {rounds} rounds of A B B A"
+    require(
+        len(calls) == 2 + 4 * rounds,
+        want,
+        f"{len(calls)} calls: {calls}",
+        "nothing warms up: the first call of each path pays for connections and caches, and is not measured"
+        if len(calls) == 4 * rounds
+        else "each round has four calls, and before the first one each path is called once",
+    )
+    require(
+        set(calls[:2]) == {"A", "B"},
+        want,
+        calls,
+        "warm up both paths before the first round",
+    )
+    measured = calls[2:]
+    places = {name: [i for i, each in enumerate(measured) if each == name] for name in "AB"}
+    require(
+        all(sorted(measured[i : i + 4]) == list("AABB") for i in range(0, len(measured), 4)),
+        want,
+        f"{calls[:2]} {measured}",
+        "one path is measured before the other: whatever changes meanwhile looks like a difference",
+    )
+    require(
+        sum(places["A"]) == sum(places["B"]),
+        want,
+        f"{calls[:2]} {measured}",
+        "in A B A B the second is always the later one: turn every other pair round",
+    )
+    try:
+        seconds = {name: [float(value) for value in values] for name, values in zip("AB", got, strict=True)}
+    except (TypeError, ValueError):
+        raise NotYet("two lists of seconds", got, "return the seconds of A, and those of B") from None
+    right = {name: [spent[2 + i] for i in places[name]] for name in "AB"}
+    cause = "measure each call from just before to just after it, in seconds"
+    if [len(values) for values in seconds.values()] == [2 * rounds + 1] * 2:
+        cause = "the warm-up is among them: forget what it took"
+    elif _close(seconds["A"], right["B"]) and _close(seconds["B"], right["A"]):
+        cause = "the two lists are the wrong way round, or one call's time went to the other path"
+    elif _close([value / 1000 for value in seconds["A"]], right["A"]):
+        cause = "these are milliseconds"
+    shown = {name: [round(value, 3) for value in values] for name, values in right.items()}
+    fits = all(_close(seconds[name], right[name]) for name in "AB")
+    require(fits, shown, {n: [round(v, 3) for v in values] for n, values in seconds.items()}, cause)
+
+
+def _close(some: list[float], others: list[float]) -> bool:
+    return len(some) == len(others) and all(abs(a - b) < 0.008 for a, b in zip(some, others, strict=True))
+
+
+def check_08_3(work: Work) -> None:
+    """Results of which the truth is known, because they were drawn that way."""
+    reading = work.function("reading")
+    draw = np.random.default_rng(8)
+
+    def arm(factor: float, spread: float) -> list[float]:
+        return [float(value) for value in draw.normal(0.1 * factor, 0.1 * spread, 40)]
+
+    cases = [
+        ("A is faster", arm(1, 0.01), arm(1.2, 0.01), arm(1, 0.01)),
+        ("B is faster", arm(1, 0.01), arm(0.9, 0.01), arm(1, 0.01)),
+        ("no difference shown", arm(1, 0.05), arm(1.002, 0.05), arm(1, 0.01)),
+        ("not to be trusted", arm(1, 0.01), arm(1.2, 0.01), arm(1.1, 0.01)),
+        ("not to be trusted", arm(1, 0.01), arm(1, 0.01), arm(0.9, 0.01)),
+    ]
+    for right, a, b, control in cases:
+        means = [f"{name} {np.mean(values):.4f} s" for name, values in (("a", a), ("b", b), ("control", control))]
+        got = work.run(lambda a=a, b=b, control=control: reading(a, b, control))  # type: ignore[misc]
+        cause = "see the three rules in the brief, in their order"
+        if right == "not to be trusted":
+            cause = "a path differs from itself by more than 3 % here: then no difference means anything"
+        elif got == "not to be trusted":
+            cause = "the control is fine here: ratio(control, a).value is within 3 % of 1"
+        elif right == "no difference shown":
+            cause = "the interval of the ratio holds 1: the means differ by chance"
+        elif got in ("A is faster", "B is faster"):
+            cause = "these are seconds: the smaller ones are the faster path"
+        elif got == "no difference shown":
+            cause = "the interval does not hold 1: the difference is real"
+        require(got == right, f"{right!r} for means of {', '.join(means)}", got, cause)

@@ -1,0 +1,55 @@
+"""What the checks of learners' own servers share: started, judged over the socket, and heard out when they fail."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from servebook.errors import LaunchError
+from servebook.lab.checks.rest import key_of
+from servebook.lab.feedback import NotYet, StillOpen
+from servebook.lab.own_server import OwnServer
+from servebook.lab.work import Work
+from servebook.launch import Server
+
+LAST_ERROR = re.compile(r"^(\w+(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*)$", re.M)
+
+
+@contextmanager
+def own_server(work: Work, file: str, engine_url: str, vllm: Server, timeout: float = 60) -> Iterator[OwnServer]:
+    """Run the learner's file; what goes wrong in it becomes feedback.
+
+    Raises:
+        StillOpen: it ran into the blank of this exercise.
+        NotYet: there is no such file, it does not start, or the block raised NotYet, which then has the
+            server's last error too.
+    """
+    if not Path(file).is_file():
+        raise NotYet(f"the file {file}", "none", "run the cell that writes it (its first line is %%writefile)")
+    if blank(work) in Path(file).read_text():
+        raise StillOpen
+    server = OwnServer(file, engine_url, key_of(vllm), vllm.model, timeout)
+    try:
+        with server:
+            try:
+                yield server
+            except NotYet as fault:
+                if error := last_error(server.said()):
+                    raise NotYet(fault.expected, f"{fault.got}\nand in {file}: {error}", fault.cause) from None
+                raise
+    except LaunchError as error:
+        cause = "the file has an error: read the last line"
+        raise NotYet(f"{file} that starts", last_error(str(error)) or str(error), cause) from None
+
+
+def blank(work: Work) -> str:
+    """The line that stands where nothing was written yet."""
+    return f'raise NotImplementedError("{work.exercise.id}")'
+
+
+def last_error(output: str) -> str:
+    """The last line of a server's output that names an error, "" where there is none."""
+    found = LAST_ERROR.findall(output)
+    return str(found[-1])[:300] if found else ""

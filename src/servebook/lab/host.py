@@ -1,0 +1,54 @@
+"""Runs a server that a learner wrote: `python -m servebook.lab.host FILE PORT`.
+
+FILE defines `app`, an ASGI application, or `Servicer`, a class that implements `llm.v1.LLMService` with grpc.aio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+
+def load(path: Path) -> ModuleType:
+    """Import a file; modules beside it are found too."""
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+async def serve_grpc(module: ModuleType, port: int) -> None:
+    """Serve `module.Servicer` until the process ends."""
+    import grpc
+
+    from llm.v1 import llm_pb2_grpc
+
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    llm_pb2_grpc.add_LLMServiceServicer_to_server(module.Servicer(), server)
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    await server.wait_for_termination()
+
+
+def main() -> None:
+    """Load the file and serve it."""
+    path, port = Path(sys.argv[1]).resolve(), int(sys.argv[2])
+    module = load(path)
+    if hasattr(module, "app"):
+        import uvicorn
+
+        uvicorn.run(module.app, port=port, log_level="warning")
+    elif hasattr(module, "Servicer"):
+        asyncio.run(serve_grpc(module, port))
+    else:
+        sys.exit(f"{path.name} defines neither app nor Servicer")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What README and CONTRIBUTING say is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from servebook.cli import app
+from servebook.notebook_gate import NOTEBOOKS
+from servebook.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BOTH = README + (ROOT / "CONTRIBUTING.md").read_text()
+FENCED = re.compile(r"^```.*?^```", flags=re.MULTILINE | re.DOTALL)
+CODE = "\n".join(FENCED.findall(BOTH) + re.findall(r"`([^`\n]+)`", FENCED.sub("", BOTH)))
+CHAPTERS = dict(re.findall(r"^\| `(\d\d_\w+)` \|.*\| (\d+) \|$", README, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_map_has_each_notebook_with_the_minutes_that_it_states(notebook: Path) -> None:
+    stated = re.findall(r"(\d+) minutes, of which", notebook.read_text())
+    assert stated == [CHAPTERS[notebook.stem]]
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z]+)\b", CODE))
+    assert named >= {"lab", "test", "check", "lock"}
+    assert named <= targets
+
+
+def test_settings_are_the_settings() -> None:
+    named = {name.lower() for name in re.findall(r"SERVEBOOK_([A-Z_]+[A-Z])", BOTH)}
+    assert named >= {"model", "engine_url", "api_key", "host", "max_model_len", "engine_args"}
+    assert named <= Settings.model_fields.keys()
+
+
+def test_commands_exist() -> None:
+    named = set(re.findall(r"\bservebook ([a-z]+)", CODE)) - {"import"}
+    assert named >= {"up", "down", "status", "logs", "doctor"}
+    for name in named:
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0, name
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", BOTH):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
