@@ -31,9 +31,13 @@ FIXTURES = {"vllm-grpc": "vllm_grpc", "grpc": "grpc_server"}
 
 PROMPTS = {
     False: Job("100, 102, 104, 106, 108,", 24),
-    True: Job("Write a long story about the river.", 24),
+    True: Job("Count from 1 to 100.", 24),
 }
-"""A completion and a chat, both greedy, both of which run to their last token."""
+"""A completion and a chat, greedy, that run to their last token; the model is sure of each, whoever else is served."""
+
+QUESTION = "What is the capital of France?"
+ENDING = {False: f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n", True: QUESTION}
+"""The same for an answer that ends by itself."""
 
 
 def test_notebook(run_notebook: Callable[[str], None]) -> None:
@@ -67,7 +71,7 @@ async def test_parity(name: str, vllm: Server, request: pytest.FixtureRequest) -
 async def test_a_natural_end_is_told_on_every_path(name: str, vllm: Server, request: pytest.FixtureRequest) -> None:
     path = find_path(name)
     server = request.getfixturevalue(FIXTURES.get(path.server, path.server))
-    job = Job("What is the capital of France?" if path.chat else "<|im_start|>user\nSay hi.<|im_end|>\n", 200)
+    job = Job(ENDING[path.chat], 100)
     expected = await answer("rest-chat" if path.chat else "rest", vllm, job)
     assert expected.finish_reason == "stop"
     found = await answer(name, server, job)
