@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from servebook.lab.checks.rest import key_of, sends, sends_key, through
+from servebook.lab.checks.rest import answer_to, key_of, sends, sends_key, through
 from servebook.lab.feedback import NotYet, require
 from servebook.lab.tap import Exchange, Tap
 from servebook.lab.work import Work
@@ -42,7 +42,7 @@ def check_01_1(work: Work) -> None:
                 prompt=prompt,
                 max_tokens=max_tokens,
             )
-            right = exchange.json()["choices"][0]["text"]
+            right = answer_to(exchange)["choices"][0]["text"]
             altered = isinstance(text, str) and text.strip() == right.strip()
             require(
                 text == right,
@@ -128,7 +128,7 @@ def check_01_3(work: Work) -> None:
                 f"{len(given)} messages where there were {len(history)}",
                 "append changes the list that was handed in; make a new one: [*history, …]",
             )
-            reply = exchange.json()["choices"][0]["message"]["content"]
+            reply = answer_to(exchange)["choices"][0]["message"]["content"]
             right = [*asked, {"role": "assistant", "content": reply}]
             if longer != right:
                 cause = "return a list of plain dicts with role and content"
@@ -243,7 +243,7 @@ def check_01_5(work: Work) -> None:
             ) from None
     sends(made[0], {}, model=vllm.model, max_tokens=12)
     by_question = {
-        exchange.body["messages"][-1]["content"]: exchange.json()["choices"][0]["message"]["content"]
+        exchange.body["messages"][-1]["content"]: answer_to(exchange)["choices"][0]["message"]["content"]
         for exchange in made
     }
     right = [by_question.get(question) for question in questions]

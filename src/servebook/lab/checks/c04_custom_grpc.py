@@ -22,7 +22,7 @@ from google.protobuf import descriptor_pb2
 from llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.lab.checks.c02_sse_streaming import events_of, streamed_text
 from servebook.lab.checks.own import blank, own_server
-from servebook.lab.checks.rest import accepted, key_of, sends
+from servebook.lab.checks.rest import accepted, answer_to, key_of, sends
 from servebook.lab.feedback import NotYet, StillOpen, require
 from servebook.lab.own_server import OwnServer
 from servebook.lab.tap import Exchange, Tap
@@ -280,7 +280,7 @@ def check_04_3(work: Work) -> None:
             require(
                 bool(tap.exchanges), "a request to the engine", answer.text, "the text does not come from the engine"
             )
-            text = tap.exchanges[0].json()["choices"][0]["text"]
+            text = answer_to(tap.exchanges[0])["choices"][0]["text"]
             require(answer.text == text, text, answer.text, "the text of the response is the engine's")
             ask(
                 stub, code.INVALID_ARGUMENT, "more tokens than the model has room for", prompt="Hello", max_tokens=10**6

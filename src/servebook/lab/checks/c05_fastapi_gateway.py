@@ -14,7 +14,7 @@ import requests
 
 from servebook.lab.checks.c02_sse_streaming import events_of, streamed_text
 from servebook.lab.checks.own import own_server
-from servebook.lab.checks.rest import accepted, sends
+from servebook.lab.checks.rest import accepted, answer_to, sends
 from servebook.lab.feedback import NotYet, require
 from servebook.lab.own_server import OwnServer
 from servebook.lab.tap import Exchange, Tap
@@ -110,7 +110,7 @@ def check_05_1(work: Work) -> None:
             sends(exchange, {}, max_tokens=ASK["max_tokens"], model=vllm.model)
             said = exchange.body["messages"][-1]
             require(said["content"] == ASK["message"], ASK["message"], said, "the person's message is the last one")
-        right = sorted(exchange.json()["choices"][0]["message"]["content"] for exchange in tap.exchanges)
+        right = sorted(answer_to(exchange)["choices"][0]["message"]["content"] for exchange in tap.exchanges)
         bodies = [answer.json() for answer in answers]
         got = sorted(body.get("response", "") for body in bodies if isinstance(body, dict))
         require(got == right, {"response": right[0]}, bodies[0], "answer {response: the text of the reply}")
@@ -226,7 +226,7 @@ def check_05_3(work: Work) -> None:
         )
         require(bool(tap.exchanges), "a request to the engine", got, "the answer does not come from the engine")
         sends(tap.exchanges[0], {}, max_tokens=ASK["max_tokens"])
-        right = tap.exchanges[0].json()["choices"][0]["message"]["content"]
+        right = answer_to(tap.exchanges[0])["choices"][0]["message"]["content"]
         require(
             answer.json() == {"response": right},
             {"response": right},
@@ -281,7 +281,7 @@ def check_05_4(work: Work) -> None:
     with Tap(vllm.url) as tap, own_server(work, "errors.py", tap.url, vllm) as server:
         answer = ask(server, 200, "an answer")
         require(bool(tap.exchanges), "a request to the engine", answer.text, "the answer does not come from the engine")
-        text = tap.exchanges[0].json()["choices"][0]["message"]["content"]
+        text = answer_to(tap.exchanges[0])["choices"][0]["message"]["content"]
         require(answer.json() == {"response": text}, {"response": text}, answer.text, "answer with the reply's text")
         ask(server, 400, "the engine refuses the arguments", {**ASK, "max_tokens": 10**6})
         tap.close()

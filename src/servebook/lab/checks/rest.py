@@ -68,6 +68,19 @@ def accepted(exchange: Exchange) -> None:
         )
 
 
+def answer_to(exchange: Exchange) -> Any:
+    """The JSON that the server answered.
+
+    Raises:
+        NotYet: the learner's code did not wait for it.
+    """
+    answer = exchange.json()
+    if answer is None:
+        cause = "the call was given up before the server had answered: whoever waits gets the whole answer"
+        raise NotYet("a request whose answer is read to the end", "the connection closed before that", cause)
+    return answer
+
+
 def sends(exchange: Exchange, causes: Mapping[str, str], **fields: Any) -> None:
     """Require `fields` in the request's JSON; `causes` explains by name why one may be missing or other."""
     body = exchange.body if isinstance(exchange.body, dict) else {}
