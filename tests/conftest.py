@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 # Before servebook is imported anywhere: this run's servers are its own, apart from those of the person at work.
 STATE_DIR = Path(os.environ.setdefault("SERVEBOOK_STATE_DIR", tempfile.mkdtemp(prefix="servebook-tests-")))
+
+# A shell starts its background jobs with SIGINT ignored, and their children inherit that: the tests that press
+# Ctrl-C must not depend on how they were started.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from servebook import launch, notebook_gate  # noqa: E402
 from servebook.launch.supervisor import can_bind  # noqa: E402
