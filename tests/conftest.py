@@ -82,7 +82,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(notebook_gate.table(results))
 
 
-NEEDS_ENGINE = {"vllm", "triton", "grpc_server", "gateway", "kserve", "vllm_grpc", "run_notebook"}
+NEEDS_ENGINE = {"vllm", "triton", "grpc_server", "gateway", "kserve", "vllm_grpc", "run_notebook", "doomed"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
