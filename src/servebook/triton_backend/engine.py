@@ -110,14 +110,14 @@ class Engine:
         self.watcher = asyncio.create_task(self._watch())
 
     def _begin(self, request: GenerateRequest, sender: Any) -> None:
-        self.waiting[sender] = asyncio.create_task(self._serve(request, sender))
+        task = self.waiting[sender] = asyncio.create_task(self._serve(request, sender))
+        # Not caught inside: a task may be cancelled before it began.
+        task.add_done_callback(lambda _: self._fail(sender, "the client cancelled the request", Error.CANCELLED))
 
     async def _serve(self, request: GenerateRequest, sender: Any) -> None:
-        """Send the engine's outputs as they come, or one error: exactly one response is flagged final."""
+        """Send the engine's outputs as they come, or one error; exactly one response is flagged final."""
         try:
             await self._generate(request, sender)
-        except asyncio.CancelledError:
-            self._fail(sender, "the client cancelled the request", Error.CANCELLED)
         except BadRequest as error:
             self._fail(sender, str(error), Error.INVALID_ARG)
         except VLLMClientError as error:
@@ -130,6 +130,7 @@ class Engine:
             self._fail(sender, f"generation failed: {cause!r}", Error.INTERNAL)
 
     def _fail(self, sender: Any, message: str, code: int) -> None:
+        """Send the error as the final response, unless there was one."""
         if self.waiting.pop(sender, None):
             _send_error(sender, message, code)
 
