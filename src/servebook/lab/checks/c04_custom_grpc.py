@@ -386,18 +386,17 @@ def _judge_client(work: Work, ask_within: Any, stub: llm_pb2_grpc.LLMServiceStub
     require(isinstance(got, tuple | list) and tuple(got) == right, right, got, cause)
 
     front.mode = "broken"
-    try:
-        value = ask_within(stub, prompt, 50.0)
-    except grpc.RpcError as error:
-        code = error.code()
-        require(
-            code is grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE goes on to the caller", code.name, "raise it as it is"
-        )
-    except Exception as error:
-        work.blame(error, {})
-    else:
-        raise NotYet(
-            "UNAVAILABLE goes on to the caller",
-            value,
-            "only DEADLINE_EXCEEDED is an end of its own here: raise every other error again",
-        )
+
+    def outcome() -> Any:
+        try:
+            return ask_within(stub, prompt, 50.0)
+        except grpc.RpcError as error:
+            return error.code()
+
+    got = work.run(outcome, busy=lambda: True)
+    require(
+        got is grpc.StatusCode.UNAVAILABLE,
+        "UNAVAILABLE goes on to the caller",
+        got,
+        "only DEADLINE_EXCEEDED is an end of its own here: raise every other error again",
+    )
