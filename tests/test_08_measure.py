@@ -125,7 +125,7 @@ async def test_grpc_puts_a_fifth_of_the_bytes_of_sse_on_the_wire(vllm: Server, g
     assert grpc.bytes_per_token <= sse.bytes_per_token / 5
 
 
-@pytest.mark.parametrize("name", ["sse", "grpc", "triton"])
+@pytest.mark.parametrize("name", ["grpc", "triton"])
 async def test_the_scripted_source_behind_the_real_server(name: str, settings: Settings) -> None:
     path = find_path(name)
     server = serve_scripted(path.server, settings)
