@@ -71,8 +71,10 @@ def test_parameters_reach_the_notebook() -> None:
 def test_a_red_notebook_is_an_exit_code_and_a_row_and_is_not_stored(tmp_path: Path) -> None:
     copy = tmp_path / "error.ipynb"
     copy.write_bytes((CANARIES / "error.ipynb").read_bytes())
+    green = tmp_path / "green.ipynb"
+    green.write_bytes((CANARIES / "green.ipynb").read_bytes())
     gate = [sys.executable, "-m", "servebook.notebook_gate", "--store"]
-    done = subprocess.run([*gate, copy, CANARIES / "green.ipynb"], capture_output=True, text=True)
+    done = subprocess.run([*gate, copy, green], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     rows = done.stdout.splitlines()[-2:]
     assert rows[0].split()[0] == "error"
