@@ -244,4 +244,4 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, tmp_path: Pa
     }
     feedback = (tmp_path / "feedback" / "partial" / STEM / f"{STEM}.html").read_text()
     assert "NotPassed: ○ 01.5" in feedback
-    assert "Traceback" not in feedback
+    assert "Traceback (most recent call last)" not in feedback
