@@ -331,12 +331,12 @@ def check_02_5(work: Work) -> None:
         return len(text) >= 12
 
     def hold(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
-        """After 24 events, more than enough, wait for the client to leave."""
+        """After 12 events, more than enough, wait for the client to leave."""
         for number, event in enumerate(events_of(chunks)):
             deadline = time.monotonic() + 3
-            while number == 24 and not exchange.client_gone() and time.monotonic() < deadline:
+            while number == 12 and not exchange.client_gone() and time.monotonic() < deadline:
                 time.sleep(0.02)
-            if number == 24:
+            if number == 12:
                 exchange.marks["waited"] = time.monotonic()
             yield event
 
