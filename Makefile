@@ -18,6 +18,7 @@ locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject
 .PHONY: lab test check lint setup lock notebooks labs clean
 
 # The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
+# `|| true`: the doctor prints what it found; a failed check must not keep the reader from the notebooks.
 lab: $(ready)
 	@$(bin)/servebook doctor --quiet || true
 	@PATH="$(bin):$$PATH" JUPYTER_CONFIG_PATH="$(CURDIR)/jupyter" exec $(bin)/jupyter-lab --ip 127.0.0.1 \
