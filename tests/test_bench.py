@@ -86,6 +86,10 @@ def test_a_ratio_finds_a_real_difference_through_common_noise() -> None:
     assert difference([value + 3 for value in machine], machine).value == pytest.approx(3)
 
 
+def test_one_disturbed_block_moves_a_ratio_little() -> None:
+    assert ratio([100, 101, 99, 20, 100, 100], [100] * 6).value == pytest.approx(1)
+
+
 def test_an_interval_widens_with_noise_and_contains_the_value() -> None:
     found = ratio([100, 110, 90, 105, 95, 100], [100, 95, 104, 98, 101, 102])
     assert found.low < found.value < found.high
