@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
         """Health, which GET /break ends: as a server that has lost its engine but not its life."""
         if self.path == "/break":
             Handler.healthy = False
-        self.send_response(200 if self.path == "/health" and self.healthy else 503)
+        self.send_response({"/health": 200 if self.healthy else 503, "/break": 200}.get(self.path, 404))
         self.send_header("Content-Length", "0")
         self.end_headers()
 
