@@ -64,7 +64,8 @@ def loaded_config(repository: Path, name: str) -> Any:
             config = _config_once_ready(process, f"127.0.0.1:{address}", name)
         finally:
             # Ending in good order takes Triton three seconds, and there is nothing in it to be saved.
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             for segment in SHARED_MEMORY.glob(f"{segments}*"):
                 segment.unlink()

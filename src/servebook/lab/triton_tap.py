@@ -59,7 +59,7 @@ Pace = Callable[[Any, Stream], None]
 """Called with each response of a stream before it goes out."""
 
 
-class TritonTap(grpc.GenericRpcHandler):
+class TritonTap(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     """Relays to the Triton at `target` ("host:port") while the `with` block lasts.
 
     Attributes:
@@ -106,7 +106,7 @@ class TritonTap(grpc.GenericRpcHandler):
                 service_pb2.ModelInferRequest.FromString,
                 service_pb2.ModelStreamInferResponse.SerializeToString,
             )
-        ask = self._upstream.unary_unary(call.method)
+        ask = self._upstream.unary_unary(call.method, bytes, bytes)
 
         def unary(request: bytes, context: grpc.ServicerContext) -> Any:
             try:
@@ -154,8 +154,8 @@ class TritonTap(grpc.GenericRpcHandler):
             upstream.cancel()
 
 
-def _passed_on(context: grpc.ServicerContext) -> list[tuple[str, Any]]:
-    return [(key, value) for key, value in context.invocation_metadata() if key != "user-agent"]
+def _passed_on(context: grpc.ServicerContext) -> tuple[tuple[str, str | bytes], ...]:
+    return tuple((key, value) for key, value in context.invocation_metadata() if key != "user-agent")
 
 
 def wait_until(holds: Callable[[], bool], seconds: float) -> bool:

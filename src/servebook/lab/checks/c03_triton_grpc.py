@@ -236,7 +236,7 @@ def _why_refused(message: str) -> str:
         "not JSON": "sampling_parameters is JSON, and Python's own way to write a dict is not: json.dumps",
         "no such sampling parameter": "only sampling parameters go into sampling_parameters",
         "data-type": "the type in the request and the model's do not agree: BYTES for text, BOOL for flags",
-        "expected 1 inputs": "text_input is the one input that every request needs",
+        "unexpected inference input": "the model has no input of that name: 03.1 shows where the names stand",
     }
     return next((cause for words, cause in causes.items() if words in message), "the server's message names the input")
 
@@ -281,7 +281,9 @@ def check_03_4(work: Work) -> None:
 
         mode = "refused"
         wrong = infer_inputs(prompt, stream=True, temperature=-1)
-        silent = {TimeoutError: "on an error the callback gets error=…, and result=None: hand both on to your loop"}
+        silent: Mapping[type[BaseException], str] = {
+            TimeoutError: "on an error the callback gets error=…, and result=None: hand both on to your loop"
+        }
         got = work.run(lambda: outcome(wrong), silent, tap.busy)
         if isinstance(got, InferenceServerException) and "already running" in str(got):
             raise NotYet(
@@ -329,7 +331,7 @@ def _judge_pieces(pieces: list[str], stream: Stream, early: bool) -> None:
             cause = "the last response has text too: yield it before you end"
         elif right.startswith(got):
             cause = "neither silence nor a count says that an answer has ended: triton_final_response does"
-        raise NotYet(right, got, cause)
+        raise NotYet(right, got or "no text", cause)
     require(
         early,
         "the first text while the engine is still writing",
@@ -345,7 +347,6 @@ LATE = 60
 def check_03_5(work: Work) -> None:
     """The text until it is enough; then the engine stops, as its own count of running requests shows."""
     until, triton = work.function("until"), work.server("triton")
-
     asked: list[str] = []
 
     def is_enough(text: str) -> bool:
@@ -386,7 +387,7 @@ def check_03_5(work: Work) -> None:
         )
         require(bool(tap.streams), "a request over a stream", got, "the text does not come from the server")
         stream = tap.streams[-1]
-        free = wait_until(lambda: overrun.is_set() or running(triton) == 0, 1.5)
+        free = wait_until(lambda: overrun.is_set() or running(triton) == 0, 3)
         late = f"the engine writes on for nobody: {_rest(stream, is_enough)} more responses by now"
         cause = "stop_stream() alone waits for all that is still to come: cancel_requests=True cancels it"
         if not any(map(is_enough, asked)):
