@@ -22,6 +22,7 @@ def facts_of(version: Path) -> dict[str, Any]:
         "max_model_len": config.model_config.max_model_len,
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "enforce_eager": config.model_config.enforce_eager,
+        "kv_cache_memory_bytes": config.cache_config.kv_cache_memory_bytes,
     }
 
 

@@ -89,7 +89,7 @@ def _config_once_ready(process: subprocess.Popen[bytes], address: str, name: str
 
 
 def engine_facts(version: Path) -> dict[str, Any]:
-    """What vLLM makes of `version`/model.json: model, max_model_len, max_num_seqs, enforce_eager.
+    """What vLLM makes of `version`/model.json: the values that 03.2 asks for, by name.
 
     Raises:
         Refused: the backend's reader or vLLM refuses it.

@@ -146,6 +146,7 @@ def _judge_repository(repository: Path, weights: Path) -> None:
     except Refused as refusal:
         raise NotYet("a model.json that vLLM takes", str(refusal)[-400:], _why_not_taken(str(refusal))) from None
     wanted = {"model": str(weights), "max_model_len": 512, "max_num_seqs": 4, "enforce_eager": True}
+    wanted["kv_cache_memory_bytes"] = 2**30
     causes = {"model": "the weights are those that your function is given, as text: str(weights)"}
     for name, value in wanted.items():
         cause = causes.get(name, f"the argument is called {name}, and stands in model.json")
