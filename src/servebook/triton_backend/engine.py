@@ -37,6 +37,9 @@ from servebook.triton_backend.response import Responses
 POLL_SECONDS = 0.05
 """How often cancelled requests are looked for: Triton offers no callback. A cancel must be seen within 0.2 s."""
 
+UNLOAD_SECONDS = 3.0
+"""Grace time of the engine's processes; all of the unloading must fit into the 12 s that Triton allows at its exit."""
+
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 Error = pb_utils.TritonError
 
@@ -90,7 +93,7 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine and wait until its processes are gone. Triton has had all responses by now."""
         self.loop.call_soon_threadsafe(self.watcher.cancel)
-        self.llm.shutdown()
+        self.llm.shutdown(timeout=UNLOAD_SECONDS)
         self._end_loop()
         self.guardian.release()
 
