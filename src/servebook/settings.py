@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     cores: str = Field(default="", pattern=r"^(\d+(,\d+)*)?$")
     engine_args: str = ""
     replicas: int = Field(default=2, ge=1)
-    router_policy: Literal["cache_aware", "round_robin", "random", "power_of_two", "consistent_hash"] = "cache_aware"
+    router_policy: Literal["round_robin", "cache_aware", "random", "power_of_two", "consistent_hash"] = "round_robin"
     start_timeout: float = Field(default=300, gt=0)
     cache_dir: Path = user_cache_path("servebook")
     state_dir: Path = user_state_path("servebook")

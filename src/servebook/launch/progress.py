@@ -82,7 +82,7 @@ class TerminalProgress(Progress):
         if final:
             if self.status:
                 self.status.stop()
-            self.console.print(text)
+            self.console.print(text, soft_wrap=True)
         elif self.console.is_terminal:
             if not self.status:
                 self.status = self.console.status(text)
