@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def test_more_replicas_than_cores(desk: Desk) -> None:
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["router", "--replicas", "0"], "x>=1"), (["vllm", "--replicas", "2"], "--replicas is for `router`")],
+    [(["router", "--replicas", "0"], "or equal to 1"), (["vllm", "--replicas", "2"], "--replicas is for `router`")],
 )
 def test_replicas_that_make_no_sense(desk: Desk, words: list[str], says: str) -> None:
     assert says in desk.run("up", *words, expect=2)
@@ -129,7 +129,7 @@ def test_the_router_is_not_installed(settings: Settings, monkeypatch: pytest.Mon
 def test_memory_is_counted_for_all_replicas(settings: Settings, tmp_path: Path) -> None:
     one = engine.needed_gib(settings, tmp_path)
     enough = int(engine.available_gib() / one)
-    with pytest.raises(LaunchError, match=rf"{enough + 9} engines need about .* fewer replicas"):
+    with pytest.raises(LaunchError, match=rf"(?s){enough + 9} engines need about .* fewer replicas"):
         engine.require_memory(settings.model_copy(update={"device": "cpu"}), tmp_path, enough + 9)
 
 
@@ -252,15 +252,32 @@ def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(
     assert sent_by(client, lambda: [complete(router) for _ in range(4)]) == [2, 2]
 
 
+def end_of_stream(router: launch.Server) -> str:
+    """The last line of a long stream, or the name of the error that cut it."""
+    body = {"model": router.model, "prompt": PROMPT, "max_tokens": 300, "ignore_eos": True, "stream": True}
+    try:
+        with requests.post(f"{router.url}/v1/completions", json=body, stream=True, timeout=120) as answer:
+            *_, last = [line for line in answer.iter_lines() if line]
+    except requests.exceptions.ChunkedEncodingError as error:
+        return type(error).__name__
+    return str(last.decode())
+
+
 @needs_engine
-def test_a_replica_killed_under_load_loses_no_request(router: launch.Server, client: RouterClient) -> None:
-    doomed, _ = client.replicas()
-    with ThreadPoolExecutor(2 * CALLERS) as pool:
+def test_a_replica_killed_under_load_loses_no_request_that_has_not_begun(
+    router: launch.Server, client: RouterClient
+) -> None:
+    """A stream that has begun cannot be taken back: it is not tried again, and does not end as if it were whole."""
+    doomed, other = client.replicas()
+    with ThreadPoolExecutor(2 * CALLERS + 2) as pool:
+        streams = [pool.submit(end_of_stream, router) for _ in range(2)]
+        eventually(lambda: running(doomed) == running(other) == 1, "one stream at each replica")
         early = [pool.submit(complete, router, max_tokens=64, ignore_eos=True) for _ in range(CALLERS)]
         eventually(lambda: running(doomed) >= CALLERS / 2, "half of the requests at the replica")
         os.kill(entry(REPLICAS[0])["pid"], signal.SIGKILL)
-        late: list[Future[requests.Response]] = [pool.submit(complete, router) for _ in range(CALLERS)]
+        late = [pool.submit(complete, router) for _ in range(CALLERS)]
         answers = [each.result(timeout=120) for each in early + late]
+        assert sorted(each.result(timeout=120) for each in streams) == ["ChunkedEncodingError", "data: [DONE]"]
     assert [answer.status_code for answer in answers] == [200] * (2 * CALLERS)
     assert [answer.json()["usage"]["completion_tokens"] for answer in answers[:CALLERS]] == [64] * CALLERS
     assert metric(router.metrics, "vllm_router_retries_total") >= CALLERS / 2
@@ -273,29 +290,6 @@ def test_a_replica_killed_under_load_loses_no_request(router: launch.Server, cli
 
 
 @needs_engine
-def test_a_stream_is_cut_with_its_replica_and_says_so(router: launch.Server, client: RouterClient) -> None:
-    """What was sent cannot be taken back: a stream that has begun is not tried again, and does not end as if whole."""
-    _, doomed = client.replicas()
-    body = {"model": router.model, "prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}
-    streams = [requests.post(f"{router.url}/v1/completions", json=body, stream=True, timeout=60) for _ in range(2)]
-    eventually(lambda: running(doomed) == 1, "one stream at each replica")
-    client.remove(doomed)  # the kill below is this test's last word on that replica
-    os.kill(entry(REPLICAS[1])["pid"], signal.SIGKILL)
-    ends = [end_of(stream) for stream in streams]
-    assert sorted(ends) == ["ChunkedEncodingError", "[DONE]"]
-    launch.serve("router")
-    client.add(doomed)
-
-
-def end_of(stream: requests.Response) -> str:
-    try:
-        *_, last = [line for line in stream.iter_lines() if line]
-    except requests.exceptions.ChunkedEncodingError as error:
-        return type(error).__name__
-    return str(last.removeprefix(b"data: ").decode())
-
-
-@needs_engine
 def test_a_killed_router_comes_back_in_front_of_the_same_replicas(router: launch.Server, client: RouterClient) -> None:
     pids = [entry(name)["pid"] for name in REPLICAS]
     os.kill(entry("router")["pid"], signal.SIGKILL)
@@ -303,6 +297,5 @@ def test_a_killed_router_comes_back_in_front_of_the_same_replicas(router: launch
     with pytest.raises(requests.ConnectionError):
         complete(router)
     back = launch.serve("router")
-    assert back.endpoints == router.endpoints
     assert [entry(name)["pid"] for name in REPLICAS] == pids
     assert {complete(back).status_code for _ in range(4)} == {200}
