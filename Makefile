@@ -53,7 +53,7 @@ labs: $(ready)
 
 # llm.v1's stubs; a test holds them fresh.
 protos: $(ready)
-	$(python) -m grpc_tools.protoc -I protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src llm/v1/llm.proto
+	PATH="$(bin):$$PATH" $(python) -m grpc_tools.protoc -I protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src llm/v1/llm.proto
 
 clean:
 	@-[ ! -x $(bin)/servebook ] || $(bin)/servebook down --all

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 # Before servebook is imported anywhere: this run's servers are its own, apart from those of the person at work.
 STATE_DIR = Path(os.environ.setdefault("SERVEBOOK_STATE_DIR", tempfile.mkdtemp(prefix="servebook-tests-")))
+
+# As in an activated environment: protoc and nbgrader look for their own helpers on the path.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 # A shell starts its background jobs with SIGINT ignored, and their children inherit that: the tests that press
 # Ctrl-C must not depend on how they were started.
@@ -143,12 +147,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def ours() -> list[psutil.Process]:
-    """Every process of this run's servers: the supervisors' environment names the state folder."""
+    """Every process that this run has started, but for Python's own tracker of shared memory, which ends with it."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get("SERVEBOOK_TEST_RUN") == str(os.getpid()):
-                found.append(process)
+            if process.pid == os.getpid() or process.environ().get("SERVEBOOK_TEST_RUN") != str(os.getpid()):
+                continue
+            if process.ppid() == os.getpid() and "multiprocessing.resource_tracker" in " ".join(process.cmdline()):
+                continue
+            found.append(process)
         except psutil.Error:
             continue
     return found

@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -85,7 +86,7 @@ def test_both_protocols_describe_the_same_tensors(kserve: launch.Server, client:
     over_rest = requests.get(f"{kserve.url}/v2/models/{MODEL}", timeout=10).json()
     assert {each["name"]: (each["datatype"], each["shape"]) for each in over_rest["inputs"]} == client.tensors()
     assert [each["name"] for each in over_rest["outputs"]] == [
-        *("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
+        *("text_output", "finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
     ]
     assert client.server["name"] == "kserve"
     assert not client.decoupled
@@ -135,6 +136,26 @@ def test_outputs_come_when_asked_for(client: V2Client) -> None:
     assert answer["num_input_tokens"].tolist() == [5]
     assert answer["num_output_tokens"].tolist() == [7, 7]
     assert answer["num_output_tokens"].dtype == np.uint32
+
+
+def test_log_probabilities_as_in_triton(kserve: launch.Server, client: V2Client) -> None:
+    flags = {"return_logprobs": True, "return_cumulative_logprob": True}
+    answer = client.generate(PROMPT, GREEDY | {"logprobs": 2}, **flags)
+    (tokens,) = [json.loads(choice) for choice in answer["logprobs"]]
+    assert len(tokens) == GREEDY["max_tokens"]
+    best = [max(token.values(), key=lambda entry: entry["logprob"]) for token in tokens]
+    assert {entry["rank"] for entry in best} == {1}
+    assert b"".join(entry["decoded_token"].encode() for entry in best) == answer["text_output"][0]
+    assert answer["cumulative_logprob"].dtype == np.float32
+    assert answer["cumulative_logprob"][0] == pytest.approx(sum(entry["logprob"] for entry in best), rel=1e-4)
+    without = client.generate(PROMPT, GREEDY, **flags)
+    assert without["logprobs"].tolist() == [b"null"]
+    assert np.isnan(without["cumulative_logprob"]).all()
+    as_json = infer(kserve, given("text_input", PROMPT), *(given(name, True) for name in flags)).json()["outputs"]
+    assert {output["name"]: output["data"] for output in as_json[1:]} == {
+        "cumulative_logprob": [None],
+        "logprobs": ["null"],
+    }
 
 
 def test_prompt_comes_back_unless_excluded(kserve: launch.Server, rest_answer: str) -> None:
@@ -355,6 +376,34 @@ def test_caller_who_leaves_stops_the_engine(kserve: launch.Server, leave: Callab
     leave(kserve)
     until(lambda: running(kserve) == 0)
     assert generated(kserve) - before < ENDLESS["max_tokens"] / 2
+
+
+def test_an_engine_that_dies_is_unavailable_to_everyone() -> None:
+    doomed = launch.serve("kserve", instance="kserve-doomed")
+    assert doomed.pid
+    family = psutil.Process(doomed.pid).children(recursive=True)
+    (core,) = [process for process in family if process.name() == "VLLM::EngineCore"]
+    endless = given("sampling_parameters", json.dumps(ENDLESS))
+    try:
+        with V2Client(doomed.grpc) as client, ThreadPoolExecutor(2) as pool:
+            over_grpc = pool.submit(client.generate, PROMPT, ENDLESS)
+            over_rest = pool.submit(infer, doomed, given("text_input", PROMPT), endless)
+            until(lambda: running(doomed) == 2)
+            core.kill()
+            refused = over_rest.result(timeout=10)
+            assert (refused.status_code, "engine has died" in refused.text) == (503, True)
+            with pytest.raises(InferenceServerException, match="engine has died") as caught:
+                over_grpc.result(timeout=10)
+            assert caught.value.status() == "StatusCode.UNAVAILABLE"
+            with pytest.raises(InferenceServerException, match="engine has died") as caught:
+                client.generate(PROMPT)
+            assert caught.value.status() == "StatusCode.UNAVAILABLE"
+            assert client.state() == {"live": True, "ready": False, "model ready": False}
+        (entry,) = [entry for entry in launch.status() if entry["name"] == "kserve-doomed"]
+        assert entry["state"] == "failed"
+    finally:
+        doomed.stop()
+    assert not psutil.wait_procs(family, timeout=5)[1]
 
 
 # KServe's OpenAI endpoints

@@ -15,6 +15,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from servebook import notebook_gate
+from servebook.lab import rehearsal
 from servebook.lab.manifest import Exercise, Lab, exercises, load_labs
 from servebook.lab.shell import LabShell
 
@@ -97,6 +98,13 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Learners' files go to a folder of their own."""
     with contextlib.chdir(tmp_path_factory.mktemp("learner")):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_process() -> Iterator[None]:
+    """Lab 03 keeps vLLM imported from check to check; not longer than the proofs."""
+    yield
+    rehearsal.end()
 
 
 @pytest.mark.engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,16 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
+from servebook.logprobs import logprobs_json
+
 INPUTS = {
     "text_input": "BYTES",
     "stream": "BOOL",
     "sampling_parameters": "BYTES",
     "exclude_input_in_output": "BOOL",
     "return_finish_reason": "BOOL",
+    "return_cumulative_logprob": "BOOL",
+    "return_logprobs": "BOOL",
     "return_num_input_tokens": "BOOL",
     "return_num_output_tokens": "BOOL",
 }
@@ -29,6 +34,8 @@ INPUTS = {
 OUTPUTS = {
     "text_output": "BYTES",
     "finish_reason": "BYTES",
+    "cumulative_logprob": "FP32",
+    "logprobs": "BYTES",
     "num_input_tokens": "UINT32",
     "num_output_tokens": "UINT32",
 }
@@ -46,6 +53,8 @@ class TextRequest:
     sampling_parameters: SamplingParams
     exclude_input_in_output: bool = False
     return_finish_reason: bool = False
+    return_cumulative_logprob: bool = False
+    return_logprobs: bool = False
     return_num_input_tokens: bool = False
     return_num_output_tokens: bool = False
 
@@ -99,6 +108,11 @@ def write_outputs(asked: TextRequest, result: RequestOutput) -> list[InferOutput
     outputs: dict[str, list[Any]] = {"text_output": [prefix + choice.text for choice in result.outputs]}
     if asked.return_finish_reason:
         outputs["finish_reason"] = [str(choice.finish_reason) for choice in result.outputs]
+    if asked.return_cumulative_logprob:
+        known = [choice.cumulative_logprob for choice in result.outputs]
+        outputs["cumulative_logprob"] = [math.nan if value is None else value for value in known]
+    if asked.return_logprobs:
+        outputs["logprobs"] = [logprobs_json(choice) for choice in result.outputs]
     if asked.return_num_input_tokens:
         outputs["num_input_tokens"] = [len(result.prompt_token_ids or ())]
     if asked.return_num_output_tokens:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import RequestOutput
 
+from servebook.logprobs import logprobs_json
 from servebook.triton_backend.request import GenerateRequest, text_tensor
 
 
@@ -38,7 +38,7 @@ class Responses:
             if choice.cumulative_logprob is not None:
                 self.cumulative_logprobs[choice.index] = choice.cumulative_logprob
             if choice.logprobs is not None and "logprobs" in self.request.outputs:
-                logprobs[choice.index] = _logprobs_json(choice)
+                logprobs[choice.index] = logprobs_json(choice)
         tensors: dict[str, NDArray[Any]] = {"text_output": text_tensor(texts)}
         wanted = self.request.outputs
         if "finish_reason" in wanted:
@@ -52,16 +52,3 @@ class Responses:
         if "num_output_tokens" in wanted:
             tensors["num_output_tokens"] = np.array(counts, dtype=np.uint32)
         return tensors
-
-
-def _logprobs_json(choice: CompletionOutput) -> str:
-    """One object per new token: {token_id: {logprob, rank, decoded_token}}."""
-    return json.dumps(
-        [
-            {
-                token_id: {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": entry.decoded_token}
-                for token_id, entry in position.items()
-            }
-            for position in choice.logprobs or ()
-        ]
-    )

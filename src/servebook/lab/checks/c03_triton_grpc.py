@@ -1,0 +1,417 @@
+"""Checks of lab 03: a model's interface, a repository that loads, tensors, a stream read to its end and one left."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tritonclient.grpc as triton_grpc
+from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor
+
+from servebook.clients.triton_client import infer_inputs
+from servebook.lab.feedback import NotYet, require
+from servebook.lab.rehearsal import Refused, engine_facts, loaded_config, vllm_process
+from servebook.lab.triton_tap import Lost, Stream, TritonTap, is_final, text_of, wait_until
+from servebook.lab.work import Work
+from servebook.launch import Server
+from servebook.metrics import metric
+from servebook.model import model_path
+from servebook.settings import TENSOR_MODEL_NAME
+from servebook.triton_backend.contract import FLAGS
+
+MODEL = "short_model"
+
+
+@contextmanager
+def client_of(tap: TritonTap) -> Iterator[Any]:
+    """A client for the learner's code; a stream that is left open in it ends with it."""
+    client = triton_grpc.InferenceServerClient(tap.address)
+    try:
+        yield client
+    finally:
+        client.stop_stream(cancel_requests=True)
+        client.close()
+
+
+def check_03_1(work: Work) -> None:
+    """Names, types and the decoupled policy, as this server says; an unknown model is None, other errors pass."""
+    describe, triton = work.function("describe"), work.server("triton")
+    vllm_process()  # has a few minutes now, until 03.2 needs it
+    with triton_grpc.InferenceServerClient(triton.grpc) as client:
+        inputs = client.get_model_config(TENSOR_MODEL_NAME).config.input
+        types = {output.name: output.datatype for output in client.get_model_metadata(TENSOR_MODEL_NAME).outputs}
+    with TritonTap(triton.grpc) as tap, triton_grpc.InferenceServerClient(tap.address) as client:
+        got = work.run(lambda: describe(client, TENSOR_MODEL_NAME))
+        require(
+            bool(tap.methods),
+            "a question to the server that was handed in",
+            got,
+            "the answer does not come from that server: use the client that your function is given",
+        )
+        require(
+            isinstance(got, dict) and got.keys() == {"required", "outputs", "decoupled"},
+            "a dict with required, outputs and decoupled",
+            got,
+            "return exactly these three keys",
+        )
+        right = [entry.name for entry in inputs if not entry.optional]
+        got_required = sorted(got["required"]) if isinstance(got["required"], list | tuple | set) else got["required"]
+        require(
+            got_required == right,
+            f"required: {right}",
+            f"required: {got_required}",
+            "only the configuration says which inputs are optional: every entry of config.input has that field",
+        )
+        cause = "the name and the datatype of every output, as a dict"
+        if isinstance(got["outputs"], dict) and any(
+            str(value).startswith("TYPE_") for value in got["outputs"].values()
+        ):
+            cause = "TYPE_STRING is the configuration's word; a client needs the metadata's, BYTES"
+        elif isinstance(got["outputs"], dict) and any(isinstance(value, int) for value in got["outputs"].values()):
+            cause = "the configuration has its types as numbers; the metadata has the words that a client needs"
+        require(got["outputs"] == types, types, got["outputs"], cause)
+        require(
+            got["decoupled"] is True and "ModelConfig" in tap.methods,
+            "decoupled: True, from this model's configuration",
+            f"decoupled: {got['decoupled']}, after {', '.join(tap.methods)}",
+            "the policy stands in the configuration: model_transaction_policy.decoupled",
+        )
+        got = work.run(
+            lambda: describe(client, "no_such_model"),
+            {InferenceServerException: "for a model that is not there the server answers NOT_FOUND: that is None"},
+        )
+        require(got is None, "None for a model that is not there", got, "ask the server, and return what it says")
+    with triton_grpc.InferenceServerClient(tap.address) as client:  # nobody listens there any more
+
+        def outcome() -> Any:
+            try:
+                return describe(client, TENSOR_MODEL_NAME)
+            except InferenceServerException as error:
+                return error.status()
+
+        got = work.run(outcome)
+        require(
+            got == "StatusCode.UNAVAILABLE",
+            "the error UNAVAILABLE, where no server answers",
+            got,
+            "only NOT_FOUND means that there is no such model: look at error.status(), raise everything else again",
+        )
+
+
+def check_03_2(work: Work) -> None:
+    """Triton loads the repository, and vLLM makes the wanted configuration of it."""
+    write_repository, triton = work.function("write_repository"), work.server("triton")
+    vllm_process()  # imports vLLM while Triton starts
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder) / "models"
+        repository.mkdir()
+        # The same weights at a path that nobody can know beforehand.
+        elsewhere = Path(folder) / "weights"
+        elsewhere.mkdir()
+        for file in Path(model_path(triton.settings)).iterdir():
+            (elsewhere / file.name).symlink_to(file)
+        work.run(lambda: write_repository(repository, elsewhere))
+        _judge_repository(repository, elsewhere)
+
+
+def _judge_repository(repository: Path, weights: Path) -> None:
+    written = sorted(str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file())
+    for name, what in ((f"{MODEL}/config.pbtxt", "what Triton reads"), (f"{MODEL}/1/model.json", "what vLLM reads")):
+        cause = f"{what} stands there: one folder for the model, in it one for the version, 1"
+        require(name in written, f"the file {name}", ", ".join(written) or "no file at all", cause)
+    try:
+        config = loaded_config(repository, MODEL)
+    except Refused as refusal:
+        raise NotYet(f"a Triton that loads {MODEL}", str(refusal), _why_not_loaded(str(refusal))) from None
+    require(config.backend == "vllm", 'backend: "vllm"', config.backend, "the program that runs the model is vllm")
+    lost = sorted(config.parameters.keys() - set(FLAGS))
+    require(
+        not lost,
+        f"no parameters in config.pbtxt but the backend's flags, {' and '.join(FLAGS)}",
+        ", ".join(lost),
+        "Triton hands these on and nobody reads them: engine arguments belong into 1/model.json",
+    )
+    groups = [(type(config.instance_group[0]).Kind.Name(group.kind), group.count) for group in config.instance_group]
+    cause = "the engine decides where it runs, not Triton: kind: KIND_MODEL"
+    if sum(count for _, count in groups) != 1:
+        cause = "each instance is an engine of its own with weights of its own: one is enough, it batches"
+    require(groups == [("KIND_MODEL", 1)], "one instance, KIND_MODEL", groups, cause)
+    try:
+        facts = engine_facts(repository / MODEL / "1")
+    except Refused as refusal:
+        raise NotYet("a model.json that vLLM takes", str(refusal)[-400:], _why_not_taken(str(refusal))) from None
+    wanted = {"model": str(weights), "max_model_len": 512, "max_num_seqs": 4, "enforce_eager": True}
+    causes = {"model": "the weights are those that your function is given, as text: str(weights)"}
+    for name, value in wanted.items():
+        cause = causes.get(name, f"the argument is called {name}, and stands in model.json")
+        require(facts[name] == value, f"{name} = {value!r} in the engine", f"{facts[name]!r}", cause)
+    flag = config.parameters["REPORT_CUSTOM_METRICS"].string_value
+    cause = 'parameters { key: "REPORT_CUSTOM_METRICS" value: { string_value: "true" } } is for the backend'
+    require(flag.lower() == "true", "vLLM's counters on the metrics port", f"the flag is {flag!r}", cause)
+
+
+def _why_not_loaded(refusal: str) -> str:
+    causes = {
+        "directory name": "the folder and the name in config.pbtxt have to be the same",
+        "Error parsing": "config.pbtxt is protobuf's text format; the numbers are line and column",
+        "unable to find backend": "no backend of that name: the folder in the backend directory is called vllm",
+        "never becomes ready": 'Triton waits for a backend that finds nothing to run: is it backend: "vllm"?',
+    }
+    return next((cause for words, cause in causes.items() if words in refusal), "Triton's log says what it is")
+
+
+def _why_not_taken(refusal: str) -> str:
+    causes = {
+        "is not JSON": "JSON is not Python: double quotes, lower-case true; json.dumps writes it",
+        "no engine argument": "keys are spelled as in vLLM's Python API: underscores, no dashes in front",
+    }
+    return next((cause for words, cause in causes.items() if words in refusal), "vLLM's own message says which value")
+
+
+def request_content(request: Any) -> dict[str, Any]:
+    """The inputs of a request by name: text of a BYTES tensor, bool of a BOOL one."""
+    contents: dict[str, Any] = {}
+    for entry, raw in zip(request.inputs, request.raw_input_contents, strict=True):
+        if entry.datatype == "BYTES":
+            contents[entry.name] = deserialize_bytes_tensor(raw)[0].decode(errors="replace")
+        else:
+            contents[entry.name] = any(raw)
+    return contents
+
+
+def check_03_3(work: Work) -> None:
+    """The tensors reach the engine as meant: one answer, without the prompt, as long as it was told."""
+    inputs_for, triton = work.function("inputs_for"), work.server("triton")
+    prompt, sampling = "서울은 어디에 있습니까?", {"max_tokens": 3, "temperature": 0.0, "seed": 7, "ignore_eos": True}
+    answers: list[Any] = []
+    with TritonTap(triton.grpc) as tap, client_of(tap) as client:
+
+        def send() -> None:
+            client.start_stream(lambda result, error: answers.append(error or result))
+            try:
+                client.async_stream_infer(TENSOR_MODEL_NAME, inputs_for(prompt, **sampling))
+            finally:
+                client.stop_stream()
+
+        work.run(send, busy=tap.busy)
+        (request,) = tap.streams[0].requests
+    answer, *more = answers
+    if isinstance(answer, InferenceServerException):
+        raise NotYet("a request that the server accepts", answer.message(), _why_refused(answer.message()))
+    content = request_content(request)
+    require(not more, "one answer", f"{len(answers)} responses", "that is a stream: leave the input stream away here")
+    got = content.get("text_input")
+    require(got == prompt, prompt, got, "text_input is the prompt that your function is given, encoded as UTF-8")
+    try:
+        sent = json.loads(content.get("sampling_parameters", "{}"))
+    except ValueError:
+        sent = content["sampling_parameters"]
+    cause = "all that your function is given by name goes into sampling_parameters, as one JSON object"
+    require(sent == sampling, sampling, sent, cause)
+    response = answer.get_response()
+    names = {output.name for output in response.outputs}
+    require(
+        {"finish_reason", "num_output_tokens"} <= names,
+        "the outputs finish_reason and num_output_tokens",
+        ", ".join(sorted(names)),
+        "these outputs come on request: the inputs return_finish_reason and return_num_output_tokens, true",
+    )
+    text = answer.as_numpy("text_output")[0].decode()
+    require(
+        not text.startswith(prompt),
+        "the answer alone",
+        text,
+        "an answer that is not streamed begins with its prompt, unless exclude_input_in_output is true",
+    )
+
+
+def _why_refused(message: str) -> str:
+    causes = {
+        "unexpected shape": "one element, and no batch dimension in front: shape [1]",
+        "not JSON": "sampling_parameters is JSON, and Python's own way to write a dict is not: json.dumps",
+        "no such sampling parameter": "only sampling parameters go into sampling_parameters",
+        "data-type": "the type in the request and the model's do not agree: BYTES for text, BOOL for flags",
+        "unexpected inference input": "the model has no input of that name: 03.1 shows where the names stand",
+    }
+    return next((cause for words, cause in causes.items() if words in message), "the server's message names the input")
+
+
+def check_03_4(work: Work) -> None:
+    """Deltas as they come, to the last response and no further; errors reach the caller; the client stays usable."""
+    deltas, triton = work.function("deltas"), work.server("triton")
+    first_read, early = threading.Event(), threading.Event()
+    mode = "whole"
+
+    def pace(response: Any, stream: Stream) -> None:
+        """Hold the last response back until its reader has had text; or be gone after the third."""
+        if mode == "whole" and is_final(response) and first_read.wait(3):
+            early.set()
+        if mode == "broken" and len(stream.responses) == 3:
+            raise Lost
+
+    def read(inputs: list[Any]) -> list[str]:
+        pieces = []
+        for piece in deltas(client, inputs):
+            pieces.append(piece)
+            if piece:
+                first_read.set()
+        return pieces
+
+    def outcome(inputs: list[Any]) -> Any:
+        try:
+            return read(inputs)
+        except InferenceServerException as error:
+            return error
+
+    prompt = "One, two, three, four,"
+    with TritonTap(triton.grpc, pace) as tap, client_of(tap) as client:
+        # While the text might be the beginning of the stop string, vLLM keeps it back: the first deltas are empty.
+        held = infer_inputs(prompt, stream=True, max_tokens=20, temperature=0, ignore_eos=True, stop=["#" * 12])
+        causes: Mapping[type[BaseException], str] = {
+            TimeoutError: "nothing comes after the last response: triton_final_response says which one that is"
+        }
+        pieces = work.run(lambda: read(held), causes, tap.busy)
+        require(bool(tap.streams), "a request over a stream", pieces, "the text does not come from the server")
+        _judge_pieces(pieces, tap.streams[0], early.is_set())
+
+        mode = "refused"
+        wrong = infer_inputs(prompt, stream=True, temperature=-1)
+        silent: Mapping[type[BaseException], str] = {
+            TimeoutError: "on an error the callback gets error=…, and result=None: hand both on to your loop"
+        }
+        got = work.run(lambda: outcome(wrong), silent, tap.busy)
+        if isinstance(got, InferenceServerException) and "already running" in str(got):
+            raise NotYet(
+                "a client that can be used again",
+                got.message(),
+                "the stream of the call before is still open: stop_stream() when you are done, best in a finally",
+            )
+        require(
+            isinstance(got, InferenceServerException) and "temperature" in str(got),
+            "the server's error, raised (temperature=-1)",
+            got if not isinstance(got, InferenceServerException) else got.message(),
+            "the error was swallowed: the caller takes it for an answer. Raise what the callback got",
+        )
+
+        mode = "broken"
+        whole = infer_inputs(prompt, stream=True, max_tokens=8, temperature=0, ignore_eos=True)
+        got = work.run(lambda: outcome(whole), silent, tap.busy)
+        require(
+            isinstance(got, InferenceServerException) and got.status() == "StatusCode.UNAVAILABLE",
+            "the error UNAVAILABLE, raised, when the server goes away in the midst",
+            got.message() if isinstance(got, InferenceServerException) else got,
+            "after an error the stream has to be stopped too: stop_stream() in a finally"
+            if isinstance(got, InferenceServerException)
+            else "half an answer was taken for a whole one: raise what the callback got",
+        )
+
+
+def _judge_pieces(pieces: list[str], stream: Stream, early: bool) -> None:
+    require(
+        all(isinstance(piece, str) for piece in pieces),
+        "pieces of text",
+        pieces,
+        "as_numpy gives an array of bytes: take its first element, and decode it",
+    )
+    whole = wait_until(lambda: bool(stream.responses) and is_final(stream.responses[-1]), 3)
+    right, got = stream.text + ("" if whole else " …"), "".join(pieces)
+    if got != right:
+        texts = [text_of(response) for response in stream.responses]
+        cause = "the text of each response, once, in order"
+        if pieces and pieces[-1] == right:
+            cause = "each piece has all the text so far: yield only what is new"
+        elif not got and not texts[0]:
+            cause = "an empty piece is not the end: the text may be held back. triton_final_response says when it ends"
+        elif whole and len(pieces) >= len(texts) - 1 and right.startswith(got):
+            cause = "the last response has text too: yield it before you end"
+        elif right.startswith(got):
+            cause = "neither silence nor a count says that an answer has ended: triton_final_response does"
+        raise NotYet(right, got or "no text", cause)
+    require(
+        early,
+        "the first text while the engine is still writing",
+        "the first text only after the last response",
+        "everything is gathered first: stop_stream() waits for the whole answer, so yield before you call it",
+    )
+
+
+LATE = 60
+"""Responses that come after it was enough: two seconds of them, and nobody leaves that late by accident."""
+
+
+def check_03_5(work: Work) -> None:
+    """The text until it is enough; then the engine stops, as its own count of running requests shows."""
+    until, triton = work.function("until"), work.server("triton")
+    asked: list[str] = []
+
+    def is_enough(text: str) -> bool:
+        return len(text) >= 24
+
+    def enough(text: str) -> bool:
+        asked.append(text)
+        return is_enough(text)
+
+    require(
+        wait_until(lambda: running(triton) == 0, 3),
+        "an engine with nothing to do",
+        f"{running(triton):.0f} requests in the engine",
+        "an earlier stream still runs: wait for it, or restart the kernel",
+    )
+    overrun = threading.Event()
+
+    def pace(response: Any, stream: Stream) -> None:
+        if _rest(stream, is_enough) > LATE:
+            overrun.set()
+            raise Lost
+
+    inputs = infer_inputs("One, two, three, four,", stream=True, max_tokens=400, temperature=0, ignore_eos=True)
+    with TritonTap(triton.grpc, pace) as tap, client_of(tap) as client:
+
+        def outcome() -> Any:
+            try:
+                return until(client, inputs, enough)
+            except InferenceServerException as error:
+                if overrun.is_set():
+                    return error
+                raise
+
+        got = work.run(
+            outcome,
+            {TimeoutError: "your code waits for an end that does not come: the request was cancelled"},
+            lambda: tap.busy() and not overrun.is_set(),
+        )
+        require(bool(tap.streams), "a request over a stream", got, "the text does not come from the server")
+        stream = tap.streams[-1]
+        free = wait_until(lambda: overrun.is_set() or running(triton) == 0, 3)
+        late = f"the engine writes on for nobody: {_rest(stream, is_enough)} more responses by now"
+        cause = "stop_stream() alone waits for all that is still to come: cancel_requests=True cancels it"
+        if not any(map(is_enough, asked)):
+            cause = "enough was never asked about all the text so far: ask after every piece, with the pieces joined"
+        require(free and not overrun.is_set(), "no request in the engine once it is enough", late, cause)
+        pieces = [text_of(response) for response in stream.responses]
+        texts = ["".join(pieces[:count]) for count in range(len(pieces) + 1)]
+        right = next(filter(is_enough, texts), texts[-1])
+        cause = "return the text up to the piece with which it was enough, that one too"
+        if isinstance(got, str) and len(got) > len(right):
+            cause = "nothing is added after it was enough"
+        require(got == right, right, got, cause)
+
+
+def running(triton: Server) -> float:
+    """How many requests are in Triton's engine."""
+    return metric(triton.metrics, "vllm:num_requests_running")
+
+
+def _rest(stream: Stream, enough: Callable[[str], bool]) -> int:
+    """How many responses have come since the text was enough."""
+    text = ""
+    for number, response in enumerate(stream.responses):
+        if enough(text):
+            return len(stream.responses) - number
+        text += text_of(response)
+    return 0

@@ -1,0 +1,540 @@
+"""Checks of lab 07: who is there, token ids in and out, text out of ids, and a request that is aborted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
+from smg_grpc_proto import vllm_engine_pb2 as pb
+from smg_grpc_proto import vllm_engine_pb2_grpc
+from tokenizers import Tokenizer
+
+from servebook.clients.vllm_grpc_client import ENGINE, VllmGrpcClient
+from servebook.lab.feedback import NotYet, require
+from servebook.lab.grpc_tap import GRACE_SECONDS, Call, GrpcTap, Pace
+from servebook.lab.work import Work
+
+BROKEN = "\ufffd"
+"""What a decoder writes in place of bytes that are no character."""
+KOREAN = "안녕하세요, 세계 👋"
+READ_ON = "ids that come after the abort were generated, too: read on to the end of the stream"
+STATUS_CAUSES = {
+    grpc.StatusCode.INVALID_ARGUMENT: "the server read the request and refused it: its message names the field",
+    grpc.StatusCode.UNIMPLEMENTED: "there is no such method: its name comes from the proto",
+    grpc.StatusCode.NOT_FOUND: "health knows no service of that name",
+}
+
+
+@cache
+def tokenizer_of(address: str) -> Tokenizer:
+    """The tokenizer that the server at `address` hands out."""
+    with VllmGrpcClient(address) as client:
+        return client.tokenizer
+
+
+@contextmanager
+def tapped(work: Work, pace: Pace | None = None) -> Iterator[tuple[GrpcTap, vllm_engine_pb2_grpc.VllmEngineStub]]:
+    """A tap in front of the real server, and a stub that goes through it."""
+    with GrpcTap(work.server("vllm-grpc").grpc, pace) as tap, grpc.insecure_channel(tap.address) as channel:
+        yield tap, vllm_engine_pb2_grpc.VllmEngineStub(channel)
+
+
+def through(
+    tap: GrpcTap,
+    work: Work,
+    method: str,
+    action: Callable[[], Any],
+    judge: Callable[[Call], None] = lambda _: None,
+) -> tuple[Any, Call]:
+    """Run the learner's code against the tap; return its result and the one call of `method` that it made.
+
+    `judge` looks at what was asked for, before anything that came of it counts.
+
+    Raises:
+        NotYet: there was no such call, the server refused it, or the code raised.
+    """
+    before = len(tap.calls)
+    fault, result = None, None
+    try:
+        result = work.run(action, busy=tap.busy)
+    except NotYet as error:
+        fault = error
+    made = [call for call in tap.calls[before:] if call.method == method]
+    for call in made:
+        call.done.wait(2)  # the tap hears of the end a moment after the client
+        judge(call)
+        if call.code not in (None, grpc.StatusCode.OK):
+            raise NotYet(
+                f"{call.method} that the server accepts",
+                f"{call.code.name}: {call.details[:200]}",
+                STATUS_CAUSES.get(call.code, "the server refused the call"),
+            )
+    if fault:
+        raise fault
+    require(
+        len(made) == 1,
+        f"one call of {method} on the server that was handed in",
+        f"{len(made)} calls, and the result {result!r}"[:200],
+        "the answer does not come from that server: use what your function is given" if not made else "ask once",
+    )
+    return result, made[0]
+
+
+def messages_of(call: Call) -> list[pb.GenerateResponse]:
+    """What the server has sent so far in a call of Generate."""
+    return [pb.GenerateResponse.FromString(message) for message in call.responses]
+
+
+def ids_of(call: Call) -> list[int]:
+    """The token ids that the server has generated so far; the last message of a stream only repeats some."""
+    messages = messages_of(call)
+    streamed = any(message.HasField("chunk") for message in messages)
+    return [
+        each for message in messages for each in (message.chunk.token_ids if streamed else message.complete.output_ids)
+    ]
+
+
+def joined(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
+    """A pace: every two chunks become one, as vLLM does it for a reader who is slower than the engine."""
+    if call.method != "Generate":
+        yield from messages
+        return
+    held = pb.GenerateResponse()
+    for raw in messages:
+        message = pb.GenerateResponse.FromString(raw)
+        if message.HasField("chunk"):
+            held.MergeFrom(message)  # appends the ids, and takes the counts of the later one
+            if len(held.chunk.token_ids) < 2:
+                continue
+            held.chunk.completion_tokens = len(held.chunk.token_ids)
+            yield held.SerializeToString()
+            held.Clear()
+            continue
+        if held.HasField("chunk"):
+            yield held.SerializeToString()
+        yield raw
+
+
+def delayed(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
+    """A pace: chunks are joined, and two of them are always under way, as on a long line."""
+    line: deque[bytes] = deque()
+    for message in joined(messages, call):
+        line.append(message)
+        if call.method != "Generate" or len(line) > 2:
+            yield line.popleft()
+    yield from line
+
+
+def asks(ids: list[int], max_tokens: int) -> Callable[[Call], None]:
+    """A judge of GenerateRequest: these ids, this limit, and an id of its own."""
+
+    def judge(call: Call) -> None:
+        request = pb.GenerateRequest.FromString(call.requests[0]) if call.requests else pb.GenerateRequest()
+        kind = request.WhichOneof("input")
+        require(
+            kind == "tokenized",
+            "a request with tokenized=pb.TokenizedInput(input_ids=…)",
+            f"a request with {kind or 'neither ids nor text'}",
+            "the prompt travels as token ids here: a router tokenizes once, and no engine again",
+        )
+        sent = list(request.tokenized.input_ids)
+        require(sent == ids, f"input_ids {ids}", f"input_ids {sent}", "the ids are those of the prompt, all of them")
+        limit = request.sampling_params.max_tokens if request.sampling_params.HasField("max_tokens") else None
+        require(
+            limit == max_tokens,
+            f"max_tokens {max_tokens} in sampling_params",
+            f"max_tokens {limit}",
+            "nothing sets a limit for you here: without one the engine goes on to the end of its context"
+            if limit is None
+            else "pass on what your function is given",
+        )
+        require(
+            bool(request.request_id),
+            "a request_id",
+            "none",
+            "the server knows a request by the id that you give it: make one that nobody can guess, with uuid",
+        )
+
+    return judge
+
+
+def limited(pace: Pace, limit: int) -> Pace:
+    """The same pace, ended where a request without a limit would run on for minutes."""
+
+    def paced(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
+        for number, message in enumerate(pace(messages, call)):
+            if call.method == "Generate" and number > limit:
+                return
+            yield message
+
+    return paced
+
+
+class WarmingUp(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
+    """A server whose process answers while its engine is not ready; the model is that of the real one."""
+
+    def __init__(self, info: pb.GetModelInfoResponse) -> None:
+        self.info = info
+
+    def GetModelInfo(self, request: Any, context: grpc.ServicerContext) -> pb.GetModelInfoResponse:
+        """The real server's answer."""
+        return self.info
+
+    def HealthCheck(self, request: Any, context: grpc.ServicerContext) -> pb.HealthCheckResponse:
+        """Not yet."""
+        return pb.HealthCheckResponse(healthy=False, message="warming up")
+
+
+@contextmanager
+def another_server(servicer: WarmingUp | None) -> Iterator[grpc.Channel]:
+    """A channel to a server that warms up, or with None to one that has no service at all."""
+    with ThreadPoolExecutor(4) as pool:
+        server = grpc.server(pool)
+        if servicer:
+            vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(servicer, server)
+            health = HealthServicer()
+            health.set("", health_pb2.HealthCheckResponse.SERVING)
+            health.set(ENGINE, health_pb2.HealthCheckResponse.NOT_SERVING)
+            health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                yield channel
+        finally:
+            server.stop(GRACE_SECONDS).wait()
+
+
+def check_07_1(work: Work) -> None:
+    """The real server, one that warms up, none, and one that is no vLLM."""
+    who, server = work.function("who"), work.server("vllm-grpc")
+    with VllmGrpcClient(server.grpc) as client:
+        info = client.model_info()
+    right = {"serving": True, "model": info.served_model_name, "context": info.max_context_length}
+    with GrpcTap(server.grpc) as tap, grpc.insecure_channel(tap.address) as channel:
+        got, _ = through(tap, work, "GetModelInfo", lambda: who(channel))
+        _same(right, got)
+        require(
+            bool(tap.of("Check") or tap.of("HealthCheck")),
+            "a call of health",
+            f"only {', '.join(call.method for call in tap.calls)}",
+            "whether the engine serves is for health to say",
+        )
+    with another_server(WarmingUp(info)) as channel:
+        got = work.run(lambda: who(channel))
+        require(
+            not (isinstance(got, dict) and got.get("serving")),
+            "serving False: the process answers, its engine warms up",
+            got,
+            'the service "" is the process; the engine is the service "vllm.grpc.engine.VllmEngine"',
+        )
+        _same(right | {"serving": False}, got)
+    with grpc.insecure_channel("127.0.0.1:1") as channel:  # nobody listens on it
+        unavailable = "UNAVAILABLE says that nobody answers: catch grpc.RpcError, and return None for this code"
+        got = work.run(lambda: who(channel), {grpc.RpcError: unavailable})
+        require(got is None, "None where nobody answers", got, unavailable)
+
+    def outcome() -> Any:
+        try:
+            return who(channel)
+        except grpc.RpcError as error:
+            return error.code()
+
+    with another_server(None) as channel:
+        got = work.run(outcome)
+        require(
+            got is grpc.StatusCode.UNIMPLEMENTED,
+            "UNIMPLEMENTED goes on to the caller: somebody is there, who is no vLLM",
+            got,
+            "only UNAVAILABLE stands for nobody: raise every other error again",
+        )
+
+
+def _same(right: dict[str, Any], got: Any) -> None:
+    require(isinstance(got, dict) and got.keys() == right.keys(), right, got, "return a dict with these three names")
+    causes = {
+        "serving": "True if health says SERVING, else False",
+        "model": "the name that callers use is served_model_name",
+        "context": "max_context_length is the room for prompt and answer together",
+    }
+    for name, value in right.items():
+        require(got[name] == value, f"{name}: {value!r}", f"{name}: {got[name]!r}", causes[name])
+
+
+def check_07_2(work: Work) -> None:
+    """One answer that its limit ends, one that ends by itself, in messages of one and of two tokens."""
+    ask, tokenizer = work.function("ask"), tokenizer_of(work.server("vllm-grpc").grpc)
+    chat = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
+    with tapped(work, limited(joined, 40)) as (tap, stub):
+        for prompt, max_tokens in (("The capital of France is", 7), (chat, 24)):
+            given = tokenizer.encode(prompt).ids
+            got, call = through(
+                tap,
+                work,
+                "Generate",
+                lambda prompt=prompt, limit=max_tokens: ask(stub, tokenizer, prompt, limit),  # type: ignore[misc]
+                asks(given, max_tokens),
+            )
+            messages, ids = messages_of(call), ids_of(call)
+            last = messages[-1].complete
+            right = {
+                "text": tokenizer.decode(ids),
+                "prompt_tokens": len(given),
+                "completion_tokens": len(ids),
+                "finish_reason": last.finish_reason,
+            }
+            require(
+                isinstance(got, dict) and got.keys() == right.keys(), right, got, "return a dict with these four names"
+            )
+            for name, value in right.items():
+                cause = _answer_cause(name, got[name], call, tokenizer)
+                require(got[name] == value, f"{name}: {value!r}", f"{name}: {got[name]!r}", cause)
+
+
+def _answer_cause(name: str, got: Any, call: Call, tokenizer: Tokenizer) -> str:
+    """Why a field of the answer may be wrong."""
+    ids, last = ids_of(call), messages_of(call)[-1].complete
+    again = [*ids, *last.output_ids]
+    if name == "text":
+        if got == tokenizer.decode(again):
+            return "the last message repeats ids that came in a chunk: take the ids of the chunks only"
+        if got == tokenizer.decode(ids, skip_special_tokens=False):
+            return "special tokens are for the model, not for people: tokenizer.decode leaves them out"
+        return "decode all ids together; a chunk may hold several"
+    if name == "completion_tokens":
+        if got == len(again):
+            return "the last message repeats ids that came in a chunk: count those of the chunks only"
+        if got == last.completion_tokens:
+            return "in a stream this field counts the tokens of its own message: count the ids yourself"
+        return "count token ids: a chunk may hold several"
+    if name == "prompt_tokens":
+        return "as many as the ids that you sent"
+    return 'the last message has it in complete.finish_reason: "length" or "stop"'
+
+
+STREAMS = {
+    "Korean and an emoji": KOREAN,
+    "a family, which is three emojis joined": "The 👨‍👩‍👧 is here",
+    "letters with accents, and Chinese": "naïve café 日本語 ok",
+    "plain English": "The capital of France is Paris.",
+}
+
+
+def check_07_3(work: Work) -> None:
+    """Text as early as it is whole, and never a broken character; on streams of the model's own token ids."""
+    detokenize, tokenizer = work.function("detokenize"), tokenizer_of(work.server("vllm-grpc").grpc)
+    cases = [(what, tokenizer.encode(f"{text}<|im_end|>").ids) for what, text in STREAMS.items()]
+    cases.append(("Korean, cut off by max_tokens inside a character", tokenizer.encode(KOREAN).ids[:10]))
+    for what, ids in cases:
+        pieces: list[str] = []
+        seen: list[str] = []
+
+        def stream(ids: list[int] = ids, pieces: list[str] = pieces, seen: list[str] = seen) -> Iterator[int]:
+            for each in ids:
+                yield each
+                seen.append("".join(pieces))
+
+        def read(stream: Any = stream, pieces: list[str] = pieces) -> None:
+            for piece in detokenize(tokenizer, stream()):
+                if not isinstance(piece, str):
+                    raise NotYet("pieces of text", piece, "yield strings, not ids or None")
+                pieces.append(piece)
+
+        work.run(read, {TypeError: "write a generator: it yields pieces of text"})
+        _judge_text(tokenizer, ids, pieces, what)
+        for number, text in enumerate(seen, 1):
+            so_far = tokenizer.decode(ids[:number])
+            due = "" if so_far.endswith(BROKEN) else so_far
+            require(
+                len(text) >= len(due),
+                f"{due!r} after {number} ids of {len(ids)} ({what})",
+                f"{text!r}",
+                "everything is gathered before it goes out: yield what is whole before you take the next id"
+                if not seen[-2]
+                else "what is whole goes out at once: wait only while the last character lacks bytes",
+            )
+
+
+def _judge_text(tokenizer: Tokenizer, ids: list[int], pieces: list[str], what: str) -> None:
+    right, got = tokenizer.decode(ids).rstrip(BROKEN), "".join(pieces)
+    if got == right:
+        return
+    cause = "the pieces together are the text, each character once"
+    if got == tokenizer.decode(ids, skip_special_tokens=False).rstrip(BROKEN):
+        cause = "special tokens such as <|im_end|> are for the model, not for people: leave them out"
+    elif BROKEN in got:
+        cause = "a token may hold only a part of a character: keep its id back until the bytes are whole"
+        if got.rstrip(BROKEN) == right:
+            cause = "what is still broken when the stream ends is left out"
+    elif len(got) > len(right) and right == pieces[-1]:
+        cause = "each piece has all the text so far: yield only what is new"
+    elif len(got) < len(right):
+        cause = "characters are lost: the ids that you keep back are decoded together with the next ones"
+    raise NotYet(f"{right!r} ({what})", f"{got!r}", cause)
+
+
+def check_07_4(work: Work) -> None:
+    """Korean as it comes from the engine, in chunks of one and of two tokens; who stops reading, ends the call."""
+    stream_text, tokenizer = work.function("stream_text"), tokenizer_of(work.server("vllm-grpc").grpc)
+    first_read, early = threading.Event(), threading.Event()
+
+    def hold(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
+        """Wait at the eighth message for a reader: the first character is whole by then."""
+        for number, message in enumerate(joined(messages, call)):
+            if call.method == "Generate" and number == 8 and first_read.wait(3):
+                early.set()
+            yield message
+
+    ids = tokenizer.encode("Say hello: ").ids
+    sampling = pb.SamplingParams(temperature=0, max_tokens=60, choice=pb.ChoiceConstraint(choices=[KOREAN]))
+    with tapped(work, limited(hold, 60)) as (tap, stub):
+        pieces: list[str] = []
+
+        def read() -> None:
+            for piece in stream_text(stub, tokenizer, ids, sampling):
+                pieces.append(piece)
+                if piece:
+                    first_read.set()
+
+        _, call = through(tap, work, "Generate", read, asks(ids, sampling.max_tokens))
+        request = pb.GenerateRequest.FromString(call.requests[0])
+        require(
+            request.stream,
+            "a request with stream=True",
+            "stream is not set",
+            "without it the server answers in one message, when all is done",
+        )
+        require(
+            request.sampling_params == sampling,
+            "the sampling parameters that your function is given",
+            str(request.sampling_params),
+            "pass them on as they are",
+        )
+        passed = [pb.GenerateResponse.FromString(message).chunk for message in joined(iter(call.responses), call)]
+        firsts = tokenizer.decode([each for chunk in passed for each in chunk.token_ids[:1]])
+        cause = "a chunk may hold several ids: decode all of them"
+        require("".join(pieces).rstrip(BROKEN) != firsts.rstrip(BROKEN), KOREAN, "".join(pieces), cause)
+        _judge_text(tokenizer, ids_of(call), pieces, "Korean from the engine")
+        require(
+            early.is_set(),
+            "the first character while the engine is still writing",
+            "the first character only after the last token",
+            "everything is gathered before it goes out: yield inside the loop over the call",
+        )
+        first_read.set()
+
+        def leave() -> None:
+            long = pb.SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+            pieces = stream_text(stub, tokenizer, ids, long)
+            next(pieces)
+            pieces.close()
+
+        _, second = through(tap, work, "Generate", leave, asks(ids, 400))
+        second.done.wait(3)
+        require(
+            second.left is not None,
+            "the call cancelled when the reader leaves after one piece",
+            f"{len(second.responses)} messages, and the engine goes on for nobody",
+            "let the call end with your generator: no list of it, no thread; call.cancel() in a finally makes it sure",
+        )
+        _own_ids(call, second)
+
+
+def _own_ids(call: Call, other: Call) -> None:
+    first, second = (pb.GenerateRequest.FromString(each.requests[0]).request_id for each in (call, other))
+    require(
+        first != second,
+        "a request_id of its own for each request",
+        f"{first!r} twice",
+        "make a new one for each call, such as str(uuid.uuid4())",
+    )
+
+
+def check_07_5(work: Work) -> None:
+    """Aborted by its id, read to the end, and the engine idle; and an answer that ends before it is enough."""
+    read_until, server = work.function("read_until"), work.server("vllm-grpc")
+    ids = tokenizer_of(server.grpc).encode("Once upon a time").ids
+    sizes: list[int] = []
+
+    def enough(so_far: list[int]) -> bool:
+        sizes.append(len(so_far))
+        return len(so_far) >= wanted
+
+    with VllmGrpcClient(server.grpc) as outside, tapped(work, delayed) as (tap, stub):
+        before = outside.load().num_running_reqs
+        calls = []
+        for wanted, max_tokens in ((5, 60), (50, 6)):
+            sizes.clear()
+            aborts = len(tap.of("Abort"))
+            sampling = pb.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+            got, call = through(
+                tap,
+                work,
+                "Generate",
+                lambda sampling=sampling: read_until(stub, ids, sampling, enough),  # type: ignore[misc]
+                asks(ids, max_tokens),
+            )
+            calls.append(call)
+            if wanted < max_tokens:
+                require(
+                    bool(sizes) and sizes[0] < max_tokens,
+                    "enough(ids so far) asked after each message",
+                    f"asked with {sizes} ids",
+                    "ask while the stream runs: afterwards the engine has done the work",
+                )
+                _judge_abort(tap, call)
+            else:
+                idle = len(tap.of("Abort")) == aborts
+                require(idle, "no Abort: it was never enough", "an Abort", "abort only if it is enough")
+            came, reason = ids_of(call), messages_of(call)[-1].complete.finish_reason
+            right = (came, reason)
+            cause = "return the ids, and finish_reason from complete"
+            if isinstance(got, tuple | list) and len(got) == 2:
+                if list(got[0]) == [*came, *messages_of(call)[-1].complete.output_ids]:
+                    cause = "the last message repeats ids that came in a chunk: take those of the chunks only"
+                elif list(got[0]) == came[: len(got[0])] and len(got[0]) < len(came):
+                    cause = READ_ON
+                elif got[1] != reason:
+                    cause = "the server says why it ended, in complete.finish_reason of the last message"
+                got = (list(got[0]), got[1])
+            require(got == right, right, got, cause)
+        _own_ids(*calls)
+        deadline = time.monotonic() + 5
+        while (running := outside.load().num_running_reqs) > before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        require(running <= before, "an engine at rest", f"{running} requests running", "something still generates")
+
+
+def _judge_abort(tap: GrpcTap, call: Call) -> None:
+    own = pb.GenerateRequest.FromString(call.requests[0]).request_id
+    aborted = [each for abort in tap.of("Abort") for each in pb.AbortRequest.FromString(abort.requests[0]).request_ids]
+    stopped = "leaving the loop ends your call; Abort ends the request, whoever reads it" if call.left else ""
+    require(
+        bool(aborted),
+        f"Abort with the id {own}",
+        f"no Abort, {len(ids_of(call))} ids from the engine",
+        stopped or "call stub.Abort(pb.AbortRequest(request_ids=[…])) as soon as it is enough",
+    )
+    require(
+        own in aborted,
+        f"Abort with the id {own}",
+        f"Abort with {', '.join(aborted)}",
+        "Abort takes the id that your request was sent with; an unknown one is no error, and stops nothing",
+    )
+    reason = messages_of(call)[-1].complete.finish_reason
+    require(bool(reason), "the stream read to its end after the Abort", "the call left before that", READ_ON)
+    require(
+        reason == "abort",
+        "the engine stopped: finish_reason abort",
+        f"finish_reason {reason} after {len(ids_of(call))} ids",
+        "abort while the stream runs, not after it",
+    )

@@ -1,0 +1,40 @@
+"""Says what vLLM makes of a model.json: `python -m servebook.lab.engine_facts`, one folder a line in, one JSON out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def facts_of(version: Path) -> dict[str, Any]:
+    """The engine's configuration, or {"refused": why} where the backend or vLLM does not take `version`/model.json."""
+    from servebook.triton_backend.files import read_engine_args
+
+    try:
+        config = read_engine_args(version).create_engine_config()
+    except Exception as error:
+        return {"refused": str(error)}
+    return {
+        "model": config.model_config.model,
+        "max_model_len": config.model_config.max_model_len,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "enforce_eager": config.model_config.enforce_eager,
+    }
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM logs to stdout
+
+    import vllm.engine.arg_utils  # noqa: F401  # before the first question, which comes later
+
+    for line in sys.stdin:
+        print(json.dumps(facts_of(Path(line.rstrip("\n")))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

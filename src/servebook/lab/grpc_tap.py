@@ -1,0 +1,137 @@
+"""A tap on the wire for gRPC: relays any service's calls between a learner's code and a real server, and notes them.
+
+On the wire a unary call is a stream of one message, so one handler relays every kind without knowing the proto.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+FOREVER = 1e6
+"""gRPC says "no deadline" with a time far beyond anybody's life (seconds)."""
+GRACE_SECONDS = 0.5
+"""Without any grace a client's library complains on stderr, which nbgrader takes for a failure."""
+
+
+@dataclass
+class Call:
+    """One call; messages are serialized, times are of `time.monotonic()`."""
+
+    method: str
+    """The last part of the path: "Generate" of "/vllm.grpc.engine.VllmEngine/Generate"."""
+    requests: list[bytes] = field(default_factory=list)
+    responses: list[bytes] = field(default_factory=list)
+    """What the server has sent so far."""
+    code: grpc.StatusCode | None = None
+    """How the server ended it; None while it has not."""
+    details: str = ""
+    left: float | None = None
+    """When the client went away before that."""
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+Pace = Callable[[Iterator[bytes], Call], Iterator[bytes]]
+
+
+class GrpcTap:
+    """Relays to the server at `target` ("host:port") while the `with` block lasts.
+
+    A `pace` may hold messages back, or join them where the server itself would.
+
+    Attributes:
+        address: where the learner's code is to connect to.
+        calls: every call so far, in the order of arrival.
+    """
+
+    def __init__(self, target: str, pace: Pace | None = None) -> None:
+        self.pace = pace or (lambda messages, _: messages)
+        self.calls: list[Call] = []
+        self._upstream = grpc.insecure_channel(target, UNLIMITED)
+        self._pool = ThreadPoolExecutor(32, thread_name_prefix="grpc tap")
+        self._server = grpc.server(self._pool, options=UNLIMITED)
+        self._server.add_generic_rpc_handlers((_AnyMethod(self._relay),))
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    def __enter__(self) -> GrpcTap:
+        self._server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        self._upstream.close()
+        self._pool.shutdown(wait=False)
+
+    def close(self) -> None:
+        """Take no more calls, and soon cancel what is still under way."""
+        self._server.stop(GRACE_SECONDS).wait()
+
+    def busy(self) -> bool:
+        """Whether a call is under way."""
+        return any(not call.done.is_set() for call in self.calls)
+
+    def of(self, method: str) -> list[Call]:
+        """The calls of that method so far."""
+        return [call for call in self.calls if call.method == method]
+
+    def settle(self, seconds: float = 60) -> None:
+        """Wait until no call is under way."""
+        deadline = time.monotonic() + seconds
+        for call in list(self.calls):
+            call.done.wait(max(0, deadline - time.monotonic()))
+
+    def _relay(self, path: str, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        call = Call(path.rsplit("/", 1)[-1])
+        self.calls.append(call)
+
+        def asked() -> Iterator[bytes]:
+            for message in requests:
+                call.requests.append(message)
+                yield message
+
+        left = context.time_remaining()
+        timeout = left if left is not None and left < FOREVER else None
+        upstream: Any = self._upstream.stream_stream(path, None, None)(asked(), timeout=timeout)
+
+        def ended() -> None:
+            if call.code is None:
+                call.left = time.monotonic()
+                upstream.cancel()
+            call.done.set()
+
+        def answered() -> Iterator[bytes]:
+            for message in upstream:
+                call.responses.append(message)
+                yield message
+
+        if not context.add_callback(ended):
+            ended()
+            return
+        try:
+            yield from self.pace(answered(), call)
+            call.code = grpc.StatusCode.OK
+        except grpc.RpcError:
+            if call.left is None:
+                call.code, call.details = upstream.code(), upstream.details() or ""
+                context.abort(call.code, call.details)
+        finally:
+            upstream.cancel()  # where the pace ended before the server did
+
+
+class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # at run time it takes none
+    def __init__(self, relay: Callable[..., Iterator[bytes]]) -> None:
+        self.relay = relay
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        path = details.method
+        return grpc.stream_stream_rpc_method_handler(lambda requests, context: self.relay(path, requests, context))

@@ -1,0 +1,132 @@
+"""Loads a model repository for real, all but the engine: a check has five seconds, an engine takes thirty.
+
+Triton itself reads config.pbtxt and finds backend and version, the backend completes the configuration, and vLLM
+reads the engine arguments and makes its own configuration of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tritonclient.grpc as triton_grpc
+from tritonclient.utils import InferenceServerException
+
+from servebook.errors import LaunchError
+from servebook.experiments.child import PR_SET_PDEATHSIG, free_port, libc
+from servebook.triton_backend.server import tritonserver_command, tritonserver_env
+
+LOAD_SECONDS = 15
+COMPLAINT = re.compile(r"Error parsing.*|(?<=\] \").*(?:[Pp]oll failed|failed to load).*(?=\")")
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Refused(Exception):
+    """Triton or vLLM does not take what it read; the message is its own."""
+
+
+def loaded_config(repository: Path, name: str) -> Any:
+    """Load the model `name` in a Triton of its own; return its ModelConfig as Triton and the backend completed it.
+
+    Raises:
+        Refused: Triton does not load it.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        command = tritonserver_command(
+            repository, Path(scratch), grpc_port=free_port(), http_port=free_port(), metrics_port=free_port()
+        )
+        shutil.copy(Path(__file__).with_name("rehearsal_model.py"), Path(scratch) / "backends/vllm/model.py")
+        segments = f"{Path(scratch).name}-"
+        command += [f"--backend-config={each},shm-region-prefix-name={segments}" for each in ("vllm", "python")]
+        address = next(word for word in command if word.startswith("--grpc-port=")).partition("=")[2]
+        log = Path(scratch) / "log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | tritonserver_env(),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+            )
+        try:
+            config = _config_once_ready(process, f"127.0.0.1:{address}", name)
+        finally:
+            # Ending in good order takes Triton three seconds, and there is nothing in it to be saved.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for segment in SHARED_MEMORY.glob(f"{segments}*"):
+                segment.unlink()
+        if config is None:
+            raise Refused("\n".join(COMPLAINT.findall(log.read_text())[:2]) or "it never becomes ready")
+        return config
+
+
+def _config_once_ready(process: subprocess.Popen[bytes], address: str, name: str) -> Any:
+    deadline = time.monotonic() + LOAD_SECONDS
+    with triton_grpc.InferenceServerClient(address) as client:
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                if client.is_server_ready():
+                    return client.get_model_config(name).config
+            except InferenceServerException as error:
+                if error.status() != "StatusCode.UNAVAILABLE":
+                    raise Refused(error.message()) from None
+            time.sleep(0.02)
+    return None
+
+
+def engine_facts(version: Path) -> dict[str, Any]:
+    """What vLLM makes of `version`/model.json: model, max_model_len, max_num_seqs, enforce_eager.
+
+    Raises:
+        Refused: the backend's reader or vLLM refuses it.
+        LaunchError: the process that asks vLLM has died.
+    """
+    process = vllm_process()
+    assert process.stdin
+    assert process.stdout
+    with suppress(BrokenPipeError):
+        print(version, file=process.stdin, flush=True)
+    answer = process.stdout.readline()
+    if not answer:
+        end()
+        raise LaunchError("The process that reads engine arguments has died.", "Is there enough memory?")
+    facts: dict[str, Any] = json.loads(answer)
+    if "refused" in facts:
+        raise Refused(facts["refused"])
+    return facts
+
+
+@cache
+def vllm_process() -> subprocess.Popen[str]:
+    """A process that has vLLM imported, which takes seconds, and keeps it for the next check. Ends with this one."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "servebook.lab.engine_facts"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end() -> None:
+    """End the process that has vLLM imported, if there is one."""
+    if vllm_process.cache_info().currsize:
+        vllm_process().kill()
+        vllm_process().communicate()
+        vllm_process.cache_clear()
