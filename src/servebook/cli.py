@@ -47,21 +47,31 @@ def doctor(
 
 
 @app.command()
-def up(names: Annotated[list[str], typer.Argument(metavar="NAME…")]) -> None:
+def up(
+    names: Annotated[list[str], typer.Argument(metavar="NAME…")],
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="How many engines stand behind `router`.", show_default="2")
+    ] = None,
+) -> None:
     """Start servers and leave them running; one that is up already is left as it is."""
+    if replicas and "router" not in names:
+        raise typer.BadParameter("--replicas is for `router`")
     for name in names:
-        launch.up(name)
+        launch.up(name, replicas=replicas)
 
 
 @app.command()
 def down(
     names: Names = None, everything: Annotated[bool, typer.Option("--all", help="End every server.")] = False
 ) -> None:
-    """End servers, with every process that belongs to them."""
+    """End servers, with every process that belongs to them; `router` takes its replicas along."""
     if not names and not everything:
         raise typer.BadParameter("name a server, or say --all")
     running = [entry["name"] for entry in launch.status() if entry["state"] != "stopped"]
-    for name in running if everything else names or []:
+    wanted = list(running if everything else names or [])
+    if "router" in wanted:
+        wanted += [name for name in running if name.startswith(launch.REPLICA) and name not in wanted]
+    for name in wanted:
         if name not in running:
             launch.find_server(name)
         out.print(f"{name}: {'ended' if launch.down(name) else 'was not running'}")

@@ -57,9 +57,9 @@ def engine_env(settings: Settings) -> dict[str, str]:
         "SMG_VLLM_SERVICER_WARMUP": "off",
     }
     cores = sorted(os.sched_getaffinity(0))
-    if not settings.on_gpu and len(cores) <= 2:
+    if not settings.on_gpu and (settings.cores or len(cores) <= 2):
         # vLLM's "auto" keeps one core for the server, which here would be half of the machine.
-        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        env["VLLM_CPU_OMP_THREADS_BIND"] = settings.cores or ",".join(map(str, cores))
     openmp = Path(sys.prefix) / "lib/libiomp5.so"
     if not settings.on_gpu and openmp.is_file():
         # Measured on 2 cores: about a tenth more tokens/s than with the OpenMP that torch brings.
@@ -91,15 +91,17 @@ def needed_gib(settings: Settings, model: Path) -> float:
     return weights / GIB + settings.kv_cache_gib + RUNTIME_GIB
 
 
-def require_memory(settings: Settings, model: Path) -> None:
-    """Refuse to start an engine that the kernel would kill.
+def require_memory(settings: Settings, model: Path, engines: int = 1) -> None:
+    """Refuse to start an engine that the kernel would kill; `engines` start at once, this one included.
 
     Raises:
-        LaunchError: less memory is available than the engine needs (on a GPU, vLLM checks by itself).
+        LaunchError: less memory is available than they need (on a GPU, vLLM checks by itself).
     """
-    needed, available = needed_gib(settings, model), available_gib()
+    needed, available = engines * needed_gib(settings, model), available_gib()
     if not settings.on_gpu and available < needed:
+        who = "The engine needs" if engines == 1 else f"{engines} engines need"
         raise LaunchError(
-            f"The engine needs about {needed:.1f} GiB of memory, and {available:.1f} GiB are available.",
-            "End another server (`servebook status`, `servebook down NAME`), or choose a smaller model.",
+            f"{who} about {needed:.1f} GiB of memory, and {available:.1f} GiB are available.",
+            "End another server (`servebook status`, `servebook down NAME`), or choose a smaller model"
+            + (" or fewer replicas." if engines > 1 else "."),
         )

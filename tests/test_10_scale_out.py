@@ -1,0 +1,306 @@
+"""Chapter 10: replicas of vLLM behind vLLM's router; one killed, one drained and added, and the router killed.
+
+Lifetimes are tested with the real router in front of servers that are up at once; what callers see, with real engines.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+from desk import Desk, eventually, free_port
+
+from servebook import engine, launch
+from servebook.clients.router_client import RouterClient
+from servebook.errors import LaunchError, ServebookError
+from servebook.metrics import metric
+from servebook.settings import Settings
+
+REPLICAS = ["vllm-replica-1", "vllm-replica-2"]
+PROMPT = "The capital of France is"
+CALLERS = 16
+needs_engine = pytest.mark.engine
+
+
+def url(entry: dict[str, Any]) -> str:
+    return f"http://{entry['endpoints']['http']}"
+
+
+# --- lifetimes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(tmp_path / "state", free_port())
+    yield desk
+    desk.close()
+
+
+def client_of(desk: Desk) -> RouterClient:
+    router = desk.status("router")
+    assert router["state"] == "ready"
+    return RouterClient(url(router), router["endpoints"]["metrics"])
+
+
+def test_up_starts_the_replicas_too_and_down_takes_them_along(desk: Desk) -> None:
+    desk.run("up", "router", "--replicas", "2")
+    entries = {name: desk.status(name) for name in ["router", *REPLICAS]}
+    assert [(entry["state"], entry["owner"]) for entry in entries.values()] == [("ready", "cli")] * 3
+    assert client_of(desk).replicas() == {url(entries[name]): True for name in REPLICAS}
+    assert desk.run("up", "router").count("attached to") == 3
+    ended = desk.run("down", "router").splitlines()
+    assert ended == ["router: ended", "vllm-replica-1: ended", "vllm-replica-2: ended"]
+    assert desk.family() == []
+
+
+def test_what_was_killed_comes_back_by_up_and_the_rest_is_kept(desk: Desk) -> None:
+    desk.run("up", "router")
+    first, second, router = (desk.status(name) for name in [*REPLICAS, "router"])
+
+    os.kill(router["pid"], signal.SIGKILL)
+    eventually(lambda: desk.status("router")["state"] == "failed", "the router's end in the status")
+    desk.run("up", "router")
+    assert [desk.status(name) for name in REPLICAS] == [first, second]
+
+    router = desk.status("router")
+    os.kill(first["pid"], signal.SIGKILL)
+    eventually(lambda: desk.status(REPLICAS[0])["state"] == "failed", "the replica's end in the status")
+    desk.run("up", "router")
+    assert (desk.status("router"), desk.status(REPLICAS[1])) == (router, second)
+    assert desk.status(REPLICAS[0])["endpoints"] == first["endpoints"], "at the same place, where the router asks"
+    eventually(lambda: all(client_of(desk).replicas().values()), "both healthy again")
+
+
+def test_a_taken_port_is_not_the_routers_end(desk: Desk) -> None:
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        assert f"port {port} was taken" in desk.run("up", "router", router_http_port=str(port))
+    assert client_of(desk).url != f"http://127.0.0.1:{port}"
+
+
+def test_another_number_of_replicas_is_not_silently_ignored(desk: Desk) -> None:
+    desk.run("up", "router", "--replicas", "1")
+    assert "up with other settings" in desk.run("up", "router", "--replicas", "2", expect=1)
+    assert desk.status("router")["state"] == "ready"
+
+
+def test_more_replicas_than_cores(desk: Desk) -> None:
+    cores = len(os.sched_getaffinity(0))
+    text = desk.run("up", "router", "--replicas", str(cores + 1), expect=1)
+    assert f"{cores + 1} replicas need {cores + 1} cores, one each, and {cores} can be used here" in text
+    assert f"--replicas {cores}" in text
+    assert desk.family() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["router", "--replicas", "0"], "or equal to 1"), (["vllm", "--replicas", "2"], "--replicas is for `router`")],
+)
+def test_replicas_that_make_no_sense(desk: Desk, words: list[str], says: str) -> None:
+    assert says in desk.run("up", *words, expect=2)
+
+
+def test_a_replica_that_cannot_start_takes_the_others_along(desk: Desk) -> None:
+    text = desk.run("up", "router", expect=1, engine_args="--die 3")
+    assert "vllm-replica-1 ended before it was ready (exit code 3)" in text
+    desk.nothing_left()
+
+
+def test_the_router_is_not_opened_to_the_network(desk: Desk) -> None:
+    text = desk.run("up", "router", expect=1, host="0.0.0.0", api_key="anybody could remove a replica")
+    assert "router checks no API key" in text
+    assert desk.family() == []
+
+
+def test_the_router_is_not_installed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.launch.servers.find_spec", lambda _: None)
+    with pytest.raises(LaunchError, match="make setup"):
+        launch.serve("router", settings=settings)
+
+
+def test_memory_is_counted_for_all_replicas(settings: Settings, tmp_path: Path) -> None:
+    one = engine.needed_gib(settings, tmp_path)
+    enough = int(engine.available_gib() / one)
+    with pytest.raises(LaunchError, match=rf"(?s){enough + 9} engines need about .* fewer replicas"):
+        engine.require_memory(settings.model_copy(update={"device": "cpu"}), tmp_path, enough + 9)
+
+
+def test_each_replica_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 8, 9})
+    wanted = settings.model_copy(update={"device": "cpu", "replicas": 2})
+    replicas = launch.find_server("router").needs(wanted)
+    assert [engine.engine_env(each)["VLLM_CPU_OMP_THREADS_BIND"] for each in replicas.values()] == ["2,3", "5,8,9"]
+    assert len({each.port("vllm", "http") for each in replicas.values()}) == 2
+
+
+# --- with real engines --------------------------------------------------------------------------------------------
+
+
+def test_notebook(run_notebook: Callable[[str], None]) -> None:
+    """First, and with servers of its own: three engines at once would be too much for a small machine."""
+    run_notebook("10_scale_out")
+
+
+@pytest.fixture(scope="module")
+def router() -> Iterator[launch.Server]:
+    """The router and two engines, for this file only: they are the largest of all servers."""
+    yield launch.serve("router")
+    for name in ["router", *REPLICAS]:
+        launch.down(name)
+    assert {entry["state"] for entry in launch.status() if entry["name"] in ["router", *REPLICAS]} == {"stopped"}
+
+
+@pytest.fixture
+def client(router: launch.Server) -> RouterClient:
+    """Both replicas healthy and idle, whatever the test before did."""
+    client = RouterClient(router.url, router.metrics)
+    eventually(lambda: list(client.replicas().values()) == [True, True], "two healthy replicas")
+    eventually(lambda: not any(map(running, client.replicas())), "idle replicas")
+    return client
+
+
+def running(replica: str) -> float:
+    return metric(replica, "vllm:num_requests_running") + metric(replica, "vllm:num_requests_waiting")
+
+
+def entry(name: str) -> dict[str, Any]:
+    return next(entry for entry in launch.status() if entry["name"] == name)
+
+
+def complete(router: launch.Server, prompt: str = PROMPT, **params: Any) -> requests.Response:
+    body = {"model": router.model, "prompt": prompt, "temperature": 0, "max_tokens": 4} | params
+    return requests.post(f"{router.url}/v1/completions", json=body, timeout=120)
+
+
+def sent_by(client: RouterClient, work: Callable[[], Any]) -> list[int]:
+    """How many requests `work` made the router send to each replica."""
+    before = [client.sent(replica) for replica in client.replicas()]
+    work()
+    return [client.sent(replica) - sent for replica, sent in zip(client.replicas(), before, strict=True)]
+
+
+@needs_engine
+def test_requests_are_spread(router: launch.Server, client: RouterClient) -> None:
+    answers: list[requests.Response] = []
+    assert sent_by(client, lambda: answers.extend(complete(router) for _ in range(6))) == [3, 3]
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1, "one model, one answer"
+
+
+@needs_engine
+def test_replicas_compute_on_different_cores(client: RouterClient) -> None:
+    bound = [psutil.Process(entry(name)["pid"]).environ()["VLLM_CPU_OMP_THREADS_BIND"] for name in REPLICAS]
+    assert set(bound[0].split(",")).isdisjoint(bound[1].split(","))
+
+
+@needs_engine
+def test_a_stream_passes_as_it_comes(router: launch.Server, client: RouterClient) -> None:
+    body = {"model": router.model, "prompt": PROMPT, "max_tokens": 8, "ignore_eos": True, "stream": True}
+    with requests.post(f"{router.url}/v1/completions", json=body, stream=True, timeout=60) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert len(lines) > 4
+    assert lines[-1] == b"data: [DONE]"
+
+
+@needs_engine
+def test_a_callers_mistake_is_not_tried_again(router: launch.Server, client: RouterClient) -> None:
+    def wrong() -> None:
+        assert complete(router, max_tokens=100_000).status_code == 400
+
+    assert sum(sent_by(client, wrong)) == 1
+
+
+@needs_engine
+def test_cache_aware_keeps_a_prefix_at_one_replica(router: launch.Server, client: RouterClient) -> None:
+    cache_aware = launch.serve("router", instance="router-cache", router_policy="cache_aware")
+    hits = {}
+    for name, server in {"round_robin": router, "cache_aware": cache_aware}.items():
+        before = sum(metric(replica, "vllm:prefix_cache_hits_total") for replica in client.replicas())
+        for subject in "ABCDE":
+            document = f"{name}, document {subject}. " + f"{subject} is a letter. " * 60
+            for question in range(4):
+                assert complete(server, f"{document} Question {question}:").status_code == 200
+        hits[name] = sum(metric(replica, "vllm:prefix_cache_hits_total") for replica in client.replicas()) - before
+    cache_aware.stop()
+    # Of 4 questions, round robin finds 2 without the document in that replica's cache; cache-aware only the first.
+    assert hits["cache_aware"] > 1.3 * hits["round_robin"] > 0
+
+
+@needs_engine
+def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(
+    router: launch.Server, client: RouterClient
+) -> None:
+    kept, leaving = client.replicas()
+    with ThreadPoolExecutor() as pool:
+        long = [pool.submit(complete, router, max_tokens=300, ignore_eos=True) for _ in range(4)]
+        eventually(lambda: running(leaving) == 2, "two long requests at each replica")
+        drained = pool.submit(client.drain, leaving)
+        eventually(lambda: list(client.replicas()) == [kept], "one replica less")
+        at = client.sent(leaving)
+        assert {complete(router).status_code for _ in range(4)} == {200}
+        assert running(leaving) == 2, "the long ones are still at work"
+        drained.result(timeout=60)
+        assert [each.result(timeout=60).json()["usage"]["completion_tokens"] for each in long] == [300] * 4
+    assert client.sent(leaving) == at
+    client.add(leaving)
+    with pytest.raises(ServebookError, match="already exists"):
+        client.add(leaving)
+    assert sent_by(client, lambda: [complete(router) for _ in range(4)]) == [2, 2]
+
+
+def end_of_stream(router: launch.Server) -> str:
+    """The last line of a long stream, or the name of the error that cut it."""
+    body = {"model": router.model, "prompt": PROMPT, "max_tokens": 300, "ignore_eos": True, "stream": True}
+    try:
+        with requests.post(f"{router.url}/v1/completions", json=body, stream=True, timeout=120) as answer:
+            *_, last = [line for line in answer.iter_lines() if line]
+    except requests.exceptions.ChunkedEncodingError as error:
+        return type(error).__name__
+    return str(last.decode())
+
+
+@needs_engine
+def test_a_replica_killed_under_load_loses_no_request_that_has_not_begun(
+    router: launch.Server, client: RouterClient
+) -> None:
+    """A stream that has begun cannot be taken back: it is not tried again, and does not end as if it were whole."""
+    doomed, other = client.replicas()
+    with ThreadPoolExecutor(2 * CALLERS + 2) as pool:
+        streams = [pool.submit(end_of_stream, router) for _ in range(2)]
+        eventually(lambda: running(doomed) == running(other) == 1, "one stream at each replica")
+        early = [pool.submit(complete, router, max_tokens=64, ignore_eos=True) for _ in range(CALLERS)]
+        eventually(lambda: running(doomed) >= CALLERS / 2, "half of the requests at the replica")
+        os.kill(entry(REPLICAS[0])["pid"], signal.SIGKILL)
+        late = [pool.submit(complete, router) for _ in range(CALLERS)]
+        answers = [each.result(timeout=120) for each in early + late]
+        assert sorted(each.result(timeout=120) for each in streams) == ["ChunkedEncodingError", "data: [DONE]"]
+    assert [answer.status_code for answer in answers] == [200] * (2 * CALLERS)
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers[:CALLERS]] == [64] * CALLERS
+    assert metric(router.metrics, "vllm_router_retries_total") >= CALLERS / 2
+    eventually(lambda: client.replicas()[doomed] is False, "the router's health check to see it")
+    assert [entry(name)["state"] for name in ["router", *REPLICAS]] == ["ready", "failed", "ready"]
+
+    assert launch.serve("router").pid == router.pid
+    eventually(lambda: client.replicas()[doomed], "the router to take it back")
+    eventually(lambda: min(sent_by(client, lambda: [complete(router) for _ in range(2)])) > 0, "requests at both")
+
+
+@needs_engine
+def test_a_killed_router_comes_back_in_front_of_the_same_replicas(router: launch.Server, client: RouterClient) -> None:
+    pids = [entry(name)["pid"] for name in REPLICAS]
+    os.kill(entry("router")["pid"], signal.SIGKILL)
+    eventually(lambda: entry("router")["state"] == "failed", "the router's end in the status")
+    with pytest.raises(requests.ConnectionError):
+        complete(router)
+    back = launch.serve("router")
+    assert [entry(name)["pid"] for name in REPLICAS] == pids
+    assert {complete(back).status_code for _ in range(4)} == {200}
