@@ -128,6 +128,31 @@ def _vllm_grpc(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list
     ]
 
 
+def _room(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
+    if not settings.key:
+        raise LaunchError(
+            "room needs a key of the instructor's, which learners do not get.",
+            "Set SERVEBOOK_API_KEY, or start the whole room with `servebook room start`, which makes one.",
+        )
+    upstream = needs["vllm"]["http"]
+    return [
+        *(sys.executable, "-m", "servebook.room", "--host", settings.host, "--http-port", "{http}"),
+        *("--upstream", upstream if "://" in upstream else f"http://{upstream}"),
+        *("--roll", str(settings.state_dir / "room" / "keys.json")),
+        *("--places", str(settings.room_places), "--learner-places", str(settings.room_learner_places)),
+        *("--requests-per-minute", str(settings.room_requests_per_minute)),
+        *("--tokens-per-minute", str(settings.room_tokens_per_minute)),
+    ]
+
+
+def _hub(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
+    return [
+        *(sys.executable, "-m", "servebook.room.hub", "--host", settings.host),
+        *("--front", f"http://{needs['room']['http']}"),
+        *("--http-port", "{http}", "--routes-port", "{routes}", "--api-port", "{api}"),
+    ]
+
+
 SERVERS: dict[str, ServerSpec] = {
     spec.name: spec
     for spec in (
@@ -175,6 +200,25 @@ SERVERS: dict[str, ServerSpec] = {
             ports=("grpc",),
             argv=_keyless("vllm-grpc", _vllm_grpc),
             ready=lambda at: grpc_serving(at["grpc"]),
+        ),
+        ServerSpec(
+            name="room",
+            about="a room's front to vllm: a key and a share for each learner",
+            ports=("http",),
+            argv=_room,
+            ready=lambda at: http_ok(at["http"], "/room/health"),
+            has_engine=False,
+            needs=("vllm",),
+        ),
+        ServerSpec(
+            name="hub",
+            about="JupyterHub for a room of learners",
+            ports=("http", "routes", "api"),
+            argv=_hub,
+            # The hub itself first: until it is there, the proxy would fill the log with its errors.
+            ready=lambda at: http_ok(at["api"], "/hub/health") and http_ok(at["http"], "/hub/health"),
+            has_engine=False,
+            needs=("room",),
         ),
     )
 }
