@@ -106,10 +106,8 @@ class Desk(SimpleLocalProcessSpawner):
 
     async def lay_out(self):
         """Put notebooks and labs on the desk; what is there already stays."""
-        home = Path(self.home_dir)
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        command = [str(python), "-P", "-m", "servebook.room.desk", str(home)]
-        child = await asyncio.create_subprocess_exec(*command, env=self.get_env(), cwd=home)
+        command = [str(python), "-P", "-m", "servebook.room.desk", str(folder / "master"), self.home_dir]
+        child = await asyncio.create_subprocess_exec(*command, env=self.get_env())
         if await child.wait():
             raise HTTPError(500, "Your desk could not be laid out; the hub's log says why.")
 

@@ -8,6 +8,6 @@ import sys
 
 sys.path.append(sys.argv.pop(1))
 
-from jupyterhub.singleuser import main  # noqa: E402
+from jupyterhub.singleuser import main
 
 main()

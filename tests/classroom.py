@@ -10,7 +10,7 @@ from typing import Any
 import nbformat
 import requests
 from desk import eventually
-from websocket import WebSocket, WebSocketTimeoutException, create_connection
+from websocket import WebSocket, create_connection
 
 SECONDS = 120.0
 """How long anything may take; the machine has two cores."""
@@ -71,10 +71,6 @@ class LearnersDesk:
     def hub_ask(self, method: str, path: str) -> requests.Response:
         return requests.request(method, f"{self.hub}/hub/api/{path}", headers=self.headers, timeout=SECONDS)
 
-    def ready(self) -> bool:
-        """Whether the hub knows this desk as open."""
-        return bool(self.hub_ask("GET", f"users/{self.name}").json()["servers"].get("", {}).get("ready"))
-
     def spawn(self) -> None:
         """Sign the learner up and ask for the desk; it may be open only later."""
         made = self.hub_ask("POST", f"users/{self.name}")
@@ -84,22 +80,26 @@ class LearnersDesk:
 
     def open(self) -> None:
         self.spawn()
-        eventually(self.ready, f"the desk of {self.name}", SECONDS)
+        progress = f"{self.hub}/hub/api/users/{self.name}/server/progress"
+        with requests.get(progress, headers=self.headers, stream=True, timeout=SECONDS) as events:
+            told = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith(b"data: ")]
+        assert told[-1].get("ready"), told
 
     def close(self) -> None:
         """End the desk, and wait until the hub says so."""
         assert self.hub_ask("DELETE", f"users/{self.name}/server").status_code in (202, 204)
-        eventually(lambda: not self.hub_ask("GET", f"users/{self.name}").json()["servers"], "the end of a desk", SECONDS)
+        eventually(lambda: not self.servers(), f"the end of the desk of {self.name}", SECONDS)
+
+    def servers(self) -> dict[str, Any]:
+        """What the hub knows of this learner's server; {} where there is none."""
+        return dict(self.hub_ask("GET", f"users/{self.name}").json()["servers"])
 
     def notebook(self, path: str) -> Any:
         """A notebook that lies on the desk."""
-        return nbformat.from_dict(self.ask("GET", f"api/contents/{path}")["content"])  # type: ignore[no-untyped-call]
+        return nbformat.from_dict(self.ask("GET", f"api/contents/{path}")["content"])
 
 
 def answer_of(solutions: Path, lab: str, cell: str) -> str:
     """The solution's code of an exercise."""
-    notebook = nbformat.read(solutions / lab / f"{lab}.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+    notebook = nbformat.read(solutions / lab / f"{lab}.ipynb", as_version=4)
     return next(str(each.source) for each in notebook.cells if each.id == f"{cell}-answer")
-
-
-__all__ = ["Kernel", "LearnersDesk", "WebSocketTimeoutException", "answer_of"]

@@ -1,4 +1,7 @@
-"""Lays out a learner's desk: `python -m servebook.room.desk DIR` puts the notebooks and a copy of the labs there."""
+"""A learner's desk: `python -m servebook.room.desk MASTER DESK` lays it out as the master desk is.
+
+The master is made once for a room; a desk is then laid out in a moment.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,37 @@ import shutil
 import sys
 from pathlib import Path
 
-import nbformat
-
-from servebook.lab.folder import make_copy
-from servebook.lab.release import ROOT
-from servebook.lab.shell import tagged
+from servebook.lab.progress import Store
 
 
-def lay_out(desk: Path) -> None:
-    """Fill `desk`; what is there already stays as the learner left it."""
-    for source in sorted((ROOT / "notebooks").rglob("*")):
-        target = desk / source.relative_to(ROOT)
-        if source.is_dir() or target.exists() or ".ipynb_checkpoints" in source.parts:
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.suffix == ".ipynb":
-            notebook = nbformat.read(source, as_version=4)
-            notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "instructor")]
-            nbformat.write(notebook, target)
-        else:
+def make_master(master: Path) -> None:
+    """Put what every learner gets into `master`: the notebooks without instructor's notes, and the labs."""
+    import nbformat
+
+    from servebook.lab.release import LEFTOVERS, ROOT
+    from servebook.lab.shell import tagged
+
+    if master.exists():
+        shutil.rmtree(master)
+    for folder in ("notebooks", "labs"):
+        shutil.copytree(ROOT / folder, master / folder, ignore=LEFTOVERS)
+    for path in (master / "notebooks").rglob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "instructor")]
+        nbformat.write(notebook, path)
+
+
+def lay_out(master: Path, desk: Path) -> None:
+    """Copy the master's files to `desk`; what is there already stays as the learner left it."""
+    desk.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for source in filter(Path.is_file, master.rglob("*")):
+        target = desk / source.relative_to(master)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    make_copy(desk / "labs")
+    with Store() as progress:
+        progress.folder = desk / "labs"
 
 
 if __name__ == "__main__":
-    lay_out(Path(sys.argv[1]))
+    lay_out(Path(sys.argv[1]), Path(sys.argv[2]))

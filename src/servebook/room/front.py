@@ -132,8 +132,10 @@ class Front:
 
     def learner(self, name: str) -> Learner:
         if name not in self.learners:
-            per_minute = self.limits.learner_requests_per_minute, self.limits.learner_tokens_per_minute
-            self.learners[name] = Learner(*map(Bucket, per_minute))
+            limits = self.limits
+            self.learners[name] = Learner(
+                requests=Bucket(limits.learner_requests_per_minute), tokens=Bucket(limits.learner_tokens_per_minute)
+            )
         return self.learners[name]
 
     # What learners ask for.

@@ -21,6 +21,7 @@ import typer
 
 from servebook.errors import ServebookError
 from servebook.lab.release import ROOT
+from servebook.room.desk import make_master
 from servebook.settings import Settings, load_settings
 
 log = logging.getLogger("servebook.room")
@@ -106,6 +107,7 @@ def main(
     programs = find_hub(settings)
     folder = settings.state_dir / "room"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_master(folder / "master")
     urls = {
         "public_url": f"http://{host}:{http_port}",
         "routes_url": f"http://127.0.0.1:{routes_port}",
