@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ import typer
 
 from servebook.errors import ServebookError
 from servebook.lab.release import ROOT
+from servebook.launch.supervisor import PR_SET_CHILD_SUBREAPER, children, prctl
 from servebook.room.desk import make_master
 from servebook.settings import Settings, load_settings
 
@@ -70,27 +72,37 @@ def keep(commands: dict[str, list[str]], env: dict[str, str]) -> None:
     Raises:
         ServebookError: one ended right after its start.
     """
-    children: dict[str, subprocess.Popen[bytes]] = {}
+    # A hub that dies leaves its desks to us. It finds them again by their process ids, so one that has ended must go.
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    running: dict[str, subprocess.Popen[bytes]] = {}
     started: dict[str, float] = {}
     try:
         while True:
             for name, command in commands.items():
-                child = children.get(name)
+                child = running.get(name)
                 if child and child.poll() is None:
                     continue
                 if child:
                     log.warning("%s ended with code %d", name, child.returncode)
                     if time.monotonic() - started[name] < EARLY_SECONDS:
                         raise ServebookError(f"{name} ends as soon as it starts.", "Its words above say why.")
-                children[name] = subprocess.Popen(command, env=env)
+                running[name] = subprocess.Popen(command, env=env)
                 started[name] = time.monotonic()
-                log.info("%s is process %d", name, children[name].pid)
+                log.info("%s is process %d", name, running[name].pid)
+            reap(set(children()) - {child.pid for child in running.values()})
             time.sleep(POLL_SECONDS)
     finally:
-        for child in children.values():
+        for child in running.values():
             child.terminate()
-        for child in children.values():
+        for child in running.values():
             child.wait()
+
+
+def reap(orphans: set[int]) -> None:
+    """Forget those of these processes that have ended."""
+    for pid in orphans:
+        with suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 def main(
