@@ -17,6 +17,13 @@ from servebook.settings import load_settings
 app = typer.Typer(no_args_is_help=True, help="A room of learners: JupyterHub, and one engine with a key for each.")
 out = Console(highlight=False, soft_wrap=True)
 
+SHARES = (0.5, 0.95, 0.99, 1)
+HISTOGRAMS = {
+    "a request": "room_request_seconds",
+    "to its first byte": "room_first_byte_seconds",
+    "of it, waiting for a place": "room_wait_seconds",
+}
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A learner.")]
 
 
@@ -59,3 +66,32 @@ def revoke(name: Name) -> None:
     """Take a learner's key away: what is under way is broken off, and nothing more is served."""
     Room(load_settings()).revoke(name)
     out.print(f"{name}: revoked; `servebook room admit {name}` lets them in again")
+
+
+@app.command()
+def load(
+    learners: Annotated[int, typer.Option(min=1, max=200, help="How many at once.")] = 30,
+) -> None:
+    """Let so many learners do labs 01 and 02 at once on the room that is up; exit code 1 if a check failed.
+
+    A check that was refused, because the room is full, is not a failed one.
+    """
+    from servebook.room import load as room_load
+
+    outcome = room_load.run(Room(load_settings()), learners)
+    table = Table(
+        "", "p50", "p95", "p99", "most", title=f"{learners} learners at once, {outcome.seconds:.0f} s; seconds"
+    )
+    waits = sorted(check.seconds for check in outcome.checks)
+    if waits:
+        table.add_row("a check", *(f"{waits[min(len(waits) - 1, int(share * len(waits)))]:.1f}" for share in SHARES))
+    for what, histogram in HISTOGRAMS.items():
+        table.add_row(what, *(f"≤ {outcome.requests_within(histogram, share):g}" for share in SHARES))
+    out.print(table)
+    out.print(f"answers by status: {', '.join(f'{n} × {status}' for status, n in outcome.statuses().items())}")
+    out.print(", ".join(f"{outcome.count(word)} checks {word}" for word in ("passed", "refused", "failed")))
+    for check in outcome.checks:
+        if check.outcome == "failed":
+            out.print(f"  {check.result.exercise.id}: {check.result.got} — {check.result.cause}", markup=False)
+    if outcome.count("failed"):
+        raise typer.Exit(1)

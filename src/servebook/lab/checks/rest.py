@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, require
 from servebook.lab.tap import Exchange, Tap
 from servebook.lab.work import Work
@@ -57,7 +58,17 @@ def through(
 
 
 def accepted(exchange: Exchange) -> None:
-    """Require that the server did not refuse a request."""
+    """Require that the server did not refuse a request.
+
+    Raises:
+        NotYet: it refused.
+        ServebookError: it has no room for anybody now, which is not the learner's fault.
+    """
+    if exchange.status in (429, 503):
+        raise ServebookError(
+            f"{exchange.status}: {exchange.answer.decode(errors='replace')[:300]}",
+            "the engine is full: wait a moment, then check again",
+        )
     if exchange.status >= 400:
         # vLLM says 400 where the standard has 415.
         status = 415 if b"Media Type" in exchange.answer else exchange.status
