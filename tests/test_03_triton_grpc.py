@@ -582,6 +582,8 @@ async def test_a_death_is_seen_at_once_by_all_and_leaves_nothing(own: Server, vi
         return False
 
     await until(lambda: not is_ready(), "the model is not ready any more")
+    (entry,) = [entry for entry in launch.status() if entry["name"] == own.name]
+    assert entry["state"] == "failed"
     await until(lambda: not any(is_alive(process) for process in processes.values()), "no process is left")
     await until(lambda: not any(Path(region).exists() for region in regions), "no shared memory is left")
 

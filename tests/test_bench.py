@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from servebook.bench import report, workload
-from servebook.bench.arms import CONTROL_LIMIT, Arm, Workload, compare, off_by
+from servebook.bench.arms import CONTROL_LIMIT, WAVES, Arm, Workload, compare, off_by
 from servebook.bench.load import BenchError, Job, Load, Message, Sample, ask, closed_loop, open_loop
 from servebook.bench.paths import PATHS, Path, find_path
 from servebook.bench.resources import ProcessTree
@@ -86,6 +86,10 @@ def test_a_ratio_finds_a_real_difference_through_common_noise() -> None:
     assert difference([value + 3 for value in machine], machine).value == pytest.approx(3)
 
 
+def test_one_disturbed_block_moves_a_ratio_little() -> None:
+    assert ratio([100, 101, 99, 20, 100, 100], [100] * 6).value == pytest.approx(1)
+
+
 def test_an_interval_widens_with_noise_and_contains_the_value() -> None:
     found = ratio([100, 110, 90, 105, 95, 100], [100, 95, 104, 98, 101, 102])
     assert found.low < found.value < found.high
@@ -96,10 +100,11 @@ def test_an_interval_widens_with_noise_and_contains_the_value() -> None:
 @pytest.mark.parametrize("concurrency", [1, 5, 64])
 async def test_closed_loop_keeps_exactly_so_many_in_flight(concurrency: int) -> None:
     source = Source(0.001)
-    load = await closed_loop(source, workload.take(workload.completions(20, 4), 2 * concurrency), concurrency)
+    jobs = workload.take(workload.completions(20, 4), 2 * concurrency)
+    load = await closed_loop(source, jobs, concurrency)
     assert source.most == concurrency
     assert len(load.samples) == 2 * concurrency
-    assert load.output_tokens == 8 * concurrency
+    assert load.output_tokens == sum(job.max_tokens for job in jobs)
 
 
 async def test_open_loop_does_not_wait_for_answers() -> None:
@@ -148,7 +153,7 @@ async def test_blocks_are_interleaved_abba_then_baab() -> None:
     a.name, b.name = "A", "B"
     wants = Workload(max_tokens=8, block_seconds=0.001, rounds=2)
     await compare("order", arm(b), arm(a), 1, wants)
-    assert "".join(order[-8:]) == "ABBABAAB"
+    assert "".join(order[-8 * WAVES :: WAVES]) == "ABBABAAB"
 
 
 async def test_a_slower_arm_is_seen_and_would_void_a_control() -> None:
@@ -166,6 +171,7 @@ def test_prompts_do_not_repeat_and_are_the_same_for_the_same_seed() -> None:
         assert len({job.prompt for job in jobs}) > 60
         assert jobs == workload.take(make(40, 8, seed=1), 64)
         assert jobs != workload.take(make(40, 8, seed=2), 64)
+        assert {job.max_tokens for job in jobs} == set(range(4, 13)), "8 on average, and not all at once at the end"
 
 
 def test_cpu_is_counted_outside_and_inside_the_engine() -> None:

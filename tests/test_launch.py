@@ -78,6 +78,17 @@ def test_starting_is_seen_as_such(desk: Desk) -> None:
     assert psutil.pid_exists(entry["pid"])
 
 
+def test_a_server_that_was_ready_and_is_broken_is_not_starting(desk: Desk) -> None:
+    desk.run("up", "vllm")
+    entry = desk.status()
+    assert requests.get(f"http://{entry['endpoints']['http']}/break", timeout=10).status_code == 503
+    broken = desk.status()
+    assert (broken["state"], broken["pid"]) == ("failed", entry["pid"])
+    text = desk.run("up", "vllm", expect=1)
+    assert "was ready and is not any more" in text
+    assert "servebook down vllm" in text
+
+
 def test_a_server_that_dies_at_start_says_why(desk: Desk) -> None:
     text = desk.run("up", "vllm", expect=1, engine_args="--die 3")
     assert "exit code 3" in text

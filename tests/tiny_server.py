@@ -29,8 +29,13 @@ DEAF_GRANDCHILD = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);
 
 
 class Handler(BaseHTTPRequestHandler):
+    healthy = True
+
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/health" else 404)
+        """Health, which GET /break ends: as a server that has lost its engine but not its life."""
+        if self.path == "/break":
+            Handler.healthy = False
+        self.send_response(200 if self.path == "/health" and self.healthy else 503)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

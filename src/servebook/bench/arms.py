@@ -28,11 +28,15 @@ ORDER = ("ABBA", "BAAB")
 """The order within one round; every second round begins with the other arm."""
 
 
+WAVES = 3
+"""Requests for each caller in one block, at least: the first come all at once, as they seldom do in life."""
+
+
 class Workload(BaseModel):
     """What one request asks for, and how long a block lasts."""
 
     prompt_tokens: int = Field(default=40, ge=10, description="About; the exact number is the server's.")
-    max_tokens: int = Field(default=48, ge=2)
+    max_tokens: int = Field(default=48, ge=2, description="Of an answer, on average.")
     block_seconds: float = Field(default=3.0, gt=0, description="Aimed at, by the number of requests in a block.")
     rounds: int = Field(default=3, ge=1, description="Of four blocks each: two of either arm.")
     rate: float | None = Field(default=None, gt=0, description="Open loop: requests a second, at random times.")
@@ -139,7 +143,7 @@ async def compare(
     if wants.rate:
         requests = max(2, round(wants.rate * wants.block_seconds))
     else:
-        requests = concurrency * max(1, round(wants.block_seconds / seconds))
+        requests = concurrency * max(WAVES, round(wants.block_seconds / seconds))
     order = [letter for number in range(wants.rounds) for letter in ORDER[number % 2]]
     for done, letter in enumerate(order, start=1):
         # Neighbours, one of each arm, draw the same times.

@@ -68,7 +68,7 @@ QUICK = Plan(
 
 FULL = Plan(
     name="full",
-    workload=Workload(),
+    workload=Workload(max_tokens=32),
     control=(1, 32),
     own_control=True,
     engine=(

@@ -79,10 +79,10 @@ def summarize(*loads: Load) -> Summary:
 
 
 def ratio(arm: Sequence[float], reference: Sequence[float]) -> Estimate:
-    """mean(arm) / mean(reference) of blocks that were measured in pairs, side by side in time.
+    """Median of arm / reference over blocks that were measured in pairs, side by side in time.
 
-    The interval is a percentile bootstrap over the pairs: what disturbs both blocks of a pair (the
-    machine's clock, a neighbour) drops out of it.
+    What disturbs both blocks of a pair (the machine's clock) drops out of their ratio, and what disturbs one block
+    (a neighbour on the machine) out of the median. The interval is a percentile bootstrap over the pairs.
 
     Raises:
         ValueError: the blocks are no pairs, or there are none.
@@ -91,14 +91,14 @@ def ratio(arm: Sequence[float], reference: Sequence[float]) -> Estimate:
 
 
 def difference(arm: Sequence[float], reference: Sequence[float]) -> Estimate:
-    """mean(arm) - mean(reference), in the unit of the values; the rest as in `ratio`."""
+    """Median of arm - reference, in the unit of the values; the rest as in `ratio`."""
     return _estimate(np.subtract, arm, reference)
 
 
 def _estimate(compare: np.ufunc, arm: Sequence[float], reference: Sequence[float]) -> Estimate:
     if len(arm) != len(reference) or not arm:
         raise ValueError(f"{len(arm)} blocks of the arm and {len(reference)} of the reference are no pairs")
-    pairs = np.array([arm, reference])
-    draws = np.random.default_rng(0).integers(len(arm), size=(RESAMPLES, len(arm)))
-    low, high = np.percentile(compare(*pairs[:, draws].mean(axis=2)), (2.5, 97.5))
-    return Estimate(value=float(compare(*pairs.mean(axis=1))), low=float(low), high=float(high))
+    pairs = compare(arm, reference)
+    draws = np.random.default_rng(0).integers(len(pairs), size=(RESAMPLES, len(pairs)))
+    low, high = np.percentile(np.median(pairs[draws], axis=1), (2.5, 97.5))
+    return Estimate(value=float(np.median(pairs)), low=float(low), high=float(high))

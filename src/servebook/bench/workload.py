@@ -25,21 +25,31 @@ def completions(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[
     The prompt counts ("417, 419, 421,") and a language model goes on counting: the answer does not end
     early, without asking for `ignore_eos`, which not every path can carry. Each prompt begins differently,
     so that no arm profits from a prefix that another arm has left in the cache.
+
+    Answers have `max_tokens` on average, from half of it to half more: of equal length, callers that began together
+    would end together, and each wave of new prompts would hit the engine at once.
     """
     draw = random.Random(seed)
     length = max(2, prompt_tokens // TOKENS_PER_NUMBER)
     while True:
         start, step = draw.randint(100, 899), draw.choice((1, 2, 5, 10))
-        yield Job(", ".join(str(start + step * k) for k in range(length)) + ",", max_tokens)
+        yield Job(", ".join(str(start + step * k) for k in range(length)) + ",", _length(draw, max_tokens))
 
 
 def chats(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[Job]:
-    """Endless jobs for chat, of about `prompt_tokens` tokens with the template: each asks for a long story."""
+    """Endless jobs for chat, of about `prompt_tokens` tokens with the template: each asks for a long story.
+
+    The lengths of the answers vary as in `completions`.
+    """
     draw = random.Random(seed)
     count = max(3, (prompt_tokens - CHAT_TEMPLATE_TOKENS) // TOKENS_PER_WORD)
     while True:
         about = ", ".join(f"the {draw.choice(WORDS)}" for _ in range(count))
-        yield Job(f"Write a long story about {about}.", max_tokens)
+        yield Job(f"Write a long story about {about}.", _length(draw, max_tokens))
+
+
+def _length(draw: random.Random, mean: int) -> int:
+    return draw.randint((mean + 1) // 2, mean + mean // 2)
 
 
 def take(jobs: Iterator[Job], count: int) -> list[Job]:

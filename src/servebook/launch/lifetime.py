@@ -28,6 +28,8 @@ from servebook.settings import Settings, load_settings
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 POLL_SECONDS = 0.1
+BROKEN_SECONDS = 10.0
+"""How long a server that was ready, and is not, may take to come back: longer than a busy one needs to answer."""
 SUPERVISOR_SECONDS = 20.0
 """How long a supervisor may take to listen: a few ms, on a machine that is not overloaded."""
 STOP_SECONDS = 40.0
@@ -371,11 +373,16 @@ def _unwritable(settings: Settings, why: str | None) -> LaunchError:
 
 
 def _await_ready(spec: ServerSpec, info: dict[str, Any], link: Link, settings: Settings, display: Progress) -> None:
-    deadline = time.monotonic() + settings.start_timeout
+    deadline = time.monotonic() + (BROKEN_SECONDS if info["was_ready"] else settings.start_timeout)
     while not spec.ready(info["endpoints"]):
         if not link.alive():
             raise _died(info["name"], settings)
         if time.monotonic() > deadline:
+            if info["was_ready"]:
+                raise LaunchError(
+                    f"{info['name']} was ready and is not any more. The end of its log:\n{tail(Path(info['log']))}",
+                    f"`servebook down {info['name']}`, then start it again.",
+                )
             raise LaunchError(
                 f"{info['name']} was not ready within {settings.start_timeout:.0f} s. The end of its log:\n"
                 f"{tail(Path(info['log']))}",
@@ -383,6 +390,7 @@ def _await_ready(spec: ServerSpec, info: dict[str, Any], link: Link, settings: S
             )
         display.phase(_phase(Path(info["log"])))
         time.sleep(POLL_SECONDS)
+    link.ask("ready")
 
 
 def _phase(log: Path) -> str:
@@ -439,8 +447,8 @@ def _status_of(instance: str, settings: Settings) -> dict[str, Any]:
     record = info or _record(settings, instance)
     if info:
         ready = find_server(info["server"]).ready(info["endpoints"])
-        overdue = info.get("seconds", 0) > settings.start_timeout
-        state = "ready" if ready else "failed" if overdue else "starting"
+        failed = info["was_ready"] or info["seconds"] > settings.start_timeout
+        state = "ready" if ready else "failed" if failed else "starting"
     else:
         state = "failed" if record else "stopped"
     return {

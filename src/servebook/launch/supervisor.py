@@ -6,6 +6,7 @@ stale, because the kernel drops it with the process. The protocol is one JSON ob
 
     {"op": "info"}     → what `describe` returns
     {"op": "attach"}   → the same, and the connection is a lease: while it is open, the server lives
+    {"op": "ready"}    → the server has answered: if it does not any more, it is not starting but broken
     {"op": "keep"}     → the server outlives its leases, until {"op": "stop"}
     {"op": "stop"}     → ends the server; the connection closes when nothing is left of it
 
@@ -145,6 +146,7 @@ class Supervisor:
         self.leases: set[socket.socket] = set()
         self.started = time.monotonic()
         self.had_lease = False
+        self.was_ready = False
         self.stopping = False
         signal.signal(signal.SIGTERM, self.terminate)
         self.selector = selectors.DefaultSelector()
@@ -183,6 +185,7 @@ class Supervisor:
             "owner": "cli" if self.keep else self.spec["owner"],
             "fingerprint": self.spec["fingerprint"],
             "log": self.spec["log"],
+            "was_ready": self.was_ready,
             "seconds": round(time.monotonic() - self.started, 1),
         }
 
@@ -231,6 +234,8 @@ class Supervisor:
         if op == "attach":
             self.leases.add(connection)
             self.had_lease = True
+        elif op == "ready":
+            self.was_ready = True
         elif op == "keep":
             self.keep = True
             self.record("running")
