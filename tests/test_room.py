@@ -248,6 +248,13 @@ def test_a_revoked_key_opens_nothing_any_more(room: Room, kernels: dict[str, Ker
     assert requests.get(f"{room.front}/v1/models", headers=bearer(shown[-1].partition("=")[2]), timeout=10).ok
 
 
+def test_learners_at_once_pass_every_check_of_labs_01_and_02(room: Room) -> None:
+    told = room.run("load", "--learners", "3")
+    assert "30 checks passed, 0 checks refused, 0 checks failed" in told
+    assert "× 200" in told
+    assert "load-" not in room.run("learners")
+
+
 def test_closing_a_desk_ends_all_of_it(room: Room, kernels: dict[str, Kernel]) -> None:
     home = room.folder / "room" / "desks" / "alan"
     assert room.family(home)

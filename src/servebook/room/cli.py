@@ -88,7 +88,8 @@ def load(
     for what, histogram in HISTOGRAMS.items():
         table.add_row(what, *(f"≤ {outcome.requests_within(histogram, share):g}" for share in SHARES))
     out.print(table)
-    out.print(f"answers by status: {', '.join(f'{n} × {status}' for status, n in outcome.statuses().items())}")
+    statuses = (f"{count} × {status}" for status, count in outcome.statuses().items())
+    out.print(f"answers by status: {', '.join(statuses)}")
     out.print(", ".join(f"{outcome.count(word)} checks {word}" for word in ("passed", "refused", "failed")))
     for check in outcome.checks:
         if check.outcome == "failed":

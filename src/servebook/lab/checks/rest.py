@@ -64,11 +64,7 @@ def accepted(exchange: Exchange) -> None:
         NotYet: it refused.
         ServebookError: it has no room for anybody now, which is not the learner's fault.
     """
-    if exchange.status in (429, 503):
-        raise ServebookError(
-            f"{exchange.status}: {exchange.answer.decode(errors='replace')[:300]}",
-            "the engine is full: wait a moment, then check again",
-        )
+    had_room(exchange)
     if exchange.status >= 400:
         # vLLM says 400 where the standard has 415.
         status = 415 if b"Media Type" in exchange.answer else exchange.status
@@ -77,6 +73,12 @@ def accepted(exchange: Exchange) -> None:
             f"{exchange.method} {exchange.path} → {exchange.status} {exchange.answer.decode(errors='replace')[:200]}",
             STATUS_CAUSES.get(status, "the server refused the request"),
         )
+
+
+def had_room(exchange: Exchange) -> None:
+    """Raise ServebookError if the server refused a request because it is full."""
+    if exchange.status in (429, 503):
+        raise ServebookError(f"The engine is full ({exchange.status}).", "Wait a moment, then check again.")
 
 
 def answer_to(exchange: Exchange) -> Any:
