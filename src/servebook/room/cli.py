@@ -35,7 +35,8 @@ def start() -> None:
     hub = launch.serve("hub", settings=settings)
     out.print(f"Learners sign up and work at {hub.url} ({settings.room_seats} seats). Ctrl-C ends the room.")
     try:
-        while any(entry["name"] == "hub" and entry["state"] != "failed" for entry in launch.status(settings)):
+        # Not its state: a hub that is being restarted does not answer for a while, and the room goes on.
+        while any(entry["name"] == "hub" and entry["pid"] for entry in launch.status(settings)):
             time.sleep(1)
         raise LaunchError("JupyterHub has ended.", "See `servebook logs hub`.")
     finally:
