@@ -13,9 +13,10 @@ env := $(or $(conda),$(CURDIR)/.venv)
 bin := $(env)/bin
 python := $(bin)/python -P
 ready := $(env)/.servebook-$(device)
+room := $(env)/room
 locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
-.PHONY: lab test check lint setup lock notebooks labs clean
+.PHONY: lab room test check lint setup lock notebooks labs clean
 
 # The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
 # `|| true`: the doctor prints what it found; a failed check must not keep the reader from the notebooks.
@@ -24,7 +25,11 @@ lab: $(ready)
 	@PATH="$(bin):$$PATH" JUPYTER_CONFIG_PATH="$(CURDIR)/jupyter" exec $(bin)/jupyter-lab --ip 127.0.0.1 \
 		--ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-test: lint
+# JupyterHub for a room of learners; Ctrl-C ends it with everything in it.
+room: $(room)/.ready
+	@exec $(bin)/servebook room start
+
+test: lint $(room)/.ready
 	$(bin)/pytest $(if $(K),-k "$(K)")
 
 check: lint
@@ -41,6 +46,10 @@ setup: $(ready)
 
 $(ready): $(locked)
 	@scripts/setup "$(env)" "$(device)"
+
+# JupyterHub and its proxy, in an environment of their own.
+$(room)/.ready: requirements/room.txt scripts/setup-room | $(ready)
+	@scripts/setup-room "$(env)" "$(room)"
 
 lock:
 	@scripts/lock

@@ -14,6 +14,7 @@ from servebook import launch
 from servebook.bench.cli import bench
 from servebook.errors import ServebookError
 from servebook.lab import cli as lab_cli
+from servebook.room import cli as room_cli
 from servebook.settings import load_settings
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(lab_cli.app, name="labs")
 app.command()(lab_cli.release)
+app.add_typer(room_cli.app, name="room")
 out = Console(highlight=False)
 
 Names = Annotated[

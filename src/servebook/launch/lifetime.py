@@ -249,14 +249,17 @@ def _start(spec: ServerSpec, settings: Settings, instance: str, owner: str) -> t
         with ExitStack() as displays:
             begun: list[_Begun] = []
             for need, its_settings in spec.needs(settings).items():
+                kind = SERVERS.get(need, SERVERS["vllm"])  # a replica is a vllm by another name
                 if need == "vllm" and settings.engine_url:
                     at[need] = _elsewhere(settings).endpoints
-                else:
+                elif kind.has_engine:
                     display = displays.enter_context(progress(need))
                     started = sum(not other.attached for other in begun)
-                    begun.append(
-                        _begin(find_server("vllm"), its_settings, need, owner, {}, display, links, started + 1)
-                    )
+                    begun.append(_begin(kind, its_settings, need, owner, {}, display, links, started + 1))
+                else:
+                    server, its_links = _start(kind, its_settings, need, owner)
+                    at[need] = server.endpoints
+                    links |= its_links
             for one in begun:
                 at[one.info["name"]] = _finish(one).endpoints
         with progress(instance) as display:

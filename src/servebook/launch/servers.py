@@ -35,8 +35,8 @@ class ServerSpec:
     """One kind of server.
 
     `argv` gives the command; the word `"{http}"` (or another kind of port) stands for the port chosen
-    at start. `ready` asks the server itself. `needs` names the instances of vLLM that must be up before, each with
-    its settings; they start at once. One that checks no API key is refused beyond this machine.
+    at start. `ready` asks the server itself. `needs` names the instances that must be up before, each with its
+    settings; engines among them start at once. One that checks no API key is refused beyond this machine.
     """
 
     name: str
@@ -160,6 +160,30 @@ def _router(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[st
         # checks, whichever comes first; the defaults are 10 failures, a minute, and checks a minute apart.
         *("--cb-failure-threshold", "3", "--cb-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
         *("--health-check-interval-secs", "2", "--health-failure-threshold", "2", "--health-success-threshold", "1"),
+
+
+def _room(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
+    if not settings.key:
+        raise LaunchError(
+            "room needs a key of the instructor's, which learners do not get.",
+            "Set SERVEBOOK_API_KEY, or start the whole room with `servebook room start`, which makes one.",
+        )
+    upstream = needs["vllm"]["http"]
+    return [
+        *(sys.executable, "-m", "servebook.room", "--host", settings.host, "--http-port", "{http}"),
+        *("--upstream", upstream if "://" in upstream else f"http://{upstream}"),
+        *("--roll", str(settings.state_dir / "room" / "keys.json")),
+        *("--places", str(settings.room_places), "--learner-places", str(settings.room_learner_places)),
+        *("--requests-per-minute", str(settings.room_requests_per_minute)),
+        *("--tokens-per-minute", str(settings.room_tokens_per_minute)),
+    ]
+
+
+def _hub(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
+    return [
+        *(sys.executable, "-m", "servebook.room.hub", "--host", settings.host),
+        *("--front", f"http://{needs['room']['http']}"),
+        *("--http-port", "{http}", "--routes-port", "{routes}", "--api-port", "{api}"),
     ]
 
 
@@ -222,6 +246,25 @@ SERVERS: dict[str, ServerSpec] = {
             has_engine=False,
             checks_key=False,  # the replicas check keys, but anybody could add or remove a replica
             needs=_replicas,
+        ),
+        ServerSpec(
+            name="room",
+            about="a room's front to vllm: a key and a share for each learner",
+            ports=("http",),
+            argv=_room,
+            ready=lambda at: http_ok(at["http"], "/room/health"),
+            has_engine=False,
+            needs=lambda settings: {"vllm": settings},
+        ),
+        ServerSpec(
+            name="hub",
+            about="JupyterHub for a room of learners",
+            ports=("http", "routes", "api"),
+            argv=_hub,
+            # The hub itself first: until it is there, the proxy would fill the log with its errors.
+            ready=lambda at: http_ok(at["api"], "/hub/health") and http_ok(at["http"], "/hub/health"),
+            has_engine=False,
+            needs=lambda settings: {"room": settings},
         ),
     )
 }

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from servebook.lab.checks.rest import answer_to, key_of, sends, sends_key, through
+from servebook.lab.checks.rest import answer_to, had_room, key_of, sends, sends_key, through
 from servebook.lab.feedback import NotYet, require
 from servebook.lab.tap import Exchange, Tap
 from servebook.lab.work import Work
@@ -174,6 +174,8 @@ def check_01_4(work: Work) -> None:
             try:
                 got = work.run(lambda at=at, model=model, n=max_tokens: verdict(at, model, n))  # type: ignore[misc]
             except NotYet as fault:
+                for exchange in tap.exchanges:
+                    had_room(exchange)
                 cause = f"this error belongs to the case {right!r}: catch it by its class"
                 raise NotYet(what, fault.got, cause) from None
             cause = "each case has its own class in the SDK: see the ladder in the brief"

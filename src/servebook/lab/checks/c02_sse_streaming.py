@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,9 @@ from servebook.lab.work import Work
 
 KOREAN = {"structured_outputs": {"choice": ["안녕하세요, 반갑습니다"]}}
 """Forces text of several bytes a character, and often several tokens a character, out of an English model."""
+
+ENOUGH_CHARS = 5
+"""Hardly an answer is shorter: the model writes what it likes."""
 
 
 def events_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -213,32 +216,46 @@ def check_02_3(work: Work) -> None:
     timed, vllm = work.function("timed"), work.server("vllm")
     from openai import OpenAI
 
+    lateness: list[float] = []
+
+    def nap(seconds: float) -> None:
+        began = time.monotonic()
+        time.sleep(seconds)
+        lateness.append(time.monotonic() - began - seconds)
+
     def slow(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
         """0.5 s before the answer begins, 0.9 s more before its first text, 0.6 s before its end."""
-        time.sleep(0.5)
+        nap(0.5)
         for event in events_of(chunks):
             if content_of(event) and "text" not in exchange.marks:
-                time.sleep(0.9)
+                nap(0.9)
                 exchange.marks["text"] = time.monotonic()
             if b"[DONE]" in event:
-                time.sleep(0.6)
+                nap(0.6)
             yield event
 
     tolerance = 0.25
-    with Tap(vllm.url, slow) as tap:
-        client = OpenAI(base_url=f"{tap.url}/v1", api_key=key_of(vllm), max_retries=0)
-        got, (exchange, *_) = through(tap, work, lambda: timed(client, vllm.model, "Count to five.", 8))
-        sends(exchange, {"stream": "without stream=True there is no first token to see: all come at once"}, stream=True)
-        tap.settle()
-    require(
-        "text" in exchange.marks, "an answer with text", "none", "keep the model, the prompt and max_tokens as given"
-    )
-    first, whole = exchange.marks["text"] - exchange.started, (exchange.ended or time.monotonic()) - exchange.started
-    right = f"({first:.2f}, {whole:.2f}) seconds, give or take {tolerance}"
-    try:
-        ttft, total = (float(value) for value in got)
-    except (TypeError, ValueError):
-        raise NotYet(right, got, "return two numbers: seconds to the first token, seconds in all") from None
+    for attempt in range(4):
+        lateness.clear()
+        with Tap(vllm.url, slow) as tap:
+            client = OpenAI(base_url=f"{tap.url}/v1", api_key=key_of(vllm), max_retries=0)
+            ask = partial(timed, client, vllm.model, "Count to five.", 8)
+            got, (exchange, *_) = through(tap, work, ask)
+            streams = "without stream=True there is no first token to see: all come at once"
+            sends(exchange, {"stream": streams}, stream=True)
+            tap.settle()
+        keep = "keep the model, the prompt and max_tokens as given"
+        require("text" in exchange.marks, "an answer with text", "none", keep)
+        first = exchange.marks["text"] - exchange.started
+        whole = (exchange.ended or time.monotonic()) - exchange.started
+        right = f"({first:.2f}, {whole:.2f}) seconds, give or take {tolerance}"
+        try:
+            ttft, total = (float(value) for value in got)
+        except (TypeError, ValueError):
+            raise NotYet(right, got, "return two numbers: seconds to the first token, seconds in all") from None
+        on_time = abs(ttft - first) < tolerance and abs(total - whole) < tolerance
+        if on_time or max(lateness) < 0.02 or attempt == 3:
+            break  # else this machine was too busy to time anything on it: once more
     shown = f"({ttft:.2f}, {total:.2f})"
     faults = [
         (abs(ttft / 1000 - first) < tolerance, "these are milliseconds"),
@@ -328,16 +345,23 @@ def check_02_5(work: Work) -> None:
 
     def enough(text: str) -> bool:
         asked.append(text)
-        return len(text) >= 12
+        return len(text) >= ENOUGH_CHARS
 
     def hold(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
-        """After 12 events, more than enough, wait for the client to leave."""
-        for number, event in enumerate(events_of(chunks)):
-            deadline = time.monotonic() + 3
-            while number == 12 and not exchange.client_gone() and time.monotonic() < deadline:
-                time.sleep(0.02)
-            if number == 12:
+        """Three events after the text was enough, or at the stream's end, wait for the client to leave.
+
+        Neither events nor tokens tell when that is: digits are one character each, and a busy engine merges tokens.
+        """
+        text, after = "", 0
+        for event in events_of(chunks):
+            after += len(text) >= ENOUGH_CHARS
+            if "waited" not in exchange.marks and (after == 3 or (after and b"[DONE]" in event)):
+                naps = 0  # not a deadline: on a machine that is too busy for the client, naps take longer as well
+                while not exchange.client_gone() and naps < 150:
+                    time.sleep(0.02)
+                    naps += 1
                 exchange.marks["waited"] = time.monotonic()
+            text += content_of(event)
             yield event
 
     with Tap(vllm.url, hold) as tap:

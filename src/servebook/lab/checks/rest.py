@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, require
 from servebook.lab.tap import Exchange, Tap
 from servebook.lab.work import Work
@@ -57,7 +58,13 @@ def through(
 
 
 def accepted(exchange: Exchange) -> None:
-    """Require that the server did not refuse a request."""
+    """Require that the server did not refuse a request.
+
+    Raises:
+        NotYet: it refused.
+        ServebookError: it has no room for anybody now, which is not the learner's fault.
+    """
+    had_room(exchange)
     if exchange.status >= 400:
         # vLLM says 400 where the standard has 415.
         status = 415 if b"Media Type" in exchange.answer else exchange.status
@@ -66,6 +73,12 @@ def accepted(exchange: Exchange) -> None:
             f"{exchange.method} {exchange.path} → {exchange.status} {exchange.answer.decode(errors='replace')[:200]}",
             STATUS_CAUSES.get(status, "the server refused the request"),
         )
+
+
+def had_room(exchange: Exchange) -> None:
+    """Raise ServebookError if the server refused a request because it is full."""
+    if exchange.status in (429, 503):
+        raise ServebookError(f"The engine is full ({exchange.status}).", "Wait a moment, then check again.")
 
 
 def answer_to(exchange: Exchange) -> Any:

@@ -1,0 +1,54 @@
+"""Runs the front: `python -m servebook.room --http-port 8095 --upstream http://127.0.0.1:8000 --roll FILE`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvloop
+from aiohttp import web
+
+from servebook.room.front import Front
+from servebook.room.keys import Roll
+from servebook.room.limits import Limits
+from servebook.settings import load_settings
+
+
+def main(
+    upstream: Annotated[str, typer.Option(help="vLLM's root URL.")],
+    roll: Annotated[Path, typer.Option(help="Where the digests of the learners' keys are kept.")],
+    host: str = "127.0.0.1",
+    http_port: int = 8095,
+    places: int = Limits.places,
+    learner_places: int = Limits.learner_places,
+    requests_per_minute: int = Limits.learner_requests_per_minute,
+    tokens_per_minute: int = Limits.learner_tokens_per_minute,
+) -> None:
+    """Serve until a signal comes. SERVEBOOK_API_KEY is the instructor's key, and the engine's."""
+    key = load_settings().key
+    if not key:
+        raise typer.BadParameter("set SERVEBOOK_API_KEY: it is the instructor's key, and the engine's")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    limits = Limits(
+        places=places,
+        learner_places=learner_places,
+        learner_requests_per_minute=requests_per_minute,
+        learner_tokens_per_minute=tokens_per_minute,
+    )
+    web.run_app(
+        Front(upstream, key, Roll(roll), limits).app(),
+        host=host,
+        port=http_port,
+        loop=uvloop.new_event_loop(),
+        backlog=1024,
+        access_log=None,
+        handler_cancellation=True,  # a caller who leaves must not keep the engine at work
+        shutdown_timeout=5,
+        print=lambda *_: None,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

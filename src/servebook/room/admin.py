@@ -1,0 +1,65 @@
+"""The instructor's way to a running room: its key, its learners."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import Any
+from urllib.parse import quote
+
+import requests
+
+from servebook import launch
+from servebook.errors import ServebookError
+from servebook.settings import Settings
+
+
+def instructors_key(settings: Settings) -> str:
+    """SERVEBOOK_API_KEY, or else a key that is made once and kept in the state folder."""
+    if settings.key:
+        return settings.key
+    path = settings.state_dir / "room" / "instructor.key"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(32))
+    return path.read_text()
+
+
+class Room:
+    """The front of the room that is up.
+
+    Raises:
+        ServebookError: there is none, or it does not take the key.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.key = instructors_key(settings)
+        entry = next(entry for entry in launch.status(settings) if entry["name"] == "room")
+        if entry["state"] != "ready":
+            raise ServebookError(f"The room is {entry['state']}.", "Start it with `servebook room start`.")
+        self.url = f"http://{entry['endpoints']['http']}"
+
+    def learners(self) -> list[dict[str, Any]]:
+        """Name, whether revoked, and what is under way, served and refused, of each learner."""
+        rows: list[dict[str, Any]] = self._ask("GET", "room/learners").json()
+        return rows
+
+    def admit(self, name: str) -> str:
+        """A new key for this learner, also for one whose key was revoked."""
+        return str(self._ask("PUT", f"room/learners/{quote(name, safe='')}?again=true").json()["key"])
+
+    def revoke(self, name: str) -> None:
+        """Take this learner's key away, at once."""
+        self._ask("DELETE", f"room/learners/{quote(name, safe='')}")
+
+    def forget(self, name: str) -> None:
+        """Strike this learner off."""
+        self._ask("DELETE", f"room/learners/{quote(name, safe='')}?forget=true")
+
+    def _ask(self, method: str, path: str) -> requests.Response:
+        headers = {"Authorization": f"Bearer {self.key}"}
+        answer = requests.request(method, f"{self.url}/{path}", headers=headers, timeout=10)
+        if not answer.ok:
+            raise ServebookError(answer.json()["error"]["message"], "See `servebook room learners`.")
+        return answer

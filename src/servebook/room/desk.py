@@ -1,0 +1,45 @@
+"""A learner's desk: `python -m servebook.room.desk MASTER DESK` lays it out as the master desk is.
+
+The master is made once for a room; a desk is then laid out in a moment.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from servebook.lab.progress import Store
+
+
+def make_master(master: Path) -> None:
+    """Put what every learner gets into `master`: the notebooks without instructor's notes, and the labs."""
+    import nbformat
+
+    from servebook.lab.release import LEFTOVERS, ROOT
+    from servebook.lab.shell import tagged
+
+    if master.exists():
+        shutil.rmtree(master)
+    for folder in ("notebooks", "labs"):
+        shutil.copytree(ROOT / folder, master / folder, ignore=LEFTOVERS)
+    for path in (master / "notebooks").rglob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "instructor")]
+        nbformat.write(notebook, path)
+
+
+def lay_out(master: Path, desk: Path) -> None:
+    """Copy the master's files to `desk`; what is there already stays as the learner left it."""
+    desk.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for source in filter(Path.is_file, master.rglob("*")):
+        target = desk / source.relative_to(master)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    with Store() as progress:
+        progress.folder = desk / "labs"
+
+
+if __name__ == "__main__":
+    lay_out(Path(sys.argv[1]), Path(sys.argv[2]))

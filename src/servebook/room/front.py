@@ -1,0 +1,293 @@
+"""The room's front: relays learners' requests to vLLM, each with a key of its own and a share of the engine.
+
+What passes is not altered, streams included. Neither a key nor a word of what is said reaches a log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from servebook.room.keys import Roll
+from servebook.room.limits import Bucket, Limits, Refused, Turnstile
+
+log = logging.getLogger("servebook.room")
+
+GENERATING = {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/inference/v1/generate"}
+RELAYED = ("/v1/", "/tokenize", "/detokenize", "/inference/v1/", "/health", "/ping", "/version", "/metrics")
+"""What learners reach of vLLM; its other paths are for whoever runs it."""
+OPEN = {"/health", "/ping", "/version", "/metrics"}
+"""What vLLM answers without a key too."""
+HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "host", "content-length", "date", "server"}
+DEFAULT_TOKENS = {"/v1/completions": 16}
+USUAL_TOKENS = 256
+"""Counted where a request does not say how long its answer may be, and the path has no default of its own."""
+BODY_BYTES = 1 << 20
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 60, 120)
+KEEPALIVE_SECONDS = 3
+"""Shorter than vLLM's 5, so that a connection is never taken from the pool while vLLM closes it."""
+
+
+@dataclass
+class Learner:
+    """What the front knows of a learner since it started."""
+
+    requests: Bucket
+    tokens: Bucket
+    served: int = 0
+    refused: int = 0
+    under_way: set[asyncio.Task[Any]] = field(default_factory=set)
+
+
+class Metrics:
+    """The front's Prometheus metrics; they name no learner."""
+
+    def __init__(self, turnstile: Turnstile) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("room_requests", "Requests of learners.", ["path", "status"], registry=registry)
+        self.seconds = Histogram(
+            "room_request_seconds", "From request to last byte, served ones.", buckets=SECONDS, registry=registry
+        )
+        self.first = Histogram(
+            "room_first_byte_seconds", "From request to first byte, served ones.", buckets=SECONDS, registry=registry
+        )
+        self.waited = Histogram("room_wait_seconds", "For a place in the engine.", buckets=SECONDS, registry=registry)
+        Gauge("room_running", "Requests in the engine.", registry=registry).set_function(turnstile.running.total)
+        Gauge("room_waiting", "Requests that wait.", registry=registry).set_function(lambda: turnstile.waiting)
+
+
+def asked_for(path: str, body: bytes) -> int:
+    """How many tokens a request asks for; 0 for one that the engine will refuse."""
+    try:
+        ask = json.loads(body)
+        length = ask.get("max_completion_tokens") or ask.get("max_tokens") or ask.get("max_output_tokens")
+        prompts = len(ask["prompt"]) if isinstance(ask.get("prompt"), list) else 1
+        return max(0, int(length or DEFAULT_TOKENS.get(path, USUAL_TOKENS)) * int(ask.get("n") or 1) * prompts)
+    except (ValueError, TypeError, AttributeError):
+        return 0
+
+
+def error_response(status: int, code: str, message: str, retry_after: int | None = None) -> web.Response:
+    """An error in the shape that OpenAI's clients read."""
+    headers = {"Retry-After": str(retry_after)} if retry_after is not None else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    error = {"message": message, "type": code, "param": None, "code": status}
+    return web.json_response({"error": error}, status=status, headers=headers)
+
+
+def refusal_response(refusal: Refused) -> web.Response:
+    return error_response(refusal.status, refusal.code, refusal.message, refusal.retry_after)
+
+
+def shown_key(request: web.Request) -> str:
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+class Front:
+    """The front as a set of handlers. `key` is the instructor's, and the engine's: learners never see it."""
+
+    def __init__(self, upstream: str, key: str, roll: Roll, limits: Limits) -> None:
+        self.upstream = upstream.rstrip("/")
+        self.key = key
+        self.roll = roll
+        self.limits = limits
+        self.turnstile = Turnstile(limits)
+        self.metrics = Metrics(self.turnstile)
+        self.learners: dict[str, Learner] = {}
+
+    def app(self) -> web.Application:
+        """The front as an application of aiohttp."""
+        app = web.Application(client_max_size=BODY_BYTES)
+        app.cleanup_ctx.append(self.connections)
+        app.add_routes(
+            [
+                web.get("/room/health", self.health),
+                web.get("/room/metrics", self.show_metrics),
+                web.get("/room/learners", self.instructors(self.list_learners)),
+                web.put("/room/learners/{name}", self.instructors(self.admit)),
+                web.delete("/room/learners/{name}", self.instructors(self.dismiss)),
+                web.route("*", "/{path:.*}", self.relay),
+            ]
+        )
+        return app
+
+    async def connections(self, _: web.Application) -> AsyncIterator[None]:
+        """Hold the connections to vLLM. Its pool has no limit: the turnstile is the one place that says no."""
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=2, sock_read=300)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as self.session:
+            yield
+
+    def learner(self, name: str) -> Learner:
+        if name not in self.learners:
+            limits = self.limits
+            self.learners[name] = Learner(
+                requests=Bucket(limits.learner_requests_per_minute), tokens=Bucket(limits.learner_tokens_per_minute)
+            )
+        return self.learners[name]
+
+    # What learners ask for.
+
+    async def relay(self, request: web.Request) -> web.StreamResponse:
+        """Pass a request on to vLLM, or refuse it: 401, 404, 413, 429, 502, 503."""
+        if not request.path.startswith(RELAYED):
+            return error_response(404, "not_found", "The room's engine has no such path.")
+        name = self.roll.name_of(shown_key(request))
+        if name is None:
+            if request.path in OPEN:
+                try:
+                    return await self.forward(request, b"")
+                except Refused as refusal:
+                    return refusal_response(refusal)
+            return error_response(401, "unauthorized", "Send your key of this room as `Authorization: Bearer KEY`.")
+        learner = self.learner(name)
+        task = asyncio.current_task()
+        assert task
+        learner.under_way.add(task)
+        started = time.monotonic()
+        status = 499  # the caller left
+        try:
+            response = await self.admitted(request, name, learner)
+            status = response.status
+        except Refused as refusal:
+            learner.refused += 1
+            status = refusal.status
+            response = refusal_response(refusal)
+        except asyncio.CancelledError:
+            status = 401 if self.roll.revoked(name) else status
+            raise
+        finally:
+            learner.under_way.discard(task)
+            seconds = time.monotonic() - started
+            # A path that a caller made up must not become a label or a log line.
+            path = request.path if request.path in GENERATING else "other"
+            self.metrics.requests.labels(path, status).inc()
+            log.info("%s %s %s %d %.0f ms", name, request.method, path, status, 1000 * seconds)
+        return response
+
+    async def admitted(self, request: web.Request, name: str, learner: Learner) -> web.StreamResponse:
+        """Hold a learner's request to their limits, then pass it on."""
+        if wait := learner.requests.take(1):
+            each = self.limits.learner_requests_per_minute
+            raise Refused(429, "rate_limited", f"That is more than {each} requests a minute. Wait {wait} s.", wait)
+        body = await request.read()
+        if request.method != "POST" or request.path not in GENERATING:
+            return await self.forward(request, body)
+        if wait := learner.tokens.take(asked_for(request.path, body)):
+            each = self.limits.learner_tokens_per_minute
+            raise Refused(429, "rate_limited", f"That is more than {each} tokens a minute. Wait {wait} s.", wait)
+        started = time.monotonic()
+        async with self.turnstile.place(name):
+            self.metrics.waited.observe(time.monotonic() - started)
+            response = await self.forward(request, body, started)
+        learner.served += 1
+        self.metrics.seconds.observe(time.monotonic() - started)
+        return response
+
+    async def forward(self, request: web.Request, body: bytes, started: float | None = None) -> web.StreamResponse:
+        """Relay to vLLM and back, piece by piece as they come; a caller who leaves ends the engine's work too."""
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in HOP_BY_HOP}
+        headers["Authorization"] = f"Bearer {self.key}"
+        try:
+            upstream = await self.session.request(
+                request.method,
+                f"{self.upstream}{request.rel_url}",
+                data=body or None,
+                headers=headers,
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientError, TimeoutError):
+            raise Refused(503, "engine_unavailable", "The room's engine cannot be reached.", 5) from None
+        async with upstream:
+            response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
+            response.headers.extend((k, v) for k, v in upstream.headers.items() if k.lower() not in HOP_BY_HOP)
+            response.content_length = upstream.content_length
+            await response.prepare(request)
+            if started is not None:
+                self.metrics.first.observe(time.monotonic() - started)
+            try:
+                async for piece in upstream.content.iter_any():
+                    await response.write(piece)
+            except aiohttp.ClientPayloadError:
+                log.warning("the engine broke off an answer")
+                if request.transport:  # the status is out: a cut connection is all that can still be said
+                    request.transport.abort()
+                return response
+            await response.write_eof()
+        return response
+
+    # What the instructor asks for.
+
+    def instructors(self, handler: Callable[[web.Request], Awaitable[web.Response]]) -> Any:
+        """The same handler, for who shows the instructor's key."""
+
+        async def guarded(request: web.Request) -> web.Response:
+            if not secrets.compare_digest(shown_key(request).encode(), self.key.encode()):
+                return error_response(401, "unauthorized", "This is for the instructor's key.")
+            return await handler(request)
+
+        return guarded
+
+    async def list_learners(self, _: web.Request) -> web.Response:
+        """Every learner with what they have under way, and what was served and refused since the front started."""
+        rows = []
+        for name in sorted(self.roll.entries):
+            learner = self.learner(name)
+            rows.append(
+                {
+                    "name": name,
+                    "revoked": self.roll.revoked(name),
+                    "under_way": len(learner.under_way),
+                    "served": learner.served,
+                    "refused": learner.refused,
+                }
+            )
+        return web.json_response(rows)
+
+    async def admit(self, request: web.Request) -> web.Response:
+        """A new key for a learner. One whose key was revoked gets none, but by `?again=true`."""
+        name = request.match_info["name"]
+        if self.roll.revoked(name) and request.query.get("again") != "true":
+            return error_response(403, "revoked", f"The key of {name} was revoked by the instructor.")
+        try:
+            key = self.roll.issue(name)
+        except ValueError as error:
+            return error_response(400, "bad_name", str(error))
+        log.info("%s has a new key", name)
+        return web.json_response({"name": name, "key": key})
+
+    async def dismiss(self, request: web.Request) -> web.Response:
+        """Revoke a key, now: what its learner has under way is broken off. With `?forget=true` the name goes too."""
+        name = request.match_info["name"]
+        done = self.roll.forget(name) if request.query.get("forget") == "true" else self.roll.revoke(name)
+        if not done:
+            return error_response(404, "not_found", f"There is no learner {name}.")
+        for task in list(self.learner(name).under_way):
+            task.cancel()
+        log.info("the key of %s is revoked", name)
+        return web.json_response({"name": name})
+
+    async def health(self, _: web.Request) -> web.Response:
+        """Whether the front and the engine behind it can serve."""
+        try:
+            async with self.session.get(f"{self.upstream}/health", timeout=aiohttp.ClientTimeout(total=2)) as answer:
+                if answer.status == 200:
+                    return web.json_response({"status": "ready"})
+        except (aiohttp.ClientError, TimeoutError):
+            pass
+        return error_response(503, "engine_unavailable", "The room's engine cannot be reached.", 5)
+
+    async def show_metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(self.metrics.registry), content_type="text/plain")

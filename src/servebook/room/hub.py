@@ -1,0 +1,145 @@
+"""Keeps JupyterHub and its proxy: `python -m servebook.room.hub --front http://127.0.0.1:8095 …`.
+
+Both run apart, so that learners' desks outlive a hub that is restarted: the proxy goes on, the desks go on, and the
+new hub finds them. A hub or proxy that ends is started again; `room/jupyterhub_config.py` says what the hub does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from servebook.errors import ServebookError
+from servebook.lab.release import ROOT
+from servebook.launch.supervisor import PR_SET_CHILD_SUBREAPER, children, prctl
+from servebook.room.desk import make_master
+from servebook.settings import Settings, load_settings
+
+log = logging.getLogger("servebook.room")
+
+CONFIG = ROOT / "room" / "jupyterhub_config.py"
+POLL_SECONDS = 0.2
+EARLY_SECONDS = 20.0
+"""Whoever ends within this time of its start has a fault that another start would not mend."""
+
+
+def what_the_config_reads(settings: Settings, front: str, urls: dict[str, str]) -> dict[str, Any]:
+    """The room as the hub's configuration gets it: that runs in the hub's environment, where servebook is not."""
+    return {
+        "folder": str(settings.state_dir / "room"),
+        "python": sys.executable,
+        "cache_dir": str(settings.cache_dir),
+        "model": settings.model,
+        "served_name": settings.served_name,
+        "front": front,
+        "key": settings.key,
+        "seats": settings.room_seats,
+        "memory_gib": settings.room_memory_gib,
+        "cpu_seconds": settings.room_cpu_seconds,
+        "idle_seconds": settings.room_idle_seconds,
+        **urls,
+    }
+
+
+def find_hub(settings: Settings) -> Path:
+    """The programs of the room's environment.
+
+    Raises:
+        ServebookError: it has not been made, or this is not the instructor's repository.
+    """
+    programs = settings.room_env / "bin"
+    if not (programs / "jupyterhub").is_file():
+        raise ServebookError(f"There is no JupyterHub in {settings.room_env}.", "Run `make room`, which installs it.")
+    if not CONFIG.is_file():
+        raise ServebookError(f"There is no {CONFIG}.", "Run this in the instructor's repository.")
+    return programs
+
+
+def keep(commands: dict[str, list[str]], env: dict[str, str]) -> None:
+    """Run the commands until a signal comes; start again what ends by itself.
+
+    Raises:
+        ServebookError: one ended right after its start.
+    """
+    # A hub that dies leaves its desks to us. It finds them again by their process ids, so one that has ended must go.
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    started: dict[str, float] = {}
+    try:
+        while True:
+            for name, command in commands.items():
+                child = running.get(name)
+                if child and child.poll() is None:
+                    continue
+                if child:
+                    log.warning("%s ended with code %d", name, child.returncode)
+                    if time.monotonic() - started[name] < EARLY_SECONDS:
+                        raise ServebookError(f"{name} ends as soon as it starts.", "Its words above say why.")
+                running[name] = subprocess.Popen(command, env=env)
+                started[name] = time.monotonic()
+                log.info("%s is process %d", name, running[name].pid)
+            reap(set(children()) - {child.pid for child in running.values()})
+            time.sleep(POLL_SECONDS)
+    finally:
+        for child in running.values():
+            child.terminate()
+        for child in running.values():
+            child.wait()
+
+
+def reap(orphans: set[int]) -> None:
+    """Forget those of these processes that have ended."""
+    for pid in orphans:
+        with suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def main(
+    front: Annotated[str, typer.Option(help="The root URL of the room's front.")],
+    http_port: Annotated[int, typer.Option(help="Where learners come in: the proxy.")],
+    routes_port: Annotated[int, typer.Option(help="Where the hub tells the proxy its routes.")],
+    api_port: Annotated[int, typer.Option(help="The hub itself; desks and proxy ask it.")],
+    host: str = "127.0.0.1",
+) -> None:
+    """Serve until a signal comes; SERVEBOOK_API_KEY is the instructor's key, for the hub's API too."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    settings = load_settings(host=host)
+    programs = find_hub(settings)
+    folder = settings.state_dir / "room"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_master(folder / "master")
+    urls = {
+        "public_url": f"http://{host}:{http_port}",
+        "routes_url": f"http://127.0.0.1:{routes_port}",
+        "hub_url": f"http://127.0.0.1:{api_port}",
+    }
+    env = os.environ | {
+        "CONFIGPROXY_AUTH_TOKEN": secrets.token_hex(32),
+        "SERVEBOOK_ROOM": json.dumps(what_the_config_reads(settings, front, urls)),
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+    }
+    proxy = [
+        *(str(programs / "configurable-http-proxy"), "--ip", host, "--port", str(http_port)),
+        *("--api-ip", "127.0.0.1", "--api-port", str(routes_port), "--log-level", "WARNING"),
+        *("--default-target", urls["hub_url"], "--error-target", f"{urls['hub_url']}/hub/error"),
+    ]
+    keep({"proxy": proxy, "hub": [str(programs / "jupyterhub"), "--config", str(CONFIG)]}, env)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except ServebookError as error:
+        sys.exit(f"servebook: {error}")

@@ -1,0 +1,84 @@
+"""Who may use the room's engine: a key for each learner, kept as a digest, good until it is revoked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+NAME = re.compile(r"[\w.@+-]{1,64}")
+
+
+def digest(key: str) -> str:
+    """What is kept of a key. A key is 256 random bits: a plain hash of it tells nothing."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One learner: the digest of the key that counts now, None while it is revoked."""
+
+    digest: str | None
+
+
+class Roll:
+    """The learners of a room, in a file that only its owner can read; written whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        known = json.loads(path.read_text()) if path.exists() else {}
+        self.entries = {name: Entry(kept) for name, kept in known.items()}
+        self._names = {entry.digest: name for name, entry in self.entries.items() if entry.digest}
+
+    def name_of(self, key: str) -> str | None:
+        """Whose key this is, None if it is nobody's."""
+        return self._names.get(digest(key))
+
+    def revoked(self, name: str) -> bool:
+        """Whether this learner had a key that was taken away."""
+        return name in self.entries and self.entries[name].digest is None
+
+    def issue(self, name: str) -> str:
+        """A new key for this learner; an older one counts no more.
+
+        Raises:
+            ValueError: the name is not one.
+        """
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot name a learner: use letters, digits and . _ @ + -")
+        key = secrets.token_urlsafe(32)
+        self._set(name, Entry(digest(key)))
+        return key
+
+    def revoke(self, name: str) -> bool:
+        """Take a learner's key away; False where there is no such learner."""
+        if name not in self.entries:
+            return False
+        self._set(name, Entry(None))
+        return True
+
+    def forget(self, name: str) -> bool:
+        """Strike a learner off; False where there is no such learner."""
+        if not self.revoke(name):
+            return False
+        del self.entries[name]
+        self._save()
+        return True
+
+    def _set(self, name: str, entry: Entry) -> None:
+        if (old := self.entries.get(name)) and old.digest:
+            del self._names[old.digest]
+        self.entries[name] = entry
+        if entry.digest:
+            self._names[entry.digest] = name
+        self._save()
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = self.path.with_suffix(".draft")
+        draft.touch(mode=0o600)
+        draft.write_text(json.dumps({name: entry.digest for name, entry in self.entries.items()}, indent=1))
+        draft.replace(self.path)
