@@ -160,6 +160,7 @@ def _router(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[st
         # checks, whichever comes first; the defaults are 10 failures, a minute, and checks a minute apart.
         *("--cb-failure-threshold", "3", "--cb-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
         *("--health-check-interval-secs", "2", "--health-failure-threshold", "2", "--health-success-threshold", "1"),
+    ]
 
 
 def _room(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
