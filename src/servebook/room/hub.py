@@ -84,7 +84,7 @@ def keep(commands: dict[str, list[str]], env: dict[str, str]) -> None:
                     continue
                 if child:
                     log.warning("%s ended with code %d", name, child.returncode)
-                    if time.monotonic() - started[name] < EARLY_SECONDS:
+                    if child.returncode > 0 and time.monotonic() - started[name] < EARLY_SECONDS:  # not by a signal
                         raise ServebookError(f"{name} ends as soon as it starts.", "Its words above say why.")
                 running[name] = subprocess.Popen(command, env=env)
                 started[name] = time.monotonic()
