@@ -422,12 +422,12 @@ def _unwritable(settings: Settings, why: str | None) -> LaunchError:
 
 
 def _await_ready(spec: ServerSpec, info: dict[str, Any], link: Link, settings: Settings, display: Progress) -> None:
-    deadline = time.monotonic() + (BROKEN_SECONDS if info["was_ready"] else settings.start_timeout)
+    deadline = time.monotonic() + (BROKEN_SECONDS if info.get("was_ready") else settings.start_timeout)
     while not spec.ready(info["endpoints"]):
         if not link.alive():
             raise _died(info["name"], settings)
         if time.monotonic() > deadline:
-            if info["was_ready"]:
+            if info.get("was_ready"):
                 raise LaunchError(
                     f"{info['name']} was ready and is not any more. The end of its log:\n{tail(Path(info['log']))}",
                     f"`servebook down {info['name']}`, then start it again.",
@@ -496,7 +496,7 @@ def _status_of(instance: str, settings: Settings) -> dict[str, Any]:
     record = info or _record(settings, instance)
     if info:
         ready = find_server(info["server"]).ready(info["endpoints"])
-        failed = info["was_ready"] or info["seconds"] > settings.start_timeout
+        failed = info.get("was_ready") or info.get("seconds", 0) > settings.start_timeout
         state = "ready" if ready else "failed" if failed else "starting"
     else:
         state = "failed" if record else "stopped"
