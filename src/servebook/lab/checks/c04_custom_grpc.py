@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,12 +19,12 @@ import requests
 from google.protobuf import descriptor_pb2
 
 from llm.v1 import llm_pb2, llm_pb2_grpc
-from servebook.lab.checks.c02_sse_streaming import events_of, streamed_text
-from servebook.lab.checks.own import blank, own_server
+from servebook.lab.checks.c02_sse_streaming import streamed_text
+from servebook.lab.checks.own import StreamWatch, blank, own_server
 from servebook.lab.checks.rest import accepted, answer_to, key_of, sends
 from servebook.lab.feedback import NotYet, StillOpen, require
 from servebook.lab.own_server import OwnServer
-from servebook.lab.tap import Exchange, Tap
+from servebook.lab.tap import Tap
 from servebook.lab.work import Work
 from servebook.launch import Server
 
@@ -148,20 +147,10 @@ def failed(error: grpc.RpcError, method: str) -> NotYet:
 def check_04_2(work: Work) -> None:
     """Messages as they come, numbered, the last one marked; a cancelled call stops the engine."""
     vllm = work.server("vllm")
-    first_read, early, leaving = threading.Event(), threading.Event(), threading.Event()
-
-    def hold(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
-        """The first call: wait at the fourth event for its reader. The second one: wait at the tenth for its end."""
-        for number, event in enumerate(events_of(chunks)):
-            if number == 3 and not leaving.is_set() and first_read.wait(5):
-                early.set()
-            deadline = time.monotonic() + 5
-            while number == 10 and leaving.is_set() and not exchange.client_gone() and time.monotonic() < deadline:
-                time.sleep(0.02)
-            yield event
+    watch = StreamWatch()
 
     with (
-        Tap(vllm.url, hold) as tap,
+        Tap(vllm.url, watch.hold) as tap,
         own_server(work, "service.py", tap.url, vllm) as server,
         calling(server) as stub,
     ):
@@ -170,7 +159,7 @@ def check_04_2(work: Work) -> None:
         try:
             for message in stub.StreamGenerate(request, timeout=SECONDS):
                 messages.append(message)
-                first_read.set()
+                watch.first_read.set()
         except grpc.RpcError as error:
             for exchange in tap.exchanges:
                 accepted(exchange)
@@ -217,12 +206,12 @@ def check_04_2(work: Work) -> None:
             "number the messages, from 0",
         )
         require(
-            early.is_set(),
+            watch.early.is_set(),
             "the first message while the engine is still writing",
             "the first message only after the last token",
             "everything is gathered before it goes out: send inside the loop over the engine's stream",
         )
-        leaving.set()
+        watch.leaving.set()
         call = stub.StreamGenerate(
             llm_pb2.StreamGenerateRequest(prompt="One, two, three, four,", max_tokens=60), timeout=SECONDS
         )

@@ -12,8 +12,8 @@ from typing import Any
 
 import requests
 
-from servebook.lab.checks.c02_sse_streaming import events_of, streamed_text
-from servebook.lab.checks.own import own_server
+from servebook.lab.checks.c02_sse_streaming import streamed_text
+from servebook.lab.checks.own import StreamWatch, own_server
 from servebook.lab.checks.rest import accepted, answer_to, sends
 from servebook.lab.feedback import NotYet, require
 from servebook.lab.own_server import OwnServer
@@ -119,19 +119,9 @@ def check_05_1(work: Work) -> None:
 def check_05_2(work: Work) -> None:
     """Events as they come, a proper end, and an engine that stops when the caller leaves."""
     vllm = work.server("vllm")
-    first_read, early, leaving = threading.Event(), threading.Event(), threading.Event()
+    watch = StreamWatch()
 
-    def hold(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
-        """The first call: wait at the fourth event for its reader. The second one: wait at the tenth for its end."""
-        for number, event in enumerate(events_of(chunks)):
-            if number == 3 and not leaving.is_set() and first_read.wait(5):
-                early.set()
-            deadline = time.monotonic() + 5
-            while number == 10 and leaving.is_set() and not exchange.client_gone() and time.monotonic() < deadline:
-                time.sleep(0.02)
-            yield event
-
-    with Tap(vllm.url, hold) as tap, own_server(work, "stream.py", tap.url, vllm) as server:
+    with Tap(vllm.url, watch.hold) as tap, own_server(work, "stream.py", tap.url, vllm) as server:
         with post(server, "/chat/stream", stream=True) as answer:
             kind = answer.headers.get("content-type", "")
             got = f"{answer.status_code} {kind}"
@@ -147,7 +137,7 @@ def check_05_2(work: Work) -> None:
             try:
                 for line in answer.iter_lines():
                     if line.startswith(b"data:"):
-                        first_read.set()
+                        watch.first_read.set()
                     lines.append(line.decode())
             except requests.RequestException:
                 lines.append("(broken off)")
@@ -181,12 +171,12 @@ def check_05_2(work: Work) -> None:
         right = streamed_text(exchange)
         require("".join(map(str, texts)) == right, right, "".join(map(str, texts)), "each piece of text once, in order")
         require(
-            early.is_set(),
+            watch.early.is_set(),
             "the first event while the engine is still writing",
             "the first event only after the last token",
             "everything is gathered before it goes out: yield inside the loop over the engine's stream",
         )
-        leaving.set()
+        watch.leaving.set()
         with post(server, "/chat/stream", {**ASK, "max_tokens": 60}, stream=True) as answer:
             next(answer.iter_lines())
         deadline = time.monotonic() + 5

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from servebook.errors import LaunchError
+from servebook.lab.checks.c02_sse_streaming import events_of
 from servebook.lab.checks.rest import key_of
 from servebook.lab.feedback import NotYet, StillOpen
 from servebook.lab.own_server import OwnServer
+from servebook.lab.tap import Exchange
 from servebook.lab.work import Work
 from servebook.launch import Server
 
@@ -42,6 +46,26 @@ def own_server(work: Work, file: str, engine_url: str, vllm: Server, timeout: fl
     except LaunchError as error:
         cause = "the file has an error: read the last line"
         raise NotYet(f"{file} that starts", last_error(str(error)) or str(error), cause) from None
+
+
+class StreamWatch:
+    """Holds the engine's streams back to see what a learner's server does with them; `hold` is for a `Tap`.
+
+    The first stream waits at its fourth event until its reader has `first_read` something: it is `early` if that was
+    before the end. A stream after `leaving` waits at its tenth event for the server to let go.
+    """
+
+    def __init__(self) -> None:
+        self.first_read, self.early, self.leaving = threading.Event(), threading.Event(), threading.Event()
+
+    def hold(self, chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
+        for number, event in enumerate(events_of(chunks)):
+            if number == 3 and not self.leaving.is_set() and self.first_read.wait(5):
+                self.early.set()
+            deadline = time.monotonic() + 5
+            while number == 10 and self.leaving.is_set() and not exchange.client_gone() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            yield event
 
 
 def blank(work: Work) -> str:
