@@ -144,6 +144,7 @@ def test_each_replica_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, sett
 # --- with real engines --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)
 def test_notebook(run_notebook: Callable[[str], None]) -> None:
     """First, and with servers of its own: three engines at once would be too much for a small machine."""
     run_notebook("10_scale_out")
