@@ -184,8 +184,8 @@ CPU per token.
 | server | CPU | of which |
 |---|---|---|
 | vLLM's SSE | 81 | 14 in the kernel |
-| our gRPC | 72 | 28 in the kernel; 50 are spent by a bare `grpc.aio` server that writes ready bytes on the same timers |
-| Triton | 323 | half in the kernel: each response wakes Triton from the stub through shared memory, and is acknowledged |
+| our gRPC | 72 | 28 in the kernel; 50 by a bare `grpc.aio` server that writes ready bytes on the same timers |
+| Triton | 323 | half in the kernel: a response wakes Triton through shared memory, and is acknowledged |
 
 So half of SSE's CPU is out of reach for gRPC in Python, whatever its handler does: a message costs a system call and
 two wake-ups, and that is most of it. And Triton's hop takes, on cores that it shares with the engine, some per cent of
