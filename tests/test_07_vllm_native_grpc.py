@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,8 +16,6 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from servebook import launch
 from servebook.clients.vllm_grpc_client import ENGINE, Piece, VllmGrpcClient
 from servebook.errors import LaunchError
-from servebook.launch.servers import find_server
-from servebook.settings import load_settings
 
 PROMPT = "The capital of France is"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -214,9 +211,8 @@ def test_no_key_is_asked_for(vllm_grpc: launch.Server) -> None:
 
 @pytest.mark.parametrize("name", ["vllm-grpc", "kserve"])
 def test_server_without_keys_stays_on_this_machine(name: str) -> None:
-    open_to_all = load_settings(host="0.0.0.0", api_key="secret")
-    with pytest.raises(LaunchError, match="checks no API key"):
-        find_server(name).argv(open_to_all, Path("model"), {})
+    with pytest.raises(LaunchError, match=f"{name} checks no API key"):
+        launch.serve(name, instance=f"{name}-open", host="0.0.0.0", api_key="secret")
 
 
 # The REST endpoint that does the same
