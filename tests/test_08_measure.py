@@ -104,7 +104,7 @@ async def test_tokens_do_not_depend_on_how_they_are_counted(vllm: Server) -> Non
     jobs = workload.take(workload.completions(40, 16), 16)
     async with find_path("sse").open(vllm) as send:
         load = await closed_loop(send, jobs, 8)
-    assert load.output_tokens == 16 * 16
+    assert load.output_tokens == sum(job.max_tokens for job in jobs)
     assert all(sample.finish_reason == "length" for sample in load.samples), "the workload's answers do not end early"
 
 
@@ -135,7 +135,8 @@ async def test_the_scripted_source_behind_the_real_server(name: str, settings: S
             block = await arm.block(10, 20, None, 0)
     finally:
         server.stop()
-    assert block.load.output_tokens == 20 * 40
+    assert len(block.load.samples) == 20
+    assert all(20 <= sample.output_tokens <= 60 for sample in block.load.samples), "40 on average"
     assert all(sample.text.startswith(SENTENCE) for sample in block.load.samples)
     assert block.cpu.engine == 0, "no engine is up"
     assert block.cpu.front
@@ -160,7 +161,9 @@ def test_big_tensors_come_back_in_every_encoding(server: str, settings: Settings
 async def test_vllms_own_benchmark_counts_the_same(vllm: Server) -> None:
     """Within 5 % on a quiet machine (the full run); here within what a machine that runs tests allows."""
     found = await cross_check(vllm, Workload(max_tokens=16), 4, 24)
-    assert found.ours.output_tokens == 2 * 24 * 16
+    jobs = workload.take(workload.completions(40, 16, seed=7), 4 + 3 * 24)
+    ours = [*jobs[4:28], *jobs[52:]]  # before theirs and after
+    assert found.ours.output_tokens == sum(job.max_tokens for job in ours)
     assert 0.5 < found.tokens_per_s_ratio < 2
 
 
