@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path as File
 
 import jsonschema
@@ -38,10 +37,6 @@ PROMPTS = {
 QUESTION = "What is the capital of France?"
 ENDING = {False: f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n", True: QUESTION}
 """The same for an answer that ends by itself."""
-
-
-def test_notebook(run_notebook: Callable[[str], None]) -> None:
-    run_notebook("08_measure")
 
 
 async def answer(path: str, server: Server, job: Job) -> Sample:
