@@ -44,7 +44,7 @@ def test_up_twice_starts_one_and_down_leaves_nothing(desk: Desk) -> None:
     first = desk.status()
     assert first["state"] == "ready"
     assert first["owner"] == "cli"
-    assert len(desk.family()) == 5  # guardian, supervisor, server, child, grandchild
+    eventually(lambda: len(desk.family()) == 5, "guardian, supervisor, server, child, grandchild")
     assert "attached to" in desk.run("up", "vllm")
     assert desk.status() == first
     assert "ended" in desk.run("down", "vllm")
@@ -68,7 +68,7 @@ def test_two_ups_at_once_start_one(desk: Desk) -> None:
     both = [desk.start(TINY, "cli", "up", "vllm") for _ in range(3)]
     for child in both:
         assert child.wait(60) == 0, child.communicate()
-    assert len(desk.family()) == 5
+    eventually(lambda: len(desk.family()) == 5, "the whole family")
     assert Path(desk.status()["log"]).read_text().count("Starting to load model") == 1
 
 
@@ -249,7 +249,7 @@ def test_a_restarted_kernel_waits_for_its_former_server_to_end(desk: Desk) -> No
     kernel.kill()
     _, fresh = desk.kernel(engine_args="--linger 2")
     assert fresh["pid"] != server["pid"]
-    assert len(desk.family()) == 5
+    eventually(lambda: len(desk.family()) == 5, "the whole family")
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])

@@ -47,7 +47,8 @@ class ProcessTree:
         self.known = None not in pids
         for root in (psutil.Process(pid) for pid in pids if pid is not None):
             for process in [root, *root.children(recursive=True)]:
-                (self.engine if is_engine(process) else self.front).append(process)
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    (self.engine if is_engine(process) else self.front).append(process)
 
     def cpu(self) -> CpuSeconds:
         """CPU seconds spent so far; subtract an earlier reading."""

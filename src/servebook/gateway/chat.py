@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from servebook.gateway.auth import require_key
 from servebook.gateway.engine import Engine, EngineCall
@@ -20,6 +20,13 @@ from servebook.gateway.telemetry import Metrics
 router = APIRouter(tags=["chat"])
 
 Text = Annotated[str, Field(min_length=1, max_length=MESSAGE_CHARS)]
+
+
+def whole(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 is the integer 2, though Python's strict integers would refuse it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 EXAMPLE: dict[str, Any] = {"message": "What is the capital of France?", "max_tokens": 40, "temperature": 0}
 
 
@@ -38,7 +45,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE]})
 
     message: Text
-    max_tokens: int = Field(default=100, ge=1, le=MAX_TOKENS)
+    max_tokens: Annotated[int, BeforeValidator(whole)] = Field(default=100, ge=1, le=MAX_TOKENS)
     system: Text | None = None
     history: list[Turn] = Field(default=[], max_length=HISTORY_TURNS)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
