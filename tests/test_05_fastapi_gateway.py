@@ -296,6 +296,11 @@ def test_other_origins_are_shut_out_unless_named(gateway: launch.Server, vllm: l
     assert "access-control-allow-origin" not in other.headers
 
 
+def test_a_whole_number_may_be_written_with_a_point(gateway: launch.Server) -> None:
+    answer = requests.post(f"{gateway.url}/chat", json=FRANCE | {"max_tokens": 2.0}, timeout=60)
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 2)
+
+
 # The contract
 
 
