@@ -18,7 +18,7 @@ class NotYet(Exception):
     def __init__(self, expected: Any, got: Any, cause: str) -> None:
         super().__init__(cause)
         self.expected = expected if isinstance(expected, str) else shorten(expected)
-        self.got = got if isinstance(got, str) else shorten(got)
+        self.got = (got or "nothing") if isinstance(got, str) else shorten(got)
         self.cause = cause
 
 
