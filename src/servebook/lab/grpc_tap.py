@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
@@ -39,13 +40,17 @@ class Call:
     done: threading.Event = field(default_factory=threading.Event)
 
 
+class Lost(Exception):
+    """Raised by a pace: the server is gone in the midst of a call."""
+
+
 Pace = Callable[[Iterator[bytes], Call], Iterator[bytes]]
 
 
 class GrpcTap:
     """Relays to the server at `target` ("host:port") while the `with` block lasts.
 
-    A `pace` may hold messages back, or join them where the server itself would.
+    A `pace` may hold messages back, join them where the server itself would, or break the call off (`Lost`).
 
     Attributes:
         address: where the learner's code is to connect to.
@@ -61,7 +66,7 @@ class GrpcTap:
         self._server.add_generic_rpc_handlers((_AnyMethod(self._relay),))
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
-    def __enter__(self) -> GrpcTap:
+    def __enter__(self) -> Self:
         self._server.start()
         return self
 
@@ -95,13 +100,16 @@ class GrpcTap:
         self.calls.append(call)
 
         def asked() -> Iterator[bytes]:
-            for message in requests:
-                call.requests.append(message)
-                yield message
+            with suppress(grpc.RpcError):  # how gRPC says that the client left before its last request
+                for message in requests:
+                    call.requests.append(message)
+                    yield message
 
         left = context.time_remaining()
         timeout = left if left is not None and left < FOREVER else None
-        upstream: Any = self._upstream.stream_stream(path, None, None)(asked(), timeout=timeout)
+        metadata = tuple((key, value) for key, value in context.invocation_metadata() if key != "user-agent")
+        ask = self._upstream.stream_stream(path, None, None)
+        upstream: Any = ask(asked(), timeout=timeout, metadata=metadata)
 
         def ended() -> None:
             if call.code is None:
@@ -120,6 +128,9 @@ class GrpcTap:
         try:
             yield from self.pace(answered(), call)
             call.code = grpc.StatusCode.OK
+        except Lost:
+            call.code, call.details = grpc.StatusCode.UNAVAILABLE, "the server has gone"
+            context.abort(call.code, call.details)
         except grpc.RpcError:
             if call.left is None:
                 call.code, call.details = upstream.code(), upstream.details() or ""

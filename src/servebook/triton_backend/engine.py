@@ -40,6 +40,11 @@ POLL_SECONDS = 0.05
 UNLOAD_SECONDS = 3.0
 """Grace time of the engine's processes; all of the unloading must fit into the 12 s that Triton allows at its exit."""
 
+REFUSAL_SECONDS = 0.1
+"""How long a refusal is held back: one that overtakes Triton's own hand-over of the request crashes Triton 24.10
+(segmentation fault in its stream handler) for clients that ask for gRPC status codes. Measured on two cores with
+eight such clients and four busy loops: without, dead within 2,000 refusals; with 0.02 s, none in 18,000."""
+
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 Error = pb_utils.TritonError
 
@@ -75,20 +80,19 @@ class Engine:
             raise
 
     def submit(self, tensors: Tensors, parameters: str, sender: Any) -> None:
-        """Take a request over from Triton, or refuse it. Called on Triton's thread.
-
-        Refusals leave from the loop, too: an error that is sent while Triton is still handing the request over
-        crashes Triton 24.10 for clients that ask for gRPC status codes (about once in 1,000, measured).
-        """
+        """Take a request over from Triton, or refuse it. Called on Triton's thread."""
         try:
             request = parse_request(tensors, parameters)
             self._check_lora(request)
         except UnsupportedRequest as error:
-            self.loop.call_soon_threadsafe(_send_error, sender, str(error), Error.UNSUPPORTED)
+            self._refuse(sender, str(error), Error.UNSUPPORTED)
         except BadRequest as error:
-            self.loop.call_soon_threadsafe(_send_error, sender, str(error), Error.INVALID_ARG)
+            self._refuse(sender, str(error), Error.INVALID_ARG)
         else:
             self.loop.call_soon_threadsafe(self._begin, request, sender)
+
+    def _refuse(self, sender: Any, message: str, code: int) -> None:
+        self.loop.call_soon_threadsafe(self.loop.call_later, REFUSAL_SECONDS, _send_error, sender, message, code)
 
     def shutdown(self) -> None:
         """End the engine and wait until its processes are gone. Triton has had all responses by now."""

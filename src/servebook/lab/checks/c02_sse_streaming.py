@@ -12,6 +12,7 @@ from typing import Any
 
 import requests
 
+from servebook.errors import ServebookError
 from servebook.lab.checks.rest import key_of, sends, sends_key, through
 from servebook.lab.feedback import NotYet, require
 from servebook.lab.tap import Exchange, Tap
@@ -235,7 +236,7 @@ def check_02_3(work: Work) -> None:
             yield event
 
     tolerance = 0.25
-    for attempt in range(4):
+    for _ in range(4):
         lateness.clear()
         with Tap(vllm.url, slow) as tap:
             client = OpenAI(base_url=f"{tap.url}/v1", api_key=key_of(vllm), max_retries=0)
@@ -254,8 +255,10 @@ def check_02_3(work: Work) -> None:
         except (TypeError, ValueError):
             raise NotYet(right, got, "return two numbers: seconds to the first token, seconds in all") from None
         on_time = abs(ttft - first) < tolerance and abs(total - whole) < tolerance
-        if on_time or max(lateness) < 0.02 or attempt == 3:
+        if on_time or max(lateness) < 0.02:
             break  # else this machine was too busy to time anything on it: once more
+    else:
+        raise ServebookError("This machine is too busy to judge times on it.", "End what else runs, then check again.")
     shown = f"({ttft:.2f}, {total:.2f})"
     faults = [
         (abs(ttft / 1000 - first) < tolerance, "these are milliseconds"),

@@ -15,8 +15,9 @@ from tritonclient.utils import InferenceServerException, deserialize_bytes_tenso
 
 from servebook.clients.triton_client import infer_inputs
 from servebook.lab.feedback import NotYet, require
+from servebook.lab.grpc_tap import Lost
 from servebook.lab.rehearsal import Refused, engine_facts, loaded_config, vllm_process
-from servebook.lab.triton_tap import Lost, Stream, TritonTap, is_final, text_of, wait_until
+from servebook.lab.triton_tap import Stream, TritonTap, is_final, text_of, wait_until
 from servebook.lab.work import Work
 from servebook.launch import Server
 from servebook.metrics import metric
@@ -48,7 +49,7 @@ def check_03_1(work: Work) -> None:
     with TritonTap(triton.grpc) as tap, triton_grpc.InferenceServerClient(tap.address) as client:
         got = work.run(lambda: describe(client, TENSOR_MODEL_NAME))
         require(
-            bool(tap.methods),
+            bool(tap.calls),
             "a question to the server that was handed in",
             got,
             "the answer does not come from that server: use the client that your function is given",
@@ -76,9 +77,9 @@ def check_03_1(work: Work) -> None:
             cause = "the configuration has its types as numbers; the metadata has the words that a client needs"
         require(got["outputs"] == types, types, got["outputs"], cause)
         require(
-            got["decoupled"] is True and "ModelConfig" in tap.methods,
+            got["decoupled"] is True and bool(tap.of("ModelConfig")),
             "decoupled: True, from this model's configuration",
-            f"decoupled: {got['decoupled']}, after {', '.join(tap.methods)}",
+            f"decoupled: {got['decoupled']}, after {', '.join(call.method for call in tap.calls)}",
             "the policy stands in the configuration: model_transaction_policy.decoupled",
         )
         got = work.run(
@@ -156,6 +157,10 @@ def _judge_repository(repository: Path, weights: Path) -> None:
     require(flag.lower() == "true", "vLLM's counters on the metrics port", f"the flag is {flag!r}", cause)
 
 
+def _cause(message: str, causes: Mapping[str, str], otherwise: str) -> str:
+    return next((cause for words, cause in causes.items() if words in message), otherwise)
+
+
 def _why_not_loaded(refusal: str) -> str:
     causes = {
         "directory name": "the folder and the name in config.pbtxt have to be the same",
@@ -163,7 +168,7 @@ def _why_not_loaded(refusal: str) -> str:
         "unable to find backend": "no backend of that name: the folder in the backend directory is called vllm",
         "never becomes ready": 'Triton waits for a backend that finds nothing to run: is it backend: "vllm"?',
     }
-    return next((cause for words, cause in causes.items() if words in refusal), "Triton's log says what it is")
+    return _cause(refusal, causes, "Triton's log says what it is")
 
 
 def _why_not_taken(refusal: str) -> str:
@@ -171,7 +176,7 @@ def _why_not_taken(refusal: str) -> str:
         "is not JSON": "JSON is not Python: double quotes, lower-case true; json.dumps writes it",
         "no engine argument": "keys are spelled as in vLLM's Python API: underscores, no dashes in front",
     }
-    return next((cause for words, cause in causes.items() if words in refusal), "vLLM's own message says which value")
+    return _cause(refusal, causes, "vLLM's own message says which value")
 
 
 def request_content(request: Any) -> dict[str, Any]:
@@ -239,7 +244,7 @@ def _why_refused(message: str) -> str:
         "data-type": "the type in the request and the model's do not agree: BYTES for text, BOOL for flags",
         "unexpected inference input": "the model has no input of that name: 03.1 shows where the names stand",
     }
-    return next((cause for words, cause in causes.items() if words in message), "the server's message names the input")
+    return _cause(message, causes, "the server's message names the input")
 
 
 def check_03_4(work: Work) -> None:
