@@ -24,6 +24,8 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 # Ctrl-C must not depend on how they were started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from desk import Desk, free_port  # noqa: E402
+
 from servebook import launch, notebook_gate  # noqa: E402
 from servebook.launch.supervisor import can_bind  # noqa: E402
 from servebook.settings import Settings, load_settings  # noqa: E402
@@ -62,6 +64,14 @@ def kserve() -> launch.Server:
 @pytest.fixture(scope="session")
 def vllm_grpc() -> launch.Server:
     return launch.serve("vllm-grpc")
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    """The state folder of a person of its own; all servers in it end with the test."""
+    desk = Desk(tmp_path / "state", free_port())
+    yield desk
+    desk.close()
 
 
 NOTEBOOK_RESULTS = pytest.StashKey[list[notebook_gate.Result]]()

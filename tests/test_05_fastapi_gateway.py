@@ -319,7 +319,7 @@ schema = schemathesis.openapi.from_dict(
 
 
 @schema.parametrize()  # type: ignore[untyped-decorator]
-@hypothesis_settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_contract(case: schemathesis.Case, keyed: str) -> None:
     """What the OpenAPI document promises holds, for requests that fit it and for those that do not."""
     if isinstance(case.body, dict) and case.body.get("max_tokens", 100) in range(3, MAX_TOKENS + 1):

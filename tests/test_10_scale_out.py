@@ -37,13 +37,6 @@ def url(entry: dict[str, Any]) -> str:
 # --- lifetimes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path / "state", free_port())
-    yield desk
-    desk.close()
-
-
 def client_of(desk: Desk) -> RouterClient:
     router = desk.status("router")
     assert router["state"] == "ready"

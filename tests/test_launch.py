@@ -29,13 +29,6 @@ SERVEBOOK = Path(sys.executable).with_name("servebook")
 KEY = "sk-not-for-other-eyes"
 
 
-@pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path / "state", free_port())
-    yield desk
-    desk.close()
-
-
 # --- up, status, down ---------------------------------------------------------------------------------------------
 
 
