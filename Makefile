@@ -33,7 +33,7 @@ test: lint $(room)/.ready
 	$(bin)/pytest $(if $(K),-k "$(K)")
 
 check: lint
-	$(bin)/pytest -m "not engine and not browser"
+	$(bin)/pytest -m "not engine and not browser and not lifetime"
 
 lint: $(ready)
 	$(bin)/ruff check .

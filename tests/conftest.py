@@ -100,10 +100,13 @@ NEEDS_ENGINE = {"vllm", "triton", "grpc_server", "gateway", "kserve", "vllm_grpc
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses an engine is marked so: `make check` leaves it out."""
+    """What uses an engine, or a desk with servers, is marked so: `make check` leaves it out."""
     for item in items:
-        if NEEDS_ENGINE & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if NEEDS_ENGINE & fixtures:
             item.add_marker("engine")
+        if "desk" in fixtures:
+            item.add_marker("lifetime")
 
 
 SCREENSHOTS = Path(__file__).parents[1] / "scratch" / "screenshots"
