@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import requests
 from desk import eventually
-from websocket import WebSocket, create_connection
+from websocket import WebSocket, WebSocketTimeoutException, create_connection
 
 SECONDS = 120.0
 """How long anything may take; the machine has two cores."""
@@ -28,10 +29,31 @@ class Kernel:
         url = f"{self.desk.url}/api/kernels/{self.id}/channels".replace("http", "ws", 1)
         return create_connection(url, header=self.desk.headers, timeout=SECONDS)
 
+    def reconnect(self) -> None:
+        """Open the channel anew, and ask until the kernel is heard on it: a cell that is sent before may get lost."""
+        self.channel.close()
+        self.channel = self.connect()
+        self.channel.settimeout(1)
+        eventually(self.is_heard, "the kernel's answer", SECONDS)
+        self.channel.settimeout(SECONDS)
+
+    def is_heard(self) -> bool:
+        """Whether the kernel's status comes over the channel, in a second."""
+        asked = self.send("kernel_info_request", {})
+        with suppress(WebSocketTimeoutException):
+            while message := json.loads(self.channel.recv()):
+                if message["msg_type"] == "status" and message["parent_header"].get("msg_id") == asked:
+                    return True
+        return False
+
     def start(self, code: str) -> str:
         """Send a cell; return its message id."""
-        header = {"msg_id": uuid.uuid4().hex, "msg_type": "execute_request", "username": "", "session": "test"}
         content = {"code": code, "silent": False, "store_history": True, "stop_on_error": True, "allow_stdin": False}
+        return self.send("execute_request", content)
+
+    def send(self, kind: str, content: dict[str, Any]) -> str:
+        """Send a message on the shell channel; return its id."""
+        header = {"msg_id": uuid.uuid4().hex, "msg_type": kind, "username": "", "session": "test"}
         message = {"header": header | {"version": "5.3", "date": ""}, "parent_header": {}, "metadata": {}}
         self.channel.send(json.dumps(message | {"content": content, "channel": "shell"}))
         return header["msg_id"]

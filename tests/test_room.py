@@ -198,8 +198,7 @@ def test_a_notebook_that_never_ends_is_ended(kernels: dict[str, Kernel]) -> None
     while state not in ("restarting", "autorestarting"):  # the channel's own time-out ends this wait
         message = json.loads(kernel.channel.recv())
         state = message["content"].get("execution_state", "")
-    kernel.channel.close()
-    kernel.channel = kernel.connect()
+    kernel.reconnect()
     assert kernel.run("print(6 * 7)") == "42\n"
 
 

@@ -21,7 +21,7 @@ from servebook.lab.work import Work
 KOREAN = {"structured_outputs": {"choice": ["안녕하세요, 반갑습니다"]}}
 """Forces text of several bytes a character, and often several tokens a character, out of an English model."""
 
-ENOUGH_CHARS = 5
+ENOUGH_CHARS = 20
 """Hardly an answer is shorter: the model writes what it likes."""
 
 
