@@ -1,7 +1,7 @@
 """A tap on the wire: relays HTTP between a learner's code and a real server, and notes what passes.
 
 Checks judge by what was really said, not by what the code looks like. What passes is not altered; a `pace` may
-hold it back or cut it into other pieces, as any network may.
+hold it back or cut it into other pieces, as any network may, and `more` may ask for an answer that can be relied on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -74,14 +74,17 @@ Pace = Callable[[Iterator[bytes], Exchange], Iterator[bytes]]
 class Tap:
     """Relays to the server at `target` (a URL) while the `with` block lasts.
 
+    `more` is added to the JSON of each request on its way, such as {"temperature": 0}.
+
     Attributes:
         url: where the learner's code is to connect to.
         exchanges: every request so far, in the order of arrival.
         most_at_once: how many requests were under way together at most.
     """
 
-    def __init__(self, target: str, pace: Pace | None = None) -> None:
+    def __init__(self, target: str, pace: Pace | None = None, more: Mapping[str, Any] | None = None) -> None:
         self.target = urlsplit(target)
+        self.more = more
         self.pace = pace or (lambda chunks, _: chunks)
         self.exchanges: list[Exchange] = []
         self.most_at_once = 0
@@ -137,6 +140,8 @@ class Tap:
             body = json.loads(raw) if raw else None
         except ValueError:
             body = None
+        if self.more and isinstance(body, dict):
+            raw = json.dumps({**body, **self.more}).encode()
         exchange = Exchange(
             handler.command, handler.path, dict(handler.headers), body, time.monotonic(), client=handler.connection
         )
