@@ -208,7 +208,7 @@ def check_01_5(work: Work) -> None:
     questions = [f"What is {n} plus {n}?" for n in range(1, 7)]
 
     def together() -> bool:
-        return tap.most_at_once == len(questions)
+        return tap.most_at_once >= len(questions)
 
     def reverse(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
         """Hold every answer until all have asked, then let the last one out first."""
