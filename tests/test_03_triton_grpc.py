@@ -358,6 +358,7 @@ async def test_32_streams_at_once(triton: Server) -> None:
     for chunks in answers:
         assert sum(chunk.tokens for chunk in chunks) == 24
         assert [chunk.finish_reason for chunk in chunks] == [""] * (len(chunks) - 1) + ["length"]
+    assert min(map(len, answers)) <= 8, "four tokens share a response"
     await until(lambda: running(triton) == 0, "no request is left running")
 
 

@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -35,6 +34,7 @@ from servebook.triton_backend.request import (
     GenerateRequest,
     UnsupportedRequest,
     parse_request,
+    stream_interval,
     text_tensor,
 )
 from servebook.triton_backend.response import Responses
@@ -70,6 +70,10 @@ def test_optional_outputs_are_asked_for_by_name(name: str) -> None:
     assert parse(**{f"return_{name}": True}).outputs == {name}
     assert parse(**{f"return_{name}": False}).outputs == frozenset()
     assert f"return_{name}" in {tensor["name"] for tensor in INPUTS}
+
+
+def test_tokens_share_responses_where_there_are_many_streams() -> None:
+    assert [stream_interval(requests) for requests in (1, 3, 4, 6, 8, 32)] == [1, 1, 2, 3, 4, 4]
 
 
 def test_strings_become_what_the_field_is() -> None:
@@ -152,18 +156,12 @@ def test_whatever_comes_is_a_request_or_a_refusal(parameters: bytes) -> None:
 
 
 def output(*choices: tuple[int, str, list[int], str | None]) -> RequestOutput:
-    return cast(
-        "RequestOutput",
-        SimpleNamespace(
-            prompt_token_ids=[1, 2, 3],
-            outputs=[
-                CompletionOutput(
-                    index, text, ids, -0.5, [{i: Logprob(-0.5, 1, "x")} for i in ids], finish_reason=reason
-                )
-                for index, text, ids, reason in choices
-            ],
-        ),
-    )
+    completions = [
+        CompletionOutput(index, text, ids, -0.5, [{i: Logprob(-0.5, 1, "x")} for i in ids], finish_reason=reason)
+        for index, text, ids, reason in choices
+    ]
+    finished = all(reason for _, _, _, reason in choices)
+    return RequestOutput("id", None, [1, 2, 3], None, completions, finished)
 
 
 def test_every_response_has_one_element_per_choice_in_order() -> None:

@@ -44,12 +44,16 @@ def shared_memory() -> set[str]:
 
 
 def marked(stub: str) -> list[int]:
-    """Process ids of the stub's descendants, this process left out."""
+    """Process ids of the stub's descendants, but not of this process.
+
+    Nor of Python's resource trackers: they free what the others leave in shared memory, and then end by themselves.
+    """
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             environ = (folder / "environ").read_bytes().split(b"\0")
-            if f"{MARK}={stub}".encode() in environ and int(folder.name) != os.getpid():
+            tracker = b"resource_tracker" in (folder / "cmdline").read_bytes()
+            if f"{MARK}={stub}".encode() in environ and not tracker and int(folder.name) != os.getpid():
                 found.append(int(folder.name))
     return found
 
