@@ -153,7 +153,7 @@ def test_greedy_text_is_that_of_vllms_own_server(client: GrpcClient, vllm: launc
     assert ours.text == rest["choices"][0]["text"]
     assert ours.usage.prompt_tokens == rest["usage"]["prompt_tokens"]
 
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    messages = [{"role": "user", "content": "What is the capital of Japan?"}]
     rest = ask("chat/completions", messages=messages)
     chat = pb.Chat(messages=[pb.ChatMessage(**turn) for turn in messages])
     answer = stub_on(client.channel).Generate(pb.GenerateRequest(chat=chat, max_tokens=24, temperature=0), timeout=60)

@@ -418,9 +418,17 @@ def _stream(client: Any) -> str:
 
 @pytest.fixture
 def real(tmp_path: Path) -> Iterator[Desk]:
+    """A desk for real engines, which leave nothing in shared memory either."""
     desk = Desk(tmp_path / "state", free_port())
+    before = shared_memory()
     yield desk
     desk.close()
+    assert shared_memory() <= before
+
+
+def shared_memory() -> set[Path]:
+    """What Python's multiprocessing has there."""
+    return {file for pattern in ("psm_*", "sem.mp-*") for file in Path("/dev/shm").glob(pattern)}
 
 
 def engine_parts(desk: Desk) -> dict[str, psutil.Process]:
@@ -468,6 +476,7 @@ def test_real_engine_whose_keeper_is_killed_while_it_starts(real: Desk, victim: 
     assert real.status()["state"] == ("stopped" if victim == "kernel" else "failed")
 
 
+@pytest.mark.lifetime
 def test_vllms_own_command_line_works_on_cpu() -> None:
     done = subprocess.run([Path(sys.executable).with_name("vllm"), "--version"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import typer
@@ -73,10 +74,11 @@ def down(
     wanted = list(running if everything else names or [])
     if "router" in wanted:
         wanted += [name for name in running if name.startswith(launch.REPLICA) and name not in wanted]
-    for name in wanted:
-        if name not in running:
-            launch.find_server(name)
-        out.print(f"{name}: {'ended' if launch.down(name) else 'was not running'}")
+    for name in set(wanted) - set(running):
+        launch.find_server(name)
+    with ThreadPoolExecutor() as pool:  # an engine takes seconds to end
+        for name, ended in zip(wanted, pool.map(launch.down, wanted), strict=True):
+            out.print(f"{name}: {'ended' if ended else 'was not running'}")
 
 
 @app.command()

@@ -22,10 +22,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import grpc
+import psutil
 
 from llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.clients.grpc_client import GrpcClient
 from servebook.engine import engine_env
+from servebook.launch.supervisor import is_tracker
 from servebook.model import model_path
 from servebook.settings import load_settings
 
@@ -90,13 +92,14 @@ class Outcome:
     errors: dict[str, str]
 
 
-def ask(address: str, clients: int, api_key: str | None = None) -> Outcome:
-    """Ask each of PROMPTS once, `clients` at a time, greedily."""
+def ask(address: str, clients: int, api_key: str | None = None, timeout: float = 60) -> Outcome:
+    """Ask each of PROMPTS once, `clients` at a time, greedily; each call may take `timeout` seconds."""
     texts, errors, tokens = {}, {}, 0
     with GrpcClient(address, api_key=api_key) as client, ThreadPoolExecutor(clients) as pool:
         started = time.monotonic()
         calls = {
-            prompt: pool.submit(client.generate, prompt, max_tokens=MAX_TOKENS, temperature=0) for prompt in PROMPTS
+            prompt: pool.submit(client.generate, prompt, timeout=timeout, max_tokens=MAX_TOKENS, temperature=0)
+            for prompt in PROMPTS
         }
         for prompt, call in calls.items():
             try:
@@ -130,12 +133,16 @@ def main() -> None:
             except grpc.RpcError as error:
                 result["stream"] = f"{error.code().name}: {error.details()}"
         result["locked"] = asdict(ask(locked, clients=len(PROMPTS)))
-        result["unlocked"] = asdict(ask(unlocked, clients=len(PROMPTS)))
+        result["unlocked"] = asdict(ask(unlocked, clients=len(PROMPTS), timeout=15))  # it may hang as well
         with suppress(subprocess.TimeoutExpired):
             server.wait(timeout=5)  # if it crashed, its exit code is due now
         print(json.dumps(result | {"exit": server.poll()}))
     finally:
-        os.killpg(server.pid, signal.SIGKILL)  # the engine's processes too, which a crash leaves behind
+        # The engine's processes too, which a crash leaves behind. Resource trackers free their shared memory, and end.
+        for pid in psutil.pids():
+            with suppress(ProcessLookupError):
+                if os.getpgid(pid) == server.pid and not is_tracker(pid):
+                    os.kill(pid, signal.SIGKILL)
         server.wait()
 
 

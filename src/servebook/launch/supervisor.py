@@ -37,8 +37,10 @@ FIRST_LEASE_SECONDS = 15.0
 """How long a server without an owner waits for its first lease (its starter may have died)."""
 TERM_SECONDS = 15.0
 """Grace time of the server itself."""
+STARTING_SECONDS = 3.0
+"""Grace time of a server that was never ready: it has no answers to finish, and vLLM's would not listen before."""
 ORPHAN_SECONDS = 3.0
-"""Grace time of what it left behind; enough for Python's resource tracker to free shared memory."""
+"""Grace time of what it left behind."""
 KILL_SECONDS = 5.0
 MARK = "SERVEBOOK_SUPERVISOR"
 """In the environment of each process that a supervisor started: its address. An orphan is known by it."""
@@ -106,9 +108,11 @@ def fork_under_guardian(listener: socket.socket) -> None:
     _, status = os.waitpid(supervisor, 0)
     # A process that dies hands its children to us before it can be waited for: this loop misses none.
     while left := children():
-        for pid in left:
+        for pid in [pid for pid in left if not is_tracker(pid)]:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+        if all(map(is_tracker, left)):
+            os.waitpid(left[0], 0)
     free_openmp_files()
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
@@ -128,6 +132,13 @@ def children() -> list[int]:
     with suppress(OSError):
         return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
     return []
+
+
+def is_tracker(pid: int) -> bool:
+    """Whether this is a resource tracker of Python's: it frees what the killed have left in shared memory, and ends."""
+    with suppress(OSError):
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def free_openmp_files() -> None:
@@ -255,8 +266,10 @@ class Supervisor:
         by_itself = self.child.poll() is not None
         if not by_itself:
             self.child.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.child.wait(TERM_SECONDS)
+            try:
+                self.child.wait(TERM_SECONDS if self.was_ready else STARTING_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
         self.sweep(signal.SIGTERM, ORPHAN_SECONDS)
         self.sweep(signal.SIGKILL, KILL_SECONDS)
         free_openmp_files()
@@ -270,6 +283,8 @@ class Supervisor:
         signalled: set[int] = set()
         while (left := set(children())) and time.monotonic() < deadline:
             for pid in left - signalled:
+                if is_tracker(pid):
+                    continue
                 with suppress(ProcessLookupError):
                     os.kill(pid, sig)
             signalled |= left
