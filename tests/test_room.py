@@ -25,10 +25,11 @@ from servebook.errors import LaunchError
 from servebook.lab.release import ROOT
 from servebook.launch import Server
 from servebook.launch.servers import find_server
+from servebook.room.admin import instructors_key
 from servebook.room.front import asked_for
 from servebook.room.keys import Roll
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
-from servebook.settings import Settings
+from servebook.settings import Settings, load_settings
 
 KEY = "the-instructors-key"
 LAB = "01_openai_rest"
@@ -156,7 +157,7 @@ def test_three_learners_run_the_first_notebook_and_pass_an_exercise(room: Room, 
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     for text in (kept.read_text(), room.log("room"), room.log("hub"), room.output.read_text()):
         assert not any(key in text for key in [*keys, KEY])
-    assert "capital of France" not in room.log("room")
+    assert "capital of Japan" not in room.log("room")
     assert "instructor's notes" not in json.dumps(kernels["ada"].desk.notebook("notebooks/00_start_here.ipynb"))
 
 
@@ -371,3 +372,9 @@ async def test_too_many_are_refused_and_leavers_free_their_place() -> None:
 def test_the_front_needs_the_instructors_key(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="needs a key"):
         find_server("room").argv(Settings(state_dir=tmp_path), tmp_path, {"vllm": {"http": "127.0.0.1:8000"}})
+
+
+def test_a_key_that_jupyterhub_would_not_take_is_refused_before_anything_starts() -> None:
+    with pytest.raises(LaunchError, match="8 characters or more; SERVEBOOK_API_KEY has 7"):
+        instructors_key(load_settings(api_key="sevench"))
+    assert instructors_key(load_settings(api_key="eight-ch")) == "eight-ch"
