@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from desk import Desk, free_port  # noqa: E402
 
 from servebook import launch, notebook_gate  # noqa: E402
+from servebook.lab.manifest import Lab  # noqa: E402
 from servebook.launch.supervisor import can_bind  # noqa: E402
 from servebook.settings import Settings, load_settings  # noqa: E402
 
@@ -66,6 +68,12 @@ def vllm_grpc() -> launch.Server:
     return launch.serve("vllm-grpc")
 
 
+@pytest.fixture(scope="session")
+def router() -> launch.Server:
+    """The router and its two engines; `pytest_runtest_teardown` ends them."""
+    return launch.serve("router")
+
+
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
     """The state folder of a person of its own; all servers in it end with the test."""
@@ -96,11 +104,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(notebook_gate.table(results))
 
 
-NEEDS_ENGINE = {"vllm", "triton", "grpc_server", "gateway", "kserve", "vllm_grpc", "run_notebook", "doomed"}
+def in_chapter_10(item: pytest.Item) -> bool:
+    """Whether a test belongs to chapter 10 or to its lab."""
+    lab = item.callspec.params.get("lab") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+    return item.path.stem == "test_10_scale_out" or (isinstance(lab, Lab) and lab.stem == "10_scale_out")
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the router and its engines after the last test of chapter 10: together they are the largest servers."""
+    if in_chapter_10(item) and not (nextitem and in_chapter_10(nextitem)):
+        names = ["router", "vllm-replica-1", "vllm-replica-2"]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(launch.down, names))
+        assert {entry["state"] for entry in launch.status() if entry["name"] in names} == {"stopped"}
+
+
+NEEDS_ENGINE = {"vllm", "triton", "grpc_server", "gateway", "kserve", "vllm_grpc", "router", "run_notebook", "doomed"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses an engine, or a desk with servers, is marked so: `make check` leaves it out."""
+    """Mark what uses an engine, or a desk with servers: `make check` leaves it out. Chapter and lab 10 go first.
+
+    Their engines end with them. Beside the five that stay up from chapter to chapter, 24 GB were not enough.
+    """
+    items.sort(key=lambda item: not in_chapter_10(item))
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if NEEDS_ENGINE & fixtures:
@@ -180,8 +207,8 @@ def nothing_left() -> Iterator[None]:
     os.environ["SERVEBOOK_TEST_RUN"] = str(os.getpid())
     yield
     entries = launch.status()
-    for entry in entries:
-        launch.down(entry["name"])
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(launch.down, [entry["name"] for entry in entries]))
     psutil.wait_procs(ours(), timeout=5)
     left = [" ".join(process.cmdline()) for process in ours()]
     assert not left, f"left running: {left}"

@@ -1,0 +1,274 @@
+"""Checks of lab 10: who got the work, a stream that breaks off, and a replica that leaves in order."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import requests
+
+from servebook.clients.router_client import RouterClient
+from servebook.errors import ServebookError
+from servebook.lab.checks.c02_sse_streaming import events_of, streamed_text
+from servebook.lab.checks.rest import accepted, key_of, sends, through
+from servebook.lab.feedback import require
+from servebook.lab.tap import Exchange, Tap
+from servebook.lab.work import Work
+from servebook.launch import Server
+from servebook.metrics import metric
+
+FINISHED = "vllm:request_success_total"
+EVENTS_BEFORE_CUT = 3
+TRIES = 3
+HOLD_SECONDS = 3.0
+"""How long a replica is kept at work after its removal: longer than anybody would sleep at a guess."""
+PATIENCE_SECONDS = 5.0
+"""How long it is kept at work, once drain() was called, for a removal that does not come."""
+
+
+def replicas_of(router: Server) -> tuple[RouterClient, list[str]]:
+    """The router's management side, and its two replicas.
+
+    Raises:
+        ServebookError: there are not two of them at work.
+    """
+    client = RouterClient(router.url, router.metrics)
+    healthy = [url for url, well in client.replicas().items() if well]
+    if len(healthy) != 2:
+        raise ServebookError(
+            f"The router has {len(healthy)} healthy replicas, and this check needs 2.",
+            "Run the setup cell again: serve starts what is missing. After an add, wait a few seconds.",
+        )
+    return client, healthy
+
+
+def complete(server: Server, url: str, **params: Any) -> None:
+    """One completion by the router or the replica at `url`."""
+    body = {"model": server.model, "prompt": "Once upon a time", "max_tokens": 2} | params
+    headers = {"Authorization": f"Bearer {key_of(server)}"}
+    requests.post(f"{url}/v1/completions", headers=headers, json=body, timeout=60).raise_for_status()
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    """Wait for `condition`.
+
+    Raises:
+        ServebookError: it did not come; `what` says which.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise ServebookError(f"The check waited {seconds:.0f} s for {what}.", "See `servebook status`.")
+        time.sleep(0.02)
+
+
+def check_10_1(work: Work) -> None:
+    """Requests that end for different reasons, straight at the replicas: the counters see what the router does not."""
+    spread, router = work.function("spread"), work.server("router")
+    _, replicas = replicas_of(router)
+    called: list[bool] = []
+
+    def asks(counts: list[int]) -> Callable[[], None]:
+        def ask() -> None:
+            called.append(False)
+            before = [metric(replica, FINISHED) for replica in replicas]
+            for replica, count in zip(replicas, counts, strict=True):
+                for number in range(count):
+                    by_itself = {"structured_outputs": {"choice": ["yes"]}, "max_tokens": 20}
+                    complete(router, replica, **(by_itself if number % 2 else {}))
+            # A counter follows its answer by a moment.
+            until(
+                lambda: [metric(r, FINISHED) - b for r, b in zip(replicas, before, strict=True)] == counts,
+                "the replicas' counters",
+            )
+            called[-1] = True
+
+        return ask
+
+    asks([1, 1])()
+    for counts in ([3, 1], [0, 2]):
+        called.clear()
+        before = {replica: metric(replica, FINISHED) for replica in replicas}
+        ask = asks(counts)
+        got = work.run(lambda ask=ask: spread(replicas, ask), busy=lambda: called == [False])  # type: ignore[misc]
+        require(
+            len(called) == 1,
+            "one call of work()",
+            f"{len(called)} calls",
+            "the requests are made by work(): call it once, between the two looks",
+        )
+        right = dict(zip(replicas, counts, strict=True))
+        require(
+            isinstance(got, dict)
+            and got.keys() == right.keys()
+            and all(isinstance(number, int | float) for number in got.values()),
+            right,
+            got,
+            "return a dict: each replica's URL, and its number",
+        )
+        cause = "the difference of two looks at each replica, before and after work()"
+        if got == {replica: before[replica] + right[replica] for replica in replicas}:
+            cause = "that is everything since the replica started: take off what it had before"
+        elif not any(got.values()):
+            cause = "nothing moved: look once before and once after work(), at the replicas and not at the router"
+        elif len(set(got.values())) == 1:
+            cause = "each replica has a page of its own: do not add them up"
+        elif sum(got.values()) < sum(counts):
+            cause = "a request that ended by itself is finished as well: add up all finished_reason"
+        require(got == right, right, got, cause)
+
+
+def check_10_2(work: Work) -> None:
+    """Streams that break, that just end, that never succeed, and one that the server refuses."""
+    whole_text, router = work.function("whole_text"), work.server("router")
+    replicas_of(router)
+    body = {"model": router.model, "prompt": "Count: 1, 2, 3,", "max_tokens": 16, "temperature": 0}
+
+    def run(fates: list[str], **params: Any) -> tuple[Any, list[Exchange]]:
+        """What came of streams with these fates, one after the other; after them every stream is whole."""
+
+        def fate(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
+            number = tap.exchanges.index(exchange)
+            mine = fates[number] if number < len(fates) else "whole"
+            for count, event in enumerate(events_of(chunks)):
+                if mine != "whole" and count == EVENTS_BEFORE_CUT:
+                    if mine == "broken":
+                        raise ConnectionAbortedError
+                    return
+                yield event
+
+        def outcome() -> Any:
+            try:
+                return whole_text(tap.url, body | params, TRIES)
+            except NotImplementedError:
+                raise
+            except Exception as error:
+                return error
+
+        with Tap(router.url, fate, {"ignore_eos": True}) as tap:
+            if not fates and not params:
+                return through(tap, work, lambda: whole_text(tap.url, dict(body), TRIES))
+            return work.run(outcome, busy=tap.busy), tap.exchanges
+
+    text, (exchange, *more) = run([])
+    sends(exchange, {"stream": "what is to be a stream has to be asked for: stream is true"}, **body, stream=True)
+    cause = "join the text of all events"
+    require(text == streamed_text(exchange), streamed_text(exchange), text, cause)
+    require(not more, "one request, as nothing went wrong", f"{1 + len(more)} requests", "the answer was whole: stop")
+
+    for how, seen in (("broken", "the connection broke"), ("ended", "no data: [DONE] came")):
+        text, made = run([how])
+        half, right = streamed_text(made[0]), streamed_text(made[-1])
+        expected = f"a second request after {seen}, and its text: {right!r}"
+        require(not isinstance(text, Exception), expected, text, "half a stream is no answer: ask again from the start")
+        cause = "return the text of the stream that was whole"
+        if len(made) == 1:
+            cause = {
+                "broken": "half a stream is no answer: ask again from the start",
+                "ended": "a stream is whole when data: [DONE] has come; its mere end says nothing",
+            }[how]
+        elif isinstance(text, str) and text.endswith(right) and text.startswith(half[:4]) and text != right:
+            cause = "the first words are there twice: begin each try with an empty text"
+        require(len(made) == 2 and text == right, expected, text, cause)
+
+    text, made = run(["broken"] * 2 * TRIES)
+    require(
+        len(made) == TRIES,
+        f"{TRIES} requests, as tries = {TRIES}, and then an error",
+        f"{len(made)} requests",
+        "tries counts all requests, the first one too; then give up",
+    )
+    require(
+        isinstance(text, Exception),
+        "an error after the last try",
+        text,
+        "whoever gets this takes it for the answer: raise an error when the tries are used up",
+    )
+
+    text, made = run([], max_tokens=100_000)
+    require(
+        isinstance(text, Exception),
+        "an error for a request that the server refuses (400)",
+        text,
+        "a refusal has no text: raise_for_status() before you read",
+    )
+    require(
+        len(made) == 1,
+        "one request: the server refuses it (400)",
+        f"{len(made)} requests",
+        "a refusal would be the same again: only a stream that was cut is worth another try",
+    )
+
+
+def check_10_3(work: Work) -> None:
+    """A replica with a long request at work leaves; it comes back afterwards."""
+    drain, router = work.function("drain"), work.server("router")
+    client, replicas = replicas_of(router)
+    leaving, kept = replicas
+
+    began: list[float] = []
+    at_work, let_go = threading.Event(), threading.Event()
+
+    def removals() -> list[Exchange]:
+        return [each for each in tap.exchanges if each.path.startswith("/remove_worker")]
+
+    def over() -> bool:
+        """Whether the replica was at work for long enough."""
+        ends = [each.started + HOLD_SECONDS for each in removals()] or [each + PATIENCE_SECONDS for each in began]
+        return bool(ends) and time.monotonic() > ends[0]
+
+    def long() -> float:
+        """A request that lasts as long as this check wants, on an engine of any speed; returns when it ended."""
+        body = {"model": router.model, "prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True}
+        headers = {"Authorization": f"Bearer {key_of(router)}"}
+        with requests.post(
+            f"{leaving}/v1/completions", headers=headers, json=body | {"stream": True}, stream=True, timeout=60
+        ) as answer:
+            answer.raise_for_status()
+            for _ in answer.iter_lines():
+                at_work.set()
+                if over():
+                    break
+            ended = time.monotonic()
+            let_go.set()
+        return ended
+
+    def leave() -> Any:
+        began.append(time.monotonic())
+        return drain(tap.url, leaving)
+
+    with Tap(router.url) as tap, ThreadPoolExecutor(1) as pool:
+        finished = pool.submit(long)
+        until(lambda: at_work.is_set() or finished.done(), "a request at work")
+        try:
+            work.run(leave, busy=lambda: not finished.done())
+            still, stayed = not let_go.is_set(), list(client.replicas())
+        finally:
+            for replica in set(replicas) - set(client.replicas()):
+                client.add(replica)
+    require(
+        bool(removals()),
+        f"POST /remove_worker?url={leaving} to the router",
+        [f"{each.method} {each.path}" for each in tap.exchanges] or "no request to the router",
+        "as long as the router knows the replica it sends it more: remove it first",
+    )
+    for each in removals():
+        accepted(each)
+    urls = [url for each in removals() for url in parse_qs(urlsplit(each.path).query).get("url", [])]
+    require(urls == [leaving] and stayed == [kept], f"{leaving} removed", f"{urls} removed", "remove this one, once")
+    require(
+        removals()[0].started < finished.result(),
+        "the replica removed while it still has work",
+        "removed when its work was done",
+        "while you waited, new requests could come: remove first, then wait",
+    )
+    require(
+        not still,
+        "a return when the replica is idle",
+        "a request still at work there",
+        "removed is not idle: wait until its running and waiting requests are 0",
+    )
