@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path as File
 
 import jsonschema
@@ -34,9 +35,13 @@ PROMPTS = {
 }
 """A completion and a chat, greedy, that run to their last token; the model is sure of each, whoever else is served."""
 
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of Japan?"
 ENDING = {False: f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n", True: QUESTION}
 """The same for an answer that ends by itself."""
+
+
+def test_notebook(run_notebook: Callable[[str], None]) -> None:
+    run_notebook("08_measure")
 
 
 async def answer(path: str, server: Server, job: Job) -> Sample:

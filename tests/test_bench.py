@@ -170,7 +170,9 @@ def test_prompts_do_not_repeat_and_are_the_same_for_the_same_seed() -> None:
         jobs = workload.take(make(40, 8, seed=1), 64)
         assert len({job.prompt for job in jobs}) > 60
         assert jobs == workload.take(make(40, 8, seed=1), 64)
-        assert jobs != workload.take(make(40, 8, seed=2), 64)
+        other = workload.take(make(40, 8, seed=2), 64)
+        assert jobs != other
+        assert [job.max_tokens for job in jobs] == [job.max_tokens for job in other], "the same work for both arms"
         assert {job.max_tokens for job in jobs} == set(range(4, 13)), "8 on average, and not all at once at the end"
 
 

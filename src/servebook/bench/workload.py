@@ -27,13 +27,14 @@ def completions(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[
     so that no arm profits from a prefix that another arm has left in the cache.
 
     Answers have `max_tokens` on average, from half of it to half more: of equal length, callers that began together
-    would end together, and each wave of new prompts would hit the engine at once.
+    would end together, and each wave of new prompts would hit the engine at once. `seed` draws the prompts only: the
+    lengths come in the same order for every arm, so that neighbouring blocks have the same work.
     """
-    draw = random.Random(seed)
+    draw, lengths = random.Random(seed), random.Random(max_tokens)
     length = max(2, prompt_tokens // TOKENS_PER_NUMBER)
     while True:
         start, step = draw.randint(100, 899), draw.choice((1, 2, 5, 10))
-        yield Job(", ".join(str(start + step * k) for k in range(length)) + ",", _length(draw, max_tokens))
+        yield Job(", ".join(str(start + step * k) for k in range(length)) + ",", _length(lengths, max_tokens))
 
 
 def chats(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[Job]:
@@ -41,11 +42,11 @@ def chats(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[Job]:
 
     The lengths of the answers vary as in `completions`.
     """
-    draw = random.Random(seed)
+    draw, lengths = random.Random(seed), random.Random(max_tokens)
     count = max(3, (prompt_tokens - CHAT_TEMPLATE_TOKENS) // TOKENS_PER_WORD)
     while True:
         about = ", ".join(f"the {draw.choice(WORDS)}" for _ in range(count))
-        yield Job(f"Write a long story about {about}.", _length(draw, max_tokens))
+        yield Job(f"Write a long story about {about}.", _length(lengths, max_tokens))
 
 
 def _length(draw: random.Random, mean: int) -> int:

@@ -197,7 +197,7 @@ def check_08_3(work: Work) -> None:
         elif got == "not to be trusted":
             cause = "the control is fine here: ratio(control, a).value is within 3 % of 1"
         elif right == "no difference shown":
-            cause = "the interval of the ratio holds 1: the means differ by chance"
+            cause = "the interval of the ratio holds 1: the difference may be chance"
         elif got in ("A is faster", "B is faster"):
             cause = "these are seconds: the smaller ones are the faster path"
         elif got == "no difference shown":

@@ -1,0 +1,62 @@
+"""Chapter 09: the notebook; every line of the guide has its figure, and every need its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from servebook.bench.choose import ARTICLE, BUSY_TOKENS_PER_S, DEFAULT, QUESTIONS, RULES, Needs, article, choose, guide
+from servebook.bench.results import Results, new_results, stored
+from servebook.notebook_gate import NOTEBOOKS
+
+
+def test_notebook(run_notebook: Callable[[str], None]) -> None:
+    run_notebook("09_choose")
+
+
+@pytest.fixture(scope="module")
+def run() -> Results:
+    """The stored run that the chapter shows."""
+    return stored()[0]
+
+
+def test_every_need_has_a_question_and_changes_the_choice() -> None:
+    assert list(QUESTIONS) == [field.name for field in fields(Needs)]
+    assert choose(Needs()) == [DEFAULT]
+    for name in QUESTIONS:
+        answer: dict[str, Any] = {name: BUSY_TOKENS_PER_S if name == "tokens_per_s" else True}
+        needs = Needs(**answer)
+        assert choose(needs) != [DEFAULT], name
+
+
+def test_every_rule_can_be_reached_and_all_together() -> None:
+    answers: dict[str, Any] = dict.fromkeys(QUESTIONS, True)
+    all_needs = Needs(**answers | {"tokens_per_s": BUSY_TOKENS_PER_S})
+    assert choose(all_needs) == list(RULES)
+    assert choose(Needs(tokens_per_s=BUSY_TOKENS_PER_S - 1)) == [DEFAULT]
+
+
+def test_the_articles_comparison_is_answered_row_by_row() -> None:
+    assert {item for row in ARTICLE for item in row.id.split(", ")} == {"S14", "S15", "S17", "S18", "S19", "S20"}
+    assert {row.verdict.split(",")[0] for row in ARTICLE} == {"confirmed", "corrected"}
+
+
+def test_every_line_rests_on_a_figure_of_the_stored_run(run: Results) -> None:
+    for row in [*guide(run)[1], *article(run)[1]]:
+        figure = row[-1]
+        assert "not in this run" not in figure, row
+        assert any(letter.isdigit() for letter in figure) or "a property" in figure, row
+
+
+def test_a_run_that_lacks_a_figure_says_so() -> None:
+    empty = new_results("full", "m", "cpu")
+    assert "not in this run" in guide(empty)[1][0][-1]
+
+
+def test_chapters_that_the_guide_names_exist() -> None:
+    stems = {path.stem[:2] for path in NOTEBOOKS.glob("*.ipynb")}
+    named = {number for rule in (DEFAULT, *RULES) for number in rule.chapter.split(", ")}
+    assert named <= stems
