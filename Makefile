@@ -30,7 +30,7 @@ room: $(room)/.ready
 	@exec $(bin)/servebook room start
 
 test: lint $(room)/.ready
-	$(bin)/pytest $(if $(K),-k "$(K)")
+	$(bin)/pytest --durations 25 $(if $(K),-k "$(K)")
 
 check: lint
 	$(bin)/pytest -m "not engine and not browser and not lifetime"

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(600)
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
-QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 16}
+QUESTION = {"messages": [{"role": "user", "content": "What is the capital of Japan?"}], "max_tokens": 16}
 PROMPT = {"prompt": "Once upon a time", "max_tokens": 16}
 
 

@@ -37,8 +37,9 @@ from servebook.gateway.telemetry import Metrics, Telemetry
 from servebook.metrics import metric
 
 KEY = "only-for-this-test"
-FRANCE = {"message": "What is the capital of France?", "temperature": 0, "max_tokens": 20}
-STORY = {"message": "Tell me a very long story.", "max_tokens": 1500}
+JAPAN = {"message": "What is the capital of Japan?", "temperature": 0, "max_tokens": 20}
+# At this temperature the model hardly ever ends by itself.
+STORY = {"message": "Tell me a very long story.", "max_tokens": 1500, "temperature": 2}
 
 
 def texts(body: str) -> list[dict[str, Any]]:
@@ -93,8 +94,8 @@ def test_notebook(run_notebook: Callable[[str], None]) -> None:
 
 
 def test_chat_is_the_engines_answer(gateway: launch.Server, vllm: launch.Server) -> None:
-    answer = requests.post(f"{gateway.url}/chat", json=FRANCE, timeout=60).json()
-    messages = [{"role": "user", "content": FRANCE["message"]}]
+    answer = requests.post(f"{gateway.url}/chat", json=JAPAN, timeout=60).json()
+    messages = [{"role": "user", "content": JAPAN["message"]}]
     direct = requests.post(
         f"{vllm.url}/v1/chat/completions", json={"messages": messages, "temperature": 0, "max_tokens": 20}, timeout=60
     ).json()
@@ -106,8 +107,8 @@ def test_chat_is_the_engines_answer(gateway: launch.Server, vllm: launch.Server)
 
 
 def test_stream_is_the_same_answer_in_pieces(gateway: launch.Server) -> None:
-    whole = requests.post(f"{gateway.url}/chat", json=FRANCE, timeout=60).json()
-    stream = requests.post(f"{gateway.url}/chat/stream", json=FRANCE, timeout=60)
+    whole = requests.post(f"{gateway.url}/chat", json=JAPAN, timeout=60).json()
+    stream = requests.post(f"{gateway.url}/chat/stream", json=JAPAN, timeout=60)
     assert stream.headers["content-type"].startswith("text/event-stream")
     *pieces, last = texts(stream.text)
     assert all(piece.keys() == {"text"} and piece["text"] for piece in pieces)
@@ -117,9 +118,9 @@ def test_stream_is_the_same_answer_in_pieces(gateway: launch.Server) -> None:
 
 def test_history_and_system_reach_the_engine(gateway: launch.Server, vllm: launch.Server) -> None:
     history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
-    ask = FRANCE | {"system": "Answer in one word.", "history": history}
+    ask = JAPAN | {"system": "Answer in one word.", "history": history}
     answer = requests.post(f"{gateway.url}/chat", json=ask, timeout=60).json()
-    plain = requests.post(f"{gateway.url}/chat", json=FRANCE, timeout=60).json()
+    plain = requests.post(f"{gateway.url}/chat", json=JAPAN, timeout=60).json()
     messages = [
         {"role": "system", "content": ask["system"]},
         *history,
@@ -148,7 +149,7 @@ async def test_korean_and_emoji_come_whole(vllm: launch.Server) -> None:
 def test_64_callers_at_once(gateway: launch.Server) -> None:
     def ask(number: int) -> tuple[int, str, int]:
         path = ("/chat", "/chat/stream")[number % 2]
-        answer = requests.post(f"{gateway.url}{path}", json=FRANCE | {"max_tokens": 16}, timeout=120)
+        answer = requests.post(f"{gateway.url}{path}", json=JAPAN | {"max_tokens": 16}, timeout=120)
         if path == "/chat":
             return answer.status_code, answer.json()["response"], answer.json()["usage"]["completion_tokens"]
         *pieces, last = texts(answer.text)
@@ -162,10 +163,10 @@ def test_64_callers_at_once(gateway: launch.Server) -> None:
 
 
 def test_a_slow_reader_gets_everything_and_holds_up_nobody(gateway: launch.Server) -> None:
-    slow = half_a_request(gateway.url, "/chat/stream", FRANCE | {"max_tokens": 60, "message": "Count to twenty."})
+    slow = half_a_request(gateway.url, "/chat/stream", JAPAN | {"max_tokens": 60, "message": "Count to twenty."})
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
     raw = slow.recv(16)
-    assert requests.post(f"{gateway.url}/chat", json=FRANCE, timeout=60).status_code == 200
+    assert requests.post(f"{gateway.url}/chat", json=JAPAN, timeout=60).status_code == 200
     while b"[DONE]" not in raw:
         piece = slow.recv(7)
         assert piece, "the gateway closed the connection early"
@@ -264,7 +265,7 @@ def test_key_missing_or_wrong(keyed: str, headers: dict[str, str]) -> None:
 
 
 def test_the_right_key_opens(keyed: str) -> None:
-    assert requests.post(f"{keyed}/chat", json=FRANCE, headers=with_key(), timeout=60).status_code == 200
+    assert requests.post(f"{keyed}/chat", json=JAPAN, headers=with_key(), timeout=60).status_code == 200
     assert requests.get(f"{keyed}/healthz", timeout=30).json() == {"status": "alive"}
 
 
@@ -272,14 +273,14 @@ def test_beyond_the_last_place_503_and_when_to_come_back(keyed: str, vllm: launc
     session = requests.Session()
     session.headers.update(with_key())
     streams = [session.post(f"{keyed}/chat/stream", json=STORY, stream=True, timeout=60) for _ in range(4)]
-    refused = session.post(f"{keyed}/chat", json=FRANCE, timeout=30)
+    refused = session.post(f"{keyed}/chat", json=JAPAN, timeout=30)
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     assert refused.json()["error"]["code"] == "busy"
     for stream in streams:
         stream.close()
     until(
         "the places are free again",
-        lambda: session.post(f"{keyed}/chat", json=FRANCE | {"max_tokens": 1}, timeout=30).status_code == 200,
+        lambda: session.post(f"{keyed}/chat", json=JAPAN | {"max_tokens": 1}, timeout=30).status_code == 200,
     )
     until("the engine is idle", lambda: running(vllm.url) == 0)
 
@@ -297,7 +298,7 @@ def test_other_origins_are_shut_out_unless_named(gateway: launch.Server, vllm: l
 
 
 def test_a_whole_number_may_be_written_with_a_point(gateway: launch.Server) -> None:
-    answer = requests.post(f"{gateway.url}/chat", json=FRANCE | {"max_tokens": 2.0}, timeout=60)
+    answer = requests.post(f"{gateway.url}/chat", json=JAPAN | {"max_tokens": 2.0}, timeout=60)
     assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 2)
 
 
@@ -420,8 +421,8 @@ async def test_an_error_of_ours_is_a_500_without_details() -> None:
 
 async def test_metrics_count_by_route_and_status(app: FastAPI) -> None:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway", timeout=60) as client:
-        await client.post("/chat", json=FRANCE)
-        await client.post("/chat/stream", json=FRANCE)
+        await client.post("/chat", json=JAPAN)
+        await client.post("/chat/stream", json=JAPAN)
         await client.post("/chat", json={})
         await client.get("/made/up%0Apath")
         page = (await client.get("/metrics")).text
@@ -497,12 +498,12 @@ def test_a_gateway_killed_and_started_again(vllm: launch.Server) -> None:
             list(pieces)
     until("the engine let go", lambda: running(vllm.url) == 0, seconds=5)
     with child_server("servebook.gateway", "--upstream", vllm.url, port=port) as url:
-        assert requests.post(f"{url}/chat", json=FRANCE, timeout=60).status_code == 200
+        assert requests.post(f"{url}/chat", json=JAPAN, timeout=60).status_code == 200
 
 
 def test_no_engine_is_said_in_words() -> None:
     with child_server("servebook.gateway", "--upstream", f"http://127.0.0.1:{free_port()}") as url:
-        for path, ask in (("/readyz", None), ("/chat", FRANCE), ("/chat/stream", FRANCE)):
+        for path, ask in (("/readyz", None), ("/chat", JAPAN), ("/chat/stream", JAPAN)):
             answer = requests.request("POST" if ask else "GET", f"{url}{path}", json=ask, timeout=30)
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "engine_unavailable"
@@ -529,7 +530,7 @@ async def test_an_engine_that_hangs_is_a_timeout(doomed: launch.Server) -> None:
         os.kill(doomed.pid, signal.SIGSTOP)
         try:
             raw = b"".join([event async for event in chat_events(chunks, "hang", app.state.metrics)])
-            answers = [await client.post(path, json=FRANCE) for path in ("/chat", "/chat/stream")]
+            answers = [await client.post(path, json=JAPAN) for path in ("/chat", "/chat/stream")]
         finally:
             os.kill(doomed.pid, signal.SIGCONT)
     *_, last, end = raw.decode().split("\n\n")
@@ -564,12 +565,12 @@ def test_the_engine_killed_under_load_and_back(doomed: launch.Server) -> None:
                 "request_id": answer.headers["x-request-id"],
             }
         assert requests.get(f"{url}/readyz", timeout=30).status_code == 503
-        assert requests.post(f"{url}/chat", json=FRANCE, timeout=30).json()["error"]["code"] == "engine_unavailable"
+        assert requests.post(f"{url}/chat", json=JAPAN, timeout=30).json()["error"]["code"] == "engine_unavailable"
 
         back = launch.serve("vllm", instance="vllm-doomed", settings=doomed.settings)
         assert back.url == doomed.url
         assert requests.get(f"{url}/readyz", timeout=30).status_code == 200
-        assert requests.post(f"{url}/chat", json=FRANCE, timeout=60).json()["response"]
+        assert requests.post(f"{url}/chat", json=JAPAN, timeout=60).json()["response"]
         back.stop()
 
 
@@ -580,7 +581,7 @@ def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: la
     """While one caller waits for /chat, the article's gateway answers nobody; ours does."""
 
     def answers_meanwhile(url: str) -> bool:
-        with half_a_request(url, "/chat", {"message": STORY["message"], "max_tokens": 60}) as caller:
+        with half_a_request(url, "/chat", {"message": STORY["message"], "max_tokens": 200}) as caller:
             until("the engine has the request", lambda: metric(vllm.url, "vllm:num_requests_running") >= 1)
             requests.get(f"{url}/healthz", timeout=60)
             caller.setblocking(False)

@@ -194,7 +194,7 @@ def test_concurrent_calls_batch_in_one_engine(kserve: launch.Server, client: V2C
     calls = [
         client.stub.async_infer(
             MODEL,
-            [tensor("text_input", PROMPT), tensor("sampling_parameters", '{"max_tokens": 300, "ignore_eos": true}')],
+            [tensor("text_input", PROMPT), tensor("sampling_parameters", '{"max_tokens": 1500, "ignore_eos": true}')],
             callback=lambda result, error: None,
         )
         for _ in range(4)

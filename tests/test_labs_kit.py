@@ -223,7 +223,7 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, tmp_path: Pa
     # A locked cell that was altered is put back before grading.
     submit(tmp_path, "partial", {k: v for k, v in perfect.items() if k in some} | {"01-5-check": "pass"})
     submit(tmp_path, "perfect", perfect)
-    said = nbgrader(tmp_path, "autograde", STEM, "--Execute.timeout=45", code=1)
+    said = nbgrader(tmp_path, "autograde", STEM, "--Execute.timeout=20", code=1)
     assert re.findall(r"error processing assignment '\w+' for student '(\w+)'", said) == ["crashes"]
     nbgrader(tmp_path, "generate_feedback", STEM)
 

@@ -34,6 +34,7 @@ def clone(tmp_path: Path) -> Path:
     return clone
 
 
+@pytest.mark.lifetime
 def test_make_lab(clone: Path, tmp_path: Path) -> None:
     desk = Desk(tmp_path / "state", free_port())
     port = free_port()

@@ -47,6 +47,7 @@ def test_a_second_preparation_does_nothing(cache: Settings) -> None:
     assert weights.stat().st_mtime_ns == before
 
 
+@pytest.mark.lifetime
 def test_a_torn_file_is_seen_at_once_and_an_altered_one_by_its_hash(cache: Settings) -> None:
     folder = bundled_path(cache)
     weights = folder / "model.safetensors"

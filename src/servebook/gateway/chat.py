@@ -27,7 +27,7 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-EXAMPLE: dict[str, Any] = {"message": "What is the capital of France?", "max_tokens": 40, "temperature": 0}
+EXAMPLE: dict[str, Any] = {"message": "What is the capital of Japan?", "max_tokens": 40, "temperature": 0}
 
 
 class Turn(BaseModel):
@@ -113,7 +113,7 @@ EVENT = {
 STREAM_EXAMPLE = """\
 data: {"text": "The capital"}
 
-data: {"text": " of France is Paris."}
+data: {"text": " of Japan is Tokyo."}
 
 data: {"text": "", "finish_reason": "stop", "usage": {"prompt_tokens": 37, "completion_tokens": 8}}
 

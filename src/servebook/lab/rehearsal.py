@@ -27,7 +27,7 @@ from servebook.errors import LaunchError
 from servebook.experiments.child import PR_SET_PDEATHSIG, free_port, libc
 from servebook.triton_backend.server import tritonserver_command, tritonserver_env
 
-LOAD_SECONDS = 15
+LOAD_SECONDS = 30
 COMPLAINT = re.compile(r"Error parsing.*|(?<=\] \").*(?:[Pp]oll failed|failed to load).*(?=\")")
 SHARED_MEMORY = Path("/dev/shm")
 

@@ -273,9 +273,10 @@ def _same(right: dict[str, Any], got: Any) -> None:
 def check_07_2(work: Work) -> None:
     """One answer that its limit ends, one that ends by itself, in messages of one and of two tokens."""
     ask, tokenizer = work.function("ask"), tokenizer_of(work.server("vllm-grpc").grpc)
-    chat = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
-    with tapped(work, limited(joined, 40)) as (tap, stub):
-        for prompt, max_tokens in (("The capital of France is", 7), (chat, 24)):
+    # Every CPU's arithmetic ends this answer early.
+    chat = "<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n<|im_start|>assistant\n"
+    with tapped(work, limited(joined, 80)) as (tap, stub):
+        for prompt, max_tokens in (("The capital of France is", 7), (chat, 60)):
             given = tokenizer.encode(prompt).ids
             got, call = through(
                 tap,
@@ -472,7 +473,7 @@ def check_07_5(work: Work) -> None:
     with VllmGrpcClient(server.grpc) as outside, tapped(work, delayed) as (tap, stub):
         before = outside.load().num_running_reqs
         calls = []
-        for wanted, max_tokens in ((5, 60), (50, 6)):
+        for wanted, max_tokens in ((5, 500), (50, 6)):  # 500: an abort needs time to arrive
             sizes.clear()
             aborts = len(tap.of("Abort"))
             sampling = pb.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
