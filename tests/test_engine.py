@@ -31,6 +31,17 @@ def test_cpu_runs_eager_and_gpu_compiles(cpu: Settings, gpu: Settings) -> None:
     assert "--enforce-eager" not in engine.engine_argv(gpu, Path("/m"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "float32"), [({"avx2"}, True), ({"avx2", "avx512_bf16"}, False), ({"amx_bf16"}, False)]
+)
+def test_float32_where_the_processor_has_no_bfloat16(
+    flags: set[str], float32: bool, cpu: Settings, gpu: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "cpu_flags", lambda: flags)
+    assert ("--dtype float32" in " ".join(engine.engine_argv(cpu, Path("/m")))) is float32
+    assert "--dtype" not in engine.engine_argv(gpu, Path("/m"))
+
+
 def test_a_readers_arguments_come_last_and_win(cpu: Settings) -> None:
     settings = cpu.model_copy(update={"engine_args": "--max-model-len 64 --seed 7"})
     args = engine.engine_args(engine.engine_argv(settings, model_path(cpu)))
@@ -78,6 +89,9 @@ def test_a_containers_limit_counts_in_the_older_layout(tmp_path: Path) -> None:
 def test_memory(cpu: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "model.safetensors").open("wb") as weights:
         weights.truncate(3 * GIB)
+    monkeypatch.setattr(engine, "cpu_flags", lambda: {"avx2"})
+    assert engine.needed_gib(cpu, tmp_path) == 2 * 3 + 1 + engine.RUNTIME_GIB
+    monkeypatch.setattr(engine, "cpu_flags", lambda: {"avx2", "avx512_bf16"})
     assert engine.needed_gib(cpu, tmp_path) == 3 + 1 + engine.RUNTIME_GIB
     monkeypatch.setattr(engine, "available_gib", lambda: 6.5)
     engine.require_memory(cpu, tmp_path)

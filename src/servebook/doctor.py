@@ -24,7 +24,7 @@ from typing import Any, Literal
 import psutil
 
 from servebook import launch
-from servebook.engine import GIB, available_gib, needed_gib
+from servebook.engine import GIB, available_gib, cpu_flags, needed_gib
 from servebook.errors import ServebookError
 from servebook.launch.supervisor import MARK, can_bind
 from servebook.model import bundled_path, context_limit, is_prepared
@@ -305,7 +305,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
             check_lock(lock, {name: _installed(name) for name, _ in pins(lock or "")}),
             check_glibc(platform.libc_ver()),
             check_libpython(_libpython()),
-            check_cpu(_cpu_flags(), len(os.sched_getaffinity(0)), settings.on_gpu),
+            check_cpu(cpu_flags(), len(os.sched_getaffinity(0)), settings.on_gpu),
             check_memory(psutil.virtual_memory().total / GIB, available_gib(), needed_gib(settings, weights)),
             *folders,
             check_disk(_free(settings.cache_dir, settings.state_dir, Path(sys.prefix))),
@@ -334,11 +334,6 @@ def _libpython() -> Path | None:
     lib, arch = (Path(sysconfig.get_config_var("LIBDIR")), sysconfig.get_config_var("MULTIARCH") or "")
     found = (file for folder in (lib, lib / arch) for file in folder.glob("libpython3.11.so*"))
     return next(found, None)
-
-
-def _cpu_flags() -> set[str]:
-    match = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-    return set(match[1].split()) if match else set()
 
 
 def _free(*folders: Path) -> dict[str, int]:

@@ -9,6 +9,12 @@ import requests
 from servebook.errors import ServebookError
 from servebook.metrics import metric
 
+SETTLE_SECONDS = 2.0
+"""A request that the router has just sent is on its way, then waits for a step of the engine; only then it is counted.
+
+Kubernetes' preStop hooks sleep for the same reason.
+"""
+
 
 class RouterClient:
     """The management side of vLLM's router at `url`; `metrics` is the address of its Prometheus page.
@@ -52,6 +58,7 @@ class RouterClient:
             ServebookError: it is still at work after `seconds`.
         """
         self.remove(replica)
+        time.sleep(SETTLE_SECONDS)
         deadline = time.monotonic() + seconds
         while any(metric(replica, f"vllm:num_requests_{state}") for state in ("running", "waiting")):
             if time.monotonic() > deadline:
