@@ -234,7 +234,7 @@ def test_a_claim_within_the_noise_is_told_apart_from_a_miss() -> None:
     near = Estimate(value=0.99, low=0.96, high=1.01)
     far = Estimate(value=0.9, low=0.88, high=0.92)
     answers = [report.Claim("x", lambda _, each=each: each, 1.0).judge(None).answer for each in (near, far)]  # type: ignore[misc, arg-type]
-    assert answers == ["met within noise", "missed"]
+    assert answers == ["within noise", "missed"]
 
 
 async def test_a_void_run_is_not_reported() -> None:

@@ -110,7 +110,7 @@ DEFAULT = Rule(
 RULES = (
     Rule(
         "the gateway, in front of vLLM",
-        "vLLM's key locks /v1 and nothing else; limits, disconnects and your own API need a place",
+        "vLLM's key locks some paths only; limits, disconnects and your own API need a place",
         "05",
         lambda needs: needs.browsers or needs.own_rules,
         _gateway,
@@ -227,6 +227,20 @@ ARTICLE = (
         _busy,
     ),
     Row(
+        "S15",
+        "already on Triton: Triton + vLLM",
+        "confirmed",
+        "one server, one repository and one set of metrics for all models (chapter 03)",
+        lambda run: tokens_ratio(run, "triton"),
+    ),
+    Row(
+        "S15",
+        "extreme customisation: own gRPC",
+        "corrected",
+        "own rules need a server of your own, which may speak HTTP as well: the gateway (chapters 04, 05)",
+        lambda run: tokens_ratio(run, "gateway"),
+    ),
+    Row(
         "S17",
         "gRPC comes through Triton or an own server",
         "corrected",
@@ -242,10 +256,17 @@ ARTICLE = (
     ),
     Row(
         "S19",
-        "gRPC need: low with vLLM, high with Triton",
+        "vLLM is for language models only, Triton for any model",
         "confirmed",
-        "Triton's streaming is gRPC first; its HTTP generate endpoints are an extension (chapter 03)",
-        lambda run: tokens_ratio(run, "triton"),
+        "Triton serves tensors; vLLM is one of its backends (chapters 03, 08)",
+        lambda run: "a property",
+    ),
+    Row(
+        "S19",
+        "gRPC need: low with vLLM, high with Triton",
+        "confirmed, with a limit",
+        "Triton streams over HTTP too (generate_stream), and its binary HTTP is as fast (chapters 03, 08)",
+        _tensors,
     ),
     Row(
         "S20",

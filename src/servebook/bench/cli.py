@@ -96,7 +96,7 @@ def show(results: Results) -> None:
     if results.tensors:
         tables["Big tensors, there and back, ms"] = report.tensor_table(results)
     if results.plan == "full":
-        tables["What the chapters promise"] = report.verdict_table(results)
+        tables["Targets"] = report.verdict_table(results)
     for title, (head, rows) in tables.items():
         table = Table(*head, title=title)
         for row in rows:

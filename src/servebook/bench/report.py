@@ -40,7 +40,7 @@ class Claim:
             return Verdict(wanted, "–", "not measured")
         within = found.value >= self.bound if self.at_least else found.value <= self.bound
         near = found.high >= self.bound if self.at_least else found.low <= self.bound
-        return Verdict(wanted, interval(found), "met" if within else "met within noise" if near else "missed")
+        return Verdict(wanted, interval(found), "met" if within else "within noise" if near else "missed")
 
 
 def cell(name: str, field: str, part: str = "engine") -> Callable[[Results], Estimate | None]:
@@ -80,7 +80,7 @@ CLAIMS = (
     *(Claim(f"gateway, tokens/s at {n}", cell(f"gateway @{n}", "tokens_per_s"), 0.97) for n in (1, 32)),
     Claim("the article's gateway, tokens/s at 16", cell("gateway-article @16", "tokens_per_s"), 0.2, at_least=False),
 )
-"""What the chapters on Triton, our own gRPC and the gateway promise, as ratios to vLLM's own server."""
+"""What was asked of Triton, our own gRPC and the gateway before anything was measured: ratios to vLLM's own server."""
 
 
 def interval(found: Estimate | None, digits: int = 2) -> str:
@@ -221,7 +221,7 @@ def section(run: Results) -> str:
         f"Model {run.model}; {run.started:%Y-%m-%d}, {run.seconds / 60:.0f} minutes; at most {engines} engines in "
         f"memory, one of them at work; {machine.memory_gib:g} GiB; {machine.system}; Python {machine.python}; "
         f"{versions}.",
-        "### What the chapters promise",
+        "### Targets, set before anything was measured",
         markdown_table(*verdict_table(run)),
         "### Ratios to vLLM's own server",
         "Above 1 in tokens/s, and below 1 (or 0 ms) in the latencies, the path is better than its reference.",
