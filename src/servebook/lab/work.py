@@ -9,14 +9,15 @@ import linecache
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from servebook.lab.feedback import NotYet, StillOpen
 from servebook.lab.manifest import Exercise
 from servebook.launch import Server
 
-IDLE_SECONDS = 8.0
-"""How long a learner's code may run while no server works for it."""
+IDLE_SECONDS = 4.0
+"""How long a learner's code may run while no server works for it; its waits for a busy core do not count."""
 LIMIT_SECONDS = 100.0
 """How long it may run at most. nbgrader's limit for a cell is longer, so that a check ends first."""
 
@@ -81,11 +82,13 @@ class Work:
 
         thread = threading.Thread(target=target, name=f"lab {self.exercise.id}", daemon=True)
         thread.start()
-        started = idle_since = time.monotonic()
-        while thread.is_alive() and time.monotonic() - idle_since < IDLE_SECONDS:
+        started, idle = time.monotonic(), 0.0
+        while thread.is_alive() and idle < IDLE_SECONDS:
+            looked, had_waited = time.monotonic(), waited_for_a_core(thread)
             thread.join(0.1)
+            idle += time.monotonic() - looked - (waited_for_a_core(thread) - had_waited)
             if busy() and time.monotonic() - started < LIMIT_SECONDS:
-                idle_since = time.monotonic()
+                idle = 0.0
         if thread.is_alive():
             # A loop in Python ends by this; a call that blocks in C lives on until its socket is closed.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(OverTime))
@@ -111,6 +114,14 @@ class Work:
             raise StillOpen
         cause = next((text for kind, text in causes.items() if isinstance(error, kind)), "your code raised this error")
         raise NotYet("no error", f"{type(error).__name__}: {str(error)[:300]}{where(error)}", cause)
+
+
+def waited_for_a_core(thread: threading.Thread) -> float:
+    """Seconds in all that a thread of this process was ready to run and had no core, by /proc/…/schedstat."""
+    try:
+        return int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):  # it has ended, or this kernel keeps no such account
+        return 0.0
 
 
 async def _await(value: Any) -> Any:

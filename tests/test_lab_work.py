@@ -1,0 +1,70 @@
+"""A learner's code under its time limit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from desk import eventually
+
+from servebook.lab import work
+from servebook.lab.feedback import NotYet
+from servebook.lab.manifest import find_exercise
+from servebook.lab.work import Work, waited_for_a_core
+
+
+@pytest.fixture
+def learner() -> Work:
+    return Work(find_exercise("01.1")[1], {})
+
+
+def test_code_that_waits_for_ever_is_told_so(learner: Work) -> None:
+    with pytest.raises(NotYet) as told:
+        learner.run(threading.Event().wait)
+    assert told.value.expected == "an end"
+
+
+def test_a_server_at_work_is_waited_for(learner: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as long as the code may be idle."""
+    monkeypatch.setattr(work, "IDLE_SECONDS", 0.2)
+    until = time.monotonic() + 0.4
+    finished = threading.Event()
+
+    def busy() -> bool:
+        if time.monotonic() > until:
+            finished.set()
+        return not finished.is_set()
+
+    assert learner.run(finished.wait, busy=busy) is True
+
+
+@pytest.fixture
+def crowded_core() -> Iterator[int]:
+    """A core that another process keeps busy."""
+    core = min(os.sched_getaffinity(0))
+    burn = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", burn])
+    yield core
+    process.kill()
+    process.wait()
+
+
+def test_waiting_for_a_busy_core_is_seen(crowded_core: int) -> None:
+    done = threading.Event()
+
+    def spin() -> None:
+        os.sched_setaffinity(0, {crowded_core})  # of this thread only
+        while not done.is_set():
+            pass
+
+    thread = threading.Thread(target=spin, daemon=True)
+    thread.start()
+    eventually(lambda: waited_for_a_core(thread) > 0.2, "the thread's waits in the kernel's account")
+    done.set()
+    thread.join()
+    assert waited_for_a_core(thread) == 0, "a thread that has ended"
