@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from textwrap import indent
 from typing import Any, Literal
 
+import nbformat
 import pytest
+from proofs import ROOT, Proof, Prover, prover
 from pydantic import BaseModel, ConfigDict
 
 from servebook import notebook_gate
-from servebook.lab import rehearsal
 from servebook.lab.manifest import Exercise, Lab, exercises, load_labs
-from servebook.lab.shell import LabShell
-
-ROOT = Path(__file__).parents[1]
-OpenSession = Callable[[Lab], LabShell]
-
 
 REGION = re.compile(r"(.*?\n|)( *)(?:// )?### BEGIN SOLUTION.*?### END SOLUTION\n?(.*)", re.DOTALL)
 
@@ -77,43 +72,52 @@ EXERCISES = [pytest.param(lab, exercise, id=exercise.id) for lab, exercise in ex
 LABS = [pytest.param(lab, id=lab.stem) for lab in load_labs()]
 
 
+def blank(lab: Lab, exercise: Exercise) -> Proof:
+    """The exercise as it is handed out, with all others solved."""
+    return Proof(lab.stem, exercise.id, source(ROOT / "labs" / lab.path, exercise), among_solved=True)
+
+
+def answered(lab: Lab, exercise: Exercise, answer: Answer) -> Proof:
+    solution = source(ROOT / "solutions" / lab.path, exercise)
+    return Proof(lab.stem, exercise.id, answer.applied_to(solution))
+
+
+@cache
+def cells(notebook: Path) -> dict[str, str]:
+    return {cell.id: str(cell.source) for cell in nbformat.read(notebook, as_version=4).cells}
+
+
+def source(notebook: Path, exercise: Exercise) -> str:
+    """What a notebook has in the exercise's answer cell."""
+    return cells(notebook)[f"{exercise.cell}-answer"]
+
+
 @pytest.fixture(scope="module")
-def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenSession:
-    """Opens the solution of a lab, with its servers up and its shared cells run; once for all of its proofs."""
-    sessions: dict[str, LabShell] = {}
-
-    def open_session(lab: Lab) -> LabShell:
-        if lab.stem not in sessions:
-            for server in lab.servers:
-                request.getfixturevalue({"grpc": "grpc_server"}.get(server, server.replace("-", "_")))
-            sessions[lab.stem] = LabShell(ROOT / "solutions" / lab.path)
-            sessions[lab.stem].prepare()
-        return sessions[lab.stem]
-
-    return open_session
+def proofs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prover]:
+    """Makes the proofs that this run wants."""
+    wanted = []
+    for item in request.session.items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if isinstance(params.get("answer"), Answer):
+            wanted.append(answered(**params))
+        elif item.name.startswith("test_open_blank"):
+            wanted.append(blank(**params))
+    with prover(wanted, tmp_path_factory.mktemp("learner")) as made:
+        yield made
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Learners' files go to a folder of their own."""
-    with contextlib.chdir(tmp_path_factory.mktemp("learner")):
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def vllm_process() -> Iterator[None]:
-    """Lab 03 keeps vLLM imported from check to check; not longer than the proofs."""
-    yield
-    rehearsal.end()
+@pytest.fixture
+def servers(lab: Lab, request: pytest.FixtureRequest) -> None:
+    """What the lab needs is up."""
+    for server in lab.servers:
+        request.getfixturevalue({"grpc": "grpc_server"}.get(server, server.replace("-", "_")))
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("servers")
 @pytest.mark.parametrize("lab", LABS)
-def test_solution_passes_in_a_kernel(
-    lab: Lab, session: OpenSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_solution_passes_in_a_kernel(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The notebook as a whole, through the gate; a check that fails stops it there."""
-    session(lab)
     monkeypatch.setenv("NBGRADER_EXECUTION", "validate")
     # A copy: some answers write files beside their notebook.
     copy = tmp_path / f"{lab.stem}.ipynb"
@@ -122,24 +126,19 @@ def test_solution_passes_in_a_kernel(
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("servers")
 @pytest.mark.parametrize(("lab", "exercise"), EXERCISES)
-def test_open_blank_is_caught_by_its_own_check(lab: Lab, exercise: Exercise, session: OpenSession) -> None:
+def test_open_blank_is_caught_by_its_own_check(lab: Lab, exercise: Exercise, proofs: Prover) -> None:
     """With this one blank open and all others solved."""
-    released = LabShell(ROOT / "labs" / lab.path)
-    shell = session(lab)
-    for other in lab.exercises:
-        if other != exercise:
-            assert shell.run(shell.source(other.id)) is None
-    result = shell.check(exercise.id, released.source(exercise.id))
+    result = proofs.result(blank(lab, exercise))
     assert result.state == "open", result.render()
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("servers")
 @pytest.mark.parametrize(("lab", "exercise", "answer"), each("wrong"))
-def test_wrong_answer_is_told_its_cause(lab: Lab, exercise: Exercise, answer: Answer, session: OpenSession) -> None:
-    shell = session(lab)
-    shell.forget()
-    result = shell.check(exercise.id, answer.applied_to(shell.source(exercise.id)))
+def test_wrong_answer_is_told_its_cause(lab: Lab, exercise: Exercise, answer: Answer, proofs: Prover) -> None:
+    result = proofs.result(answered(lab, exercise, answer))
     assert result.state == "wrong", result.render()
     assert answer.cause in result.cause, result.render()
     assert result.expected, result.render()
@@ -148,11 +147,10 @@ def test_wrong_answer_is_told_its_cause(lab: Lab, exercise: Exercise, answer: An
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("servers")
 @pytest.mark.parametrize(("lab", "exercise", "answer"), each("right"))
-def test_other_right_answer_is_accepted(lab: Lab, exercise: Exercise, answer: Answer, session: OpenSession) -> None:
-    shell = session(lab)
-    shell.forget()
-    result = shell.check(exercise.id, answer.applied_to(shell.source(exercise.id)))
+def test_other_right_answer_is_accepted(lab: Lab, exercise: Exercise, answer: Answer, proofs: Prover) -> None:
+    result = proofs.result(answered(lab, exercise, answer))
     assert result.passed, result.render()
 
 
