@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +30,11 @@ class Proof(NamedTuple):
     exercise_id: str
     answer: str
     among_solved: bool = False
+
+
+def sit_down(room: Path) -> None:
+    """Work in a folder of this process's own, as each learner does: answers write files."""
+    os.chdir(tempfile.mkdtemp(dir=room))
 
 
 @cache
@@ -70,11 +76,11 @@ class Prover:
 
 @contextmanager
 def prover(proofs: Iterable[Proof], scratch: Path) -> Iterator[Prover]:
-    """A Prover whose processes end with the block; learners' files go to `scratch`."""
+    """A Prover whose processes end with the block; their folders are in `scratch`."""
     context = get_context("spawn")
     with (
-        ProcessPoolExecutor(1, context, os.chdir, (scratch,)) as one,
-        ProcessPoolExecutor(AT_ONCE, context, os.chdir, (scratch,)) as several,
+        ProcessPoolExecutor(1, context, sit_down, (scratch,)) as one,
+        ProcessPoolExecutor(AT_ONCE, context, sit_down, (scratch,)) as several,
     ):
         try:
             yield Prover(proofs, one, several)
