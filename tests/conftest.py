@@ -104,10 +104,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(notebook_gate.table(results))
 
 
+def lab_of(item: pytest.Item) -> str:
+    """The stem of the lab that a proof belongs to, "" for every other test."""
+    lab = item.callspec.params.get("lab") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+    return lab.stem if isinstance(lab, Lab) else ""
+
+
 def in_chapter_10(item: pytest.Item) -> bool:
     """Whether a test belongs to chapter 10 or to its lab."""
-    lab = item.callspec.params.get("lab") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
-    return item.path.stem == "test_10_scale_out" or (isinstance(lab, Lab) and lab.stem == "10_scale_out")
+    return item.path.stem == "test_10_scale_out" or lab_of(item) == "10_scale_out"
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -125,9 +130,11 @@ NEEDS_ENGINE = {"vllm", "triton", "grpc_server", "gateway", "kserve", "vllm_grpc
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what uses an engine, or a desk with servers: `make check` leaves it out. Chapter and lab 10 go first.
 
-    Their engines end with them. Beside the five that stay up from chapter to chapter, 24 GB were not enough.
+    Their engines end with them. Beside the five that stay up from chapter to chapter, 24 GB were not enough. And
+    labs come one after the other, as their proofs are made.
     """
-    items.sort(key=lambda item: not in_chapter_10(item))
+    files = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (not in_chapter_10(item), files[item.path], lab_of(item)))
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if NEEDS_ENGINE & fixtures:
