@@ -19,7 +19,7 @@ from servebook import launch
 from servebook.errors import ServebookError
 from servebook.lab import checking
 from servebook.lab.manifest import Lab, find_exercise, load_labs
-from servebook.lab.release import ROOT, student_notebook
+from servebook.lab.release import ROOT, student_notebook, write_bundle
 from servebook.lab.shell import exercise_of
 
 LABS = [pytest.param(lab, id=lab.stem) for lab in load_labs()]
@@ -163,7 +163,7 @@ def test_check_in_a_notebook_reports_and_under_nbgrader_raises(
 def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     learner("release", bundle)
-    assert {"labs", "notebooks", "src", "Makefile", "pyproject.toml"} <= {path.name for path in bundle.iterdir()}
+    assert {"labs", "notebooks", "jupyter", "src", "Makefile"} <= {path.name for path in bundle.iterdir()}
     assert not {"solutions", "tests", "docs", "nbgrader_config.py"} & {path.name for path in bundle.iterdir()}
     solved = [
         cell.source
@@ -181,6 +181,32 @@ def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) 
                 assert "instructor" not in cell.metadata.get("tags", []), path
                 assert cell.source not in solved
     assert "is not empty" in learner("release", bundle, code=1).stderr
+
+
+def test_bundle_has_every_file_that_it_names(tmp_path: Path) -> None:
+    """What notebooks show of the repository, and what they and README link to."""
+    write_bundle(tmp_path)
+    named = [(tmp_path, link) for file in tmp_path.glob("*.md") for link in links(file.read_text())]
+    shown = []
+    for path in (tmp_path / "notebooks").glob("*.ipynb"):
+        for cell in cells_of(path).values():
+            if cell.cell_type == "code":
+                shown += re.findall(r'REPOSITORY / "([^"]+)"', cell.source)
+            else:
+                named += [(path.parent, link) for link in links(cell.source)]
+    assert {"kubernetes/kserve/custom-predictor.yaml", "vllm_model/config.pbtxt"} <= set(shown)
+    assert {"BENCHMARKS.md", "images/01_openai_rest.svg"} <= {link for _, link in named}
+    assert not [link for folder, link in named if not (folder / link).exists()]
+    # Chapter 03 names another folder REPOSITORY: the model repository.
+    bases = (tmp_path, tmp_path / "triton/model_repository")
+    assert not [name for name in shown if not any((base / name).exists() for base in bases)]
+    assert "[docs/room.md]" not in (tmp_path / "README.md").read_text()
+    assert "docs/room.md has settings" in (tmp_path / "README.md").read_text()
+
+
+def links(markdown: str) -> list[str]:
+    """The files that links and pictures lead to, from where the text lies."""
+    return re.findall(r"\]\((?!https?:|#|attachment:)([^)#]+)", markdown)
 
 
 def nbgrader(course: Path, *words: str, code: int = 0) -> str:
