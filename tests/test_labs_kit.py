@@ -13,6 +13,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from desk import free_port
 from nbgrader.api import Gradebook
 
 from servebook import launch
@@ -145,6 +146,34 @@ def test_init_check_and_reset(learner: Run, vllm: launch.Server, tmp_path: Path)
     learner("labs", "reset", "01.2")
     assert cells_of(path)["01-2-answer"].source == stub
     assert "0 of " in learner("labs", "list").stdout
+
+
+def test_a_check_that_cannot_run_says_what_to_do(learner: Run, tmp_path: Path) -> None:
+    """The engine is out of reach, the set-up spoilt, the answer cell gone, the file torn: never a traceback."""
+    learner("labs", "init", tmp_path)
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    said = learner("labs", "check", "01.2", code=1, SERVEBOOK_ENGINE_URL=nowhere).stderr
+    assert f"The cell 'setup' failed: LaunchError: No vLLM answers at SERVEBOOK_ENGINE_URL={nowhere}" in said
+    assert "→ Start it there" in said
+
+    path = tmp_path / STEM / f"{STEM}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    cells = {cell.id: cell for cell in notebook.cells}
+    cells["setup"].source = "nonsense"
+    nbformat.write(notebook, path)
+    said = learner("labs", "check", "01.2", code=1).stderr
+    assert "The cell 'setup' failed: NameError: name 'nonsense' is not defined\n→ Run the notebook" in said
+
+    cells["setup"].source = cells["01-2-given"].source = "pass"
+    notebook.cells.remove(cells["01-2-answer"])
+    nbformat.write(notebook, path)
+    assert "has no answer cell for 01.2." in learner("labs", "check", "01.2", code=1).stderr
+
+    path.write_text(path.read_text()[:1000])
+    for command in ("check", "reset"):
+        said = learner("labs", command, "01.2", code=1).stderr
+        assert f"{path} cannot be read as a notebook: " in said
+        assert "→ Remove 01_openai_rest.ipynb and run `servebook labs init` again." in said
 
 
 def test_check_in_a_notebook_reports_and_under_nbgrader_raises(
