@@ -41,6 +41,7 @@ DISK_GIB = 1.0
 SHM_MIB = 256
 """vLLM and Triton pass data between their processes through /dev/shm; containers often have 64 MiB."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+"""The names that Chromium goes by; `.ci/run` looks for the same."""
 
 
 @dataclass(frozen=True)
@@ -326,8 +327,13 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
         ]
     )
     if not quick:
-        report.append(check_browser(next((path for name in BROWSERS if (path := shutil.which(name))), None)))
+        report.append(check_browser(find_browser()))
     return report
+
+
+def find_browser() -> str | None:
+    """The Chromium for the browser tests; None where there is none."""
+    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 def _installed(name: str) -> str | None:
