@@ -32,6 +32,8 @@ from servebook.lab.manifest import Lab  # noqa: E402
 from servebook.launch.supervisor import can_bind  # noqa: E402
 from servebook.settings import Settings, load_settings  # noqa: E402
 
+pytest_plugins = ["floor"]
+
 
 @pytest.fixture(scope="session")
 def settings() -> Settings:
