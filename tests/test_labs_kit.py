@@ -7,18 +7,23 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 import pytest
-from desk import free_port
+from desk import TINY, Desk, eventually, free_port
+from nbformat.v4 import new_code_cell, new_notebook
 from nbgrader.api import Gradebook
+from nbgrader.converters import Autograde
+from nbgrader.preprocessors import Execute
+from traitlets.config import Config
 
 from servebook import launch
 from servebook.errors import ServebookError
-from servebook.lab import checking
+from servebook.lab import checking, grading
 from servebook.lab.manifest import Lab, find_exercise, load_labs
 from servebook.lab.release import ROOT, student_notebook, write_bundle
 from servebook.lab.shell import exercise_of
@@ -238,6 +243,71 @@ def links(markdown: str) -> list[str]:
     return re.findall(r"\]\((?!https?:|#|attachment:)([^)#]+)", markdown)
 
 
+LEAVES = """
+import signal, subprocess, sys
+deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
+for program in ("import time; print(flush=True); time.sleep(600)", deaf):
+    words = [sys.executable, "-c", program, "left behind"]
+    left = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True)
+    left.stdout.readline()
+    print(left.pid)
+"""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait a while to be taken off the list."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def another() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of another submission."""
+    with subprocess.Popen(["sleep", "600"], env=os.environ | {grading.MARK: "another"}) as process:
+        yield process
+        process.kill()
+
+
+def test_what_a_submission_started_ends_with_it(
+    another: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a session of its own, and deaf to SIGTERM too."""
+    monkeypatch.setattr(grading, "GRACE_SECONDS", 1.0)
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    notebook = new_notebook(cells=[new_code_cell(LEAVES)])
+    executed, _ = grading.ExecuteAndEnd().preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
+    printed = "".join(output.text for output in executed.cells[0].outputs)  # in one piece or in two
+    pids = [int(pid) for pid in printed.split()]
+    assert len(pids) == 2
+    eventually(lambda: not any(map(alive, pids)), "the end of both, which were killed")
+    assert another.poll() is None
+
+
+@pytest.mark.parametrize("start", ["serve", "up"])
+def test_a_submissions_server_ends_in_order(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    """By its supervisor, also where it was to outlive its kernel; else `status` would say that it has failed."""
+    paths = f"{TINY.parent}:{os.environ.get('PYTHONPATH', '')}"
+    for name, value in (desk.env | {"PYTHONPATH": paths, "JUPYTER_PREFER_ENV_PATH": "1"}).items():
+        monkeypatch.setenv(name, value)
+    code = f"import tiny_server; tiny_server.install()\nfrom servebook import launch\nlaunch.{start}('vllm')"
+    executed, _ = grading.ExecuteAndEnd().preprocess(
+        new_notebook(cells=[new_code_cell(code)]), {"metadata": {"path": str(tmp_path)}}
+    )
+    assert "ready: http" in str(executed.cells[0].outputs)
+    assert desk.family() == []
+    assert desk.status()["state"] == "stopped"
+
+
+def test_grading_is_nbgraders_but_for_the_end() -> None:
+    assert grading.ExecuteAndEnd(config=Config(Execute={"timeout": 7})).timeout == 7
+    steps = Autograde.autograde_preprocessors.default_args[0]
+    assert [Execute if step is grading.ExecuteAndEnd else step for step in grading.STEPS] == steps
+
+
 def nbgrader(course: Path, *words: str, code: int = 0) -> str:
     environment = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"}
     argv = [sys.executable, "-m", "nbgrader", *words]
@@ -273,13 +343,14 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, tmp_path: Pa
     perfect = {cell_id: cell.source for cell_id, cell in solution.items() if cell_id.endswith("-answer")}
     some = {"01-1-answer", "01-4-answer"}
     submit(tmp_path, "crashes", {"01-1-answer": "import os\nos._exit(1)"})
-    submit(tmp_path, "empty", {})
+    submit(tmp_path, "empty", {"01-1-answer": LEAVES})
     submit(tmp_path, "hangs", {"01-1-answer": "while True:\n    pass", "01-2-answer": perfect["01-2-answer"]})
     # A locked cell that was altered is put back before grading.
     submit(tmp_path, "partial", {k: v for k, v in perfect.items() if k in some} | {"01-5-check": "pass"})
     submit(tmp_path, "perfect", perfect)
     said = nbgrader(tmp_path, "autograde", STEM, "--Execute.timeout=20", code=1)
     assert re.findall(r"error processing assignment '\w+' for student '(\w+)'", said) == ["crashes"]
+    assert len(re.findall(r"Ended what the submission had started: .* left behind", said)) == 2
     nbgrader(tmp_path, "generate_feedback", STEM)
 
     with Gradebook(f"sqlite:///{tmp_path}/gradebook.db", "servebook") as gradebook:
