@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -28,9 +27,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from desk import Desk, free_port  # noqa: E402
 
 from servebook import launch, notebook_gate  # noqa: E402
+from servebook.doctor import find_browser  # noqa: E402
 from servebook.lab.manifest import Lab  # noqa: E402
 from servebook.launch.supervisor import can_bind  # noqa: E402
 from servebook.settings import Settings, load_settings  # noqa: E402
+
+pytest_plugins = ["floor"]
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +163,7 @@ REPORT = pytest.StashKey[pytest.TestReport]()
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """Chromium for one module: while Playwright runs, no test can start an event loop of its own."""
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    executable = find_browser()
     if not executable:
         pytest.fail("There is no Chromium: `sudo apt-get install chromium`, or leave these out with -m 'not browser'.")
     expect.set_options(timeout=PATIENCE_MS)

@@ -465,7 +465,7 @@ def test_logs_have_the_request_id_and_never_the_words(gateway: launch.Server) ->
     assert "xyzzyplugh" not in log
 
 
-# The page (its behaviour: test_05_browser.py)
+# The page (its behaviour: test_chat_page.py)
 
 
 def test_the_page_asks_no_other_host_and_has_a_strict_policy(gateway: launch.Server) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path as FilePath
+from typing import Any
 
 import jsonschema
 import pytest
@@ -16,11 +17,12 @@ from typer.testing import CliRunner
 
 from servebook.bench import report, workload
 from servebook.bench.arms import CONTROL_LIMIT, WAVES, Arm, Workload, compare, off_by
+from servebook.bench.cli import custom
 from servebook.bench.load import BenchError, Job, Load, Message, Sample, ask, closed_loop, open_loop
 from servebook.bench.paths import PATHS, Path, find_path
 from servebook.bench.resources import ProcessTree
-from servebook.bench.results import Results, load_results, new_results, stored
-from servebook.bench.run import FULL
+from servebook.bench.results import Results, load_results, new_results, now, stored
+from servebook.bench.run import FULL, QUICK, start
 from servebook.bench.stats import Estimate, difference, percentiles, ratio, summarize
 from servebook.bench.wire import WireCost, counted
 from servebook.cli import app
@@ -263,6 +265,42 @@ def test_stored_results_can_be_read_and_are_not_void() -> None:
         assert not results.void
         assert results.plan == "full"
         assert len(results.done) == len(FULL)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"paths": ["triton"]},
+        {"loads": [1, 8]},
+        {"wants": Workload(max_tokens=200)},
+        {"wants": Workload(rate=2.0)},
+        {"scripted": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_file_of_another_custom_plan_is_not_continued(tmp_path: FilePath, change: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"paths": ["grpc"], "loads": [1], "wants": Workload(), "scripted": False}
+    settings, output = load_settings(), tmp_path / "bench.json"
+    run = start(custom(**asked), settings, output)
+    with run.measured("grpc @1"):
+        pass
+    assert start(custom(**asked), settings, output).results.done == ["grpc @1"]
+    plan = custom(**asked | change)
+    with pytest.raises(BenchError, match=f"with plan '{run.plan.name}', and this one has '{plan.name}'"):
+        start(plan, settings, output)
+
+
+def test_neither_is_that_of_other_engine_arguments_nor_a_finished_one(tmp_path: FilePath) -> None:
+    plain, output = load_settings(engine_args=""), tmp_path / "bench.json"
+    run = start(QUICK, plain, output)
+    with run.measured("control @8"):
+        pass
+    with pytest.raises(BenchError, match="with engine_args '', and this one has '--dtype float16'"):
+        start(QUICK, load_settings(engine_args="--dtype float16"), output)
+    run.results.finished = now()
+    run.results.save(output)
+    with pytest.raises(BenchError, match="a finished run"):
+        start(QUICK, plain, output)
 
 
 def test_break_even() -> None:

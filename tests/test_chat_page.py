@@ -83,6 +83,36 @@ def test_the_conversation_goes_on(chat: Page) -> None:
     expect(chat.get_by_role("article")).to_have_count(0)
 
 
+def test_a_long_conversation_goes_on_without_its_oldest_messages(page: Page, gateway: launch.Server) -> None:
+    """Not in `chat`, whose console stays clean: the gateway's refusals are seen there."""
+    page.goto(gateway.url)
+    left_out = page.get_by_text("The oldest messages were left out")
+    for number in range(1, 5):
+        ask(page, f"{STORY} " * 70, longest=4)  # 700 tokens; of three the model's 2,048 are too few
+        expect(page.locator("#tokens")).to_have_text(re.compile(r"^\d+ out, \d+ in$"))
+        expect(page.get_by_role("status")).to_have_text("Answer complete.")
+        expect(page.get_by_role("article", name="Model")).to_have_count(number)
+        expect(left_out).to_have_count(max(0, number - 2))
+    ask(page, f"{STORY} " * 70, longest=2000)  # too long by itself
+    expect(page.get_by_role("status")).to_contain_text("shorten the messages")
+    ask(page, STORY, longest=4)
+    expect(page.get_by_role("status")).to_have_text("Answer complete.")
+    assert int(re.findall(r"(\d+) in", page.locator("#tokens").inner_text())[0]) > 1400, "the conversation is lost"
+
+
+def test_a_wrong_option_is_shown(chat: Page) -> None:
+    """In closed options it would keep the form from being sent without a word."""
+    options, longest = chat.get_by_text("Options"), chat.get_by_label("Longest answer")
+    options.click()
+    longest.fill("")
+    options.click()
+    expect(longest).to_be_hidden()
+    chat.get_by_label("Message", exact=True).fill(JAPAN)
+    chat.keyboard.press("Enter")
+    expect(longest).to_be_focused()
+    expect(chat.get_by_role("article")).to_have_count(0)
+
+
 @pytest.mark.parametrize("how", ["button", "Escape"])
 def test_stop_stops_the_engine(chat: Page, vllm: launch.Server, how: str) -> None:
     ask(chat, STORY, longest=1500)

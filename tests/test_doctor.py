@@ -58,6 +58,7 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_shm(64 * 2**20), "WARN", "--shm-size"),
         (doctor.check_ports({("vllm http", 8000): "", ("grpc grpc", 50051): "ours"}), "OK", "1 free, 1 in use by our"),
         (doctor.check_ports({("vllm http", 8000): "nginx, pid 7"}), "WARN", "8000 (vllm http) by nginx, pid 7"),
+        (doctor.check_ports(None, "192.0.2.1"), "FAIL", "no address of this machine"),
         (doctor.check_gpu(None, "auto", True), "OK", "none"),
         (doctor.check_gpu(None, "gpu", False), "FAIL", "nvidia-smi"),
         (doctor.check_gpu("NVIDIA L4, 580.65.06, 23034 MiB", "auto", False), "OK", "NVIDIA L4"),
@@ -117,11 +118,11 @@ def test_a_strangers_port_is_named(here: Settings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         port = stranger.getsockname()[1]
         settings = load_settings(**here.model_dump() | {"vllm_http_port": port})
-        holders = doctor._port_holders(settings, [])
-        assert f"pid {os.getpid()}" in holders["vllm http", port]
         entry = {"endpoints": {"http": f"127.0.0.1:{port}"}}
-        assert doctor._port_holders(settings, [entry])["vllm http", port] == "ours"
-    assert doctor._port_holders(settings, [])["vllm http", port] == ""
+        holders = [doctor._port_holders(settings, entries) or {} for entries in ([], [entry])]
+        assert f"pid {os.getpid()}" in holders[0]["vllm http", port]
+        assert holders[1]["vllm http", port] == "ours"
+    assert (doctor._port_holders(settings, []) or {})["vllm http", port] == ""
 
 
 @pytest.fixture
@@ -172,6 +173,14 @@ def test_a_failure_gives_exit_code_1() -> None:
     assert done.returncode == 1, done.stderr
     failed = [finding for finding in json.loads(done.stdout) if finding["level"] == "FAIL"]
     assert [finding["name"] for finding in failed] == ["state"]
+
+
+def test_a_host_that_is_not_this_machine() -> None:
+    done = command("--quiet", "--json", SERVEBOOK_HOST="192.0.2.1", SERVEBOOK_API_KEY="of-this-test")
+    assert done.returncode == 1, done.stderr
+    (ports,) = [finding for finding in json.loads(done.stdout) if finding["level"] == "FAIL"]
+    assert "no server can listen on 192.0.2.1" in ports["fact"]
+    assert "SERVEBOOK_HOST" in ports["remedy"]
 
 
 def test_settings_that_do_not_fit_are_a_message() -> None:

@@ -7,19 +7,25 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 import pytest
+from desk import TINY, Desk, eventually, free_port
+from nbformat.v4 import new_code_cell, new_notebook
 from nbgrader.api import Gradebook
+from nbgrader.converters import Autograde
+from nbgrader.preprocessors import Execute
+from traitlets.config import Config
 
 from servebook import launch
 from servebook.errors import ServebookError
-from servebook.lab import checking
+from servebook.lab import checking, grading
 from servebook.lab.manifest import Lab, find_exercise, load_labs
-from servebook.lab.release import ROOT, student_notebook
+from servebook.lab.release import ROOT, student_notebook, write_bundle
 from servebook.lab.shell import exercise_of
 
 LABS = [pytest.param(lab, id=lab.stem) for lab in load_labs()]
@@ -147,6 +153,34 @@ def test_init_check_and_reset(learner: Run, vllm: launch.Server, tmp_path: Path)
     assert "0 of " in learner("labs", "list").stdout
 
 
+def test_a_check_that_cannot_run_says_what_to_do(learner: Run, tmp_path: Path) -> None:
+    """The engine is out of reach, the set-up spoilt, the answer cell gone, the file torn: never a traceback."""
+    learner("labs", "init", tmp_path)
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    said = learner("labs", "check", "01.2", code=1, SERVEBOOK_ENGINE_URL=nowhere).stderr
+    assert f"The cell 'setup' failed: LaunchError: No vLLM answers at SERVEBOOK_ENGINE_URL={nowhere}" in said
+    assert "→ Start it there" in said
+
+    path = tmp_path / STEM / f"{STEM}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    cells = {cell.id: cell for cell in notebook.cells}
+    cells["setup"].source = "nonsense"
+    nbformat.write(notebook, path)
+    said = learner("labs", "check", "01.2", code=1).stderr
+    assert "The cell 'setup' failed: NameError: name 'nonsense' is not defined\n→ Run the notebook" in said
+
+    cells["setup"].source = cells["01-2-given"].source = "pass"
+    notebook.cells.remove(cells["01-2-answer"])
+    nbformat.write(notebook, path)
+    assert "has no answer cell for 01.2." in learner("labs", "check", "01.2", code=1).stderr
+
+    path.write_text(path.read_text()[:1000])
+    for command in ("check", "reset"):
+        said = learner("labs", command, "01.2", code=1).stderr
+        assert f"{path} cannot be read as a notebook: " in said
+        assert "→ Remove 01_openai_rest.ipynb and run `servebook labs init` again." in said
+
+
 def test_check_in_a_notebook_reports_and_under_nbgrader_raises(
     learner: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,7 +197,7 @@ def test_check_in_a_notebook_reports_and_under_nbgrader_raises(
 def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     learner("release", bundle)
-    assert {"labs", "notebooks", "src", "Makefile", "pyproject.toml"} <= {path.name for path in bundle.iterdir()}
+    assert {"labs", "notebooks", "jupyter", "src", "Makefile"} <= {path.name for path in bundle.iterdir()}
     assert not {"solutions", "tests", "docs", "nbgrader_config.py"} & {path.name for path in bundle.iterdir()}
     solved = [
         cell.source
@@ -181,6 +215,97 @@ def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) 
                 assert "instructor" not in cell.metadata.get("tags", []), path
                 assert cell.source not in solved
     assert "is not empty" in learner("release", bundle, code=1).stderr
+
+
+def test_bundle_has_every_file_that_it_names(tmp_path: Path) -> None:
+    """What notebooks show of the repository, and what they and README link to."""
+    write_bundle(tmp_path)
+    named = [(tmp_path, link) for file in tmp_path.glob("*.md") for link in links(file.read_text())]
+    shown = []
+    for path in (tmp_path / "notebooks").glob("*.ipynb"):
+        for cell in cells_of(path).values():
+            if cell.cell_type == "code":
+                shown += re.findall(r'REPOSITORY / "([^"]+)"', cell.source)
+            else:
+                named += [(path.parent, link) for link in links(cell.source)]
+    assert {"kubernetes/kserve/custom-predictor.yaml", "vllm_model/config.pbtxt"} <= set(shown)
+    assert {"BENCHMARKS.md", "images/01_openai_rest.svg"} <= {link for _, link in named}
+    assert not [link for folder, link in named if not (folder / link).exists()]
+    # Chapter 03 names another folder REPOSITORY: the model repository.
+    bases = (tmp_path, tmp_path / "triton/model_repository")
+    assert not [name for name in shown if not any((base / name).exists() for base in bases)]
+    assert "[docs/room.md]" not in (tmp_path / "README.md").read_text()
+    assert "docs/room.md has settings" in (tmp_path / "README.md").read_text()
+
+
+def links(markdown: str) -> list[str]:
+    """The files that links and pictures lead to, from where the text lies."""
+    return re.findall(r"\]\((?!https?:|#|attachment:)([^)#]+)", markdown)
+
+
+LEAVES = """
+import signal, subprocess, sys
+deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
+for program in ("import time; print(flush=True); time.sleep(600)", deaf):
+    words = [sys.executable, "-c", program, "left behind"]
+    left = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True)
+    left.stdout.readline()
+    print(left.pid)
+"""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait a while to be taken off the list."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def another() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of another submission."""
+    with subprocess.Popen(["sleep", "600"], env=os.environ | {grading.MARK: "another"}) as process:
+        yield process
+        process.kill()
+
+
+def test_what_a_submission_started_ends_with_it(
+    another: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a session of its own, and deaf to SIGTERM too."""
+    monkeypatch.setattr(grading, "GRACE_SECONDS", 1.0)
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    notebook = new_notebook(cells=[new_code_cell(LEAVES)])
+    executed, _ = grading.ExecuteAndEnd().preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
+    printed = "".join(output.text for output in executed.cells[0].outputs)  # in one piece or in two
+    pids = [int(pid) for pid in printed.split()]
+    assert len(pids) == 2
+    eventually(lambda: not any(map(alive, pids)), "the end of both, which were killed")
+    assert another.poll() is None
+
+
+@pytest.mark.parametrize("start", ["serve", "up"])
+def test_a_submissions_server_ends_in_order(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    """By its supervisor, also where it was to outlive its kernel; else `status` would say that it has failed."""
+    paths = f"{TINY.parent}:{os.environ.get('PYTHONPATH', '')}"
+    for name, value in (desk.env | {"PYTHONPATH": paths, "JUPYTER_PREFER_ENV_PATH": "1"}).items():
+        monkeypatch.setenv(name, value)
+    code = f"import tiny_server; tiny_server.install()\nfrom servebook import launch\nlaunch.{start}('vllm')"
+    executed, _ = grading.ExecuteAndEnd().preprocess(
+        new_notebook(cells=[new_code_cell(code)]), {"metadata": {"path": str(tmp_path)}}
+    )
+    assert "ready: http" in str(executed.cells[0].outputs)
+    assert desk.family() == []
+    assert desk.status()["state"] == "stopped"
+
+
+def test_grading_is_nbgraders_but_for_the_end() -> None:
+    assert grading.ExecuteAndEnd(config=Config(Execute={"timeout": 7})).timeout == 7
+    steps = Autograde.autograde_preprocessors.default_args[0]
+    assert [Execute if step is grading.ExecuteAndEnd else step for step in grading.STEPS] == steps
 
 
 def nbgrader(course: Path, *words: str, code: int = 0) -> str:
@@ -218,13 +343,14 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, tmp_path: Pa
     perfect = {cell_id: cell.source for cell_id, cell in solution.items() if cell_id.endswith("-answer")}
     some = {"01-1-answer", "01-4-answer"}
     submit(tmp_path, "crashes", {"01-1-answer": "import os\nos._exit(1)"})
-    submit(tmp_path, "empty", {})
+    submit(tmp_path, "empty", {"01-1-answer": LEAVES})
     submit(tmp_path, "hangs", {"01-1-answer": "while True:\n    pass", "01-2-answer": perfect["01-2-answer"]})
     # A locked cell that was altered is put back before grading.
     submit(tmp_path, "partial", {k: v for k, v in perfect.items() if k in some} | {"01-5-check": "pass"})
     submit(tmp_path, "perfect", perfect)
     said = nbgrader(tmp_path, "autograde", STEM, "--Execute.timeout=20", code=1)
     assert re.findall(r"error processing assignment '\w+' for student '(\w+)'", said) == ["crashes"]
+    assert len(re.findall(r"Ended what the submission had started: .* left behind", said)) == 2
     nbgrader(tmp_path, "generate_feedback", STEM)
 
     with Gradebook(f"sqlite:///{tmp_path}/gradebook.db", "servebook") as gradebook:

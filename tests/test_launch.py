@@ -253,6 +253,8 @@ def test_an_interrupted_up_ends_what_it_started(desk: Desk, sig: signal.Signals)
     out, err = up.communicate(timeout=20)
     assert "Traceback" not in out + err
     assert up.returncode == (130 if sig == signal.SIGINT else -sig)
+    said = "servebook: stopped; what had not finished starting was ended" in err
+    assert said == (sig == signal.SIGINT)
     desk.nothing_left()
     assert desk.status()["state"] == "stopped"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -14,6 +17,7 @@ import pytest
 from nbformat import NotebookNode
 
 from servebook import launch, notebook_gate
+from servebook.notebook import REPOSITORY
 from servebook.notebook_gate import NOTEBOOKS
 
 TESTS = Path(__file__).parent
@@ -34,6 +38,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/(root|home|tmp|work|Users)/")
         ("no_server", "There is no server 'nothing'"),
         ("few_cells", "1 code cells were executed, and at least 2 must be"),
         ("nothing_stored", "nothing is stored to compare with"),
+        ("blank_stored", "nothing is stored to compare with"),
     ],
 )
 def test_canary_turns_the_gate_red(canary: str, problem: str) -> None:
@@ -136,11 +141,46 @@ def test_outputs_are_those_of_one_run(chapter: Chapter) -> None:
     assert ran == list(range(1, len(ran) + 1)), "run `make notebooks`"
     checked = [cell for cell in code if notebook_gate.CHECKED in cell.metadata.get("tags", [])]
     assert len(checked) >= 3
-    assert not [cell.id for cell in checked if not cell.outputs]
+    assert not [cell.id for cell in checked if not notebook_gate.says_something(cell)]
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert not MACHINE_PATH.search(json.dumps(outputs)), "an output names a path of the machine that ran it"
     assert not {"papermill", "execution"} & {key for cell in code for key in cell.metadata}
+
+
+def test_shown_source_is_todays(chapter: Chapter) -> None:
+    """What `show(…)` has stored in a notebook is what the repository has now, but for the line's number."""
+    _, notebook = chapter
+    stale = []
+    for cell in notebook.cells:
+        if cell.cell_type != "code" or not re.search(r"\bshow\(", cell.source):
+            continue
+        calls = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
+        asked = sum(len(call.args) for call in calls if isinstance(call.func, ast.Name) and call.func.id == "show")
+        bundles = [output.data["text/plain"] for output in cell.outputs if "text/html" in output.get("data", {})]
+        assert len(bundles) == asked, f"cell {cell.id}: {asked} were to be shown"
+        for bundle in bundles:
+            head, _, text = bundle.partition("\n")
+            name = head.partition(", line ")[0]
+            # A name without a folder is a file outside of the repository.
+            if "/" in name and text not in showable(REPOSITORY / name):
+                stale.append(f"cell {cell.id}: {name}")
+    assert not stale, "run `make notebooks`"
+
+
+@cache
+def showable(path: Path) -> set[str]:
+    """Every text that `show` may make of a file: of the whole, and of each function and class in it."""
+    if not path.is_file():
+        return set()
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    found = {text, inspect.cleandoc("\n" + text)}
+    for node in ast.walk(ast.parse(text)) if path.suffix == ".py" else ():
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            first = min(part.lineno for part in (node, *node.decorator_list))
+            found.add(inspect.cleandoc("\n" + "".join(inspect.getblock(lines[first - 1 :]))))
+    return found
 
 
 @pytest.mark.timeout(600)

@@ -18,7 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from servebook.doctor import pins
+from servebook.doctor import BROWSERS, find_browser, pins
 
 ROOT = Path(__file__).parents[1]
 DEVICES = ("cpu", "gpu")
@@ -356,6 +356,22 @@ def test_ci_ends_with_pytests_summary(
     assert done.returncode == code
     assert lines[0] == "make test K=triton"
     assert lines[-1] == f"ci: exit code {code} · {summary or 'pytest did not run'}"
+
+
+@pytest.mark.parametrize("browser", BROWSERS)
+def test_a_browser_by_any_of_its_names_is_enough(
+    clone: Path, program: Callable[[str, str], Path], browser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For CI, and for the doctor and the tests, which ask the same function."""
+    shutil.copytree(ROOT / ".ci", clone / ".ci")
+    for tool in ("bash", "dirname", "grep", "mktemp", "rm", "tail", "tee"):
+        program(tool, f'exec {shutil.which(tool)} "$@"')
+    program("make", "echo make")
+    found = program(browser, "true")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    done = subprocess.run([found.with_name("bash"), clone / ".ci/run"], capture_output=True, text=True)
+    assert done.stdout.splitlines()[0] == "make", done.stdout + done.stderr
+    assert find_browser() == str(found)
 
 
 def test_ci_says_what_it_cannot_install(clone: Path, program: Callable[[str, str], Path], tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def main() -> None:
     except ServebookError as error:
         print(f"servebook: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("servebook: stopped; what had not finished starting was ended", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            print("servebook: stopped; what had not finished starting was ended", file=sys.stderr)
+        raise

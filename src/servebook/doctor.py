@@ -41,6 +41,7 @@ DISK_GIB = 1.0
 SHM_MIB = 256
 """vLLM and Triton pass data between their processes through /dev/shm; containers often have 64 MiB."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+"""The names that Chromium goes by; `.ci/run` looks for the same."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,15 @@ def check_shm(free: int) -> Finding:
     return Finding("WARN", "shm", f"{free / 2**20:.0f} MiB of shared memory", "Start the container with --shm-size=1g.")
 
 
-def check_ports(holders: Mapping[tuple[str, int], str]) -> Finding:
-    """`holders` maps (what for, port) to "" where free, "ours", or the name of a stranger."""
+def check_ports(holders: Mapping[tuple[str, int], str] | None, host: str = "127.0.0.1") -> Finding:
+    """`holders` maps (what for, port) to "" where free, "ours", or the name of a stranger; None: not on `host`."""
+    if holders is None:
+        return Finding(
+            "FAIL",
+            "ports",
+            f"no server can listen on {host}: it is no address of this machine",
+            "Unset SERVEBOOK_HOST, or set it to one of this machine's addresses (`ip address`), or to 0.0.0.0 for all.",
+        )
     taken = [f"{port} ({use}) by {who}" for (use, port), who in holders.items() if who not in ("", "ours")]
     ours = sum(who == "ours" for who in holders.values())
     if taken:
@@ -310,7 +318,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
             *folders,
             check_disk(_free(settings.cache_dir, settings.state_dir, Path(sys.prefix))),
             check_shm(shutil.disk_usage("/dev/shm").free),
-            check_ports(_port_holders(settings, entries)),
+            check_ports(_port_holders(settings, entries), settings.host),
             check_gpu(_nvidia_smi(), settings.device, installed_vllm().endswith("+cpu")),
             check_model(settings, quick),
             check_engine_url(settings.engine_url, _engine_problem(settings)),
@@ -319,8 +327,13 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
         ]
     )
     if not quick:
-        report.append(check_browser(next((path for name in BROWSERS if (path := shutil.which(name))), None)))
+        report.append(check_browser(find_browser()))
     return report
+
+
+def find_browser() -> str | None:
+    """The Chromium for the browser tests; None where there is none."""
+    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 def _installed(name: str) -> str | None:
@@ -341,11 +354,15 @@ def _free(*folders: Path) -> dict[str, int]:
     return {str(folder): shutil.disk_usage(folder).free for folder in folders if folder.exists()}
 
 
-def _port_holders(settings: Settings, entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], str]:
+def _port_holders(settings: Settings, entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], str] | None:
+    """As `check_ports` wants it."""
     ours = {int(where.rpartition(":")[2]) for entry in entries for where in entry["endpoints"].values()}
     uses = [(spec.name, kind) for spec in launch.SERVERS.values() for kind in spec.ports]
     wanted = {(f"{name} {kind}", settings.port(name, kind)) for name, kind in uses}
-    taken = {port for _, port in wanted if not can_bind(settings.host, port)}
+    try:
+        taken = {port for _, port in wanted if not can_bind(settings.host, port)}
+    except OSError:
+        return None
     names = _listeners() if taken - ours else {}
     return {
         (use, port): "" if port not in taken else "ours" if port in ours else names.get(port, "another user's program")

@@ -73,13 +73,19 @@ class Comparison:
 
 def difference(stored: NotebookNode, new: NotebookNode) -> str:
     """How the outputs of `new` differ from those of `stored`, both the same code cell; "" where they do not."""
-    if not stored.outputs:
-        return "nothing is stored to compare with: run `make notebooks`"
+    if not says_something(stored):
+        return "nothing is stored to compare with, or only white space: run `make notebooks`"
     comparison = Comparison()
     same = comparison.compare(
         coalesce_streams(new.outputs), coalesce_streams(stored.outputs), skip_compare=comparison.ignored
     )
     return "" if same else "\n".join(comparison.comparison_traceback)
+
+
+def says_something(cell: NotebookNode) -> bool:
+    """Whether a code cell has stored anything that a comparison would look at, beyond white space."""
+    parts = [output.get("data", output) for output in cell.outputs]
+    return any(str(value).strip() for part in parts for key, value in part.items() if key not in Comparison.ignored)
 
 
 def run(notebook: Path, parameters: Mapping[str, Any] | None = None, store: bool = False) -> Result:

@@ -71,13 +71,14 @@ def bench(
 
 
 def custom(paths: list[str], loads: list[int], wants: Workload, scripted: bool) -> Plan:
-    """A plan for some paths only, with a control of its own."""
+    """A plan for some paths only, with a control of its own; its name says all that tells it from another."""
     from servebook.bench.paths import find_path
     from servebook.bench.run import Plan, cells
 
     chosen = tuple(cell for path in paths for cell in cells(find_path(path).name, *loads))
+    asked = [f"{name}={value}" for name, value in wants.model_dump(exclude_none=True).items()]
     return Plan(
-        name="custom",
+        name=f"{'scripted' if scripted else 'custom'} {' '.join(paths)} @{','.join(map(str, loads))} {' '.join(asked)}",
         workload=wants,
         control=tuple(loads[:1]),
         engine=() if scripted else chosen,

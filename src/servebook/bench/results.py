@@ -42,13 +42,14 @@ class Results(BaseModel):
     """One run. Each list grows as the run goes on; `done` names the steps that a resumed run need not repeat."""
 
     format: int = Field(default=1, description="Of this file.")
-    plan: str = Field(description="quick or full.")
+    plan: str = Field(description="quick, full, or what was asked for instead.")
     started: datetime
     finished: datetime | None = None
     seconds: float = Field(default=0.0, description="Measuring and starting servers, without pauses between resumes.")
     machine: Machine
     versions: dict[str, str]
     model: str
+    engine_args: str = Field(default="", description="More arguments that every engine got.")
     done: list[str] = []
     control: list[Comparison] = Field(default=[], description="A/A: vLLM's server against itself.")
     engine: list[Comparison] = Field(default=[], description="Paths against vLLM's server, real engines.")
@@ -70,9 +71,16 @@ class Results(BaseModel):
         draft.replace(path)
 
 
-def new_results(plan: str, model: str, device: str) -> Results:
+def new_results(plan: str, model: str, device: str, engine_args: str = "") -> Results:
     """An empty run on this machine, with the versions that are installed."""
-    return Results(plan=plan, started=now(), machine=this_machine(device), versions=_versions(), model=model)
+    return Results(
+        plan=plan,
+        started=now(),
+        machine=this_machine(device),
+        versions=_versions(),
+        model=model,
+        engine_args=engine_args,
+    )
 
 
 def load_results(path: Path) -> Results:

@@ -288,20 +288,21 @@ def start(plan: Plan, settings: Settings, output: File, force: bool = False) -> 
     """A new run, or the one in `output` where it left off.
 
     Raises:
-        BenchError: `output` holds another plan's results, or those of another machine.
+        BenchError: `output` holds a finished run, or one of another plan or machine.
     """
-    fresh = new_results(plan.name, settings.model_name, "gpu" if settings.on_gpu else "cpu")
+    fresh = new_results(
+        plan.name, settings.model_name, "gpu" if settings.on_gpu else "cpu", engine_args=settings.engine_args
+    )
     if not output.exists():
         return Run(plan, settings, fresh, output, force)
     results = load_results(output)
-    if results.finished or (results.plan, results.machine, results.versions, results.model) != (
-        fresh.plan,
-        fresh.machine,
-        fresh.versions,
-        fresh.model,
-    ):
-        raise BenchError(
-            f"{output} holds a finished run, or one of another plan, machine, version or model.",
-            "Name another file with --output, or remove this one.",
-        )
+    remedy = "Name another file with --output, or remove this one."
+    if results.finished:
+        raise BenchError(f"{output} holds a finished run.", remedy)
+    for what in ("plan", "model", "engine_args"):
+        there, here = getattr(results, what), getattr(fresh, what)
+        if there != here:
+            raise BenchError(f"{output} holds a run with {what} {there!r}, and this one has {here!r}.", remedy)
+    if (results.machine, results.versions) != (fresh.machine, fresh.versions):
+        raise BenchError(f"{output} holds a run of another machine, or of other versions.", remedy)
     return Run(plan, settings, results, output, force)

@@ -11,6 +11,7 @@ from servebook.errors import ServebookError
 from servebook.lab.manifest import Lab, find_exercise, load_labs
 from servebook.lab.progress import Store
 from servebook.lab.release import ROOT
+from servebook.lab.shell import again, read_notebook
 
 
 def make_copy(target: Path) -> tuple[list[Lab], list[Lab]]:
@@ -47,16 +48,14 @@ def reset(exercise_id: str) -> Path:
     """Open an exercise's blank again and forget its progress; return the notebook that was changed.
 
     Raises:
-        ServebookError: there is no such exercise, or its notebook has lost its answer cell.
+        ServebookError: there is no such exercise, or its notebook cannot be read or has lost its answer cell.
     """
     lab, exercise = find_exercise(exercise_id)
     path = lab_notebook(lab)
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read_notebook(path)
     answer = next((cell for cell in notebook.cells if cell.id == f"{exercise.cell}-answer"), None)
     if answer is None or "servebook" not in answer.metadata:
-        raise ServebookError(
-            f"{path} has no answer cell for {exercise_id}.", f"Remove {path.name} and run `servebook labs init` again."
-        )
+        raise ServebookError(f"{path} has no answer cell for {exercise_id}.", again(path))
     answer.source, answer.outputs, answer.execution_count = answer.metadata["servebook"]["stub"], [], None
     nbformat.write(notebook, path)
     with Store() as progress:

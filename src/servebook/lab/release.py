@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from servebook.lab.shell import tagged
 
 ROOT = Path(__file__).parents[3]
 BUNDLE = (
-    *("README.md", "LICENSE", "Makefile", "pyproject.toml", "environment.yml"),
-    *("requirements", "scripts", "shims", "src", "protos", "triton", "notebooks"),
+    *("README.md", "BENCHMARKS.md", "LICENSE", "Makefile", "pyproject.toml", "environment.yml"),
+    *("requirements", "scripts", "shims", "src", "protos", "triton", "kubernetes", "jupyter", "notebooks"),
 )
 """What a student's machine needs; tests hold answers, `docs` is the instructor's, and labs are made anew."""
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#]+)[^)]*\)")
+"""A relative link in Markdown: its words, and the file. Not a picture."""
 LEFTOVERS = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.egg-info", ".*_cache")
 
 
@@ -74,11 +77,21 @@ def write_bundle(target: Path, root: Path = ROOT) -> None:
             shutil.copytree(root / name, target / name, ignore=LEFTOVERS)
         elif (root / name).is_file():
             shutil.copy2(root / name, target / name)
+    write_labs(target / "labs", root)
     for path in (target / "notebooks").rglob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
         notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "instructor")]
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = without_dead_links(cell.source, path.parent)
         nbformat.write(notebook, path)
-    write_labs(target / "labs", root)
+    for path in target.glob("*.md"):
+        path.write_text(without_dead_links(path.read_text(), target))
+
+
+def without_dead_links(text: str, folder: Path) -> str:
+    """Markdown that lies in `folder`; where a link leads to no file, only its words are left."""
+    return LINK.sub(lambda link: link[0] if (folder / link[2]).exists() else link[1], text)
 
 
 if __name__ == "__main__":

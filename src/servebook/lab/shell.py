@@ -12,6 +12,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from traitlets.config import Config
 
+from servebook.errors import ServebookError
 from servebook.lab.checking import evaluate
 from servebook.lab.feedback import Result
 from servebook.lab.manifest import Exercise, find_exercise
@@ -21,8 +22,31 @@ PART = re.compile(r"(\d\d)-(\d)-(brief|given|answer|check|try)")
 """The ids of an exercise's cells; every other cell belongs to the lab as a whole."""
 
 
-class CellError(Exception):
+class CellError(ServebookError):
     """A cell that is not an exercise's raised."""
+
+    def __init__(self, cell_id: str, error: BaseException) -> None:
+        # An error of ours brings its own remedy.
+        remedy = "" if isinstance(error, ServebookError) else "Run the notebook from its top to that cell, and mend it."
+        super().__init__(f"The cell {cell_id!r} failed: {type(error).__name__}: {error}", remedy)
+
+
+def read_notebook(path: Path) -> Any:
+    """Read a lab's notebook.
+
+    Raises:
+        ServebookError: it is no notebook, because it was cut off or edited by hand.
+    """
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # nbformat's errors have nothing in common
+        reason = str(error).partition("\n")[0]
+        raise ServebookError(f"{path} cannot be read as a notebook: {reason}", again(path)) from None
+
+
+def again(path: Path) -> str:
+    """The remedy where a lab's notebook has lost what it needs."""
+    return f"Remove {path.name} and run `servebook labs init` again."
 
 
 def exercise_of(cell: Any) -> tuple[str, str] | None:
@@ -40,7 +64,13 @@ class LabShell:
     """A session with the lab in `notebook`: `prepare()` once, then answers and checks in any order."""
 
     def __init__(self, notebook: Path) -> None:
-        self.cells = nbformat.read(notebook, as_version=4).cells
+        """Read the notebook.
+
+        Raises:
+            ServebookError: it cannot be read.
+        """
+        self.notebook = notebook
+        self.cells = read_notebook(notebook).cells
         quiet = Config()
         quiet.HistoryManager.enabled = False
         # A module of its own: the default would take the place of this process's __main__.
@@ -58,7 +88,7 @@ class LabShell:
             if cell.cell_type == "code" and mine and not tagged(cell, "demo"):
                 error = self.run(cell.source)
                 if error:
-                    raise CellError(f"cell {cell.id!r}: {type(error).__name__}: {error}") from error
+                    raise CellError(cell.id, error) from error
 
         self.base = dict(self.shell.user_ns)
 
@@ -68,9 +98,16 @@ class LabShell:
         self.shell.user_ns.update(self.base)
 
     def source(self, exercise_id: str) -> str:
-        """What the notebook has in the answer cell."""
+        """What the notebook has in the answer cell.
+
+        Raises:
+            ServebookError: the notebook has lost that cell.
+        """
         _, exercise = find_exercise(exercise_id)
-        return next(str(cell.source) for cell in self.cells if cell.id == f"{exercise.cell}-answer")
+        for cell in self.cells:
+            if cell.id == f"{exercise.cell}-answer":
+                return str(cell.source)
+        raise ServebookError(f"{self.notebook} has no answer cell for {exercise_id}.", again(self.notebook))
 
     def run(self, source: str) -> BaseException | None:
         """Run a cell silently; return the error that it ended with."""

@@ -3,6 +3,7 @@
 // Every element that has an id, by that id.
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 const HISTORY_TURNS = 50; // what the gateway takes
+const TOO_LONG = ["too_long", "too_large"]; // for the model, for the gateway
 
 let history = [];
 let running = null; // the AbortController of the answer under way
@@ -36,19 +37,29 @@ async function* chunksOf(stream) {
   }
 }
 
-// The answer to `ask`, event by event; throws GatewayError with words for the reader.
-async function* answer(ask, signal) {
+// The response to `ask`. A conversation that has grown too long goes without its oldest question and answer, then
+// without the next, until it fits: `ask.history` is then what was taken. Throws GatewayError as `answer` does.
+async function accepted(ask, signal) {
   const headers = { "Content-Type": "application/json" };
   if (page.key.value) headers.Authorization = `Bearer ${page.key.value}`;
-  const response = await fetch("/chat/stream", { method: "POST", headers, body: JSON.stringify(ask), signal });
-  if (!response.ok) {
+  for (;;) {
+    const response = await fetch("/chat/stream", { method: "POST", headers, body: JSON.stringify(ask), signal });
+    if (response.ok) return response;
     if (response.status === 401) {
       page.options.open = true;
       page.key.focus();
     }
-    const body = await response.json().catch(() => null);
-    throw new GatewayError(body?.error?.message ?? `The gateway answered ${response.status}.`);
+    const error = (await response.json().catch(() => null))?.error;
+    if (!TOO_LONG.includes(error?.code) || ask.history.length === 0) {
+      throw new GatewayError(error?.message ?? `The gateway answered ${response.status}.`);
+    }
+    ask.history.splice(0, 2);
   }
+}
+
+// The answer to `ask`, event by event; throws GatewayError with words for the reader.
+async function* answer(ask, signal) {
+  const response = await accepted(ask, signal);
   for await (const { event, data } of serverSentEvents(response)) {
     if (data === "[DONE]") return;
     const content = JSON.parse(data);
@@ -91,6 +102,7 @@ function busy(on) {
 
 async function send(message) {
   const ask = { message, history: history.slice(-HISTORY_TURNS), max_tokens: Number(page["max-tokens"].value) };
+  const turns = ask.history.length;
   if (page.system.value) ask.system = page.system.value;
   if (page.temperature.value !== "") ask.temperature = Number(page.temperature.value);
 
@@ -129,6 +141,7 @@ async function send(message) {
         if (content.finish_reason === "length") note(article, "Cut at the longest answer.");
       }
     }
+    if (ask.history.length < turns) note(article, "The oldest messages were left out: the model takes no more.");
     say("Answer complete.");
   } catch (error) {
     if (control.signal.aborted) {
@@ -145,7 +158,7 @@ async function send(message) {
     if (running === control) {
       running = null;
       busy(false);
-      if (text) history.push({ role: "user", content: message }, { role: "assistant", content: text });
+      if (text) history = [...ask.history, { role: "user", content: message }, { role: "assistant", content: text }];
     }
   }
 }
@@ -162,6 +175,10 @@ page.form.addEventListener("submit", (event) => {
   send(message);
   page.message.focus();
 });
+
+// A wrong value in there would keep the form from being sent, and nobody would see why.
+const showOptions = () => { page.options.open = true; };
+page.options.addEventListener("invalid", showOptions, { capture: true }); // it does not bubble
 
 page.message.addEventListener("keydown", (event) => {
   // While a Korean syllable is being composed, Enter belongs to the input method.

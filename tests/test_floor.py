@@ -1,0 +1,40 @@
+"""The floor under the number of tests, in a folder with two of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("floor", "words", "code"),
+    [
+        (3, [], 1),
+        (2, [], 0),
+        (3, ["-k", "first"], 0),
+        (3, ["-m", "not engine"], 0),
+        (3, ["test_two.py"], 0),
+        (3, ["--collect-only"], 0),
+    ],
+)
+def test_a_whole_run_with_too_few_tests_fails(tmp_path: Path, floor: int, words: list[str], code: int) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = .\n")
+    (tmp_path / "conftest.py").write_text(f"import floor\nfloor.FLOOR = {floor}\n")
+    (tmp_path / "test_two.py").write_text("def test_first():\n    pass\n\n\ndef test_second():\n    pass\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "floor", *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("FAILED: 2 tests passed, and in a whole run at least 3 must" in done.stdout) == bool(code)
+
+
+def test_this_run_has_the_floor(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.pluginmanager.has_plugin("floor")
