@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,10 @@ from traitlets.config import Config
 from servebook import launch
 from servebook.errors import ServebookError
 from servebook.lab import checking, grading
+from servebook.lab.feedback import Result
 from servebook.lab.manifest import Lab, find_exercise, load_labs
 from servebook.lab.release import ROOT, student_notebook, write_bundle
-from servebook.lab.shell import exercise_of
+from servebook.lab.shell import LabShell, exercise_of
 
 LABS = [pytest.param(lab, id=lab.stem) for lab in load_labs()]
 STEM = "01_openai_rest"
@@ -192,6 +196,66 @@ def test_check_in_a_notebook_reports_and_under_nbgrader_raises(
     monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
     with pytest.raises(ServebookError, match="its cell has not run"):
         checking.check("01.1")
+
+
+class Room(BaseHTTPRequestHandler):
+    """A room's front and engine: refuses what asks for more than the share that a learner has left."""
+
+    share = 3000
+
+    def do_GET(self) -> None:
+        self.say(200, {"data": [{"id": "smollm2", "max_model_len": 2048}]})
+
+    def do_POST(self) -> None:
+        ask = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        tokens = ask.get("max_tokens", 16)
+        status = 429 if tokens > self.share else 200 if 0 < tokens <= 2048 else 400
+        self.say(status, {"choices": [{"text": " a", "message": {"content": "a"}, "finish_reason": "length"}]})
+
+    def say(self, status: int, answer: object) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class FullRoom(Room):
+    share = -1
+
+
+def check_in(room: type[Room], exercise_id: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """Do an exercise as its solution does, and check it, where the engine is reached through such a room."""
+    lab, _ = find_exercise(exercise_id)
+    monkeypatch.chdir(folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), room) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("SERVEBOOK_ENGINE_URL", f"http://127.0.0.1:{server.server_port}")
+        shell = LabShell(ROOT / "solutions" / lab.path)
+        shell.prepare(exercise_id)
+        result = shell.check(exercise_id)
+        server.shutdown()
+    return result
+
+
+@pytest.mark.lifetime
+@pytest.mark.parametrize("exercise_id", ["04.3", "05.4"])
+def test_what_is_asked_in_vain_fits_into_a_learners_share(
+    exercise_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = check_in(Room, exercise_id, tmp_path, monkeypatch)
+    assert result.passed, result.render()
+
+
+@pytest.mark.lifetime
+@pytest.mark.parametrize("exercise_id", ["04.3", "04.4", "05.3", "05.4"])
+def test_a_full_room_is_not_held_against_the_learner(
+    exercise_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = check_in(FullRoom, exercise_id, tmp_path, monkeypatch)
+    assert (result.state, result.got.splitlines()[0]) == ("stuck", "ServebookError: The engine is full (429).")
 
 
 def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) -> None:

@@ -22,11 +22,19 @@ from desk import TINY, Desk, eventually, free_port
 from jupyter_client.manager import KernelManager
 
 from servebook import launch
+from servebook.certificates import make_certificates
 from servebook.errors import LaunchError
-from servebook.launch import supervisor
+from servebook.launch import find_server, supervisor
+from servebook.settings import load_settings
 
 SERVEBOOK = Path(sys.executable).with_name("servebook")
 KEY = "sk-not-for-other-eyes"
+WITHOUT_ENGINE = """
+import time
+from servebook.grpc_server import __main__ as server
+server.start_engine = lambda _: time.sleep(600)
+server.main()
+"""
 
 
 # --- up, status, down ---------------------------------------------------------------------------------------------
@@ -171,6 +179,68 @@ def test_open_to_the_network_only_with_a_key(desk: Desk) -> None:
     entry = desk.status()
     assert entry["state"] == "ready"
     assert entry["endpoints"]["http"].startswith("127.0.0.1:")
+
+
+def listening(pid: int) -> set[tuple[str, int]]:
+    """The addresses and ports on which a process listens."""
+    return {(at.laddr.ip, at.laddr.port) for at in psutil.Process(pid).connections("tcp") if at.status == "LISTEN"}
+
+
+def test_what_stands_behind_a_front_is_not_opened_with_it(desk: Desk) -> None:
+    desk.run("up", "gateway", host="0.0.0.0", api_key=KEY)
+    at = {name: {address for address, _ in listening(desk.status(name)["pid"])} for name in ("gateway", "vllm")}
+    assert at == {"gateway": {"0.0.0.0"}, "vllm": {"127.0.0.1"}}
+    assert "up with other settings" in desk.run("up", "vllm", expect=1, host="0.0.0.0", api_key=KEY)
+
+
+def test_a_front_takes_the_engine_that_was_opened_on_purpose(desk: Desk) -> None:
+    desk.run("up", "vllm", host="0.0.0.0", api_key=KEY)
+    engine = desk.status()
+    text = desk.run("up", "gateway", host="0.0.0.0", api_key=KEY)
+    assert re.search(r"vllm: attached to.*gateway: ready", text, re.DOTALL)
+    assert "attached to" in desk.run("up", "vllm", api_key=KEY)
+    assert desk.status() == engine
+
+
+@pytest.mark.parametrize(("name", "behind"), [("gateway", "vllm"), ("room", "vllm"), ("hub", "room")])
+def test_needs_stay_on_this_machine(name: str, behind: str) -> None:
+    settings = load_settings(host="0.0.0.0", api_key=KEY, model="of-mine")
+    assert find_server(name).needs(settings) == {behind: settings.model_copy(update={"host": "127.0.0.1"})}
+
+
+@pytest.mark.parametrize(
+    ("name", "addresses"),
+    [
+        ("grpc", {"grpc": "192.0.2.1", "metrics": "127.0.0.1"}),
+        ("hub", {"http": "192.0.2.1", "routes": "127.0.0.1", "api": "127.0.0.1"}),
+    ],
+)
+def test_ports_that_are_never_opened(name: str, addresses: dict[str, str], tmp_path: Path) -> None:
+    settings = load_settings(host="192.0.2.1", api_key=KEY, state_dir=tmp_path)
+    at = {"room": {"http": "127.0.0.1:8095"}}
+    request = launch.lifetime._request(find_server(name), settings, name, "cli", tmp_path, {**at})
+    assert request["hosts"] == request["client_hosts"] == addresses
+
+
+def test_the_metrics_of_the_grpc_server_stay_on_this_machine(tmp_path: Path) -> None:
+    """The server itself, opened to the network; where it would load an engine, it waits."""
+    files, grpc, metrics = make_certificates(tmp_path), free_port(), free_port()
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-c", WITHOUT_ENGINE, "--host", "0.0.0.0"),
+            *("--grpc-port", str(grpc), "--metrics-port", str(metrics)),
+            *("--tls-cert", files.server_cert, "--tls-key", files.server_key),
+        ],
+        env=os.environ | {"SERVEBOOK_API_KEY": KEY},
+    )
+    try:
+        found = eventually(lambda: len(found := listening(server.pid)) == 2 and found, "both ports")
+        at = {port: address for address, port in found}
+        assert at[grpc] in ("0.0.0.0", "::")
+        assert at[metrics] == "127.0.0.1"
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_a_host_that_is_not_this_machine(desk: Desk) -> None:

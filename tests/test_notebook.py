@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from xml.etree import ElementTree
 
 import grpc
 import pytest
+import requests
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from servebook import ServebookError, notebook
@@ -126,6 +129,28 @@ def page() -> Iterator[str]:
 def test_metric_sums_over_the_labels_not_given(page: str) -> None:
     assert metric(page, "vllm:num_requests_running") == 3
     assert metric(f"http://{page}/metrics", "vllm:num_requests_running", engine="1") == 2
+
+
+def test_metric_shows_the_key_where_one_is_asked_for(page: str) -> None:
+    seen: list[str | None] = []
+
+    class Door(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(requests.get(f"http://{page}/metrics", timeout=10).content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Door) as door:
+        Thread(target=door.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{door.server_port}"
+        assert metric(url, "vllm:num_requests_running", key="sk-1", engine="1") == 2
+        assert metric(url, "vllm:num_requests_running", key=None) == 3
+        door.shutdown()
+    assert seen == ["Bearer sk-1", None]
 
 
 def test_metric_that_is_not_there(page: str) -> None:

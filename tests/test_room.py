@@ -10,14 +10,18 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, closing, suppress
+from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import requests
+from aiohttp import web
+from aiohttp.test_utils import BaseTestServer, TestServer
 from classroom import Kernel, LearnersDesk, answer_of
 from desk import eventually, free_port
 
@@ -26,7 +30,7 @@ from servebook.lab.release import ROOT
 from servebook.launch import Server
 from servebook.launch.servers import find_server
 from servebook.room.admin import instructors_key
-from servebook.room.front import asked_for
+from servebook.room.front import RELAYED, Front, asked_for
 from servebook.room.keys import Roll
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.settings import Settings, load_settings
@@ -305,8 +309,15 @@ def test_a_bucket_says_how_long_to_wait(monkeypatch: pytest.MonkeyPatch) -> None
     now = 10.0
     assert bucket.take(20) == 0
     now = 100.0
-    assert bucket.take(1000) == 0  # more than it ever holds: when it is full
-    assert bucket.take(1) > 0
+    assert bucket.take(10**6) == 0  # more than it ever holds: when it is full
+    assert bucket.take(10**6) == 60
+    assert bucket.take(1) == 1
+    bucket.give_back(10**6)
+    assert bucket.level == 60
+    assert bucket.take(60) == 0
+    bucket.give_back(20)
+    assert bucket.take(20) == 0
+    assert bucket.take(1) == 1
 
 
 @pytest.mark.parametrize(
@@ -316,13 +327,167 @@ def test_a_bucket_says_how_long_to_wait(monkeypatch: pytest.MonkeyPatch) -> None
         ("/v1/chat/completions", {"messages": []}, 256),
         ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 5, "n": 3}, 30),
         ("/v1/chat/completions", {"max_completion_tokens": 7, "max_tokens": 100}, 7),
+        ("/v1/completions", {"max_completion_tokens": 7, "max_tokens": 100}, 100),  # the first is chat's alone
+        ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 5}, 5),
+        ("/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 5}, 10),
+        ("/v1/chat/completions", {"prompt": [], "max_tokens": 5}, 5),
+        ("/v1/completions", {"max_tokens": 5.0, "n": -1}, 5),
         ("/v1/completions", {"max_tokens": -1}, 0),
-        ("/v1/completions", {"max_tokens": "many"}, 0),
+        ("/v1/completions", {"max_tokens": None}, 16),
         ("/v1/completions", [], 0),
+        ("/v1/responses", {"max_output_tokens": 9, "max_tokens": 1}, 9),
+        ("/v1/messages", {"max_tokens": 9}, 9),
+        ("/inference/v1/generate", {"max_tokens": 1, "sampling_params": {"max_tokens": 9, "n": 2}}, 18),
+        ("/inference/v1/generate", {"token_ids": [1]}, 0),
     ],
 )
 def test_tokens_count_as_asked_for(path: str, ask: object, tokens: int) -> None:
     assert asked_for(path, json.dumps(ask).encode()) == tokens
+
+
+class StandIn:
+    """In the place of vLLM: notes what reaches it, and answers with `status`."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.status = 200
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.seen.append(request.raw_path)
+        return web.json_response({}, status=self.status)
+
+
+class Caller:
+    """A learner with a key, in front of a front with these limits."""
+
+    def __init__(self, front: BaseTestServer, key: str) -> None:
+        self.front = front
+        self.key = key
+
+    async def ask(self, method: str, path: str, body: object = None, key: str | None = None) -> tuple[int, Any, str]:
+        """Status, JSON and Retry-After of the answer. The path goes out as it is; a body of bytes does, too."""
+
+        def send() -> tuple[int, Any, str]:
+            connection = HTTPConnection("127.0.0.1", self.front.port, timeout=30)
+            raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+            connection.request(method, path, raw, bearer(self.key if key is None else key))
+            with closing(connection), connection.getresponse() as answer:
+                return answer.status, json.loads(answer.read()), answer.headers.get("Retry-After", "")
+
+        return await asyncio.to_thread(send)
+
+    async def counted(self) -> list[str]:
+        """The front's counters of requests."""
+        page = await asyncio.to_thread(requests.get, str(self.front.make_url("/room/metrics")), timeout=10)
+        return [line for line in page.text.splitlines() if line.startswith("room_requests_total")]
+
+    async def complete(self, max_tokens: int) -> tuple[int, Any, str]:
+        return await self.ask("POST", "/v1/completions", {"max_tokens": max_tokens})
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[tuple[StandIn, str]]:
+    stand_in, app = StandIn(), web.Application()
+    app.add_routes([web.route("*", "/{path:.*}", stand_in.answer)])
+    async with TestServer(app) as server:
+        yield stand_in, str(server.make_url(""))
+
+
+@asynccontextmanager
+async def caller(folder: Path, upstream: str, limits: Limits | None = None) -> AsyncIterator[Caller]:
+    roll = Roll(folder / "keys.json")
+    async with TestServer(Front(upstream, KEY, roll, limits or Limits()).app()) as server:
+        yield Caller(server, roll.issue("ada"))
+
+
+async def test_what_the_engine_refused_costs_no_tokens(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    stand_in, url = engine
+    async with caller(tmp_path, url) as ada:
+        stand_in.status = 400
+        assert [(await ada.complete(10**6))[0] for _ in range(3)] == [400] * 3
+        stand_in.status = 200
+        assert (await ada.complete(10**6))[0] == 200
+        status, _, wait = await ada.complete(3000)
+        assert status == 429
+        assert 0 < int(wait) <= 30  # not the hours that it would take to make up for a million
+
+
+@pytest.mark.parametrize(("why", "limits"), [("room_full", Limits(waiting=0)), ("engine_unavailable", Limits())])
+async def test_what_the_room_refused_costs_no_tokens(tmp_path: Path, why: str, limits: Limits) -> None:
+    async with caller(tmp_path, f"http://127.0.0.1:{free_port()}", limits) as ada:
+        for _ in range(2):
+            status, answer, _ = await ada.complete(6000)
+            assert (status, answer["error"]["type"]) == (503, why)
+
+
+async def test_paths_that_are_relayed(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    stand_in, url = engine
+    paths = [*RELAYED, "/v1/models?a=%2F..&b=/../x"]
+    async with caller(tmp_path, url) as ada:
+        for path in paths:
+            assert (await ada.ask("POST", path, {}))[0] == 200
+        assert [(await ada.ask("GET", path, key=""))[0] for path in ("/metrics", "/tokenize")] == [200, 401]
+    assert [path.partition("?")[0] for path in stand_in.seen] == [*RELAYED, "/v1/models", "/metrics"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/invocations",
+        "/v1/../invocations",
+        "/v1/%2e%2e/invocations",
+        "/v1/x/../completions",
+        "/v1/./completions",
+        "/v1//completions",
+        "//v1/completions",
+        "/v1/completions/",
+        "/v1/complet%69ons",
+        "/v1/models/../../invocations",
+        "/health/../invocations",
+        "/tokenize/..%2finvocations",
+        "/v1/chat/completions/batch",
+        "/inference/v1/abort_requests",
+    ],
+)
+async def test_no_other_path_reaches_the_engine(engine: tuple[StandIn, str], tmp_path: Path, path: str) -> None:
+    stand_in, url = engine
+    async with caller(tmp_path, url) as ada:
+        status, answer, _ = await ada.ask("POST", path, {"max_tokens": 9})
+    assert (status, answer["error"]["type"]) == (404, "not_found")
+    assert not stand_in.seen
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (b'{"max_tokens": Infinity}', 400, "max_tokens must be a whole number"),
+        (b'{"max_tokens": 1e999}', 400, "max_tokens must be a whole number"),
+        (b'{"max_tokens": NaN}', 400, "max_tokens must be a whole number"),
+        (b'{"max_tokens": "2000.0"}', 400, "max_tokens must be a whole number"),  # vLLM reads 2000
+        (b'{"max_tokens": 5, "n": 0.5}', 400, "n must be a whole number"),
+        (b"[" * 200_000, 400, "nested too deeply"),
+        (b" " * ((1 << 20) + 1), 413, "exceeded"),
+    ],
+)
+async def test_what_cannot_be_counted_is_refused(
+    engine: tuple[StandIn, str], tmp_path: Path, body: bytes, status: int, says: str
+) -> None:
+    stand_in, url = engine
+    async with caller(tmp_path, url) as ada:
+        got, answer, _ = await ada.ask("POST", "/v1/completions", body)
+        assert (got, answer["error"]["code"]) == (status, status)
+        assert answer["error"].keys() == {"message", "type", "param", "code"}
+        assert says in answer["error"]["message"]
+        assert await ada.counted() == [f'room_requests_total{{path="/v1/completions",status="{status}"}} 1.0']
+    assert not stand_in.seen
+
+
+async def test_a_body_that_is_not_what_its_header_says(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    _, url = engine
+    async with caller(tmp_path, url) as ada:
+        target, headers = str(ada.front.make_url("/v1/completions")), bearer(ada.key) | {"Content-Encoding": "gzip"}
+        answer = await asyncio.to_thread(requests.post, target, data=b"not gzip at all", headers=headers, timeout=10)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, "The body cannot be read.")
 
 
 async def hold(turnstile: Turnstile, name: str, entered: list[str], leave: asyncio.Event) -> None:

@@ -8,11 +8,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from servebook.errors import ServebookError
 
 
-def metric(url: str, name: str, **labels: str) -> float:
+def metric(url: str, name: str, *, key: str | None = None, **labels: str) -> float:
     """The value of the sample `name` on the Prometheus page at `url`, summed over all samples that have `labels`.
 
     `url` is a server's root or its whole `/metrics` address; "host:port" is enough. A counter's sample ends
-    in `_total`, a histogram's in `_sum`, `_count` or `_bucket`, as the page has it.
+    in `_total`, a histogram's in `_sum`, `_count` or `_bucket`, as the page has it. `key` is shown to a server that
+    asks for one, as a vLLM does that is open to the network.
 
     Raises:
         ServebookError: the page cannot be read, or has no such sample.
@@ -20,7 +21,7 @@ def metric(url: str, name: str, **labels: str) -> float:
     page = url if "://" in url else f"http://{url}"
     page = page if page.endswith("/metrics") else f"{page.rstrip('/')}/metrics"
     try:
-        answer = requests.get(page, timeout=10)
+        answer = requests.get(page, headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=10)
         answer.raise_for_status()
     except requests.RequestException as error:
         raise ServebookError(f"There are no metrics at {page} ({type(error).__name__}).", "Is the server up?") from None

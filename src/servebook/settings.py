@@ -23,6 +23,7 @@ from pydantic_settings import (
 from servebook.errors import ServebookError
 
 FILE_NAME = "servebook.toml"
+LOOPBACK = "127.0.0.1"
 BUNDLED_MODEL = "bundled"
 TENSOR_MODEL_NAME = "vllm_model"
 """The model's name in Triton and KServe, as the article's model repository has it."""
@@ -56,7 +57,7 @@ class Settings(BaseSettings):
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     max_model_len: int = Field(default=2048, ge=16)
     kv_cache_gib: int = Field(default=1, ge=1)
     cores: str = Field(default="", pattern=r"^(\d+(,\d+)*)?$")

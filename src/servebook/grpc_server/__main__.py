@@ -23,7 +23,7 @@ from servebook.grpc_server import metrics
 from servebook.grpc_server.calls import Calls
 from servebook.grpc_server.servicer import LLMServicer
 from servebook.grpc_server.transport import Health, Tls, make_server
-from servebook.settings import is_loopback, load_settings
+from servebook.settings import LOOPBACK, is_loopback, load_settings
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -48,7 +48,7 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="python -m servebook.grpc_server", allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--grpc-port", type=int, default=50051)
-    parser.add_argument("--metrics-port", type=int, default=9051, help="Prometheus, plain HTTP")
+    parser.add_argument("--metrics-port", type=int, default=9051, help="Prometheus, plain HTTP, on 127.0.0.1 only")
     parser.add_argument("--max-calls", type=int, default=512, help="open calls; more get RESOURCE_EXHAUSTED")
     parser.add_argument("--grace", type=float, default=8.0, help="seconds that open calls have after SIGTERM")
     parser.add_argument("--tls-cert", type=Path, help="PEM; clients must then use TLS")
@@ -94,7 +94,7 @@ async def serve(options: argparse.Namespace, engine_words: list[str]) -> None:
     server = make_server(f"{options.host}:{options.grpc_port}", servicer, health, options.key, tls)
     await health.say(serving=False)
     metrics.watch_tasks()
-    start_http_server(options.metrics_port, options.host)
+    start_http_server(options.metrics_port, LOOPBACK)  # it asks for no key: not for the network
     await server.start()
     log.info("listening", extra={"fields": {"host": options.host, "port": options.grpc_port, "tls": tls is not None}})
 

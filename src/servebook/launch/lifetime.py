@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 from servebook.engine import engine_env, require_memory
 from servebook.errors import LaunchError
 from servebook.launch.progress import Progress, progress
-from servebook.launch.servers import ENGINE_PHASES, SERVERS, ServerSpec, find_server
+from servebook.launch.servers import ENGINE_PHASES, SERVERS, ServerSpec, behind, find_server
 from servebook.model import model_path
-from servebook.settings import Settings, is_loopback, load_settings
+from servebook.settings import LOOPBACK, Settings, is_loopback, load_settings
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 POLL_SECONDS = 0.1
@@ -301,12 +301,22 @@ def _begin(
     request = _request(spec, settings, instance, owner, model, needs)
     link, info, attached = _attach(spec, request, settings, model, display, engines)
     links[request["address"]] = link
-    if info["fingerprint"] != request["fingerprint"]:
+    if not _serves(info, request):
         raise LaunchError(
             f"{instance} is up with other settings (model {info['model']}).",
             f"End it with `servebook down {instance}`, or ask for the settings that it has.",
         )
     return _Begun(spec, settings, link, info, attached, display)
+
+
+def _serves(info: dict[str, Any], request: dict[str, Any]) -> bool:
+    """Whether the server that is there is the one that is asked for.
+
+    One that was opened to the network on purpose also serves those who ask for it on this machine.
+    """
+    return info["fingerprint"] == request["fingerprint"] and (
+        info["host"] == request["host"] or is_loopback(request["host"])
+    )
 
 
 def _finish(begun: _Begun) -> Server:
@@ -363,20 +373,22 @@ def _request(
     model: Path,
     needs: dict[str, Mapping[str, str]],
 ) -> dict[str, Any]:
-    argv = spec.argv(settings, model, needs)
     env = engine_env(settings)
     if settings.key:
         # In the environment, not in argv: `ps` shows argv to every user of the machine.
         env |= {"VLLM_API_KEY": settings.key, "SERVEBOOK_API_KEY": settings.key}
-    what = json.dumps([argv[1:], env, settings.host]).encode()  # a venv has several names for one Python
+    # Not where it listens, which `_serves` looks at; and a venv has several names for one Python.
+    what = json.dumps([spec.argv(behind(settings), model, needs)[1:], env]).encode()
+    hosts = {kind: LOOPBACK if kind in spec.local else settings.host for kind in spec.ports}
     return {
         "name": instance,
         "server": spec.name,
         "address": _address(settings, instance),
-        "argv": argv,
+        "argv": spec.argv(settings, model, needs),
         "env": env,
         "host": settings.host,
-        "client_host": {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host),
+        "hosts": hosts,
+        "client_hosts": {kind: {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host) for kind, host in hosts.items()},
         "ports": {kind: settings.port(spec.name, kind) for kind in spec.ports},
         "avoid": [settings.port(other.name, kind) for other in SERVERS.values() for kind in other.ports],
         "model": settings.model_name,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from servebook.engine import engine_argv
 from servebook.errors import LaunchError
-from servebook.settings import TENSOR_MODEL_NAME, Settings
+from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback
 
 Endpoints = Mapping[str, str]
 Argv = Callable[[Settings, Path, dict[str, Endpoints]], list[str]]
@@ -35,8 +35,9 @@ class ServerSpec:
     """One kind of server.
 
     `argv` gives the command; the word `"{http}"` (or another kind of port) stands for the port chosen
-    at start. `ready` asks the server itself. `needs` names the instances that must be up before, each with its
-    settings; engines among them start at once. One that checks no API key is refused beyond this machine.
+    at start; those that are `local` listen on 127.0.0.1 wherever the others do. `ready` asks the server itself.
+    `needs` names the instances that must be up before, each with its settings; engines among them start at once.
+    One that checks no API key is refused beyond this machine.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ServerSpec:
     ready: Callable[[Endpoints], bool]
     has_engine: bool = True
     checks_key: bool = True
+    local: tuple[str, ...] = ()
     needs: Needs = lambda _: {}
 
 
@@ -81,6 +83,7 @@ def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]
         *("--host", settings.host, "--port", "{http}"),
         "--disable-uvicorn-access-log",
         "--enable-scale-out",  # /inference/v1/generate: token ids in, token ids out (chapter 7)
+        *([] if is_loopback(settings.host) else ["--middleware", "servebook.engine_key.KeyOnEveryPath"]),
         *engine_argv(settings, model),
     ]
 
@@ -120,6 +123,11 @@ def _vllm_grpc(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list
         *("--host", settings.host, "--port", "{grpc}"),
         *engine_argv(settings, model),
     ]
+
+
+def behind(settings: Settings) -> Settings:
+    """The settings of what stands behind a front: it listens on this machine only, wherever the front listens."""
+    return settings.model_copy(update={"host": LOOPBACK})
 
 
 def _replicas(settings: Settings) -> dict[str, Settings]:
@@ -210,6 +218,7 @@ SERVERS: dict[str, ServerSpec] = {
             about="our llm.v1.LLMService",
             ports=("grpc", "metrics"),
             argv=_grpc,
+            local=("metrics",),  # Prometheus' page has neither TLS nor a key
             # Not asked by gRPC: under mTLS the launcher would need a certificate.
             ready=lambda at: http_ok(at["metrics"], "/metrics", b"servebook_grpc_serving 1.0"),
         ),
@@ -220,7 +229,7 @@ SERVERS: dict[str, ServerSpec] = {
             argv=_gateway,
             ready=lambda at: http_ok(at["http"], "/readyz"),
             has_engine=False,
-            needs=lambda settings: {"vllm": settings},
+            needs=lambda settings: {"vllm": behind(settings)},
         ),
         ServerSpec(
             name="kserve",
@@ -255,17 +264,18 @@ SERVERS: dict[str, ServerSpec] = {
             argv=_room,
             ready=lambda at: http_ok(at["http"], "/room/health"),
             has_engine=False,
-            needs=lambda settings: {"vllm": settings},
+            needs=lambda settings: {"vllm": behind(settings)},
         ),
         ServerSpec(
             name="hub",
             about="JupyterHub for a room of learners",
             ports=("http", "routes", "api"),
             argv=_hub,
+            local=("routes", "api"),
             # The hub itself first: until it is there, the proxy would fill the log with its errors.
             ready=lambda at: http_ok(at["api"], "/hub/health") and http_ok(at["http"], "/hub/health"),
             has_engine=False,
-            needs=lambda settings: {"room": settings},
+            needs=lambda settings: {"room": behind(settings)},
         ),
     )
 }

@@ -165,7 +165,7 @@ class Supervisor:
         self.claims: dict[str, socket.socket] = {}
         self.ports: dict[str, int] = {}
         for kind, preferred in spec["ports"].items():
-            self.ports[kind], self.claims[kind] = choose_port(spec["host"], preferred, set(spec["avoid"]))
+            self.ports[kind], self.claims[kind] = choose_port(spec["hosts"][kind], preferred, set(spec["avoid"]))
         self.record_path = Path(spec["record"])
         self.child = self.spawn()
         self.pidfd = os.pidfd_open(self.child.pid)
@@ -191,7 +191,8 @@ class Supervisor:
             "server": self.spec["server"],
             "pid": self.child.pid,
             "model": self.spec["model"],
-            "endpoints": {kind: f"{self.spec['client_host']}:{port}" for kind, port in self.ports.items()},
+            "host": self.spec["host"],
+            "endpoints": {kind: f"{self.spec['client_hosts'][kind]}:{port}" for kind, port in self.ports.items()},
             "preferred": self.spec["ports"],
             "owner": "cli" if self.keep else self.spec["owner"],
             "fingerprint": self.spec["fingerprint"],

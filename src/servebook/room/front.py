@@ -23,11 +23,19 @@ from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 
 log = logging.getLogger("servebook.room")
 
-GENERATING = {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/inference/v1/generate"}
-RELAYED = ("/v1/", "/tokenize", "/detokenize", "/inference/v1/", "/health", "/ping", "/version", "/metrics")
-"""What learners reach of vLLM; its other paths are for whoever runs it."""
+TOKEN_IDS = "/inference/v1/generate"
+GENERATING = {
+    "/v1/completions": ("max_tokens",),
+    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/v1/responses": ("max_output_tokens",),
+    "/v1/messages": ("max_tokens",),
+    TOKEN_IDS: ("max_tokens",),  # in its sampling_params
+}
+"""Where the engine writes, and the fields that say how much: vLLM takes the first one given, and ignores all others."""
 OPEN = {"/health", "/ping", "/version", "/metrics"}
-"""What vLLM answers without a key too."""
+"""What needs no key, as with vLLM on its own machine."""
+RELAYED = {*GENERATING, *OPEN, "/v1/models", "/tokenize", "/detokenize"}
+"""What learners reach of vLLM, to the letter. Its other paths are for whoever runs it, or would evade the shares."""
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "host", "content-length", "date", "server"}
 DEFAULT_TOKENS = {"/v1/completions": 16}
 USUAL_TOKENS = 256
@@ -67,14 +75,39 @@ class Metrics:
 
 
 def asked_for(path: str, body: bytes) -> int:
-    """How many tokens a request asks for; 0 for one that the engine will refuse."""
+    """How many tokens a request asks for; 0 for one that the engine will refuse.
+
+    Raises:
+        Refused: 400, it cannot be counted, though vLLM might read it in a way of its own.
+    """
     try:
         ask = json.loads(body)
-        length = ask.get("max_completion_tokens") or ask.get("max_tokens") or ask.get("max_output_tokens")
-        prompts = len(ask["prompt"]) if isinstance(ask.get("prompt"), list) else 1
-        return max(0, int(length or DEFAULT_TOKENS.get(path, USUAL_TOKENS)) * int(ask.get("n") or 1) * prompts)
-    except (ValueError, TypeError, AttributeError):
+    except RecursionError:
+        raise Refused(400, "bad_request", "The body is nested too deeply.") from None
+    except ValueError:
         return 0
+    if path == TOKEN_IDS and isinstance(ask, dict):
+        ask = ask.get("sampling_params")
+    if not isinstance(ask, dict):
+        return 0
+    prompts = prompt if isinstance(prompt := ask.get("prompt"), list) else [prompt]
+    if all(isinstance(part, int) for part in prompts):  # the token ids of one prompt
+        prompts = [prompts]
+    name = next((name for name in GENERATING[path] if ask.get(name) is not None), "")
+    length = whole(name, ask[name]) if name else DEFAULT_TOKENS.get(path, USUAL_TOKENS)
+    answers = 1 if ask.get("n") is None else whole("n", ask["n"])
+    return max(0, length) * max(1, answers) * len(prompts)
+
+
+def whole(name: str, value: object) -> int:
+    """A JSON number as vLLM counts it.
+
+    Raises:
+        Refused: 400, it is not a whole number.
+    """
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    raise Refused(400, "bad_request", f"{name} must be a whole number.")
 
 
 def error_response(status: int, code: str, message: str, retry_after: int | None = None) -> web.Response:
@@ -141,12 +174,13 @@ class Front:
     # What learners ask for.
 
     async def relay(self, request: web.Request) -> web.StreamResponse:
-        """Pass a request on to vLLM, or refuse it: 401, 404, 413, 429, 502, 503."""
-        if not request.path.startswith(RELAYED):
+        """Pass a request on to vLLM, or refuse it: 400, 401, 404, 413, 429, 503."""
+        path = request.rel_url.raw_path  # as it was sent: nothing in the list has to be decoded or tidied up
+        if path not in RELAYED:
             return error_response(404, "not_found", "The room's engine has no such path.")
         name = self.roll.name_of(shown_key(request))
         if name is None:
-            if request.path in OPEN:
+            if path in OPEN:
                 try:
                     return await self.forward(request, b"")
                 except Refused as refusal:
@@ -165,16 +199,23 @@ class Front:
             learner.refused += 1
             status = refusal.status
             response = refusal_response(refusal)
+        except web.HTTPException as refusal:  # aiohttp's own, such as 413
+            learner.refused += 1
+            status = refusal.status
+            response = error_response(status, refusal.reason.lower().replace(" ", "_"), refusal.text or refusal.reason)
+        except web.RequestPayloadError:
+            learner.refused += 1
+            status = 400
+            response = error_response(status, "bad_request", "The body cannot be read.")
         except asyncio.CancelledError:
             status = 401 if self.roll.revoked(name) else status
             raise
         finally:
             learner.under_way.discard(task)
             seconds = time.monotonic() - started
-            # A path that a caller made up must not become a label or a log line.
-            path = request.path if request.path in GENERATING else "other"
-            self.metrics.requests.labels(path, status).inc()
-            log.info("%s %s %s %d %.0f ms", name, request.method, path, status, 1000 * seconds)
+            label = path if path in GENERATING else "other"
+            self.metrics.requests.labels(label, status).inc()
+            log.info("%s %s %s %d %.0f ms", name, request.method, label, status, 1000 * seconds)
         return response
 
     async def admitted(self, request: web.Request, name: str, learner: Learner) -> web.StreamResponse:
@@ -183,15 +224,23 @@ class Front:
             each = self.limits.learner_requests_per_minute
             raise Refused(429, "rate_limited", f"That is more than {each} requests a minute. Wait {wait} s.", wait)
         body = await request.read()
-        if request.method != "POST" or request.path not in GENERATING:
+        path = request.rel_url.raw_path
+        if request.method != "POST" or path not in GENERATING:
             return await self.forward(request, body)
-        if wait := learner.tokens.take(asked_for(request.path, body)):
+        tokens = asked_for(path, body)
+        if wait := learner.tokens.take(tokens):
             each = self.limits.learner_tokens_per_minute
             raise Refused(429, "rate_limited", f"That is more than {each} tokens a minute. Wait {wait} s.", wait)
         started = time.monotonic()
-        async with self.turnstile.place(name):
-            self.metrics.waited.observe(time.monotonic() - started)
-            response = await self.forward(request, body, started)
+        try:
+            async with self.turnstile.place(name):
+                self.metrics.waited.observe(time.monotonic() - started)
+                response = await self.forward(request, body, started)
+        except Refused:
+            learner.tokens.give_back(tokens)
+            raise
+        if response.status >= 400:
+            learner.tokens.give_back(tokens)
         learner.served += 1
         self.metrics.seconds.observe(time.monotonic() - started)
         return response
@@ -203,7 +252,7 @@ class Front:
         try:
             upstream = await self.session.request(
                 request.method,
-                f"{self.upstream}{request.rel_url}",
+                f"{self.upstream}{request.rel_url.raw_path_qs}",
                 data=body or None,
                 headers=headers,
                 allow_redirects=False,

@@ -53,15 +53,21 @@ class Bucket:
     def take(self, amount: int) -> int:
         """Take `amount` and return 0; or take nothing, and return the seconds until there will be enough.
 
-        More than the bucket holds passes when it is full: one big request is not refused for ever.
+        More than the bucket holds counts as all that it holds: one big request is not refused for ever, and what
+        comes after it waits for a minute at most.
         """
+        amount = min(amount, self.capacity)
         now = time.monotonic()
         self.level = min(self.capacity, self.level + (now - self.at) * self.capacity / 60)
         self.at = now
-        if self.level < min(amount, self.capacity):
-            return math.ceil((min(amount, self.capacity) - self.level) * 60 / self.capacity)
+        if self.level < amount:
+            return math.ceil((amount - self.level) * 60 / self.capacity)
         self.level -= amount
         return 0
+
+    def give_back(self, amount: int) -> None:
+        """Undo a `take` of `amount` that came to nothing."""
+        self.level = min(self.capacity, self.level + min(amount, self.capacity))
 
 
 class Turnstile:

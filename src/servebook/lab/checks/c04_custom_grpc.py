@@ -21,7 +21,7 @@ from google.protobuf import descriptor_pb2
 from llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.lab.checks.c02_sse_streaming import streamed_text
 from servebook.lab.checks.own import StreamWatch, blank, own_server
-from servebook.lab.checks.rest import accepted, answer_to, key_of, sends
+from servebook.lab.checks.rest import accepted, answer_to, context_length, key_of, not_full, sends
 from servebook.lab.feedback import NotYet, StillOpen, require
 from servebook.lab.own_server import OwnServer
 from servebook.lab.tap import Tap
@@ -151,7 +151,7 @@ def check_04_2(work: Work) -> None:
 
     with (
         Tap(vllm.url, watch.hold) as tap,
-        own_server(work, "service.py", tap.url, vllm) as server,
+        own_server(work, "service.py", tap, vllm) as server,
         calling(server) as stub,
     ):
         request = llm_pb2.StreamGenerateRequest(prompt="Once upon a time", max_tokens=11)
@@ -256,7 +256,7 @@ def check_04_3(work: Work) -> None:
 
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # bound, never listening: connections are refused
-        with Tap(vllm.url) as tap, own_server(work, "status.py", tap.url, vllm) as server, calling(server) as stub:
+        with Tap(vllm.url) as tap, own_server(work, "status.py", tap, vllm) as server, calling(server) as stub:
             ask(stub, code.INVALID_ARGUMENT, "an empty prompt", "prompt", prompt="", max_tokens=4)
             ask(stub, code.INVALID_ARGUMENT, "max_tokens 0", "max_tokens", prompt="Hello", max_tokens=0)
             require(
@@ -269,11 +269,12 @@ def check_04_3(work: Work) -> None:
             require(
                 bool(tap.exchanges), "a request to the engine", answer.text, "the text does not come from the engine"
             )
+            accepted(tap.exchanges[0])
             text = answer_to(tap.exchanges[0])["choices"][0]["text"]
             require(answer.text == text, text, answer.text, "the text of the response is the engine's")
-            ask(
-                stub, code.INVALID_ARGUMENT, "more tokens than the model has room for", prompt="Hello", max_tokens=10**6
-            )
+            # Not many more: a room counts tokens as asked for, before the engine refuses them.
+            more = context_length(vllm) + 1
+            ask(stub, code.INVALID_ARGUMENT, "more tokens than the model has room for", prompt="Hello", max_tokens=more)
             tap.close()
             ask(stub, code.UNAVAILABLE, "nobody answers where the engine should be", prompt="Hello", max_tokens=4)
             ask(stub, code.UNAVAILABLE, "the same, max_tokens not given", prompt="Hello")
@@ -282,12 +283,14 @@ def check_04_3(work: Work) -> None:
 class Front(llm_pb2_grpc.LLMServiceServicer):
     """`StreamGenerate` in front of vLLM, for clients under check: notes their deadlines, and stops short if told to.
 
-    `mode` is "whole", "slow" (falls silent after three messages) or "broken" (ends with UNAVAILABLE after three).
+    `mode` is "whole", "slow" (falls silent after three messages) or "broken" (ends with UNAVAILABLE after three);
+    `status` is what vLLM answered with.
     """
 
     def __init__(self, vllm: Server) -> None:
         self.vllm = vllm
         self.mode = "whole"
+        self.status = 200
         self.deadlines: list[float | None] = []
         self.sent: list[str] = []
         self.cancelled = threading.Event()
@@ -306,6 +309,7 @@ class Front(llm_pb2_grpc.LLMServiceServicer):
             stream=True,
             timeout=SECONDS,
         ) as answer:
+            self.status = answer.status_code
             for line in answer.iter_lines():
                 if line.startswith(b"data: {"):
                     choice = json.loads(line[6:])["choices"][0]
@@ -332,6 +336,9 @@ def check_04_4(work: Work) -> None:
         try:
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
                 _judge_client(work, ask_within, llm_pb2_grpc.LLMServiceStub(channel), front)
+        except NotYet:
+            not_full(front.status)
+            raise
         finally:
             server.stop(0.5).wait()  # at once, gRPC would print a "goaway", which nbgrader takes for a failure
 

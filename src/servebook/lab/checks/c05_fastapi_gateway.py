@@ -77,7 +77,7 @@ def check_05_1(work: Work) -> None:
 
     with (
         Tap(vllm.url, hold) as tap,
-        own_server(work, "chat.py", tap.url, vllm) as server,
+        own_server(work, "chat.py", tap, vllm) as server,
         ThreadPoolExecutor(2) as pool,
     ):
         try:
@@ -121,7 +121,7 @@ def check_05_2(work: Work) -> None:
     vllm = work.server("vllm")
     watch = StreamWatch()
 
-    with Tap(vllm.url, watch.hold) as tap, own_server(work, "stream.py", tap.url, vllm) as server:
+    with Tap(vllm.url, watch.hold) as tap, own_server(work, "stream.py", tap, vllm) as server:
         with post(server, "/chat/stream", stream=True) as answer:
             kind = answer.headers.get("content-type", "")
             got = f"{answer.status_code} {kind}"
@@ -208,7 +208,7 @@ def check_05_3(work: Work) -> None:
             raise BrokenPipeError
         yield from chunks
 
-    with Tap(vllm.url, hold) as tap, own_server(work, "leave.py", tap.url, vllm) as server:
+    with Tap(vllm.url, hold) as tap, own_server(work, "leave.py", tap, vllm) as server:
         answer = post(server, "/chat")
         got = f"{answer.status_code} {answer.text[:200]}"
         require(
@@ -268,12 +268,13 @@ def check_05_4(work: Work) -> None:
         require(answer.status_code == right, f"{right}: {what}", got, cause)
         return answer
 
-    with Tap(vllm.url) as tap, own_server(work, "errors.py", tap.url, vllm) as server:
+    with Tap(vllm.url) as tap, own_server(work, "errors.py", tap, vllm) as server:
         answer = ask(server, 200, "an answer")
         require(bool(tap.exchanges), "a request to the engine", answer.text, "the answer does not come from the engine")
+        accepted(tap.exchanges[0])
         text = answer_to(tap.exchanges[0])["choices"][0]["message"]["content"]
         require(answer.json() == {"response": text}, {"response": text}, answer.text, "answer with the reply's text")
-        ask(server, 400, "the engine refuses the arguments", {**ASK, "max_tokens": 10**6})
+        ask(server, 400, "the engine refuses the arguments", {**ASK, "max_tokens": -1})
         tap.close()
         answer = ask(server, 503, "nobody answers where the engine should be")
         require(
@@ -282,6 +283,6 @@ def check_05_4(work: Work) -> None:
             dict(answer.headers),
             "tell clients when to come again: headers={'Retry-After': '5'}",
         )
-    with Tap(vllm.url, hold) as slow, own_server(work, "errors.py", slow.url, vllm, timeout=1) as server:
+    with Tap(vllm.url, hold) as slow, own_server(work, "errors.py", slow, vllm, timeout=1) as server:
         ask(server, 504, "the engine is too slow")
         release.set()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from servebook.errors import LaunchError
 from servebook.lab.checks.c02_sse_streaming import events_of
-from servebook.lab.checks.rest import key_of
+from servebook.lab.checks.rest import had_room, key_of
 from servebook.lab.feedback import NotYet, StillOpen
 from servebook.lab.own_server import OwnServer
-from servebook.lab.tap import Exchange
+from servebook.lab.tap import Exchange, Tap
 from servebook.lab.work import Work
 from servebook.launch import Server
 
@@ -22,10 +22,11 @@ LAST_ERROR = re.compile(r"^(\w+(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*)$", r
 
 
 @contextmanager
-def own_server(work: Work, file: str, engine_url: str, vllm: Server, timeout: float = 60) -> Iterator[OwnServer]:
-    """Run the learner's file; what goes wrong in it becomes feedback.
+def own_server(work: Work, file: str, tap: Tap, vllm: Server, timeout: float = 60) -> Iterator[OwnServer]:
+    """Run the learner's file, which reaches the engine through `tap`; what goes wrong in it becomes feedback.
 
     Raises:
+        ServebookError: it went wrong because the engine is full, which is not the learner's fault.
         StillOpen: it ran into the blank of this exercise.
         NotYet: there is no such file, it does not start, or the block raised NotYet, which then has the
             server's last error too.
@@ -34,12 +35,14 @@ def own_server(work: Work, file: str, engine_url: str, vllm: Server, timeout: fl
         raise NotYet(f"the file {file}", "none", "run the cell that writes it (its first line is %%writefile)")
     if blank(work) in Path(file).read_text():
         raise StillOpen
-    server = OwnServer(file, engine_url, key_of(vllm), vllm.model, timeout)
+    server = OwnServer(file, tap.url, key_of(vllm), vllm.model, timeout)
     try:
         with server:
             try:
                 yield server
             except NotYet as fault:
+                for exchange in tap.exchanges:
+                    had_room(exchange)
                 if error := last_error(server.said()):
                     raise NotYet(fault.expected, f"{fault.got}\nand in {file}: {error}", fault.cause) from None
                 raise

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import requests
+
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, require
 from servebook.lab.tap import Exchange, Tap
@@ -77,8 +79,25 @@ def accepted(exchange: Exchange) -> None:
 
 def had_room(exchange: Exchange) -> None:
     """Raise ServebookError if the server refused a request because it is full."""
-    if exchange.status in (429, 503):
-        raise ServebookError(f"The engine is full ({exchange.status}).", "Wait a moment, then check again.")
+    not_full(exchange.status)
+
+
+def not_full(status: int) -> None:
+    """Raise ServebookError if a server that answers with this status is full."""
+    if status in (429, 503):
+        raise ServebookError(f"The engine is full ({status}).", "Wait a moment, then check again.")
+
+
+def context_length(server: Server) -> int:
+    """How many tokens of prompt and answer together the server's model has room for.
+
+    Raises:
+        ServebookError: the server is full.
+    """
+    headers = {"Authorization": f"Bearer {key_of(server)}"}
+    answer = requests.get(f"{server.url}/v1/models", headers=headers, timeout=60)
+    not_full(answer.status_code)
+    return int(answer.json()["data"][0]["max_model_len"])
 
 
 def answer_to(exchange: Exchange) -> Any:
