@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -12,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+from servebook.experiments.child import PR_SET_PDEATHSIG, libc
 from servebook.lab import rehearsal
 from servebook.lab.feedback import Result
 from servebook.lab.manifest import exercises
@@ -33,7 +35,8 @@ class Proof(NamedTuple):
 
 
 def sit_down(room: Path) -> None:
-    """Work in a folder of this process's own, as each learner does: answers write files."""
+    """Work in a folder of this process's own, as each learner does: answers write files. End with the test run."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.chdir(tempfile.mkdtemp(dir=room))
 
 
