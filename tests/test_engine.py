@@ -51,12 +51,17 @@ def test_a_readers_arguments_come_last_and_win(cpu: Settings) -> None:
     assert args.enforce_eager is True
 
 
-def test_two_cores_are_both_used(cpu: Settings, gpu: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_cores_are_shared_with_all_other_programs(
+    cpu: Settings, gpu: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3})
-    assert engine.engine_env(cpu)["VLLM_CPU_OMP_THREADS_BIND"] == "1,3"
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in engine.engine_env(gpu)
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    assert engine.engine_env(cpu).items() >= threads.items()
+    assert not engine.engine_env(gpu).keys() & threads.keys()
+    replica = engine.engine_env(cpu.model_copy(update={"cores": "3"}))
+    assert (replica["VLLM_CPU_OMP_THREADS_BIND"], "OMP_WAIT_POLICY" in replica) == ("3", False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in engine.engine_env(cpu)
+    assert not engine.engine_env(cpu).keys() & threads.keys()
 
 
 def test_no_statistics_leave_the_machine(cpu: Settings) -> None:
