@@ -110,9 +110,9 @@ async def use(client: TritonClient, stream: bool) -> None:
 
 
 def family(server: Server) -> dict[str, psutil.Process]:
-    """The server's stub, EngineCore and Worker."""
+    """The server's stub and EngineCore."""
     children = psutil.Process(server.pid).children(recursive=True)
-    names = {"stub": "triton_python", "core": "VLLM::EngineCor", "worker": "VLLM::Worker"}
+    names = {"stub": "triton_python", "core": "VLLM::EngineCor"}
     return {role: next(child for child in children if child.name().startswith(name)) for role, name in names.items()}
 
 

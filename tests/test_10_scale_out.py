@@ -19,6 +19,7 @@ import requests
 from desk import Desk, eventually, free_port
 
 from servebook import engine, launch
+from servebook.bench.resources import is_engine
 from servebook.clients.router_client import RouterClient
 from servebook.errors import LaunchError, ServebookError
 from servebook.metrics import metric
@@ -129,7 +130,7 @@ def test_each_replica_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, sett
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 8, 9})
     wanted = settings.model_copy(update={"device": "cpu", "replicas": 2})
     replicas = launch.find_server("router").needs(wanted)
-    assert [engine.engine_env(each)["VLLM_CPU_OMP_THREADS_BIND"] for each in replicas.values()] == ["2,3", "5,8,9"]
+    assert [each.cores for each in replicas.values()] == ["2,3", "5,8,9"]
     assert len({each.port("vllm", "http") for each in replicas.values()}) == 2
 
 
@@ -173,8 +174,9 @@ def test_requests_are_spread(router: launch.Server, client: RouterClient) -> Non
 
 
 def test_replicas_compute_on_different_cores(client: RouterClient) -> None:
-    bound = [psutil.Process(entry(name)["pid"]).environ()["VLLM_CPU_OMP_THREADS_BIND"] for name in REPLICAS]
-    assert set(bound[0].split(",")).isdisjoint(bound[1].split(","))
+    cores = [child for name in REPLICAS for child in psutil.Process(entry(name)["pid"]).children() if is_engine(child)]
+    one, other = (os.sched_getaffinity(core.pid) for core in cores)
+    assert one.isdisjoint(other)
 
 
 def test_a_stream_passes_as_it_comes(router: launch.Server, client: RouterClient) -> None:

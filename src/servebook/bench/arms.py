@@ -6,7 +6,6 @@ that a machine that warms up, slows down or is disturbed does so to both.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -27,10 +26,6 @@ CONTROL_LIMIT = 0.03
 
 ORDER = ("ABBA", "BAAB")
 """The order within one round; every second round begins with the other arm."""
-
-SETTLE_SECONDS = 1.2
-"""The pause before each block where several engines are up: after its last token an engine polls at full speed for
-1 s (vLLM's `SpinCondition`), and on two cores that slowed the other arm's block by a fifth."""
 
 WAVES = 3
 """Requests for each caller in one block, at least: the first come all at once, as they seldom do in life."""
@@ -150,8 +145,6 @@ async def compare(
         requests = concurrency * max(WAVES, round(wants.block_seconds / seconds))
     order = [letter for number in range(wants.rounds) for letter in ORDER[number % 2]]
     for done, letter in enumerate(order, start=1):
-        if engines_up() > 1:
-            await asyncio.sleep(SETTLE_SECONDS)
         # Neighbours, one of each arm, draw the same times.
         await (arm if letter == "B" else reference).block(concurrency, requests, wants.rate, seed=(done + 1) // 2)
         on_block(done, len(order))

@@ -167,11 +167,11 @@ Made by `servebook bench --report` from the results in `src/servebook/bench/stor
 **Method.** A closed loop of callers sends prompts that are never repeated, greedy, and asks for answers of mixed length
 (32 tokens on average, in the same order for both arms). A path and the path of vLLM's own server that asks for the same
 work are measured in interleaved blocks (ABBA, then BAAB), never both at a time, each on an engine of its own (the
-gateway shares vLLM's); before a block, the other engine gets 1.2 s to stop polling. Ratios are medians over pairs of
+gateway shares vLLM's). Ratios are medians over pairs of
 neighbouring blocks; the interval in brackets is a 95 % bootstrap over these pairs. Tokens are counted from the server's
 usage or from token ids, never from messages. An A/A control, two engines of vLLM's server against each other, voids the
 run when it is off by more than 3 %. Server, engine and load generator share one machine. CPU is that of the server's
-processes without EngineCore and Worker. The protocol arm puts a scripted token source (the same sentence over and over,
+processes without EngineCore. The protocol arm puts a scripted token source (the same sentence over and over,
 20 tokens a second for each stream) in the place of the engine, and nothing else is changed; bytes are counted there by
 a TCP proxy, with all framing.
 """

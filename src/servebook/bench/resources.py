@@ -8,14 +8,14 @@ import psutil
 from pydantic import BaseModel, Field
 
 ENGINE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
-"""The titles that vLLM gives to the processes of its engine."""
+"""The titles that vLLM gives to the processes of its engine; it has workers on several GPUs."""
 
 
 class CpuSeconds(BaseModel):
     """CPU time spent, in seconds, user and system."""
 
     front: float | None = Field(description="The server without its engine: protocol, tokenizer, detokenizer.")
-    engine: float | None = Field(description="EngineCore and Worker; 0 where the server has none.")
+    engine: float | None = Field(description="EngineCore, with the model in it; 0 where the server has none.")
     client: float = Field(description="The load generator.")
 
     def per_1000(self, tokens: int) -> CpuSeconds:
@@ -67,7 +67,10 @@ class ProcessTree:
 
 def is_engine(process: psutil.Process) -> bool:
     """Whether it is one of vLLM's engine processes."""
-    return " ".join(process.cmdline()).startswith(ENGINE_TITLES)
+    try:
+        return " ".join(process.cmdline()).startswith(ENGINE_TITLES)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def engines_up() -> int:

@@ -67,10 +67,11 @@ def main() -> None:
     for pid in marked(os.environ[MARK]):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(server, signal.SIGKILL)
+    # Before the server: whoever keeps that may end this process with it.
     for region in sys.argv[2:]:
         Path(region).unlink(missing_ok=True)
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(server, signal.SIGKILL)
 
 
 if __name__ == "__main__":
