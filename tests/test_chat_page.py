@@ -93,7 +93,7 @@ def test_a_long_conversation_goes_on_without_its_oldest_messages(page: Page, gat
         expect(page.get_by_role("status")).to_have_text("Answer complete.")
         expect(page.get_by_role("article", name="Model")).to_have_count(number)
         expect(left_out).to_have_count(max(0, number - 2))
-    ask(page, f"{STORY} " * 70, longest=2000)  # too long by itself
+    ask(page, f"{STORY} " * 230, longest=4)  # too long by itself
     expect(page.get_by_role("status")).to_contain_text("shorten the messages")
     ask(page, STORY, longest=4)
     expect(page.get_by_role("status")).to_have_text("Answer complete.")
