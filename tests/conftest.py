@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -40,19 +40,36 @@ def settings() -> Settings:
     return load_settings()
 
 
-@pytest.fixture(scope="session")
-def vllm() -> launch.Server:
-    return launch.serve("vllm")
+SHARED = {"vllm": "vllm", "triton": "triton", "grpc_server": "grpc", "kserve": "kserve", "vllm_grpc": "vllm-grpc"}
+"""The engines that stay up from chapter to chapter: their servers' names by fixture."""
 
 
 @pytest.fixture(scope="session")
-def triton() -> launch.Server:
-    return launch.serve("triton")
+def starts(request: pytest.FixtureRequest) -> dict[str, Future[launch.Server]]:
+    """The shared engines that this run wants, all started or failed. Two at a time: each start keeps one core busy."""
+    wanted = {fixture for item in request.session.items for fixture in getattr(item, "fixturenames", ())}
+    with ThreadPoolExecutor(2) as pool:
+        return {fixture: pool.submit(launch.serve, name) for fixture, name in SHARED.items() if fixture in wanted}
+
+
+def shared(starts: dict[str, Future[launch.Server]], fixture: str) -> launch.Server:
+    """One of them; a test that asks for its fixture by `getfixturevalue` only has it started now."""
+    return starts[fixture].result() if fixture in starts else launch.serve(SHARED[fixture])
 
 
 @pytest.fixture(scope="session")
-def grpc_server() -> launch.Server:
-    return launch.serve("grpc")
+def vllm(starts: dict[str, Future[launch.Server]]) -> launch.Server:
+    return shared(starts, "vllm")
+
+
+@pytest.fixture(scope="session")
+def triton(starts: dict[str, Future[launch.Server]]) -> launch.Server:
+    return shared(starts, "triton")
+
+
+@pytest.fixture(scope="session")
+def grpc_server(starts: dict[str, Future[launch.Server]]) -> launch.Server:
+    return shared(starts, "grpc_server")
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +78,13 @@ def gateway(vllm: launch.Server) -> launch.Server:
 
 
 @pytest.fixture(scope="session")
-def kserve() -> launch.Server:
-    return launch.serve("kserve")
+def kserve(starts: dict[str, Future[launch.Server]]) -> launch.Server:
+    return shared(starts, "kserve")
 
 
 @pytest.fixture(scope="session")
-def vllm_grpc() -> launch.Server:
-    return launch.serve("vllm-grpc")
+def vllm_grpc(starts: dict[str, Future[launch.Server]]) -> launch.Server:
+    return shared(starts, "vllm_grpc")
 
 
 @pytest.fixture(scope="session")

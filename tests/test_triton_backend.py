@@ -283,11 +283,15 @@ def test_the_server_listens_on_this_machine_only(tmp_path: Path) -> None:
 STUB = """
 import subprocess, sys
 from servebook.triton_backend.guardian import start_guardian
-guardian = start_guardian()
+guardian = start_guardian(death_seconds=0.5)
 engine = subprocess.Popen(["sleep", "60"], start_new_session=True)
 print(engine.pid, guardian.process.pid, flush=True)
-if sys.stdin.readline() == "end\\n":
+word = sys.stdin.readline()
+if word != "end\\n":
+    guardian.expect_the_end()
+if word != "stuck\\n":
     guardian.release()
+guardian.process.wait()
 """
 SERVER = """
 import subprocess, sys, time
@@ -308,13 +312,27 @@ def test_a_killed_stub_takes_engine_and_server_along() -> None:
     assert not alive
 
 
-def test_a_stub_that_ends_as_it_should_harms_nobody() -> None:
+def test_a_stub_that_is_stuck_after_its_engines_death_is_ended_with_all() -> None:
     server = subprocess.Popen([sys.executable, "-c", SERVER, STUB], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdout
     assert server.stdin
     stub = psutil.Process(int(server.stdout.readline()))
     engine, guardian = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
-    server.stdin.write(b"end\n")
+    server.stdin.write(b"stuck\n")
+    server.stdin.flush()
+    assert server.wait(10) == -signal.SIGKILL
+    _, alive = psutil.wait_procs([stub, engine, guardian], timeout=10)
+    assert not alive
+
+
+@pytest.mark.parametrize("word", [b"end\n", b"dying\n"])
+def test_a_stub_that_ends_as_it_should_harms_nobody(word: bytes) -> None:
+    server = subprocess.Popen([sys.executable, "-c", SERVER, STUB], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout
+    assert server.stdin
+    stub = psutil.Process(int(server.stdout.readline()))
+    engine, guardian = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
+    server.stdin.write(word)
     server.stdin.flush()
     guardian.wait(10)
     assert engine.is_running()

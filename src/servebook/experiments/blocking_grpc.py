@@ -32,7 +32,7 @@ from servebook.model import model_path
 from servebook.settings import load_settings
 
 THREADS = 4
-MAX_TOKENS = 24
+MAX_TOKENS = 12
 PROMPTS = [f"Story {number}. Once upon a time" for number in range(1, 9)]
 
 

@@ -6,7 +6,6 @@ Everything that talks to the engine or to a response sender happens on that loop
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -39,8 +38,6 @@ from servebook.triton_backend.response import Responses
 POLL_SECONDS = 0.05
 """How often cancelled requests are looked for: Triton offers no callback. A cancel must be seen within 0.2 s."""
 
-DEATH_SECONDS = 10.0
-"""How long Triton may take to begin the unload of a model whose engine died."""
 UNLOAD_SECONDS = 3.0
 """Grace time of the engine's processes; all of the unloading must fit into the 12 s that Triton allows at its exit."""
 
@@ -70,9 +67,6 @@ class Engine:
         engine_args.disable_log_stats = True
         self.loras = loras
         self.on_death = on_death
-        # Triton does not always finish an unload. Without a word to the guardian, that ends engine and server.
-        self.last_resort = threading.Timer(DEATH_SECONDS, os._exit, (1,))
-        self.last_resort.daemon = True
         # Requests without their final response. Asking Triton about a sender after that crashes the server.
         self.waiting: dict[Any, asyncio.Task[None]] = {}
         self.guardian = start_guardian()
@@ -103,7 +97,6 @@ class Engine:
 
     def shutdown(self) -> None:
         """End the engine and wait until its processes are gone. Triton has had all responses by now."""
-        self.last_resort.cancel()
         self.loop.call_soon_threadsafe(self.watcher.cancel)
         self.llm.shutdown(timeout=UNLOAD_SECONDS)
         self._end_loop()
@@ -174,7 +167,7 @@ class Engine:
             self._cancel_what_clients_left()
         pb_utils.Logger.log_error("the engine died")
         if self.on_death:
-            self.last_resort.start()
+            self.guardian.expect_the_end()
             self.on_death()
 
     def _cancel_what_clients_left(self) -> None:
