@@ -31,6 +31,8 @@ from servebook.launch.supervisor import is_tracker
 from servebook.model import model_path
 from servebook.settings import load_settings
 
+AS_IT_COMES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""The engine in a process of its own: vLLM's default for `LLM`, and so what whoever writes this server has."""
 THREADS = 4
 MAX_TOKENS = 12
 PROMPTS = [f"Story {number}. Once upon a time" for number in range(1, 9)]
@@ -120,7 +122,7 @@ def main() -> None:
         [sys.executable, "-m", "servebook.experiments.blocking_grpc", "serve"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | engine_env(load_settings()),
+        env=os.environ | engine_env(load_settings()) | AS_IT_COMES,
         start_new_session=True,
         text=True,
     )
