@@ -8,7 +8,7 @@ import psutil
 from pydantic import BaseModel, Field
 
 ENGINE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
-"""The titles that vLLM gives to the processes of its engine; it has workers on several GPUs."""
+"""The titles that vLLM gives to the processes of its engine; workers only where it uses several GPUs."""
 
 
 class CpuSeconds(BaseModel):

@@ -5,8 +5,8 @@ And the engine's processes live on. This small process holds the end of a pipe f
 closes without a word, it kills the engine, and the server with it: a client then sees a closed connection at once,
 and whoever keeps the server can start it again.
 
-Nor does Triton always finish the unload of a model whose engine died. A timer in the stub would not help: the thread
-that waits for Triton holds Python's lock. So the stub says when it begins, and the same happens if it takes too long.
+Nor does Triton always finish the unload of a model whose engine died, and a timer in a stuck stub may never fire. So
+the stub says when the unload begins, and the same happens if it takes too long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 
 MARK = "SERVEBOOK_TRITON_STUB"
 """Environment variable with the stub's process id: how its descendants are found when it is gone."""
-
 
 DYING, DONE = b"dying", b"done"
 DEATH_SECONDS = 10.0
