@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from servebook import doctor
-from servebook.doctor import Finding
+from servebook.engine.model import bundled_path
 from servebook.errors import LaunchError
 from servebook.launch.supervisor import MARK
-from servebook.model import bundled_path
 from servebook.settings import Settings, load_settings
+from servebook.workbook import doctor
+from servebook.workbook.doctor import Finding
 
 GIB = 2**30
 SERVEBOOK = Path(sys.executable).with_name("servebook")
@@ -78,7 +78,7 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_environment({"http_proxy": "http://p:3128"}), "WARN", "NO_PROXY"),
         (doctor.check_environment({"HTTP_PROXY": "http://p", "no_proxy": "a.example, localhost"}), "OK", ""),
         (doctor.check_browser("/usr/bin/chromium"), "OK", "/usr/bin/chromium"),
-        (doctor.check_browser(None), "WARN", "apt-get install chromium"),
+        (doctor.check_browser(None), "WARN", "scripts/browser"),
     ],
 )
 def test_check(finding: Finding, level: str, says: str) -> None:
