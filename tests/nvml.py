@@ -9,7 +9,7 @@ from typing import Any
 import pynvml
 import pytest
 
-from servebook.gpu import GIB
+from servebook.engine.gpu import GIB
 
 SUCCESS, NOT_SUPPORTED, INSUFFICIENT_SIZE = 0, 3, 7
 

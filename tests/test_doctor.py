@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from servebook import doctor
-from servebook.doctor import Finding
+from servebook.engine.gpu import Card
+from servebook.engine.model import bundled_path
 from servebook.errors import LaunchError
-from servebook.gpu import Card
 from servebook.launch.supervisor import MARK
-from servebook.model import bundled_path
 from servebook.settings import Settings, load_settings
+from servebook.workbook import doctor
+from servebook.workbook.doctor import Finding
 
 GIB = 2**30
 L4 = Card("GPU-1", "NVIDIA L4", "580.65.06", total=22 * GIB, free=20 * GIB, holders={})

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from nvml import FakeCard, install
 
-from servebook import engine, gpu
+from servebook.engine import arguments as engine
+from servebook.engine import gpu
+from servebook.engine.gpu import GIB
 from servebook.errors import LaunchError
-from servebook.gpu import GIB
 from servebook.launch.memory import memory_for
 from servebook.launch.supervisor import MARK
 from servebook.settings import Settings, load_settings

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from servebook.engine import gpu_gib, require_memory
+from servebook.engine.arguments import gpu_gib, require_memory
+from servebook.engine.gpu import GIB, Card, cards
 from servebook.errors import LaunchError
-from servebook.gpu import GIB, Card, cards
 from servebook.launch.supervisor import MARK
 from servebook.settings import Settings
 

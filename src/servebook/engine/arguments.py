@@ -1,0 +1,200 @@
+"""How this workbook runs a vLLM engine: arguments, environment and memory, chosen in this one place."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from servebook.engine.gpu import GIB, cards
+from servebook.errors import LaunchError
+from servebook.settings import Settings
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+RUNTIME_GIB = 1.4
+"""Memory of a server and its engine beyond weights and KV cache (measured: 1.2 to 1.3 GiB on CPU)."""
+HOST_GIB = 3.0
+"""Memory of the machine that a server with its engine on a GPU takes, whatever the model."""
+GPU_RUNTIME_GIB = 1.5
+"""GPU memory beyond weights and KV cache: CUDA's context, kernels, graphs and activations (measured with the bundled
+model on one H200: 1.05 to 1.45 GiB)."""
+GPU_ACTIVATIONS = 0.1
+"""What a larger model's activations add to that, for each byte of its weights."""
+SEQUENCES, BATCHED_TOKENS = 256, 2048
+"""Of one step on a GPU. vLLM's own defaults depend on the card and on the kind of server; memory and the comparison of
+servers must depend on neither."""
+
+
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+"""A processor with one of these computes in bfloat16. The others, most laptops among them, only emulate it."""
+
+
+def cpu_flags() -> set[str]:
+    """What this machine's processor can do, in Linux' words, such as "avx2"."""
+    match = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    return set(match[1].split()) if match else set()
+
+
+def engine_argv(settings: Settings, model: Path) -> list[str]:
+    """vLLM's engine arguments as command-line words; `SERVEBOOK_ENGINE_ARGS` comes last and wins.
+
+    On CPU, eager mode: compiling costs about 80 s at start and gains nothing at this model's size. And float32
+    where bfloat16 would be emulated: measured on 2 cores with AVX2, tokens/s at 1, 4, 16 and 32 requests were 13,
+    41, 114 and 167 instead of 14, 27, 39 and 42.
+    """
+    return [
+        *("--model", str(model)),
+        *("--served-model-name", settings.model_name),
+        *("--max-model-len", str(settings.max_model_len)),
+        *("--kv-cache-memory-bytes", str(settings.kv_cache_gib * GIB)),
+        *(_gpu_words(settings, model) if settings.on_gpu else ["--enforce-eager"]),
+        *(["--dtype", "float32"] if in_float32(settings) else []),
+        *shlex.split(settings.engine_args),
+    ]
+
+
+def _gpu_words(settings: Settings, model: Path) -> list[str]:
+    """What an engine on a GPU is told besides: the size of its steps, and its part of the card.
+
+    vLLM does not start unless `--gpu-memory-utilization` (by default 0.92) of the whole card is free, also where
+    `--kv-cache-memory-bytes` sets what it will take (`vllm/v1/worker/utils.py`, `request_memory`).
+    """
+    share = gpu_share(settings, model)
+    return [
+        *("--max-num-seqs", str(SEQUENCES), "--max-num-batched-tokens", str(BATCHED_TOKENS)),
+        *(["--gpu-memory-utilization", str(share)] if share else []),
+    ]
+
+
+def gpu_share(settings: Settings, model: Path) -> float | None:
+    """The part of the GPU that an engine for `model` needs; None where there is no GPU."""
+    return next((card.share(gpu_gib(settings, model)) for card in cards()), None)
+
+
+def in_float32(settings: Settings) -> bool:
+    """Whether the engine computes in float32, whatever the weights are stored in."""
+    return not settings.on_gpu and not cpu_flags() & BFLOAT16_FLAGS
+
+
+def engine_args(argv: list[str]) -> AsyncEngineArgs:
+    """The same words as vLLM's own parser reads them, for servers that hold an `AsyncLLM` themselves."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(argv))
+
+
+def engine_env(settings: Settings) -> dict[str, str]:
+    """The environment of every process that holds an engine."""
+    env = {
+        "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CACHE_ROOT": str(settings.cache_dir / "vllm"),
+        "PYTHONUNBUFFERED": "1",
+        # vLLM's gRPC server would first visit some fifty shapes of GPU kernels, for minutes on a CPU.
+        "SMG_VLLM_SERVICER_WARMUP": "off",
+    }
+    if settings.on_gpu:
+        return env | {
+            # FlashInfer's sampler is built by nvcc at the first start: 97 s, and a CUDA toolkit. vLLM's own is there.
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML counts, by which the memory is reckoned
+        }
+    # The model runs in EngineCore itself. In a process of its own, vLLM's default on a CPU, it takes a third longer to
+    # start and 0.6 GB more, and EngineCore polls that process at full speed.
+    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(_threads(settings))}
+    openmp = Path(sys.prefix) / "lib/libiomp5.so"
+    if openmp.is_file():
+        # A thread waits 1 ms for the next layer's work and then sleeps. One that spins on holds up the layer that waits
+        # for it whenever another program has its core, and one that sleeps at once has to be woken for each layer.
+        # Measured on 2 cores, tokens/s alone and beside a busy loop: 30 and 20; spinning 30 and 12, sleeping 20 and 20.
+        env |= {"LD_PRELOAD": str(openmp), "KMP_BLOCKTIME": "1"}
+        if settings.cores:
+            env["KMP_AFFINITY"] = f"granularity=fine,explicit,proclist=[{settings.cores}]"
+    else:
+        env["OMP_WAIT_POLICY"] = "passive"
+    return env
+
+
+def _threads(settings: Settings) -> int:
+    """How many threads the engine computes with: on few cores all, on more one a core, and a core for the server."""
+    if settings.cores:
+        return len(settings.cores.split(","))
+    logical = len(os.sched_getaffinity(0))
+    return logical if logical <= 2 else max(2, min(logical, psutil.cpu_count(logical=False) or logical) - 1)
+
+
+def available_gib(cgroups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Memory that a new process can have, in GiB: the machine's, or the container's where that is less."""
+    available = psutil.virtual_memory().available
+    for limit_file, usage_file, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit = int((cgroups / limit_file).read_text())
+            used = int((cgroups / usage_file).read_text())
+            words = (cgroups / limit_file).with_name("memory.stat").read_text().split()
+            # A container's usage counts the files that it has read; those are given back when memory is asked for.
+            available = min(available, limit - used + int(words[words.index(cache) + 1]))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return available / GIB
+
+
+def needed_gib(settings: Settings, model: Path) -> float:
+    """What an engine for `model` will take of the machine's memory, in GiB: weights, KV cache and the processes."""
+    if settings.on_gpu:
+        return HOST_GIB
+    return weights_gib(model) * (2 if in_float32(settings) else 1) + settings.kv_cache_gib + RUNTIME_GIB
+
+
+def gpu_gib(settings: Settings, model: Path) -> float:
+    """What an engine for `model` will take of a GPU's memory, in GiB: weights, KV cache, runtime and activations."""
+    return weights_gib(model) * (1 + GPU_ACTIVATIONS) + settings.kv_cache_gib + GPU_RUNTIME_GIB
+
+
+def weights_gib(model: Path) -> float:
+    """The model's weights at 16 bits each, in GiB: the size of its files, or of its shape where it has none.
+
+    A folder without weights serves with `--load-format dummy`, to measure a shape's memory and speed.
+    """
+    if files := list(model.glob("*.safetensors")):
+        return sum(file.stat().st_size for file in files) / GIB
+    return _shape_gib(model) if (model / "config.json").is_file() else 0.0
+
+
+@lru_cache
+def _shape_gib(model: Path) -> float:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):  # shapes without memory
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    return float(2 * sum(weight.numel() for weight in shape.parameters()) / GIB)
+
+
+def require_memory(settings: Settings, model: Path, engines: int = 1) -> None:
+    """Refuse to start an engine that the kernel would kill; `engines` start at once, this one included.
+
+    Raises:
+        LaunchError: less memory is available than they need.
+    """
+    needed, available = engines * needed_gib(settings, model), available_gib()
+    if available < needed:
+        who = "The engine needs" if engines == 1 else f"{engines} engines need"
+        raise LaunchError(
+            f"{who} about {needed:.1f} GiB of memory, and {available:.1f} GiB are available.",
+            "End another server (`servebook status`, `servebook down NAME`), or choose a smaller model"
+            + (" or fewer replicas." if engines > 1 else "."),
+        )
