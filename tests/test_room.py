@@ -26,7 +26,7 @@ from classroom import Kernel, LearnersDesk, answer_of
 from desk import eventually, free_port
 
 from servebook.errors import LaunchError
-from servebook.lab.release import ROOT
+from servebook.lab.handout import ROOT
 from servebook.launch import Server
 from servebook.launch.servers import find_server
 from servebook.room.admin import instructors_key

@@ -1,4 +1,4 @@
-"""Says what vLLM makes of a model.json: `python -m servebook.lab.engine_facts`, one folder a line in, one JSON out."""
+"""Says what vLLM makes of a model.json: `python -m servebook.lab.dry_run.engine_facts`, one folder a line in, one JSON out."""
 
 from __future__ import annotations
 
