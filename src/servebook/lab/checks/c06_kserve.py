@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -200,9 +201,8 @@ def check_06_4(submission: Submission) -> None:
     for name, title in SERVERS.items():
         with GrpcTap(submission.server(name).grpc) as tap, v2.InferenceServerClient(tap.address) as client:
             for prompt, max_tokens in ((PROMPT, 7), ("Bread is made of", 4)):
-                got = _ask_both(
-                    submission, tap, causes, lambda c=client, p=prompt, m=max_tokens: generate(c, MODEL, p, m)
-                )  # type: ignore[misc]
+                ask = partial(generate, client, MODEL, prompt, max_tokens)
+                got = _ask_both(submission, tap, causes, ask)
                 calls = tap.of("ModelInfer") + tap.of("ModelStreamInfer")
                 answers = [call for call in calls if call.responses]
                 require(
