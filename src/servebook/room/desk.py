@@ -9,12 +9,12 @@ import shutil
 import sys
 from pathlib import Path
 
+from servebook.checkout import ROOT
 from servebook.lab.record import Store
 
 
 def make_master(master: Path) -> None:
     """Put what every learner gets into `master`: the notebooks without instructor's notes, and the labs."""
-    from servebook.lab.handout import ROOT
     from servebook.lab.handout.bundle import LEFTOVERS, clean_notebooks
 
     if master.exists():

@@ -20,8 +20,8 @@ from multiprocessing.synchronize import Barrier
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from servebook.checkout import ROOT
 from servebook.lab.feedback import Result
-from servebook.lab.handout import ROOT
 from servebook.lab.handout.blanks import require_solutions
 from servebook.lab.manifest import Lab, load_labs
 from servebook.lab.shell import CellError, LabShell

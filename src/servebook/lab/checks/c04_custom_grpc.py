@@ -18,7 +18,6 @@ import grpc
 import requests
 from google.protobuf import descriptor_pb2
 
-from llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.lab.feedback import NotYet, StillOpen, require
 from servebook.lab.learner_server.judge import StreamWatch, blank, own_server
 from servebook.lab.learner_server.run import OwnServer
@@ -27,6 +26,7 @@ from servebook.lab.submission import Submission
 from servebook.lab.taps.http import Tap
 from servebook.lab.taps.sse import streamed_text
 from servebook.launch import Server
+from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
 Field = descriptor_pb2.FieldDescriptorProto
 INTEGERS = {Field.TYPE_INT32, Field.TYPE_INT64, Field.TYPE_UINT32, Field.TYPE_UINT64}

@@ -20,8 +20,8 @@ from nbgrader.preprocessors import (
     SaveCells,
 )
 
+from servebook.checkout import ROOT
 from servebook.errors import ServebookError
-from servebook.lab.handout import ROOT
 from servebook.lab.manifest import load_labs
 from servebook.lab.shell import exercise_of, tagged
 

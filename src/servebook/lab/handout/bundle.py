@@ -8,8 +8,8 @@ from pathlib import Path
 
 import nbformat
 
+from servebook.checkout import ROOT
 from servebook.errors import ServebookError
-from servebook.lab.handout import ROOT
 from servebook.lab.handout.blanks import drop_instructor_cells, require_solutions, write_labs
 
 BUNDLE = (

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import nbformat
 
+from servebook.checkout import ROOT
 from servebook.errors import ServebookError
-from servebook.lab.handout import ROOT
 from servebook.lab.manifest import Lab, find_exercise, load_labs
 from servebook.lab.record import Store
 from servebook.lab.shell import again, read_notebook
