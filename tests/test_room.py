@@ -265,7 +265,7 @@ def test_too_much_memory_is_an_error_of_that_cell_only(kernels: dict[str, Kernel
 def test_desks_are_back_in_a_moment_when_the_proxy_is_killed(room: Room, kernels: dict[str, Kernel]) -> None:
     kernel = kernels["grace"]
     kernel.run("kept = 'through a new proxy'")
-    [proxy] = [process for process in room.family() if "configurable-http-proxy" in " ".join(process.cmdline())]
+    [proxy] = [process for process in room.family() if "jupyterhub/proxy.py" in " ".join(process.cmdline())]
     proxy.kill()
 
     def reachable() -> bool:

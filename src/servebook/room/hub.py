@@ -31,6 +31,9 @@ from servebook.settings import Settings, load_settings
 
 log = logging.getLogger("servebook.room")
 
+PROXY = ROOT / "jupyterhub" / "proxy.py"
+PROXY_SECONDS = 600
+"""How long an answer may take: a page waits for its desk to open, 20 s would be too short for a full room."""
 CONFIG = ROOT / "jupyterhub" / "jupyterhub_config.py"
 POLL_SECONDS = 0.2
 ROUTES_SECONDS = 30.0
@@ -155,7 +158,8 @@ def main(
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
     }
     proxy = [
-        *(str(programs / "configurable-http-proxy"), "--ip", host, "--port", str(http_port)),
+        *(str(programs / "python"), str(PROXY), "--ip", host, "--port", str(http_port)),
+        *("--proxy-timeout", str(1000 * PROXY_SECONDS)),
         *("--api-ip", "127.0.0.1", "--api-port", str(routes_port), "--log-level", "WARNING"),
         *("--default-target", urls["hub_url"], "--error-target", f"{urls['hub_url']}/hub/error"),
     ]
