@@ -26,7 +26,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from servebook import launch
 from servebook.experiments import child_server
-from servebook.experiments.child import free_port
 from servebook.gateway.app import PAGE, create_app
 from servebook.gateway.chat import chat_events
 from servebook.gateway.config import Config
@@ -34,6 +33,7 @@ from servebook.gateway.disconnect import CancelOnDisconnect
 from servebook.gateway.engine import Engine
 from servebook.gateway.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS, BodyLimit
 from servebook.gateway.telemetry import Metrics, Telemetry
+from servebook.launch.processes import free_port
 from servebook.metrics import metric
 
 KEY = "only-for-this-test"

@@ -12,7 +12,7 @@ from playwright.sync_api import Locator, Page, Request, expect
 
 from servebook import launch
 from servebook.experiments import child_server
-from servebook.experiments.child import free_port
+from servebook.launch.processes import free_port
 from servebook.metrics import metric
 
 pytestmark = pytest.mark.browser

@@ -16,7 +16,7 @@ import pytest
 from servebook import doctor
 from servebook.doctor import Finding
 from servebook.errors import LaunchError
-from servebook.launch.supervisor import MARK
+from servebook.launch.processes import KEPT
 from servebook.model import bundled_path
 from servebook.settings import Settings, load_settings
 
@@ -127,7 +127,7 @@ def test_a_strangers_port_is_named(here: Settings) -> None:
 
 @pytest.fixture
 def orphan() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "600"], env=os.environ | {MARK: "servebook-no-such-supervisor"}) as process:
+    with subprocess.Popen(["sleep", "600"], env=os.environ | {KEPT: "/nonexistent/no-such.sock"}) as process:
         yield process
         process.send_signal(signal.SIGKILL)
 

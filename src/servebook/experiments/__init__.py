@@ -1,5 +1,5 @@
-"""Servers that exist to be measured or to go wrong on purpose; nothing in the workbook builds on them."""
+"""Servers that exist to be measured or to go wrong on purpose."""
 
-from servebook.experiments.child import child_server
+from servebook.launch.child import child_server
 
 __all__ = ["child_server"]

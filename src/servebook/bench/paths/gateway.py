@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from servebook.bench.load import BenchError, Job, Message, Send
 from servebook.bench.paths.openai import check, http_session, sse_events
 from servebook.launch import Server, find_server
-from servebook.launch.servers import Endpoints, http_ok
+from servebook.launch.probes import http_ok
+from servebook.launch.table import Endpoints
 from servebook.model import model_path
 from servebook.settings import Settings
 
