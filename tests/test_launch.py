@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty
@@ -23,18 +24,19 @@ from jupyter_client.manager import KernelManager
 
 from servebook import launch
 from servebook.bench.resources import is_engine
-from servebook.certificates import make_certificates
 from servebook.errors import LaunchError
 from servebook.launch import find_server, supervisor
 from servebook.launch.plan import Start
 from servebook.launch.processes import can_bind, free_port
+from servebook.launch.table import Endpoints
 from servebook.settings import load_settings
+from servebook.ways.custom_grpc.certificates import make_certificates
 
 SERVEBOOK = Path(sys.executable).with_name("servebook")
 KEY = "sk-not-for-other-eyes"
 WITHOUT_ENGINE = """
 import time
-from servebook.grpc_server import __main__ as server
+from servebook.ways.custom_grpc.server import __main__ as server
 server.start_engine = lambda _: time.sleep(600)
 server.main()
 """
@@ -160,31 +162,28 @@ def test_two_people_on_one_machine(desk: Desk, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to act as another user")
-@pytest.mark.parametrize("place", ["", "servers"])
-def test_a_folder_that_others_may_write_to_is_not_trusted(desk: Desk, place: str) -> None:
+@pytest.mark.parametrize("place", ["state", "state/servers"])
+def test_a_folder_that_others_may_write_to_is_not_trusted(place: str) -> None:
     """Another user's socket there is no server of ours, and none of ours is started beside it."""
-    folder = desk.folder / place
-    socket_file = desk.folder / "servers/vllm.sock"
-    socket_file.parent.mkdir(parents=True)
-    desk.folder.chmod(0o777)
-    folder.chmod(0o777)
     squat = (
-        "import os, socket, sys; os.setuid(65534); os.chdir(sys.argv[1]); s = socket.socket(socket.AF_UNIX); "
+        "import os, socket, sys; os.chdir(sys.argv[1]); os.setuid(65534); s = socket.socket(socket.AF_UNIX); "
         "s.bind('vllm.sock'); s.listen(); print('held', flush=True); sys.stdin.read()"
     )
-    socket_file.parent.chmod(0o777)
-    for above in [desk.folder, *desk.folder.parents]:
-        above.chmod(above.stat().st_mode | 0o011)
-    holder = desk.start("-c", squat, str(socket_file.parent))
-    assert holder.stdout
-    assert holder.stdout.readline() == "held\n", holder.communicate()
-    folder.chmod(0o777)
-    assert desk.status()["state"] == "stopped"
-    text = desk.run("up", "vllm", expect=1)
-    assert "every user of this machine may write to it" in text
-    assert "SERVEBOOK_STATE_DIR" in text
-    holder.kill()
-    holder.wait()
+    with tempfile.TemporaryDirectory() as scratch:
+        desk = Desk(Path(scratch, "state"), free_port())
+        servers = desk.folder / "servers"
+        servers.mkdir(parents=True)
+        servers.chmod(0o777)
+        holder = desk.start("-c", squat, servers)
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n", holder.communicate()
+        servers.chmod(0o700)
+        Path(scratch, place).chmod(0o777)
+        assert desk.status()["state"] == "stopped"
+        text = desk.run("up", "vllm", expect=1)
+        assert f"{Path(scratch, place)} cannot be used: every user of this machine may write to it" in text
+        assert "SERVEBOOK_STATE_DIR" in text
+        desk.close()
 
 
 def test_open_to_the_network_only_with_a_key(desk: Desk) -> None:
@@ -233,7 +232,7 @@ def test_needs_stay_on_this_machine(name: str, behind: str) -> None:
 )
 def test_ports_that_are_never_opened(name: str, addresses: dict[str, str], tmp_path: Path) -> None:
     settings = load_settings(host="192.0.2.1", api_key=KEY, state_dir=tmp_path)
-    at = {"room": {"http": "127.0.0.1:8095"}}
+    at: dict[str, Endpoints] = {"room": {"http": "127.0.0.1:8095"}}
     order = Start(find_server(name), settings, name, "cli").order(tmp_path, at)
     assert order["hosts"] == order["client_hosts"] == addresses
 

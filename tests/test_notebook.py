@@ -15,10 +15,11 @@ import pytest
 import requests
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
-from servebook import ServebookError, notebook
-from servebook.metrics import metric
-from servebook.notebook import bars, curves, expect_error, show, timeline, versions, wire
+from servebook import ServebookError
 from servebook.settings import load_settings
+from servebook.ways.metrics import metric
+from servebook.workbook import notebook
+from servebook.workbook.notebook import bars, curves, expect_error, show, timeline, versions, wire
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_show_names_the_place_and_keeps_the_text(displayed: list[dict[str, str]]
     config.write_text('backend: "vllm"\n')
     show(notebook.picture, config)
     source, text = displayed
-    assert re.match(r"src/servebook/notebook\.py, line \d+\ndef picture\(", source["text/plain"])
+    assert re.match(r"src/servebook/workbook/notebook\.py, line \d+\ndef picture\(", source["text/plain"])
     assert "<style" not in source["text/html"], "JupyterLab strips stylesheets from untrusted outputs"
     assert text["text/plain"] == 'config.pbtxt\nbackend: "vllm"\n'
 

@@ -37,7 +37,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Check this machine: each line says what is, and what to do about it. Exit code 1 if anything failed."""
-    from servebook import doctor as checks
+    from servebook.workbook import doctor as checks
 
     report = checks.run(quick=quiet)
     shown = checks.Report(finding for finding in report if finding.level != "OK" or not quiet)
@@ -107,6 +107,17 @@ def logs(
         launch.find_server(name)
         raise ServebookError(f"{name} has not run yet: there is no log.", f"Start it with `servebook up {name}`.")
     print(files.tail(lines))
+
+
+@app.command()
+def where(chapter: Annotated[str, typer.Argument(metavar="CHAPTER", help="Its number or its stem: 04.")]) -> None:
+    """Print every file of a chapter, with a word on each."""
+    from servebook.checkout import ROOT
+    from servebook.workbook.chapters import files_of, find_chapter, word_on
+
+    found = {str(path.relative_to(ROOT)): word_on(path) for path in files_of(find_chapter(chapter))}
+    for path, word in found.items():
+        print(f"{path:<{max(map(len, found))}}  {word}".rstrip())
 
 
 app.command()(bench)

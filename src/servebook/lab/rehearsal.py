@@ -25,7 +25,7 @@ from tritonclient.utils import InferenceServerException
 from servebook.errors import LaunchError
 from servebook.launch.child import Child, run_child
 from servebook.launch.processes import free_port
-from servebook.triton_backend.server import tritonserver_command, tritonserver_env
+from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
 
 LOAD_SECONDS = 30
 COMPLAINT = re.compile(r"Error parsing.*|(?<=\] \").*(?:[Pp]oll failed|failed to load).*(?=\")")

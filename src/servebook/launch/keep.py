@@ -6,7 +6,8 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from servebook.engine import require_memory
+from servebook.engine.arguments import require_memory
+from servebook.engine.model import model_path
 from servebook.errors import LaunchError
 from servebook.launch.display import Progress, progress
 from servebook.launch.elsewhere import ask_elsewhere
@@ -15,7 +16,6 @@ from servebook.launch.link import Link, attach, died, spawn
 from servebook.launch.plan import Start
 from servebook.launch.supervisor import Description
 from servebook.launch.table import ENGINE_PHASES, Endpoints
-from servebook.model import model_path
 
 POLL_SECONDS = 0.1
 BROKEN_SECONDS = 10.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from servebook.engine import engine_env
+from servebook.engine.arguments import engine_env
 from servebook.errors import LaunchError
 from servebook.launch.files import Files
 from servebook.launch.supervisor import Order, Owner
