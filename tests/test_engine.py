@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -66,6 +68,19 @@ def test_a_replica_stays_on_its_cores(cpu: Settings) -> None:
     assert "KMP_AFFINITY" not in engine.engine_env(cpu)
 
 
+def test_openmp_is_preloaded_from_a_folder_with_a_blank_too(
+    cpu: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = tmp_path / "my clone/.venv"
+    prefix.mkdir(parents=True)
+    (prefix / "lib").symlink_to(Path(sys.prefix) / "lib")
+    monkeypatch.setattr(sys, "prefix", str(prefix))
+    show = [sys.executable, "-c", "print(open('/proc/self/maps').read())"]
+    done = subprocess.run(show, env=os.environ | engine.engine_env(cpu), capture_output=True, text=True, check=True)
+    assert "libiomp5.so" in done.stdout
+    assert not done.stderr
+
+
 def test_a_gpus_engine_keeps_vllms_threads(gpu: Settings) -> None:
     assert not engine.engine_env(gpu).keys() & {"OMP_NUM_THREADS", "KMP_BLOCKTIME", "VLLM_ENABLE_V1_MULTIPROCESSING"}
 
@@ -109,4 +124,7 @@ def test_memory(cpu: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engine, "available_gib", lambda: 5.0)
     with pytest.raises(LaunchError, match=r"about 5\.4 GiB of memory, and 5\.0 GiB"):
         engine.require_memory(cpu, tmp_path)
-    engine.require_memory(cpu.model_copy(update={"device": "gpu"}), tmp_path)
+
+
+def test_a_gpus_engine_builds_no_sampler(gpu: Settings) -> None:
+    assert engine.engine_env(gpu)["VLLM_USE_FLASHINFER_SAMPLER"] == "0"

@@ -6,13 +6,13 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from servebook.engine.arguments import require_memory
 from servebook.engine.model import model_path
 from servebook.errors import LaunchError
 from servebook.launch.display import Progress, progress
 from servebook.launch.elsewhere import ask_elsewhere
 from servebook.launch.files import Files
 from servebook.launch.link import Link, attach, died, spawn
+from servebook.launch.memory import memory_for
 from servebook.launch.plan import Start
 from servebook.launch.supervisor import Description
 from servebook.launch.table import ENGINE_PHASES, Endpoints
@@ -44,14 +44,14 @@ def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
     with ExitStack() as leases:
         kept: list[Kept] = []
         for wave in waves:
-            with ExitStack() as displays:
+            with ExitStack() as starting:
                 begun: list[Kept] = []
                 for start in wave:
                     if start.elsewhere:
                         at[start.instance] = ask_elsewhere(start.settings)[1]
                         continue
-                    display = displays.enter_context(progress(start.instance))
-                    one = begin(start, at, display, engines=1 + sum(not other.attached for other in begun))
+                    display = starting.enter_context(progress(start.instance))
+                    one = begin(start, at, display, starting, engines=1 + sum(not other.attached for other in begun))
                     leases.callback(one.link.close)
                     begun.append(one)
                 for one in begun:
@@ -62,10 +62,11 @@ def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
     return kept[-1].there, {one.start.files: one.link for one in kept}
 
 
-def begin(start: Start, needs: dict[str, Endpoints], display: Progress, engines: int) -> Kept:
+def begin(start: Start, needs: dict[str, Endpoints], display: Progress, starting: ExitStack, engines: int) -> Kept:
     """Take a lease on the server that is there, or on a new one; does not wait until it is ready.
 
-    `engines` are those that start together, this one included: memory must be there for all.
+    `engines` are those that start together, this one included: memory must be there for all, and what a GPU has is
+    held for them until `starting` is closed.
     """
     display.phase("looking for the model")
     model = model_path(start.settings)
@@ -73,7 +74,7 @@ def begin(start: Start, needs: dict[str, Endpoints], display: Progress, engines:
     if lease := attach(order):
         return Kept(start, *lease, attached=True, display=display)
     if start.spec.has_engine:
-        require_memory(start.settings, model, engines)
+        starting.enter_context(memory_for(start.settings, model, engines, display.phase))
     display.phase("importing")
     return Kept(start, *spawn(order), attached=False, display=display)
 

@@ -30,7 +30,7 @@ class OwnServer:
         self.ending = ExitStack()
 
     def __enter__(self) -> OwnServer:
-        command = [sys.executable, "-m", "servebook.lab.host", str(self.file), str(self.port)]
+        command = [sys.executable, "-m", "servebook.lab.learner_server", str(self.file), str(self.port)]
         # Learners' code may ignore SIGTERM, and has nothing to save: no grace.
         running = run_child(command, self._listens, name=self.file.name, env=self.env, grace=0)
         self.child = self.ending.enter_context(running)
