@@ -108,8 +108,9 @@ def show(*objects: Any) -> None:
         if isinstance(thing, tuple):
             path, name = thing
             text = path.read_text(encoding="utf-8")
-            node = next(node for node in ast.walk(ast.parse(text)) if getattr(node, "name", "") == name)
-            first, lines = node.lineno, text.splitlines(keepends=True)
+            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+            nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
+            first, lines = next(node.lineno for node in nodes if node.name == name), text.splitlines(keepends=True)
             text = inspect.cleandoc("\n" + "".join(inspect.getblock(lines[first - 1 :])))
         elif isinstance(thing, Path):
             path, first, text = thing, None, thing.read_text(encoding="utf-8")
