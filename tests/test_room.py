@@ -17,11 +17,12 @@ import psutil
 import pytest
 import requests
 from classroom import Door, Kernel, LearnersDesk, answer_of, bearer
-from desk import eventually, free_port
+from desk import eventually
 from playwright.sync_api import Page, expect
 
 from servebook.checkout import ROOT
 from servebook.launch import Server
+from servebook.launch.processes import free_port
 
 KEY = "the-instructors-key"
 LAB = "01_openai_rest"

@@ -18,10 +18,11 @@ import requests
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestServer
 from classroom import bearer
-from desk import eventually, free_port
+from desk import eventually
 
 from servebook.errors import LaunchError
-from servebook.launch.servers import find_server
+from servebook.launch.processes import free_port
+from servebook.launch.table import find_server
 from servebook.room import asking
 from servebook.room.admin import instructors_key
 from servebook.room.front import RELAYED, Front, Learner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,7 +12,8 @@ from rich.table import Table
 
 from servebook import launch
 from servebook.errors import LaunchError, ServebookError
-from servebook.launch.servers import behind
+from servebook.launch.states import Status
+from servebook.launch.table import behind
 from servebook.room.admin import RoomAdmin, forget_password, instructors_key, join_code
 from servebook.settings import Settings, load_settings
 
@@ -51,12 +52,12 @@ def start() -> None:
                 launch.down(name, settings)
 
 
-def state_of(name: str, settings: Settings) -> dict[str, Any]:
+def state_of(name: str, settings: Settings) -> Status:
     """A server as `servebook status` has it."""
     return next(entry for entry in launch.status(settings) if entry["name"] == name)
 
 
-def bring_back(engine: dict[str, Any], settings: Settings) -> None:
+def bring_back(engine: Status, settings: Settings) -> None:
     """Start the engine again, where the front looks for it; requests that were under way have been refused."""
     when = time.strftime("%H:%M:%S")
     out.print(f"{when} The engine has ended, and is started again. `servebook logs room` says who asked last.")

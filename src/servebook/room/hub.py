@@ -24,7 +24,7 @@ import typer
 
 from servebook.checkout import ROOT
 from servebook.errors import ServebookError
-from servebook.launch.supervisor import PR_SET_CHILD_SUBREAPER, children, prctl
+from servebook.launch.processes import adopt_orphans, children
 from servebook.room.admin import join_code
 from servebook.room.desk import make_master
 from servebook.settings import Settings, load_settings
@@ -82,7 +82,7 @@ def keep(commands: dict[str, list[str]], env: dict[str, str], restarted: Callabl
         ServebookError: one ended right after its start.
     """
     # A hub that dies leaves its desks to us. It finds them again by their process ids, so one that has ended must go.
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     running: dict[str, subprocess.Popen[bytes]] = {}
     started: dict[str, float] = {}
     try:
@@ -100,7 +100,7 @@ def keep(commands: dict[str, list[str]], env: dict[str, str], restarted: Callabl
                 log.info("%s is process %d", name, running[name].pid)
                 if child:
                     restarted(name)
-            reap(set(children()) - {child.pid for child in running.values()})
+            reap(children() - {child.pid for child in running.values()})
             time.sleep(POLL_SECONDS)
     finally:
         for child in running.values():
