@@ -11,7 +11,6 @@ import inspect
 import io
 import os
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +26,7 @@ from pygments.lexers import PythonLexer, TextLexer, get_lexer_for_filename
 from pygments.util import ClassNotFound
 
 from servebook.checkout import ROOT
+from servebook.engine.gpu import cards
 from servebook.settings import Settings, load_settings
 
 PACKAGES = {
@@ -234,11 +234,7 @@ def _version(package: str) -> str:
 
 
 def _device(settings: Settings) -> str:
-    if not settings.on_gpu:
-        return "cpu"
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    names = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
-    return f"gpu: {names[0]}"
+    return f"gpu: {', '.join(card.name for card in cards()[:1])}" if settings.on_gpu else "cpu"
 
 
 def _cpu() -> str:
