@@ -11,7 +11,9 @@ import inspect
 import io
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +42,9 @@ PACKAGES = {
     "FastAPI": "fastapi",
 }
 """What `versions` lists: the reader's name and the distribution's."""
+
+PACE_TOKENS = 32
+"""What `machine_card` has written: about a second on two cores."""
 
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#1f4e79", "marker": "o", "linestyle": "-"},
@@ -224,6 +229,37 @@ def versions(settings: Settings | None = None) -> None:
     plain = "\n".join(f"{name}: {value}" for name, value in rows.items())
     table = f"<table><caption>What runs here</caption><tbody>{cells}</tbody></table>"
     display({"text/html": table, "text/plain": plain}, raw=True)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast an engine wrote for one caller a moment ago: sizes and deadlines that hold on a slow machine and a fast.
+
+    `tokens_per_s` is for one request, from its sending to its end.
+    """
+
+    tokens_per_s: float
+
+    def seconds(self, tokens: int, at_most: float) -> float:
+        """What so many tokens take, but no more than `at_most`: a deadline that a longer answer cannot meet."""
+        return min(at_most, tokens / self.tokens_per_s)
+
+    def tokens(self, seconds: float, at_least: int, at_most: int = 1500) -> int:
+        """As many tokens as take so many seconds: an answer long enough to do something in the meantime."""
+        return max(at_least, min(at_most, round(seconds * self.tokens_per_s)))
+
+
+def machine_card(write: Callable[[int], object], settings: Settings | None = None) -> Pace:
+    """Measure how fast the engine writes, and display on which machine; `write(n)` waits for exactly n tokens."""
+    settings = settings or load_settings()
+    write(4)
+    started = time.perf_counter()
+    write(PACE_TOKENS)
+    pace = Pace(PACE_TOKENS / (time.perf_counter() - started))
+    device = _device(settings) if settings.on_gpu else f"cpu: {_cpu()}, {os.cpu_count()} cores"
+    text = f"{device} · {settings.model_name} · {pace.tokens_per_s:.0f} tokens/s for one caller"
+    display({"text/html": f"<p><b>This machine</b> {html.escape(text)}</p>", "text/plain": text}, raw=True)
+    return pace
 
 
 def _version(package: str) -> str:
