@@ -44,7 +44,7 @@ PACKAGES = {
 """What `versions` lists: the reader's name and the distribution's."""
 
 PACE_TOKENS = 32
-"""What `machine_card` has written: about a second on two cores."""
+"""What `measure_pace` has written: about a second on two cores."""
 
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#1f4e79", "marker": "o", "linestyle": "-"},
@@ -249,13 +249,18 @@ class Pace:
         return max(at_least, min(at_most, round(seconds * self.tokens_per_s)))
 
 
-def machine_card(write: Callable[[int], object], settings: Settings | None = None) -> Pace:
-    """Measure how fast the engine writes, and display on which machine; `write(n)` waits for exactly n tokens."""
-    settings = settings or load_settings()
-    write(4)
+def measure_pace(write: Callable[[int], object]) -> Pace:
+    """Have the engine write some tokens and look at the clock; `write(n)` waits for exactly n tokens."""
+    write(4)  # what only the first request pays for
     started = time.perf_counter()
     write(PACE_TOKENS)
-    pace = Pace(PACE_TOKENS / (time.perf_counter() - started))
+    return Pace(PACE_TOKENS / (time.perf_counter() - started))
+
+
+def machine_card(write: Callable[[int], object], settings: Settings | None = None) -> Pace:
+    """Display on what this notebook runs and how fast that writes, as `measure_pace` finds it."""
+    settings = settings or load_settings()
+    pace = measure_pace(write)
     device = _device(settings) if settings.on_gpu else f"cpu: {_cpu()}, {os.cpu_count()} cores"
     text = f"{device} · {settings.model_name} · {pace.tokens_per_s:.0f} tokens/s for one caller"
     display({"text/html": f"<p><b>This machine</b> {html.escape(text)}</p>", "text/plain": text}, raw=True)
