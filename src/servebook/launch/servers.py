@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import ssl
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopbac
 Endpoints = Mapping[str, str]
 Argv = Callable[[Settings, Path, dict[str, Endpoints]], list[str]]
 Needs = Callable[[Settings], dict[str, Settings]]
+Env = Callable[[Settings, Callable[[str], None]], dict[str, str]]
 
 REPLICA = "vllm-replica-"
 """What the names of the router's engines begin with; their numbers count from 1."""
@@ -37,6 +39,7 @@ class ServerSpec:
     `argv` gives the command; the word `"{http}"` (or another kind of port) stands for the port chosen
     at start; those that are `local` listen on 127.0.0.1 wherever the others do. `ready` asks the server itself.
     `needs` names the instances that must be up before, each with its settings; engines among them start at once.
+    `env` adds to the environment; where it has to fetch something for that, it says so to its second argument.
     One that checks no API key is refused beyond this machine.
     """
 
@@ -49,6 +52,7 @@ class ServerSpec:
     checks_key: bool = True
     local: tuple[str, ...] = ()
     needs: Needs = lambda _: {}
+    env: Env = lambda *_: {}
 
 
 def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -> bool:
@@ -58,6 +62,22 @@ def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -
         connection.request("GET", path)
         response = connection.getresponse()
         return response.status == 200 and words in response.read()
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def https_ok(address: str, path: str, timeout: float = 2.0) -> bool:
+    """As `http_ok` of a server with TLS, whoever signed its certificate. One that asks for ours (mTLS) is there too."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    connection = HTTPSConnection(address, timeout=timeout, context=context)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except ssl.SSLError as error:
+        return error.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
     except (OSError, HTTPException):
         return False
     finally:
@@ -123,6 +143,26 @@ def _vllm_grpc(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list
         *("--host", settings.host, "--port", "{grpc}"),
         *engine_argv(settings, model),
     ]
+
+
+def _vllm_rs(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
+    files = {"certfile": settings.tls_cert, "keyfile": settings.tls_key, "ca-certs": settings.tls_client_ca}
+    return [
+        *_vllm(behind(settings), model, needs),
+        *("--grpc-port", "{grpc}"),
+        *(word for name, file in files.items() if file for word in (f"--ssl-{name}", str(file.resolve()))),
+        *(["--ssl-cert-reqs", "2"] if settings.tls_client_ca else []),  # ssl.CERT_REQUIRED
+    ]
+
+
+def _rust_env(settings: Settings, say: Callable[[str], None]) -> dict[str, str]:
+    from servebook.rust_front import rust_front  # its libraries are for fetching, which is seldom
+
+    return {
+        "VLLM_USE_RUST_FRONTEND": "1",
+        "VLLM_RUST_FRONTEND_PATH": str(rust_front(settings, say)),
+        "NO_COLOR": "1",  # its part of the log
+    }
 
 
 def behind(settings: Settings) -> Settings:
@@ -246,6 +286,15 @@ SERVERS: dict[str, ServerSpec] = {
             argv=_vllm_grpc,
             ready=lambda at: grpc_serving(at["grpc"]),
             checks_key=False,
+        ),
+        ServerSpec(
+            name="vllm-rs",
+            about="vLLM's Rust front end: REST and gRPC",
+            ports=("http", "grpc"),
+            argv=_vllm_rs,
+            ready=lambda at: http_ok(at["http"], "/health") or https_ok(at["http"], "/health"),
+            checks_key=False,  # its REST port does, but its gRPC port generates, and even sleeps, for anybody
+            env=_rust_env,
         ),
         ServerSpec(
             name="router",

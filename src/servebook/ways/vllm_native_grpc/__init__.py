@@ -1,0 +1,1 @@
+"""Chapter 07: a client of vLLM's own gRPC server."""
