@@ -16,7 +16,7 @@ ready := $(env)/.servebook-$(device)
 room := $(env)/room
 locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
-.PHONY: lab room test check lint setup lock notebooks labs clean
+.PHONY: lab room test check lint setup lock notebooks labs protos clean
 
 # The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
 # `|| true`: the doctor prints what it found; a failed check must not keep the reader from the notebooks.
@@ -55,14 +55,14 @@ lock:
 	@scripts/lock
 
 notebooks: $(ready)
-	$(python) -m servebook.notebook_gate --store
+	$(python) -m servebook.workbook.gate --store
 
 labs: $(ready)
 	$(python) -m servebook.lab.release
 
 # llm.v1's stubs; a test holds them fresh.
 protos: $(ready)
-	PATH="$(bin):$$PATH" $(python) -m grpc_tools.protoc -I protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src llm/v1/llm.proto
+	PATH="$(bin):$$PATH" $(python) -m grpc_tools.protoc -I servebook/protos=protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src servebook/protos/llm/v1/llm.proto
 
 clean:
 	@-[ ! -x $(bin)/servebook ] || $(bin)/servebook down --all

@@ -26,11 +26,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from desk import Desk, free_port  # noqa: E402
 
-from servebook import launch, notebook_gate  # noqa: E402
-from servebook.doctor import find_browser  # noqa: E402
+from servebook import launch  # noqa: E402
 from servebook.lab.manifest import Lab  # noqa: E402
 from servebook.launch.supervisor import can_bind  # noqa: E402
 from servebook.settings import Settings, load_settings  # noqa: E402
+from servebook.workbook import gate  # noqa: E402
+from servebook.workbook.doctor import find_browser  # noqa: E402
 
 pytest_plugins = ["floor"]
 
@@ -101,7 +102,7 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     desk.close()
 
 
-NOTEBOOK_RESULTS = pytest.StashKey[list[notebook_gate.Result]]()
+NOTEBOOK_RESULTS = pytest.StashKey[list[gate.Result]]()
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +111,7 @@ def run_notebook(pytestconfig: pytest.Config) -> Callable[[str], None]:
     results = pytestconfig.stash.setdefault(NOTEBOOK_RESULTS, [])
 
     def run(stem: str) -> None:
-        results.append(notebook_gate.run(notebook_gate.NOTEBOOKS / f"{stem}.ipynb"))
+        results.append(gate.run(gate.NOTEBOOKS / f"{stem}.ipynb"))
         assert not results[-1].problem, f"{stem}:\n{results[-1].problem}"
 
     return run
@@ -120,7 +121,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Print what each notebook took, and how much of it was run."""
     if results := config.stash.get(NOTEBOOK_RESULTS, []):
         terminalreporter.section("notebooks")
-        terminalreporter.write_line(notebook_gate.table(results))
+        terminalreporter.write_line(gate.table(results))
 
 
 def lab_of(item: pytest.Item) -> str:

@@ -13,11 +13,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from servebook.experiments.child import PR_SET_PDEATHSIG, libc
 from servebook.lab import rehearsal
 from servebook.lab.feedback import Result
 from servebook.lab.manifest import exercises
 from servebook.lab.shell import LabShell
+from servebook.launch.child import PR_SET_PDEATHSIG, libc
 
 ROOT = Path(__file__).parents[1]
 AT_ONCE = 3

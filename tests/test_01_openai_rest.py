@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 
 from servebook import serve
 from servebook.launch import Server
-from servebook.metrics import metric
+from servebook.ways.metrics import metric
 
 pytestmark = pytest.mark.timeout(600)
 

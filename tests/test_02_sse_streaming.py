@@ -15,7 +15,7 @@ import pytest
 from httpx_sse import connect_sse
 
 from servebook.launch import Server
-from servebook.metrics import metric
+from servebook.ways.metrics import metric
 
 pytestmark = pytest.mark.timeout(600)
 

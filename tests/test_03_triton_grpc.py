@@ -26,12 +26,12 @@ import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from servebook import launch
-from servebook.clients import triton_client
-from servebook.clients.triton_aio import TritonClient
-from servebook.clients.triton_client import Chunk
 from servebook.launch import Server
-from servebook.metrics import metric
-from servebook.triton_backend.server import tritonserver_command, tritonserver_env
+from servebook.ways.metrics import metric
+from servebook.ways.triton_grpc import client as triton_client
+from servebook.ways.triton_grpc.aio_client import TritonClient
+from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
+from servebook.ways.triton_grpc.client import Chunk
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

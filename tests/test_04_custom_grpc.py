@@ -32,14 +32,14 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from llm.v1 import llm_pb2 as pb
-from llm.v1 import llm_pb2_grpc
 from servebook import launch, serve
-from servebook.certificates import Certificates, make_certificates
-from servebook.clients.grpc_aio_client import GrpcAioClient
-from servebook.clients.grpc_client import GrpcClient
-from servebook.metrics import metric
+from servebook.protos.llm.v1 import llm_pb2 as pb
+from servebook.protos.llm.v1 import llm_pb2_grpc
 from servebook.settings import Settings
+from servebook.ways.custom_grpc.aio_client import GrpcAioClient
+from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
+from servebook.ways.custom_grpc.client import GrpcClient
+from servebook.ways.metrics import metric
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -433,8 +433,8 @@ def test_a_deadline_reaches_the_engine_at_once(client: GrpcClient, grpc_server: 
 
 DROPPED = """
 import os, signal, sys
-from llm.v1 import llm_pb2 as pb
-from servebook.clients.grpc_client import GrpcClient
+from servebook.protos.llm.v1 import llm_pb2 as pb
+from servebook.ways.custom_grpc.client import GrpcClient
 stream = GrpcClient(sys.argv[1]).stream("Once", sampling=pb.Sampling(ignore_eos=True))
 next(stream)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -726,7 +726,7 @@ def health_of_starting(channel: grpc.Channel) -> int:
     ],
 )
 def test_an_unsafe_start_is_refused(words: list[str], problem: str) -> None:
-    command = [sys.executable, "-m", "servebook.grpc_server", *words]
+    command = [sys.executable, "-m", "servebook.ways.custom_grpc.server", *words]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode != 0
     assert problem in ended.stderr
@@ -734,7 +734,7 @@ def test_an_unsafe_start_is_refused(words: list[str], problem: str) -> None:
 
 def test_a_taken_port_is_refused(grpc_server: launch.Server) -> None:
     port = grpc_server.grpc.rsplit(":", 1)[1]
-    command = [sys.executable, "-m", "servebook.grpc_server", "--grpc-port", port]
+    command = [sys.executable, "-m", "servebook.ways.custom_grpc.server", "--grpc-port", port]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 1
     assert "Choose another port" in ended.stderr

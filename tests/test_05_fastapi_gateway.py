@@ -25,17 +25,17 @@ from hypothesis import settings as hypothesis_settings
 from starlette.types import Message, Receive, Scope, Send
 
 from servebook import launch
-from servebook.experiments import child_server
-from servebook.experiments.child import free_port
-from servebook.gateway.app import PAGE, create_app
-from servebook.gateway.chat import chat_events
-from servebook.gateway.config import Config
-from servebook.gateway.disconnect import CancelOnDisconnect
-from servebook.gateway.engine import Engine
-from servebook.gateway.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS, BodyLimit
-from servebook.gateway.telemetry import Metrics, Telemetry
-from servebook.metrics import metric
+from servebook.launch.child import child_server, free_port
+from servebook.ways.fastapi_gateway.server.app import PAGE, create_app
+from servebook.ways.fastapi_gateway.server.chat import chat_events
+from servebook.ways.fastapi_gateway.server.config import Config
+from servebook.ways.fastapi_gateway.server.disconnect import CancelOnDisconnect
+from servebook.ways.fastapi_gateway.server.engine import Engine
+from servebook.ways.fastapi_gateway.server.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS, BodyLimit
+from servebook.ways.fastapi_gateway.server.telemetry import Metrics, Telemetry
+from servebook.ways.metrics import metric
 
+GATEWAY = "servebook.ways.fastapi_gateway.server"
 KEY = "only-for-this-test"
 JAPAN = {"message": "What is the capital of Japan?", "temperature": 0, "max_tokens": 20}
 # At this temperature the model hardly ever ends by itself.
@@ -76,9 +76,7 @@ def half_a_request(url: str, path: str, ask: dict[str, Any]) -> socket.socket:
 @pytest.fixture(scope="module")
 def keyed(vllm: launch.Server) -> Iterator[str]:
     """A gateway with a key and four places."""
-    with child_server(
-        "servebook.gateway", "--upstream", vllm.url, "--max-concurrent", "4", SERVEBOOK_API_KEY=KEY
-    ) as url:
+    with child_server(GATEWAY, "--upstream", vllm.url, "--max-concurrent", "4", SERVEBOOK_API_KEY=KEY) as url:
         yield url
 
 
@@ -290,7 +288,7 @@ def test_other_origins_are_shut_out_unless_named(gateway: launch.Server, vllm: l
     closed = requests.options(f"{gateway.url}/chat", headers=preflight, timeout=30)
     assert closed.status_code == 405
     assert "access-control-allow-origin" not in closed.headers
-    with child_server("servebook.gateway", "--upstream", vllm.url, "--cors-origin", preflight["Origin"]) as url:
+    with child_server(GATEWAY, "--upstream", vllm.url, "--cors-origin", preflight["Origin"]) as url:
         named = requests.options(f"{url}/chat", headers=preflight, timeout=30)
         other = requests.options(f"{url}/chat", headers=preflight | {"Origin": "https://other.example"}, timeout=30)
     assert named.headers["access-control-allow-origin"] == preflight["Origin"]
@@ -488,7 +486,7 @@ def test_the_page_asks_no_other_host_and_has_a_strict_policy(gateway: launch.Ser
 def test_a_gateway_killed_and_started_again(vllm: launch.Server) -> None:
     port = free_port()
     until("the engine is idle", lambda: running(vllm.url) == 0)
-    with child_server("servebook.gateway", "--upstream", vllm.url, port=port) as url:
+    with child_server(GATEWAY, "--upstream", vllm.url, port=port) as url:
         stream = requests.post(f"{url}/chat/stream", json=STORY, stream=True, timeout=30)
         pieces = stream.iter_content(16)
         assert next(pieces)
@@ -497,12 +495,12 @@ def test_a_gateway_killed_and_started_again(vllm: launch.Server) -> None:
         with pytest.raises(requests.exceptions.ChunkedEncodingError):
             list(pieces)
     until("the engine let go", lambda: running(vllm.url) == 0, seconds=5)
-    with child_server("servebook.gateway", "--upstream", vllm.url, port=port) as url:
+    with child_server(GATEWAY, "--upstream", vllm.url, port=port) as url:
         assert requests.post(f"{url}/chat", json=JAPAN, timeout=60).status_code == 200
 
 
 def test_no_engine_is_said_in_words() -> None:
-    with child_server("servebook.gateway", "--upstream", f"http://127.0.0.1:{free_port()}") as url:
+    with child_server(GATEWAY, "--upstream", f"http://127.0.0.1:{free_port()}") as url:
         for path, ask in (("/readyz", None), ("/chat", JAPAN), ("/chat/stream", JAPAN)):
             answer = requests.request("POST" if ask else "GET", f"{url}{path}", json=ask, timeout=30)
             assert answer.status_code == 503
@@ -541,7 +539,10 @@ async def test_an_engine_that_hangs_is_a_timeout(doomed: launch.Server) -> None:
 
 def test_the_engine_killed_under_load_and_back(doomed: launch.Server) -> None:
     assert doomed.pid
-    with child_server("servebook.gateway", "--upstream", doomed.url) as url, ThreadPoolExecutor(16) as pool:
+    with (
+        child_server(GATEWAY, "--upstream", doomed.url) as url,
+        ThreadPoolExecutor(16) as pool,
+    ):
         calls = [
             pool.submit(requests.post, f"{url}{path}", json=STORY, timeout=60)
             for path in ("/chat", "/chat/stream")
@@ -591,5 +592,5 @@ def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: la
                 return True
 
     assert answers_meanwhile(gateway.url)
-    with child_server("servebook.experiments.article_gateway", "--upstream", vllm.url) as url:
+    with child_server("servebook.ways.fastapi_gateway.mistake", "--upstream", vllm.url) as url:
         assert not answers_meanwhile(url)

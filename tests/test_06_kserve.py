@@ -20,9 +20,9 @@ import tritonclient.http as v2_http
 from tritonclient.utils import InferenceServerException
 
 from servebook import launch
-from servebook.clients.v2_client import V2Client, tensor
-from servebook.metrics import metric
 from servebook.settings import TENSOR_MODEL_NAME
+from servebook.ways.kserve.client import V2Client, tensor
+from servebook.ways.metrics import metric
 
 pytestmark = pytest.mark.engine
 

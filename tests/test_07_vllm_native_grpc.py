@@ -14,8 +14,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from smg_grpc_proto import vllm_engine_pb2 as pb
 
 from servebook import launch
-from servebook.clients.vllm_grpc_client import ENGINE, Piece, VllmGrpcClient
 from servebook.errors import LaunchError
+from servebook.ways.vllm_native_grpc.client import ENGINE, Piece, VllmGrpcClient
 
 PROMPT = "The capital of France is"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}

@@ -10,7 +10,7 @@ import pytest
 
 from servebook.bench.choose import ARTICLE, BUSY_TOKENS_PER_S, DEFAULT, QUESTIONS, RULES, Needs, article, choose, guide
 from servebook.bench.results import Results, new_results, stored
-from servebook.notebook_gate import NOTEBOOKS
+from servebook.workbook.gate import NOTEBOOKS
 
 
 def test_notebook(run_notebook: Callable[[str], None]) -> None:

@@ -18,12 +18,13 @@ import pytest
 import requests
 from desk import Desk, eventually, free_port
 
-from servebook import engine, launch
+from servebook import launch
 from servebook.bench.resources import is_engine
-from servebook.clients.router_client import RouterClient
+from servebook.engine import arguments as engine
 from servebook.errors import LaunchError, ServebookError
-from servebook.metrics import metric
 from servebook.settings import Settings
+from servebook.ways.metrics import metric
+from servebook.ways.scale_out.client import RouterClient
 
 REPLICAS = ["vllm-replica-1", "vllm-replica-2"]
 PROMPT = "The capital of France is"

@@ -11,9 +11,8 @@ import pytest
 from playwright.sync_api import Locator, Page, Request, expect
 
 from servebook import launch
-from servebook.experiments import child_server
-from servebook.experiments.child import free_port
-from servebook.metrics import metric
+from servebook.launch.child import child_server, free_port
+from servebook.ways.metrics import metric
 
 pytestmark = pytest.mark.browser
 
@@ -206,7 +205,7 @@ def contrast(element: Locator) -> float:
 
 
 def test_no_engine_is_said_and_the_message_kept(page: Page) -> None:
-    with child_server("servebook.gateway", "--upstream", f"http://127.0.0.1:{free_port()}") as url:
+    with child_server("servebook.ways.fastapi_gateway.server", "--upstream", f"http://127.0.0.1:{free_port()}") as url:
         page.goto(url)
         ask(page, JAPAN)
         expect(page.get_by_role("status")).to_have_text("The engine cannot be reached.")
@@ -214,7 +213,7 @@ def test_no_engine_is_said_and_the_message_kept(page: Page) -> None:
 
 
 def test_a_key_is_asked_for(page: Page, vllm: launch.Server) -> None:
-    with child_server("servebook.gateway", "--upstream", vllm.url, SERVEBOOK_API_KEY=KEY) as url:
+    with child_server("servebook.ways.fastapi_gateway.server", "--upstream", vllm.url, SERVEBOOK_API_KEY=KEY) as url:
         page.goto(url)
         ask(page, JAPAN)
         expect(page.get_by_label("Key")).to_be_focused()
@@ -225,7 +224,7 @@ def test_a_key_is_asked_for(page: Page, vllm: launch.Server) -> None:
 
 def test_a_gateway_that_dies_in_mid_stream(page: Page, vllm: launch.Server) -> None:
     port = free_port()
-    with child_server("servebook.gateway", "--upstream", vllm.url, port=port) as url:
+    with child_server("servebook.ways.fastapi_gateway.server", "--upstream", vllm.url, port=port) as url:
         page.goto(url)
         ask(page, STORY, longest=1500)
         expect(page.get_by_role("article", name="Model").locator("p").first).not_to_be_empty()

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from servebook import doctor
-from servebook.doctor import Finding
+from servebook.engine.model import bundled_path
 from servebook.errors import LaunchError
 from servebook.launch.supervisor import MARK
-from servebook.model import bundled_path
 from servebook.settings import Settings, load_settings
+from servebook.workbook import doctor
+from servebook.workbook.doctor import Finding
 
 GIB = 2**30
 SERVEBOOK = Path(sys.executable).with_name("servebook")

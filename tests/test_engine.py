@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from servebook import engine
+from servebook.engine import arguments as engine
+from servebook.engine.model import model_path
 from servebook.errors import LaunchError
-from servebook.model import model_path
 from servebook.settings import Settings, load_settings
 
 GIB = 2**30

@@ -11,9 +11,9 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
-from servebook.engine_key import KeyOnEveryPath
 from servebook.launch import find_server
 from servebook.settings import load_settings
+from servebook.ways.openai_rest.key import KeyOnEveryPath
 
 KEY = "sk-not-for-other-eyes"
 PATHS = ["/v1/models", "/invocations", "/tokenize", "/metrics", "/version", "/docs", "/v1/../invocations", "/health/"]

@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import Locator, Page, expect
 
 from servebook import launch
-from servebook.experiments.child import free_port
+from servebook.launch.child import free_port
 from servebook.launch.servers import http_ok
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]

@@ -15,8 +15,8 @@ import pytest
 from proofs import ROOT, Proof, Prover, prover
 from pydantic import BaseModel, ConfigDict
 
-from servebook import notebook_gate
 from servebook.lab.manifest import Exercise, Lab, exercises, load_labs
+from servebook.workbook import gate as notebook_gate
 
 REGION = re.compile(r"(.*?\n|)( *)(?:// )?### BEGIN SOLUTION.*?### END SOLUTION\n?(.*)", re.DOTALL)
 

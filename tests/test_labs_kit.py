@@ -25,11 +25,12 @@ from nbgrader.preprocessors import Execute
 from traitlets.config import Config
 
 from servebook import launch
+from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab import checking, grading
 from servebook.lab.feedback import Result
 from servebook.lab.manifest import Lab, find_exercise, load_labs
-from servebook.lab.release import ROOT, student_notebook, write_bundle
+from servebook.lab.release import student_notebook, write_bundle
 from servebook.lab.shell import LabShell, exercise_of
 
 LABS = [pytest.param(lab, id=lab.stem) for lab in load_labs()]
@@ -289,13 +290,12 @@ def test_bundle_has_every_file_that_it_names(tmp_path: Path) -> None:
     for path in (tmp_path / "notebooks").glob("*.ipynb"):
         for cell in cells_of(path).values():
             if cell.cell_type == "code":
-                shown += re.findall(r'REPOSITORY / "([^"]+)"', cell.source)
+                shown += re.findall(r'ROOT / "([^"]+)"', cell.source)
             else:
                 named += [(path.parent, link) for link in links(cell.source)]
     assert {"kubernetes/kserve/custom-predictor.yaml", "vllm_model/config.pbtxt"} <= set(shown)
     assert {"BENCHMARKS.md", "images/01_openai_rest.svg"} <= {link for _, link in named}
     assert not [link for folder, link in named if not (folder / link).exists()]
-    # Chapter 03 names another folder REPOSITORY: the model repository.
     bases = (tmp_path, tmp_path / "triton/model_repository")
     assert not [name for name in shown if not any((base / name).exists() for base in bases)]
     assert "[docs/room.md]" not in (tmp_path / "README.md").read_text()

@@ -23,16 +23,16 @@ from jupyter_client.manager import KernelManager
 
 from servebook import launch
 from servebook.bench.resources import is_engine
-from servebook.certificates import make_certificates
 from servebook.errors import LaunchError
 from servebook.launch import find_server, supervisor
 from servebook.settings import load_settings
+from servebook.ways.custom_grpc.certificates import make_certificates
 
 SERVEBOOK = Path(sys.executable).with_name("servebook")
 KEY = "sk-not-for-other-eyes"
 WITHOUT_ENGINE = """
 import time
-from servebook.grpc_server import __main__ as server
+from servebook.ways.custom_grpc.server import __main__ as server
 server.start_engine = lambda _: time.sleep(600)
 server.main()
 """

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from servebook import prepare_model
+from servebook.engine import prepare as prepare_model
+from servebook.engine.model import CHECKSUMS, bundled_path, context_limit, is_prepared, model_path
 from servebook.errors import ModelError
-from servebook.model import CHECKSUMS, bundled_path, context_limit, is_prepared, model_path
 from servebook.settings import Settings, load_settings
 
 
@@ -107,7 +107,11 @@ def test_paths_and_ids(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_cannot_be_reached_names_the_way_out() -> None:
-    code = "from servebook.settings import *; from servebook.model import *; model_path(load_settings(model='no/such'))"
+    code = """
+from servebook.engine.model import model_path
+from servebook.settings import load_settings
+model_path(load_settings(model='no/such'))
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
     )

@@ -15,10 +15,11 @@ import pytest
 import requests
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
-from servebook import ServebookError, notebook
-from servebook.metrics import metric
-from servebook.notebook import bars, curves, expect_error, show, timeline, versions, wire
+from servebook import ServebookError
 from servebook.settings import load_settings
+from servebook.ways.metrics import metric
+from servebook.workbook import notebook
+from servebook.workbook.notebook import bars, curves, expect_error, show, timeline, versions, wire
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from servebook import launch, notebook_gate
-from servebook.notebook import REPOSITORY
-from servebook.notebook_gate import NOTEBOOKS
+from servebook import launch
+from servebook.checkout import ROOT
+from servebook.workbook import gate as notebook_gate
+from servebook.workbook.gate import NOTEBOOKS
 
 TESTS = Path(__file__).parent
 CANARIES = TESTS / "canaries"
@@ -78,7 +79,7 @@ def test_a_red_notebook_is_an_exit_code_and_a_row_and_is_not_stored(tmp_path: Pa
     copy.write_bytes((CANARIES / "error.ipynb").read_bytes())
     green = tmp_path / "green.ipynb"
     green.write_bytes((CANARIES / "green.ipynb").read_bytes())
-    gate = [sys.executable, "-m", "servebook.notebook_gate", "--store"]
+    gate = [sys.executable, "-m", "servebook.workbook.gate", "--store"]
     done = subprocess.run([*gate, copy, green], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     rows = done.stdout.splitlines()[-2:]
@@ -163,7 +164,7 @@ def test_shown_source_is_todays(chapter: Chapter) -> None:
             head, _, text = bundle.partition("\n")
             name = head.partition(", line ")[0]
             # A name without a folder is a file outside of the repository.
-            if "/" in name and text not in showable(REPOSITORY / name):
+            if "/" in name and text not in showable(ROOT / name):
                 stale.append(f"cell {cell.id}: {name}")
     assert not stale, "run `make notebooks`"
 
@@ -207,7 +208,7 @@ def test_nbval_agrees(vllm: launch.Server) -> None:
 def test_engine_elsewhere(vllm: launch.Server, tmp_path: Path) -> None:
     """With SERVEBOOK_ENGINE_URL a notebook uses that engine and starts none."""
     env = os.environ | {"SERVEBOOK_ENGINE_URL": vllm.url, "SERVEBOOK_STATE_DIR": str(tmp_path)}
-    gate = [sys.executable, "-m", "servebook.notebook_gate", str(NOTEBOOKS / "00_start_here.ipynb")]
+    gate = [sys.executable, "-m", "servebook.workbook.gate", str(NOTEBOOKS / "00_start_here.ipynb")]
     done = subprocess.run(gate, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list(tmp_path.glob("logs/*")), "a server was started"

@@ -1,4 +1,4 @@
-"""The contract: linted, unbroken, and the stubs in `src/llm` made from it."""
+"""The contract: linted, unbroken, and the stubs in `servebook.protos` made from it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_stubs_are_fresh(tmp_path: Path) -> None:
 
 
 def test_the_articles_fields_keep_names_and_numbers() -> None:
-    from llm.v1 import llm_pb2 as pb
+    from servebook.protos.llm.v1 import llm_pb2 as pb
 
     def numbers(message: type) -> dict[str, int]:
         return {field.name: field.number for field in message.DESCRIPTOR.fields}  # type: ignore[attr-defined]

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from servebook.cli import app
-from servebook.notebook_gate import NOTEBOOKS
 from servebook.settings import Settings
+from servebook.workbook.gate import NOTEBOOKS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

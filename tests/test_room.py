@@ -25,8 +25,8 @@ from aiohttp.test_utils import BaseTestServer, TestServer
 from classroom import Kernel, LearnersDesk, answer_of
 from desk import eventually, free_port
 
+from servebook.checkout import ROOT
 from servebook.errors import LaunchError
-from servebook.lab.release import ROOT
 from servebook.launch import Server
 from servebook.launch.servers import find_server
 from servebook.room.admin import instructors_key

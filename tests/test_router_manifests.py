@@ -13,7 +13,7 @@ import pytest
 import yaml
 from vllm_router.launch_router import parse_router_args
 
-from servebook.engine import engine_args
+from servebook.engine.arguments import engine_args
 
 MANIFESTS = Path(__file__).parents[1] / "kubernetes" / "router"
 KUBERNETES = "1.33"

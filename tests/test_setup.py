@@ -18,7 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from servebook.doctor import BROWSERS, find_browser, pins
+from servebook.workbook.doctor import BROWSERS, find_browser, pins
 
 ROOT = Path(__file__).parents[1]
 DEVICES = ("cpu", "gpu")

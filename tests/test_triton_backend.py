@@ -23,13 +23,12 @@ from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
-from servebook.engine import engine_args, engine_argv
+from servebook.engine.arguments import engine_args, engine_argv
 from servebook.errors import LaunchError
 from servebook.settings import Settings
-from servebook.triton_backend.contract import INPUTS, OPTIONAL_OUTPUTS
-from servebook.triton_backend.files import ModelFilesError, engine_words_as_json, read_engine_args, read_loras
-from servebook.triton_backend.repository import REPOSITORY, render_repository
-from servebook.triton_backend.request import (
+from servebook.ways.triton_grpc.backend.files import ModelFilesError, engine_words_as_json, read_engine_args, read_loras
+from servebook.ways.triton_grpc.backend.repository import MODEL_REPOSITORY, render_repository
+from servebook.ways.triton_grpc.backend.request import (
     BadRequest,
     GenerateRequest,
     UnsupportedRequest,
@@ -37,8 +36,9 @@ from servebook.triton_backend.request import (
     stream_interval,
     text_tensor,
 )
-from servebook.triton_backend.response import Responses
-from servebook.triton_backend.server import tritonserver_command
+from servebook.ways.triton_grpc.backend.response import Responses
+from servebook.ways.triton_grpc.backend.server import tritonserver_command
+from servebook.ways.v2.contract import INPUTS, OPTIONAL_OUTPUTS
 
 
 def parse(text: Any = b"Hello", parameters: Any = "{}", **inputs: Any) -> GenerateRequest:
@@ -254,13 +254,15 @@ def test_adapters_are_read_only_where_lora_is_enabled(tmp_path: Path) -> None:
 
 
 def test_settings_win_key_by_key_in_the_rendered_repository(tmp_path: Path) -> None:
-    rendered = render_repository(REPOSITORY, tmp_path, ["--model", "/here", "--enforce-eager"])
+    rendered = render_repository(MODEL_REPOSITORY, tmp_path, ["--model", "/here", "--enforce-eager"])
     values = json.loads((rendered / "vllm_model/1/model.json").read_text())
-    source = json.loads((REPOSITORY / "vllm_model/1/model.json").read_text())
+    source = json.loads((MODEL_REPOSITORY / "vllm_model/1/model.json").read_text())
     assert values == source | {"model": "/here", "enforce_eager": True}
-    assert (rendered / "vllm_model/config.pbtxt").read_text() == (REPOSITORY / "vllm_model/config.pbtxt").read_text()
-    assert render_repository(REPOSITORY, tmp_path, ["--model", "/here", "--enforce-eager"]) == rendered
-    assert render_repository(REPOSITORY, tmp_path, ["--model", "/there"]) != rendered
+    assert (rendered / "vllm_model/config.pbtxt").read_text() == (
+        MODEL_REPOSITORY / "vllm_model/config.pbtxt"
+    ).read_text()
+    assert render_repository(MODEL_REPOSITORY, tmp_path, ["--model", "/here", "--enforce-eager"]) == rendered
+    assert render_repository(MODEL_REPOSITORY, tmp_path, ["--model", "/there"]) != rendered
     with pytest.raises(LaunchError, match="--model-repository DIR"):
         render_repository(tmp_path / "nothing", tmp_path, [])
 
@@ -272,17 +274,17 @@ def test_the_server_listens_on_this_machine_only(tmp_path: Path) -> None:
         )
 
     assert {"--grpc-address=127.0.0.1", "--http-address=127.0.0.1", "--metrics-address=127.0.0.1"} < set(
-        command(REPOSITORY)
+        command(MODEL_REPOSITORY)
     )
     with pytest.raises(LaunchError, match="Triton knows no API keys"):
-        command(REPOSITORY, host="0.0.0.0")
+        command(MODEL_REPOSITORY, host="0.0.0.0")
     with pytest.raises(LaunchError, match="There is no model repository"):
         command(tmp_path / "nothing")
 
 
 STUB = """
 import subprocess, sys
-from servebook.triton_backend.guardian import start_guardian
+from servebook.ways.triton_grpc.backend.guardian import start_guardian
 guardian = start_guardian(death_seconds=0.5)
 engine = subprocess.Popen(["sleep", "60"], start_new_session=True)
 print(engine.pid, guardian.process.pid, flush=True)

@@ -37,7 +37,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Check this machine: each line says what is, and what to do about it. Exit code 1 if anything failed."""
-    from servebook import doctor as checks
+    from servebook.workbook import doctor as checks
 
     report = checks.run(quick=quiet)
     shown = checks.Report(finding for finding in report if finding.level != "OK" or not quiet)

@@ -16,9 +16,9 @@ from servebook.bench.arms import Workload
 from servebook.bench.load import BenchError, Job, closed_loop
 from servebook.bench.paths import find_path
 from servebook.bench.stats import Summary, summarize
-from servebook.engine import engine_env
+from servebook.engine.arguments import engine_env
+from servebook.engine.model import model_path
 from servebook.launch import Server
-from servebook.model import model_path
 
 
 class CrossCheck(BaseModel):

@@ -1,4 +1,4 @@
-"""The pictures of chapters 8 and 9, drawn from results; `servebook.notebook` displays them."""
+"""The pictures of chapters 8 and 9, drawn from results; `servebook.workbook.notebook` displays them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from servebook.bench.report import size_name
 from servebook.bench.stats import Estimate
 from servebook.bench.tensors import TensorCost
-from servebook.notebook import STYLES, picture
+from servebook.workbook.notebook import STYLES, picture
 
 
 def forest(found: Mapping[str, Estimate], *, xlabel: str, title: str, line: float = 1.0) -> None:

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from servebook.engine import engine_argv
+from servebook.engine.arguments import engine_argv
 from servebook.launch import Server, ServerSpec, find_server, serve
 from servebook.launch.servers import Endpoints
 from servebook.settings import TENSOR_MODEL_NAME, Settings
@@ -51,7 +51,7 @@ def scripted(server: str) -> ServerSpec:
 
 
 def _triton_repository(settings: Settings, engine_words: list[str]) -> Path:
-    from servebook.triton_backend.files import ENGINE_ARGS, engine_words_as_json
+    from servebook.ways.triton_grpc.backend.files import ENGINE_ARGS, engine_words_as_json
 
     repository = settings.state_dir / "bench" / "triton-scripted"
     version = repository / TENSOR_MODEL_NAME / "1"

@@ -9,7 +9,7 @@ import sys
 # The stub's interpreter is an isolated one: it ignores PYTHONPATH.
 sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
-from servebook.triton_backend.model import TritonPythonModel as VllmBackend  # noqa: E402
+from servebook.ways.triton_grpc.backend.model import TritonPythonModel as VllmBackend  # noqa: E402
 
 
 class TritonPythonModel(VllmBackend):

@@ -11,7 +11,7 @@ from typing import Any
 
 def facts_of(version: Path) -> dict[str, Any]:
     """The engine's configuration, or {"refused": why} where the backend or vLLM does not take `version`/model.json."""
-    from servebook.triton_backend.files import read_engine_args
+    from servebook.ways.triton_grpc.backend.files import read_engine_args
 
     try:
         config = read_engine_args(version).create_engine_config()

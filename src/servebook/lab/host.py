@@ -27,7 +27,7 @@ async def serve_grpc(module: ModuleType, port: int) -> None:
     """Serve `module.Servicer` until the process ends."""
     import grpc
 
-    from llm.v1 import llm_pb2_grpc
+    from servebook.protos.llm.v1 import llm_pb2_grpc
 
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     llm_pb2_grpc.add_LLMServiceServicer_to_server(module.Servicer(), server)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from servebook.errors import LaunchError
-from servebook.experiments.child import PR_SET_PDEATHSIG, free_port, libc
+from servebook.launch.child import PR_SET_PDEATHSIG, free_port, libc
 
 START_SECONDS = 60
 

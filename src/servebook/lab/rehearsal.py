@@ -24,8 +24,8 @@ import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from servebook.errors import LaunchError
-from servebook.experiments.child import PR_SET_PDEATHSIG, free_port, libc
-from servebook.triton_backend.server import tritonserver_command, tritonserver_env
+from servebook.launch.child import PR_SET_PDEATHSIG, free_port, libc
+from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
 
 LOAD_SECONDS = 30
 COMPLAINT = re.compile(r"Error parsing.*|(?<=\] \").*(?:[Pp]oll failed|failed to load).*(?=\")")

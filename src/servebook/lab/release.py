@@ -13,12 +13,12 @@ import nbformat
 from nbconvert.exporters import NotebookExporter
 from nbgrader.preprocessors import SaveCells
 
+from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab.manifest import load_labs
 from servebook.lab.preprocessors import STEPS
 from servebook.lab.shell import tagged
 
-ROOT = Path(__file__).parents[3]
 BUNDLE = (
     *("README.md", "BENCHMARKS.md", "LICENSE", "Makefile", "pyproject.toml", "environment.yml"),
     *("requirements", "scripts", "shims", "src", "protos", "triton", "kubernetes", "jupyter", "notebooks"),

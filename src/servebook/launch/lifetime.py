@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from servebook.engine import engine_env, require_memory
+from servebook.engine.arguments import engine_env, require_memory
+from servebook.engine.model import model_path
 from servebook.errors import LaunchError
 from servebook.launch.progress import Progress, progress
 from servebook.launch.servers import ENGINE_PHASES, SERVERS, ServerSpec, behind, find_server
-from servebook.model import model_path
 from servebook.settings import LOOPBACK, Settings, is_loopback, load_settings
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")

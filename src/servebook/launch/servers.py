@@ -11,7 +11,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.util import find_spec
 from pathlib import Path
 
-from servebook.engine import engine_argv
+from servebook.engine.arguments import engine_argv
 from servebook.errors import LaunchError
 from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback
 
@@ -103,17 +103,17 @@ def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]
         *("--host", settings.host, "--port", "{http}"),
         "--disable-uvicorn-access-log",
         "--enable-scale-out",  # /inference/v1/generate: token ids in, token ids out (chapter 7)
-        *([] if is_loopback(settings.host) else ["--middleware", "servebook.engine_key.KeyOnEveryPath"]),
+        *([] if is_loopback(settings.host) else ["--middleware", "servebook.ways.openai_rest.key.KeyOnEveryPath"]),
         *engine_argv(settings, model),
     ]
 
 
 def _module(name: str, *ports: str) -> Argv:
-    """The command of a server of ours that holds an engine: `python -m servebook.<name>`."""
+    """The command of a server of ours that holds an engine: `python -m servebook.ways.<name>`."""
 
     def argv(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
         return [
-            *(sys.executable, "-m", f"servebook.{name}", "--host", settings.host),
+            *(sys.executable, "-m", f"servebook.ways.{name}", "--host", settings.host),
             *(word for kind in ports for word in (f"--{kind}-port", f"{{{kind}}}")),
             *engine_argv(settings, model),
         ]
@@ -124,7 +124,7 @@ def _module(name: str, *ports: str) -> Argv:
 def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
     files = {"cert": settings.tls_cert, "key": settings.tls_key, "client-ca": settings.tls_client_ca}
     return [
-        *_module("grpc_server", "grpc", "metrics")(settings, model, needs),
+        *_module("custom_grpc.server", "grpc", "metrics")(settings, model, needs),
         *(word for name, file in files.items() if file for word in (f"--tls-{name}", str(file.resolve()))),
     ]
 
@@ -132,7 +132,8 @@ def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[
 def _gateway(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
     upstream = needs["vllm"]["http"]
     return [
-        *(sys.executable, "-m", "servebook.gateway", "--host", settings.host, "--http-port", "{http}"),
+        *(sys.executable, "-m", "servebook.ways.fastapi_gateway.server", "--host", settings.host),
+        *("--http-port", "{http}"),
         *("--upstream", upstream if "://" in upstream else f"http://{upstream}"),
     ]
 
@@ -250,7 +251,7 @@ SERVERS: dict[str, ServerSpec] = {
             name="triton",
             about="Triton with the vLLM backend",
             ports=("grpc", "metrics", "http"),
-            argv=_module("triton_backend", "grpc", "metrics", "http"),
+            argv=_module("triton_grpc.backend", "grpc", "metrics", "http"),
             ready=lambda at: http_ok(at["http"], f"/v2/models/{TENSOR_MODEL_NAME}/ready"),
         ),
         ServerSpec(
@@ -275,7 +276,7 @@ SERVERS: dict[str, ServerSpec] = {
             name="kserve",
             about="KServe's ModelServer with our predictor",
             ports=("grpc", "http"),
-            argv=_module("kserve_server", "grpc", "http"),
+            argv=_module("kserve.server", "grpc", "http"),
             ready=lambda at: http_ok(at["http"], f"/v2/models/{TENSOR_MODEL_NAME}/ready"),
             checks_key=False,
         ),

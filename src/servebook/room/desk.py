@@ -16,7 +16,8 @@ def make_master(master: Path) -> None:
     """Put what every learner gets into `master`: the notebooks without instructor's notes, and the labs."""
     import nbformat
 
-    from servebook.lab.release import LEFTOVERS, ROOT
+    from servebook.checkout import ROOT
+    from servebook.lab.release import LEFTOVERS
     from servebook.lab.shell import tagged
 
     if master.exists():

@@ -20,8 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
+from servebook.checkout import ROOT
 from servebook.errors import ServebookError
-from servebook.lab.release import ROOT
 from servebook.launch.supervisor import PR_SET_CHILD_SUBREAPER, children, prctl
 from servebook.room.desk import make_master
 from servebook.settings import Settings, load_settings

@@ -22,10 +22,11 @@ import nbformat
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from servebook.checkout import ROOT
 from servebook.lab.checking import evaluate
 from servebook.lab.feedback import Result
 from servebook.lab.manifest import Exercise, find_exercise, load_labs
-from servebook.lab.release import ROOT, require_solutions
+from servebook.lab.release import require_solutions
 from servebook.lab.shell import exercise_of
 from servebook.room.admin import Room
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from servebook.bench.load import BenchError, Send
-from servebook.bench.paths import gateway, llm_v1, openai, v2, vllm_engine
+from servebook.bench.paths import custom_grpc, fastapi_gateway, openai_rest, v2, vllm_native_grpc
 from servebook.launch import Server, ServerSpec, serve
 from servebook.settings import TENSOR_MODEL_NAME, Settings
 
@@ -44,24 +44,24 @@ class Path:
         return serve(self.server, instance=self.instance if self.spec else None, settings=settings, spec=self.spec)
 
 
-kserve_sse = partial(openai.sse, prefix="/openai", model=TENSOR_MODEL_NAME)
+kserve_sse = partial(openai_rest.sse, prefix="/openai", model=TENSOR_MODEL_NAME)
 
 PATHS: dict[str, Path] = {
     path.name: path
     for path in (
-        Path("sse", "vLLM's OpenAI server: completion, SSE", "vllm", openai.sse),
+        Path("sse", "vLLM's OpenAI server: completion, SSE", "vllm", openai_rest.sse),
         Path(
             "rest",
             "vLLM's OpenAI server: completion, one JSON answer",
             "vllm",
-            openai.rest,
+            openai_rest.rest,
             streams=False,
         ),
         Path(
             "sse-chat",
             "vLLM's OpenAI server: chat, SSE",
             "vllm",
-            partial(openai.sse, chat=True),
+            partial(openai_rest.sse, chat=True),
             against="sse-chat",
             chat=True,
         ),
@@ -69,20 +69,27 @@ PATHS: dict[str, Path] = {
             "rest-chat",
             "vLLM's OpenAI server: chat, one JSON answer",
             "vllm",
-            partial(openai.rest, chat=True),
+            partial(openai_rest.rest, chat=True),
             against="sse-chat",
             chat=True,
             streams=False,
         ),
         Path("triton", "Triton with the vLLM backend: ModelStreamInfer", "triton", v2.grpc_stream),
-        Path("grpc", "our llm.v1.LLMService: StreamGenerate", "grpc", llm_v1.stream),
-        Path("grpc-unary", "our llm.v1.LLMService: Generate", "grpc", llm_v1.unary, against="rest", streams=False),
-        Path("gateway", "our FastAPI gateway: /chat/stream", "gateway", gateway.stream, against="sse-chat", chat=True),
+        Path("grpc", "our llm.v1.LLMService: StreamGenerate", "grpc", custom_grpc.stream),
+        Path("grpc-unary", "our llm.v1.LLMService: Generate", "grpc", custom_grpc.unary, against="rest", streams=False),
+        Path(
+            "gateway",
+            "our FastAPI gateway: /chat/stream",
+            "gateway",
+            fastapi_gateway.stream,
+            against="sse-chat",
+            chat=True,
+        ),
         Path(
             "gateway-whole",
             "our FastAPI gateway: /chat",
             "gateway",
-            gateway.whole,
+            fastapi_gateway.whole,
             against="rest-chat",
             chat=True,
             streams=False,
@@ -91,17 +98,17 @@ PATHS: dict[str, Path] = {
             "gateway-article",
             "the article's gateway, a blocking client in async def: /chat",
             "gateway",
-            gateway.article,
+            fastapi_gateway.article,
             against="gateway-whole",
             chat=True,
             streams=False,
             cannot=("temperature", "finish_reason", "usage"),
-            spec=gateway.ARTICLE,
+            spec=fastapi_gateway.ARTICLE,
         ),
         Path("kserve-rest", "KServe: V2 over REST", "kserve", v2.rest, against="rest", streams=False),
         Path("kserve-grpc", "KServe: V2 over gRPC", "kserve", v2.grpc_unary, against="rest", streams=False),
         Path("kserve-sse", "KServe: its OpenAI route, SSE", "kserve", kserve_sse),
-        Path("vllm-grpc", "vLLM's own gRPC server: token ids", "vllm-grpc", vllm_engine.stream, cannot=("text",)),
+        Path("vllm-grpc", "vLLM's own gRPC server: token ids", "vllm-grpc", vllm_native_grpc.stream, cannot=("text",)),
     )
 }
 

@@ -17,7 +17,7 @@ import orjson
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from servebook.bench.load import BenchError, Job, Message, Send
-from servebook.bench.paths.openai import check, http_session
+from servebook.bench.paths.openai_rest import check, http_session
 from servebook.launch import Server
 from servebook.settings import TENSOR_MODEL_NAME
 

@@ -13,17 +13,17 @@ from typing import Any
 import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor
 
-from servebook.clients.triton_client import infer_inputs
+from servebook.engine.model import model_path
 from servebook.lab.feedback import NotYet, require
 from servebook.lab.grpc_tap import Lost
 from servebook.lab.rehearsal import Refused, engine_facts, loaded_config, vllm_process
 from servebook.lab.triton_tap import Stream, TritonTap, is_final, text_of, wait_until
 from servebook.lab.work import Work
 from servebook.launch import Server
-from servebook.metrics import metric
-from servebook.model import model_path
 from servebook.settings import TENSOR_MODEL_NAME
-from servebook.triton_backend.contract import FLAGS
+from servebook.ways.metrics import metric
+from servebook.ways.triton_grpc.client import infer_inputs
+from servebook.ways.v2.contract import FLAGS
 
 MODEL = "short_model"
 

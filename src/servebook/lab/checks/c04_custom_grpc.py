@@ -18,7 +18,6 @@ import grpc
 import requests
 from google.protobuf import descriptor_pb2
 
-from llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.lab.checks.c02_sse_streaming import streamed_text
 from servebook.lab.checks.own import StreamWatch, blank, own_server
 from servebook.lab.checks.rest import accepted, answer_to, context_length, key_of, not_full, sends
@@ -27,6 +26,7 @@ from servebook.lab.own_server import OwnServer
 from servebook.lab.tap import Tap
 from servebook.lab.work import Work
 from servebook.launch import Server
+from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
 Field = descriptor_pb2.FieldDescriptorProto
 INTEGERS = {Field.TYPE_INT32, Field.TYPE_INT64, Field.TYPE_UINT32, Field.TYPE_UINT64}

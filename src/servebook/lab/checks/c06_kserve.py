@@ -12,13 +12,13 @@ import tritonclient.grpc as v2
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 from tritonclient.utils import InferenceServerException
 
-from servebook.clients.v2_client import tensor
 from servebook.lab.checks.rest import answer_to, through
 from servebook.lab.feedback import NotYet, require
 from servebook.lab.grpc_tap import Call, GrpcTap
 from servebook.lab.tap import Tap
 from servebook.lab.work import Work
 from servebook.settings import TENSOR_MODEL_NAME as MODEL
+from servebook.ways.kserve.client import tensor
 
 PROMPT = "The capital of France is"
 SERVERS = {"kserve": "KServe", "triton": "Triton"}

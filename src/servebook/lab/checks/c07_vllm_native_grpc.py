@@ -18,10 +18,10 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from tokenizers import Tokenizer
 
-from servebook.clients.vllm_grpc_client import ENGINE, VllmGrpcClient
 from servebook.lab.feedback import NotYet, require
 from servebook.lab.grpc_tap import GRACE_SECONDS, Call, GrpcTap, Pace
 from servebook.lab.work import Work
+from servebook.ways.vllm_native_grpc.client import ENGINE, VllmGrpcClient
 
 BROKEN = "\ufffd"
 """What a decoder writes in place of bytes that are no character."""

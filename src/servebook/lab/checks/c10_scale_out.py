@@ -11,7 +11,6 @@ from urllib.parse import parse_qs, urlsplit
 
 import requests
 
-from servebook.clients.router_client import RouterClient
 from servebook.errors import ServebookError
 from servebook.lab.checks.c02_sse_streaming import events_of, streamed_text
 from servebook.lab.checks.rest import accepted, key_of, sends, through
@@ -19,7 +18,8 @@ from servebook.lab.feedback import require
 from servebook.lab.tap import Exchange, Tap
 from servebook.lab.work import Work
 from servebook.launch import Server
-from servebook.metrics import metric
+from servebook.ways.metrics import metric
+from servebook.ways.scale_out.client import RouterClient
 
 FINISHED = "vllm:request_success_total"
 EVENTS_BEFORE_CUT = 3

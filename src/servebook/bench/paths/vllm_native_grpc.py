@@ -1,0 +1,46 @@
+"""vLLM's own gRPC server: it answers with token ids, so that turning them into text is the client's work."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from servebook.bench.load import Job, Message, Send
+from servebook.engine.model import model_path
+from servebook.launch import Server
+
+DEADLINE_SECONDS = 600
+
+
+@asynccontextmanager
+async def stream(server: Server) -> AsyncIterator[Send]:
+    """Tokenize, send, detokenize as the ids come: the client's CPU includes what other paths leave to the server."""
+    tokenizer = Tokenizer.from_file(str(model_path(server.settings) / "tokenizer.json"))
+    async with grpc.aio.insecure_channel(server.grpc) as channel:
+        service = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+
+        async def send(job: Job) -> AsyncIterator[Message]:
+            request = vllm_engine_pb2.GenerateRequest(
+                request_id=uuid.uuid4().hex,
+                tokenized=vllm_engine_pb2.TokenizedInput(input_ids=tokenizer.encode(job.prompt).ids),
+                sampling_params=vllm_engine_pb2.SamplingParams(temperature=0, top_p=1, max_tokens=job.max_tokens, n=1),
+                stream=True,
+            )
+            decoder, tokens = DecodeStream(skip_special_tokens=True), 0
+            async for response in service.Generate(request, timeout=DEADLINE_SECONDS):
+                if response.HasField("chunk"):
+                    tokens += len(response.chunk.token_ids)
+                    pieces = (decoder.step(tokenizer, token) for token in response.chunk.token_ids)
+                    yield Message("".join(piece for piece in pieces if piece))
+                else:
+                    last = response.complete
+                    # Its own completion_tokens counts the last message only: streaming clients add up.
+                    yield Message("", last.finish_reason, last.prompt_tokens, tokens)
+
+        yield send

@@ -1,0 +1,1 @@
+"""The engine: vLLM's arguments on this machine, and the model that it loads."""

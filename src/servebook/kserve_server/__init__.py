@@ -1,1 +1,0 @@
-"""KServe's ModelServer with a vLLM engine as its predictor: `python -m servebook.kserve_server`."""

@@ -1,1 +1,0 @@
-"""Triton Inference Server with a `vllm` backend of our own: `python -m servebook.triton_backend`."""

@@ -1,0 +1,153 @@
+"""The obvious gRPC server: vLLM's offline class `LLM` behind a thread pool, and what becomes of it.
+
+The server is a process of its own. It serves `llm.v1.LLMService` on two ports: on one, a lock lets a single
+thread at a time use the engine; on the other, nothing does. This module asks both, and prints what came of it as one
+JSON object: `alone`, `locked` and `unlocked` (each an `Outcome`), `stream` (the error of `stream=True`) and `exit`,
+the server's exit code (None while it lives).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import grpc
+import psutil
+
+from servebook.engine.arguments import engine_env, in_float32
+from servebook.engine.model import model_path
+from servebook.launch.supervisor import is_tracker
+from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from servebook.settings import load_settings
+from servebook.ways.custom_grpc.client import GrpcClient
+
+AS_IT_COMES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""The engine in a process of its own: vLLM's default for `LLM`, and so what whoever writes this server has."""
+THREADS = 4
+MAX_TOKENS = 12
+PROMPTS = [f"Story {number}. Once upon a time" for number in range(1, 9)]
+
+
+class BlockingServicer(llm_pb2_grpc.LLMServiceServicer):
+    """One call, one thread, one `LLM.generate`."""
+
+    def __init__(self, llm: Any, turn: AbstractContextManager[Any]) -> None:
+        self.llm = llm
+        self.turn = turn
+
+    def Generate(self, request: llm_pb2.GenerateRequest, context: grpc.ServicerContext) -> llm_pb2.GenerateResponse:
+        """Block a thread until the text is complete."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=request.max_tokens, temperature=request.temperature)
+        with self.turn:
+            [output] = self.llm.generate([request.prompt], params, use_tqdm=False)
+        return llm_pb2.GenerateResponse(text=output.outputs[0].text, token_ids=output.outputs[0].token_ids)
+
+    def StreamGenerate(
+        self, request: llm_pb2.StreamGenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[llm_pb2.StreamGenerateResponse]:
+        """Stream, if `LLM.generate` could."""
+        for output in self.llm.generate([request.prompt], stream=True):
+            yield llm_pb2.StreamGenerateResponse(text=output.outputs[0].text)
+
+
+def serve() -> None:
+    """Start the engine and both ports, print the addresses, serve until the standard input closes."""
+    from vllm import LLM
+
+    settings = load_settings()
+    llm = LLM(
+        model=str(model_path(settings)),
+        max_model_len=settings.max_model_len,
+        kv_cache_memory_bytes=settings.kv_cache_gib * 2**30,
+        enforce_eager=not settings.on_gpu,
+        dtype="float32" if in_float32(settings) else "auto",
+    )
+    servers, ports = [], []
+    for turn in (threading.Lock(), nullcontext()):
+        server = grpc.server(ThreadPoolExecutor(THREADS))
+        llm_pb2_grpc.add_LLMServiceServicer_to_server(BlockingServicer(llm, turn), server)
+        ports.append(server.add_insecure_port("127.0.0.1:0"))
+        server.start()
+        servers.append(server)
+    print(json.dumps([f"127.0.0.1:{port}" for port in ports]), flush=True)
+    sys.stdin.read()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a group of clients got: seconds in all, tokens per second, texts and errors by prompt."""
+
+    seconds: float
+    tokens_per_s: float
+    texts: dict[str, str]
+    errors: dict[str, str]
+
+
+def ask(address: str, clients: int, api_key: str | None = None, timeout: float = 60) -> Outcome:
+    """Ask each of PROMPTS once, `clients` at a time, greedily; each call may take `timeout` seconds."""
+    texts, errors, tokens = {}, {}, 0
+    with GrpcClient(address, api_key=api_key) as client, ThreadPoolExecutor(clients) as pool:
+        started = time.monotonic()
+        calls = {
+            prompt: pool.submit(client.generate, prompt, timeout=timeout, max_tokens=MAX_TOKENS, temperature=0)
+            for prompt in PROMPTS
+        }
+        for prompt, call in calls.items():
+            try:
+                answer = call.result()
+            except grpc.RpcError as error:
+                errors[prompt] = str(error.code().name)
+            else:
+                texts[prompt] = answer.text
+                tokens += len(answer.token_ids)
+        seconds = time.monotonic() - started
+    return Outcome(seconds, tokens / seconds, texts, errors)
+
+
+def main() -> None:
+    """Start the server, ask, print, and end the server with all that it started."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "servebook.ways.custom_grpc.mistake", "serve"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | engine_env(load_settings()) | AS_IT_COMES,
+        start_new_session=True,
+        text=True,
+    )
+    assert server.stdout
+    try:
+        locked, unlocked = json.loads(next(line for line in server.stdout if line.startswith('["127')))
+        result: dict[str, Any] = {"alone": asdict(ask(locked, clients=1))}
+        with GrpcClient(locked) as client:
+            try:
+                next(client.stream(PROMPTS[0]))
+            except grpc.RpcError as error:
+                result["stream"] = f"{error.code().name}: {error.details()}"
+        result["locked"] = asdict(ask(locked, clients=len(PROMPTS)))
+        result["unlocked"] = asdict(ask(unlocked, clients=len(PROMPTS), timeout=15))  # it may hang as well
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=5)  # if it crashed, its exit code is due now
+        print(json.dumps(result | {"exit": server.poll()}))
+    finally:
+        # The engine's processes too, which a crash leaves behind. Resource trackers free their shared memory, and end.
+        for pid in psutil.pids():
+            with suppress(ProcessLookupError):
+                if os.getpgid(pid) == server.pid and not is_tracker(pid):
+                    os.kill(pid, signal.SIGKILL)
+        server.wait()
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["serve"] else main()

@@ -1,0 +1,162 @@
+"""Starts and stops the server: `python -m servebook.ways.custom_grpc.server --grpc-port 50051 … <vLLM arguments>`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import uvloop
+from prometheus_client import start_http_server
+
+from servebook.engine.arguments import engine_args
+from servebook.errors import ServebookError
+from servebook.settings import LOOPBACK, is_loopback, load_settings
+from servebook.ways.custom_grpc.server import metrics
+from servebook.ways.custom_grpc.server.calls import Calls
+from servebook.ways.custom_grpc.server.servicer import LLMServicer
+from servebook.ways.custom_grpc.server.transport import Health, Tls, make_server
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from servebook.ways.custom_grpc.server.inputs import Inputs
+
+WATCH_SECONDS = 0.2
+
+log = logging.getLogger("servebook.ways.custom_grpc.server")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": self.formatTime(record), "level": record.levelname, "event": record.getMessage()}
+        return json.dumps(line | getattr(record, "fields", {}))
+
+
+def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own arguments, and the rest, which is vLLM's."""
+    parser = argparse.ArgumentParser(prog="python -m servebook.ways.custom_grpc.server", allow_abbrev=False)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--grpc-port", type=int, default=50051)
+    parser.add_argument("--metrics-port", type=int, default=9051, help="Prometheus, plain HTTP, on 127.0.0.1 only")
+    parser.add_argument("--max-calls", type=int, default=512, help="open calls; more get RESOURCE_EXHAUSTED")
+    parser.add_argument("--grace", type=float, default=8.0, help="seconds that open calls have after SIGTERM")
+    parser.add_argument("--tls-cert", type=Path, help="PEM; clients must then use TLS")
+    parser.add_argument("--tls-key", type=Path, help="PEM")
+    parser.add_argument("--tls-client-ca", type=Path, help="PEM; clients must then show a certificate of it (mTLS)")
+    ours, engine_words = parser.parse_known_args(argv)
+    if (ours.tls_cert is None) != (ours.tls_key is None) or (ours.tls_client_ca and not ours.tls_cert):
+        parser.error("--tls-cert and --tls-key go together, and --tls-client-ca needs both")
+    ours.key = load_settings().key
+    if not is_loopback(ours.host) and not (ours.tls_cert and ours.key):
+        parser.error(
+            f"--host {ours.host} opens the server to the network: set SERVEBOOK_API_KEY, --tls-cert and --tls-key, "
+            "or stay on 127.0.0.1"
+        )
+    return ours, engine_words
+
+
+def start_engine(words: list[str]) -> tuple[AsyncLLM, Inputs]:
+    """Import vLLM and load the model; takes half a minute, in a thread, while the port is open already."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from servebook.ways.custom_grpc.server.inputs import Inputs
+
+    engine = AsyncLLM.from_engine_args(engine_args(words))
+    model = engine.model_config
+    return engine, Inputs(engine.renderer, model.max_model_len, model.get_diff_sampling_param())
+
+
+async def serve(options: argparse.Namespace, engine_words: list[str]) -> None:
+    """Open the port, start the engine, serve until SIGTERM or SIGINT, drain, stop.
+
+    Raises:
+        LaunchError: the port is taken or a TLS file does not serve.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, stop.set)
+
+    calls, health = Calls(options.max_calls), Health()
+    servicer = LLMServicer(calls)
+    tls = Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
+    server = make_server(f"{options.host}:{options.grpc_port}", servicer, health, options.key, tls)
+    await health.say(serving=False)
+    metrics.watch_tasks()
+    start_http_server(options.metrics_port, LOOPBACK)  # it asks for no key: not for the network
+    await server.start()
+    log.info("listening", extra={"fields": {"host": options.host, "port": options.grpc_port, "tls": tls is not None}})
+
+    starting = asyncio.create_task(asyncio.to_thread(start_engine, engine_words))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        # An engine that is half up cannot be shut down, only ended; its thread cannot be cancelled.
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+        log.info("stopped")
+        os._exit(0)
+    engine, inputs = await starting
+    try:
+        servicer.attach(engine, inputs)
+        gc.collect()
+        gc.freeze()  # what the start left is not searched again and again
+        await health.say(serving=True)
+        log.info("ready")
+        await watch(engine, stop, health)
+        log.info("draining", extra={"fields": {"open_calls": calls.open}})
+        await health.servicer.enter_graceful_shutdown()
+        metrics.SERVING.set(0)
+        # New calls are refused from here on. The grace time ends with the last call: health watchers never end.
+        grace = asyncio.create_task(server.stop(options.grace))
+        drained = asyncio.create_task(calls.none_open.wait())
+        await asyncio.wait({grace, drained}, return_when=asyncio.FIRST_COMPLETED)
+        await server.stop(0)
+    finally:
+        engine.shutdown()
+    log.info("stopped")
+
+
+async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health) -> None:
+    """Wait for `stop`; say so when the engine dies. The server stays up to answer until somebody restarts it."""
+    alive = True
+    while not stop.is_set():
+        if alive and engine.errored:
+            alive = False
+            await health.say(serving=False)
+            log.error("engine died")
+        try:
+            await asyncio.wait_for(stop.wait(), WATCH_SECONDS)
+        except TimeoutError:
+            continue
+
+
+def main() -> None:
+    """Run the server; exit code 1 with one line if it cannot start."""
+    options, engine_words = read_arguments(sys.argv[1:])
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    # A fork of a process in which gRPC's threads run may hang.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    try:
+        uvloop.run(serve(options, engine_words))
+    except ServebookError as error:
+        sys.exit(f"servebook.ways.custom_grpc.server: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What every call has in common: a place in the bounded queue, an id, a status, metrics and one line of log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import grpc
+
+from servebook.ways.custom_grpc.server import metrics
+from servebook.ways.custom_grpc.server.errors import queue_full, refusal_for
+
+log = logging.getLogger("servebook.ways.custom_grpc.server")
+
+
+@dataclass
+class Call:
+    """One call's account. The id is made here: one that a client chose could be another client's."""
+
+    method: str
+    id: str = field(default_factory=lambda: uuid4().hex)
+    arrived: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def saw_first_token(self) -> None:
+        """Note the time to first token, in seconds."""
+        self.first_token = time.monotonic() - self.arrived
+        metrics.FIRST_TOKEN.observe(self.first_token)
+
+
+class Calls:
+    """The calls that are open, at most `limit`: in the engine, or waiting in its queue."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.open = 0
+        self.none_open = asyncio.Event()
+        self.none_open.set()
+
+    @asynccontextmanager
+    async def admit(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Call]:
+        """Frame one call: admit it, turn whatever is raised inside into its status, account for it at the end.
+
+        A refusal ends the call through `context.abort`. Cancellation passes through, for the engine to see.
+        """
+        call = Call(method)
+        code = grpc.StatusCode.OK
+        request_id = ("x-request-id", call.id)
+        context.set_trailing_metadata((request_id,))
+        self.enter()
+        try:
+            if self.open > self.limit:
+                raise queue_full(self.limit)
+            yield call
+        except asyncio.CancelledError:
+            late = (left := context.time_remaining()) is not None and left <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:
+            refusal = refusal_for(error, self.limit, call.id)
+            code = refusal.code
+            if code is grpc.StatusCode.INTERNAL:
+                # Type and place, not the message: it may quote the prompt.
+                place = traceback.format_tb(error.__traceback__)
+                log.error("failed", extra={"fields": {"id": call.id, "error": type(error).__name__, "at": place}})
+            await context.abort(code, str(refusal), (request_id, refusal.trailer()))
+        finally:
+            self.leave()
+            self.account(call, code)
+
+    def enter(self) -> None:
+        self.open += 1
+        self.none_open.clear()
+        metrics.OPEN_CALLS.inc()
+
+    def leave(self) -> None:
+        self.open -= 1
+        if not self.open:
+            self.none_open.set()
+        metrics.OPEN_CALLS.dec()
+
+    def account(self, call: Call, code: grpc.StatusCode) -> None:
+        """Metrics, and one line of log: sizes and times, never text."""
+        seconds = time.monotonic() - call.arrived
+        metrics.CALLS.labels(call.method, code.name).inc()
+        metrics.TOKENS.labels("prompt").inc(call.prompt_tokens)
+        metrics.TOKENS.labels("completion").inc(call.completion_tokens)
+        metrics.DURATION.observe(seconds)
+        fields = {
+            "id": call.id,
+            "method": call.method,
+            "code": code.name,
+            "prompt_tokens": call.prompt_tokens,
+            "completion_tokens": call.completion_tokens,
+            "first_token_seconds": round(call.first_token, 4) if call.first_token is not None else None,
+            "seconds": round(seconds, 4),
+        }
+        log.info("call", extra={"fields": fields})

@@ -1,0 +1,137 @@
+"""From a request's fields to what the engine takes: a rendered prompt and sampling parameters, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.exceptions import VLLMClientError
+from vllm.inputs.engine import EngineInput
+from vllm.renderers import BaseRenderer
+from vllm.renderers.params import ChatParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+from servebook.protos.llm.v1.llm_pb2 import GenerateRequest, Sampling, StreamGenerateRequest
+from servebook.ways.custom_grpc.server.errors import invalid
+
+Request = GenerateRequest | StreamGenerateRequest
+
+CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
+MAX_TEMPERATURE = 2
+"""As in vLLM."""
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+"""Every stop string is searched for after every token, for all calls in the same process."""
+MAX_PATTERN_BYTES = 16384
+"""For a regex, a JSON Schema or a choice: compiling one takes time from everybody."""
+
+
+class Inputs:
+    """Checks and converts requests for one model.
+
+    `renderer` is the engine's own, so that text becomes the same tokens as in vLLM's OpenAI server;
+    `max_model_len` is in tokens; `defaults` are the model's own sampling defaults (`generation_config.json`).
+    """
+
+    def __init__(self, renderer: BaseRenderer, max_model_len: int, defaults: Mapping[str, Any]) -> None:
+        self.renderer = renderer
+        self.max_model_len = max_model_len
+        self.defaults = defaults
+
+    async def prompt(self, request: Request) -> EngineInput:
+        """Tokenize, on vLLM's thread pool: a long text must not hold up the other calls.
+
+        Raises:
+            Refusal: no input, an empty one, one beyond the context, or token ids beyond the vocabulary.
+        """
+        kind = request.WhichOneof("input")
+        try:
+            match kind:
+                case "prompt":
+                    [rendered] = await self.renderer.render_cmpl_async([{"prompt": request.prompt}])
+                case "prompt_token_ids":
+                    ids = list(request.prompt_token_ids.ids)
+                    self.renderer.validate_token_ids(ids)
+                    [rendered] = await self.renderer.render_cmpl_async([{"prompt_token_ids": ids}])
+                case "chat":
+                    turns = [{"role": turn.role, "content": turn.content} for turn in request.chat.messages]
+                    if not turns:
+                        raise invalid("chat.messages", "must not be empty")
+                    _, [rendered] = await self.renderer.render_chat_async([turns], CHAT)
+                case _:
+                    raise invalid("prompt", "set one of prompt, prompt_token_ids and chat")
+        except (VLLMClientError, ValueError, TypeError) as error:  # chat templates raise all three
+            raise invalid(kind or "prompt", str(error.args[0])) from error
+        if not rendered["prompt_token_ids"]:
+            raise invalid(kind, "must not be empty")
+        return rendered
+
+    def params(self, request: Request, prompt_tokens: int, stream: bool) -> SamplingParams:
+        """What the request says, over the model's defaults; with `stream`, outputs hold only what is new.
+
+        Raises:
+            Refusal: a value out of range; or prompt and `max_tokens` do not fit into the context together.
+        """
+        room = self.max_model_len - prompt_tokens
+        if room < 1:
+            raise invalid(
+                request.WhichOneof("input") or "prompt",
+                f"its {prompt_tokens} tokens leave no room in the context of {self.max_model_len}",
+            )
+        max_tokens = request.max_tokens if request.HasField("max_tokens") else room
+        if not 1 <= max_tokens <= room:
+            raise invalid(
+                "max_tokens",
+                f"must be from 1 to {room} after {prompt_tokens} prompt tokens, got {max_tokens}",
+            )
+        if not 0 <= request.temperature <= MAX_TEMPERATURE:  # NaN does not pass either
+            raise invalid("temperature", f"must be from 0 to {MAX_TEMPERATURE}, got {request.temperature}")
+        if request.sampling.top_k < 0:
+            raise invalid("sampling.top_k", f"must be 0 (all tokens) or more, got {request.sampling.top_k}")
+        said: dict[str, Any] = {"temperature": request.temperature} if request.HasField("temperature") else {}
+        sampling = request.sampling
+        said |= {name: getattr(sampling, name) for name in ("top_p", "top_k", "seed") if sampling.HasField(name)}
+        try:
+            return SamplingParams(
+                **{**self.defaults, **said},
+                max_tokens=max_tokens,
+                stop=stop_strings(sampling),
+                ignore_eos=sampling.ignore_eos,
+                structured_outputs=constraint(sampling),
+                output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,  # nobody else has this object
+            )
+        except (VLLMClientError, ValueError) as error:
+            field = getattr(error, "parameter", None)
+            raise invalid(f"sampling.{field}" if field else "sampling", error.args[0]) from error
+
+
+def stop_strings(sampling: Sampling) -> list[str]:
+    """The stop strings.
+
+    Raises:
+        Refusal: too many, too long, or an empty one.
+    """
+    if len(sampling.stop) > MAX_STOPS or any(not 1 <= len(stop) <= MAX_STOP_CHARS for stop in sampling.stop):
+        raise invalid("sampling.stop", f"at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_CHARS} characters")
+    return list(sampling.stop)
+
+
+def constraint(sampling: Sampling) -> StructuredOutputsParams | None:
+    """The form that the text must have, None where any will do.
+
+    Raises:
+        Refusal: it takes more than `MAX_PATTERN_BYTES`.
+    """
+    kind = sampling.WhichOneof("constraint")
+    if kind and sampling.ByteSize() > MAX_PATTERN_BYTES:
+        raise invalid(f"sampling.{kind}", f"too long; sampling may take {MAX_PATTERN_BYTES} bytes")
+    match kind:
+        case "regex":
+            return StructuredOutputsParams(regex=sampling.regex)
+        case "json_schema":
+            return StructuredOutputsParams(json=sampling.json_schema)
+        case "choice":
+            return StructuredOutputsParams(choice=list(sampling.choice.options))
+        case _:
+            return None

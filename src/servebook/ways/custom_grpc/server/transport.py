@@ -1,0 +1,89 @@
+"""The listening side of the server: port, TLS, keepalive, limits, health, reflection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from servebook.errors import LaunchError
+from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from servebook.ways.custom_grpc.server import metrics
+from servebook.ways.custom_grpc.server.auth import KeyInterceptor
+
+SERVICE = llm_pb2.DESCRIPTOR.services_by_name["LLMService"].full_name
+MAX_MESSAGE_BYTES = 4 * 2**20
+"""Of one request or response; a larger request is refused with RESOURCE_EXHAUSTED before it is decoded."""
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Else a second server on the same port would start, and get some of the calls.
+    ("grpc.so_reuseport", 0),
+    # Notice a client that vanished without a word (a dropped network) within 30 s.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # A unary call is silent while the engine works: without these, a client that pings meanwhile is
+    # thrown out with too_many_pings. gRPC ignores a misspelt name, so a test holds them.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files: the server's certificate and key; with `client_ca`, clients need a certificate too (mTLS)."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Read the files."""
+        return grpc.ssl_server_credentials(
+            [(self.key.read_bytes(), self.certificate.read_bytes())],
+            root_certificates=self.client_ca.read_bytes() if self.client_ca else None,
+            require_client_auth=self.client_ca is not None,
+        )
+
+
+class Health:
+    """`grpc.health.v1` for the whole server ("") and for the service by name."""
+
+    def __init__(self) -> None:
+        self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs are older
+
+    async def say(self, serving: bool) -> None:
+        """Tell whoever asks or watches, and Prometheus."""
+        states = health_pb2.HealthCheckResponse
+        for name in ("", SERVICE):
+            await self.servicer.set(name, states.SERVING if serving else states.NOT_SERVING)
+        metrics.SERVING.set(int(serving))
+
+
+def make_server(
+    address: str, servicer: llm_pb2_grpc.LLMServiceServicer, health: Health, key: str | None, tls: Tls | None
+) -> grpc.aio.Server:
+    """A server bound to `address` ("host:port"), not started yet.
+
+    Raises:
+        LaunchError: the port is taken, or a TLS file cannot be read or used.
+    """
+    server = grpc.aio.server(interceptors=[KeyInterceptor(key)] if key else [], options=OPTIONS)
+    llm_pb2_grpc.add_LLMServiceServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    reflection.enable_server_reflection((SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server)
+    try:
+        if tls:
+            server.add_secure_port(address, tls.credentials())
+        else:
+            server.add_insecure_port(address)
+    except (RuntimeError, OSError) as error:
+        raise LaunchError(
+            f"Cannot listen on {address}: {error}", "Choose another port, or check the TLS files."
+        ) from None
+    return server

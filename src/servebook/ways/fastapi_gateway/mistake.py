@@ -1,0 +1,67 @@
+"""A gateway as it is often written first: a blocking client inside `async def`, a synchronous generator.
+
+Chapter 05 measures it against the server beside it. Run it with `python -m servebook.ways.fastapi_gateway.mistake`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from openai import OpenAI
+from pydantic import BaseModel
+
+from servebook.settings import load_settings
+
+
+class Ask(BaseModel):
+    message: str
+    max_tokens: int = 100
+
+
+def create_app(upstream: str, key: str | None) -> FastAPI:
+    """The two endpoints over one synchronous client."""
+    app = FastAPI()
+    client = OpenAI(base_url=f"{upstream}/v1", api_key=key or "none")
+    model = client.models.list().data[0].id
+
+    def request(ask: Ask) -> dict[str, Any]:
+        messages = [{"role": "user", "content": ask.message}]
+        return {"model": model, "messages": messages, "max_tokens": ask.max_tokens}
+
+    @app.get("/healthz")
+    async def healthz() -> str:
+        return "alive"
+
+    @app.post("/chat")
+    async def chat(ask: Ask) -> dict[str, str]:
+        # The event loop stands still in this line until the whole answer is there.
+        answer = client.chat.completions.create(**request(ask))
+        return {"response": answer.choices[0].message.content or ""}
+
+    @app.post("/chat/stream")
+    async def chat_stream(ask: Ask) -> StreamingResponse:
+        def events() -> Iterator[str]:
+            # A synchronous generator holds one of the 40 threads of the pool until it ends.
+            for chunk in client.chat.completions.create(**request(ask), stream=True):
+                if chunk.choices and (text := chunk.choices[0].delta.content):
+                    yield f"data: {json.dumps({'text': text})}\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    return app
+
+
+def main(upstream: str = typer.Option(), http_port: int = 8081) -> None:
+    """Serve on 127.0.0.1 until a signal comes."""
+    uvicorn.run(create_app(upstream, load_settings().key), port=http_port, log_level="warning")
+
+
+if __name__ == "__main__":
+    typer.run(main)

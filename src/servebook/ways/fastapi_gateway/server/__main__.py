@@ -1,0 +1,33 @@
+"""Runs the gateway: `python -m servebook.ways.fastapi_gateway.server --http-port 8080 --upstream http://127.0.0.1:8000`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from servebook.settings import load_settings
+from servebook.ways.fastapi_gateway.server.app import create_app
+from servebook.ways.fastapi_gateway.server.config import Config
+
+
+def main(
+    upstream: Annotated[str, typer.Option(help="vLLM's root URL.")],
+    host: str = "127.0.0.1",
+    http_port: int = 8080,
+    max_concurrent: Annotated[int, typer.Option(min=1, help="Requests at a time; beyond, 503.")] = 128,
+    cors_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may call; repeatable.")] = None,
+) -> None:
+    """Serve until a signal comes. Callers must show SERVEBOOK_API_KEY, where it is set."""
+    settings = load_settings(host=host)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    config = Config(upstream, settings.key, max_concurrent=max_concurrent, cors_origins=tuple(cors_origin or ()))
+    uvicorn.run(
+        create_app(config), host=host, port=http_port, access_log=False, timeout_graceful_shutdown=5, loop="uvloop"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,151 @@
+"""The way to vLLM: one pool of connections, one call per request, its failures in our words."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import aiohttp
+import orjson
+
+from servebook.ways.fastapi_gateway.server.config import Config
+from servebook.ways.fastapi_gateway.server.errors import GatewayError
+
+log = logging.getLogger("servebook.ways.fastapi_gateway.server")
+
+KEEPALIVE_SECONDS = 3
+"""Shorter than vLLM's 5, so that a connection is never taken from the pool while vLLM closes it."""
+
+TOO_LONG = {"input_tokens", "max_tokens"}
+"""The parameters that vLLM blames when prompt and answer do not fit the model's context."""
+
+
+@contextmanager
+def engine_failures() -> Iterator[None]:
+    """Turn what can go wrong between us and vLLM into a GatewayError."""
+    try:
+        yield
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+        raise GatewayError(503, "engine_unavailable", "The engine cannot be reached.", retry_after=5) from None
+    except TimeoutError:
+        raise GatewayError(504, "engine_timeout", "The engine took too long.") from None
+    except (aiohttp.ClientError, ValueError, LookupError):
+        raise broken_off() from None
+
+
+def broken_off() -> GatewayError:
+    return GatewayError(502, "engine_failed", "The engine broke off its answer.")
+
+
+class Engine:
+    """vLLM's OpenAI API, as an async context manager that holds the connections. Nothing is retried."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    async def __aenter__(self) -> Self:
+        config = self.config
+        self.session = aiohttp.ClientSession(
+            f"{config.upstream.rstrip('/')}/",
+            headers={"Authorization": f"Bearer {config.key}"} if config.key else None,
+            # No limit of its own: `limits.Slots` is the one place that says no.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.session.close()
+
+    async def healthy(self) -> bool:
+        """Whether vLLM says that it can serve."""
+        try:
+            async with self.session.get("health", timeout=aiohttp.ClientTimeout(total=2)) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    def call(self, request_id: str) -> EngineCall:
+        return EngineCall(self, request_id)
+
+
+class EngineCall:
+    """One request to vLLM. `close` it when the caller is done or gone: vLLM then aborts what is unfinished."""
+
+    def __init__(self, engine: Engine, request_id: str) -> None:
+        self.engine = engine
+        self.request_id = request_id
+        self.response: aiohttp.ClientResponse | None = None
+
+    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The whole answer as vLLM's chat completion object.
+
+        Raises:
+            GatewayError: the engine refused or failed.
+        """
+        with engine_failures():
+            response = await self._post(body, idle_seconds=None)
+            answer: dict[str, Any] = await response.json()
+            return answer
+
+    async def stream(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Send the request; when vLLM has accepted it, return its chunks.
+
+        Raises:
+            GatewayError: the engine refused, and later, from the iterator: it failed half-way.
+        """
+        body = body | {"stream": True, "stream_options": {"include_usage": True}}
+        with engine_failures():
+            response = await self._post(body, self.engine.config.idle_seconds)
+        return self._chunks(response)
+
+    async def _chunks(self, response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+        rest = b""
+        with engine_failures():
+            async for piece in response.content.iter_any():
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    if line == b"data: [DONE]":
+                        return
+                    if line.startswith(b"data: "):
+                        chunk = orjson.loads(line[6:])
+                        if "error" in chunk:
+                            raise broken_off()
+                        yield chunk
+        raise broken_off()
+
+    async def _post(self, body: dict[str, Any], idle_seconds: float | None) -> aiohttp.ClientResponse:
+        config = self.engine.config
+        self.response = await self.engine.session.post(
+            "v1/chat/completions",
+            json=body,
+            headers={"X-Request-Id": self.request_id},
+            timeout=aiohttp.ClientTimeout(
+                total=config.answer_seconds, sock_connect=config.connect_seconds, sock_read=idle_seconds
+            ),
+        )
+        if self.response.status != 200:
+            raise await self._refusal(self.response)
+        return self.response
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> GatewayError:
+        """What a status other than 200 means to our caller. The engine's own words stay here: they may quote."""
+        try:
+            param = (await response.json())["error"]["param"]
+        except (aiohttp.ClientError, ValueError, LookupError, TypeError):
+            param = None
+        log.warning("engine refused: status=%d param=%s id=%s", response.status, param, self.request_id)
+        if response.status == 400 and param in TOO_LONG:
+            return GatewayError(
+                400, "too_long", "This does not fit the model's context; shorten the messages or max_tokens."
+            )
+        if response.status in (400, 422):
+            return GatewayError(400, "refused", "The engine does not accept this request.")
+        if response.status in (429, 503):
+            return GatewayError(503, "busy", "The engine has no room; try again in a moment.", retry_after=1)
+        return GatewayError(502, "engine_failed", "The engine could not answer.")
+
+    def close(self) -> None:
+        if self.response:
+            self.response.close()

@@ -1,0 +1,1 @@
+"""Chapter 10: replicas of vLLM behind its router."""

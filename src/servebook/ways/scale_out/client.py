@@ -1,0 +1,73 @@
+"""Asks vLLM's router for its replicas, and changes them while it serves."""
+
+from __future__ import annotations
+
+import time
+
+import requests
+
+from servebook.errors import ServebookError
+from servebook.ways.metrics import metric
+
+SETTLE_SECONDS = 2.0
+"""A request that the router has just sent is on its way, then waits for a step of the engine; only then it is counted.
+
+Kubernetes' preStop hooks sleep for the same reason.
+"""
+
+
+class RouterClient:
+    """The management side of vLLM's router at `url`; `metrics` is the address of its Prometheus page.
+
+    A replica is known by its URL, such as `http://127.0.0.1:8092`. None of these calls needs a key: whoever
+    reaches the router can change its replicas.
+    """
+
+    def __init__(self, url: str, metrics: str) -> None:
+        self.url = url
+        self.metrics = metrics
+
+    def replicas(self) -> dict[str, bool]:
+        """Each replica's URL, and whether the router's health check finds it healthy."""
+        workers = self._ask("GET", "/workers").json()["workers"]
+        return {worker["url"]: worker["is_healthy"] for worker in sorted(workers, key=lambda each: str(each["url"]))}
+
+    def sent(self, replica: str) -> int:
+        """How many requests the router has sent to `replica`, retries included; 0 where it knows of none."""
+        try:
+            return int(metric(self.metrics, "vllm_router_processed_requests_total", worker=replica))
+        except ServebookError:
+            return 0
+
+    def add(self, replica: str) -> None:
+        """Send requests to `replica` too, from now on.
+
+        Raises:
+            ServebookError: it is there already.
+        """
+        self._ask("POST", "/add_worker", url=replica)
+
+    def remove(self, replica: str) -> None:
+        """Send no further request to `replica`; those that it has go on."""
+        self._ask("POST", "/remove_worker", url=replica)
+
+    def drain(self, replica: str, seconds: float = 60) -> None:
+        """Remove `replica`, and wait until it has finished what it has.
+
+        Raises:
+            ServebookError: it is still at work after `seconds`.
+        """
+        self.remove(replica)
+        time.sleep(SETTLE_SECONDS)
+        deadline = time.monotonic() + seconds
+        while any(metric(replica, f"vllm:num_requests_{state}") for state in ("running", "waiting")):
+            if time.monotonic() > deadline:
+                raise ServebookError(f"{replica} is still at work after {seconds:.0f} s.", "Wait longer, or end it.")
+            time.sleep(0.1)
+
+    def _ask(self, method: str, path: str, **query: str) -> requests.Response:
+        # add_worker waits until the replica is healthy, for up to ten minutes; nobody should wait that long.
+        answer = requests.request(method, self.url + path, params=query, timeout=60)
+        if not answer.ok:
+            raise ServebookError(f"The router answers {answer.status_code} to {method} {path}: {answer.text}")
+        return answer

@@ -1,0 +1,1 @@
+"""Chapter 03: Triton Inference Server with a vLLM backend, and its clients."""

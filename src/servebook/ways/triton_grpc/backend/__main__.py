@@ -1,0 +1,51 @@
+"""`python -m servebook.ways.triton_grpc.backend`: prepares a model repository and becomes tritonserver."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from servebook.errors import ServebookError
+from servebook.settings import load_settings
+from servebook.ways.triton_grpc.backend.files import ModelFilesError
+from servebook.ways.triton_grpc.backend.repository import MODEL_REPOSITORY, render_repository
+from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
+
+
+def main() -> None:
+    """Read the words, lay out the files, become tritonserver."""
+    parser = argparse.ArgumentParser(
+        prog="python -m servebook.ways.triton_grpc.backend",
+        description="Triton with the vllm backend. Words not listed here are vLLM's and go into model.json.",
+        allow_abbrev=False,  # --model is vLLM's, not --model-repository
+    )
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--grpc-port", type=int, default=8001)
+    parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument("--http-port", type=int, default=8003)
+    parser.add_argument("--model-repository", type=Path, help="serve this one as it is, without vLLM's words")
+    options, engine_words = parser.parse_known_args()
+    if options.model_repository and engine_words:
+        parser.error(f"{engine_words[0]}: with --model-repository, engine arguments belong into its model.json")
+    settings = load_settings()
+    scratch = settings.state_dir / "triton"
+    try:
+        command = tritonserver_command(
+            options.model_repository or render_repository(MODEL_REPOSITORY, scratch, engine_words),
+            scratch,
+            host=options.host,
+            grpc_port=options.grpc_port,
+            http_port=options.http_port,
+            metrics_port=options.metrics_port,
+            gpu=settings.on_gpu,
+        )
+    except (ServebookError, ModelFilesError) as error:
+        sys.exit(f"servebook: {error}")
+    # Becomes it rather than starts it: who ends this process ends Triton.
+    os.execve(command[0], command, os.environ | tritonserver_env())
+
+
+if __name__ == "__main__":
+    main()

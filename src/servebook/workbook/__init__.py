@@ -1,0 +1,1 @@
+"""The workbook itself: what notebooks use, the gate that runs them, and the doctor."""

@@ -1,0 +1,246 @@
+"""What notebooks use to display: expected errors, source code, bytes on the wire, pictures, versions.
+
+Every picture is an SVG with alt text in an <img>: JupyterLab strips a bare <svg> from notebooks that it does not trust.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import inspect
+import io
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import matplotlib as mpl
+from IPython.display import display
+from matplotlib.figure import Figure
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer, TextLexer, get_lexer_for_filename
+from pygments.util import ClassNotFound
+
+from servebook.checkout import ROOT
+from servebook.settings import Settings, load_settings
+
+PACKAGES = {
+    "vLLM": "vllm",
+    "torch": "torch",
+    "nvidia-pytriton (holds Triton 2.51)": "nvidia-pytriton",
+    "tritonclient": "tritonclient",
+    "grpcio": "grpcio",
+    "KServe": "kserve",
+    "openai": "openai",
+    "FastAPI": "fastapi",
+}
+"""What `versions` lists: the reader's name and the distribution's."""
+
+STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#1f4e79", "marker": "o", "linestyle": "-"},
+    {"color": "#c55a11", "marker": "s", "linestyle": "--"},
+    {"color": "#3f3f3f", "marker": "^", "linestyle": ":"},
+    {"color": "#548235", "marker": "D", "linestyle": "-."},
+    {"color": "#7f6000", "marker": "v", "linestyle": (0, (5, 1))},
+    {"color": "#7030a0", "marker": "P", "linestyle": (0, (1, 1))},
+)
+"""One per line of a picture; marker and dash tell them apart in grey too."""
+
+
+class expect_error:
+    """Context manager for a mistake made on purpose: prints the error that came, and fails if none came.
+
+    `value` is the error afterwards. An error of another type goes through.
+
+    Raises:
+        AssertionError: the block ended without an error.
+    """
+
+    value: BaseException
+
+    def __init__(self, *types: type[BaseException]) -> None:
+        self.types = types or (Exception,)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if error is None:
+            wanted = " or ".join(each.__name__ for each in self.types)
+            raise AssertionError(f"This was meant to end in {wanted}, and no error came.")
+        if not isinstance(error, self.types):
+            return False
+        self.value = error
+        print(f"{type(error).__name__}: {_message(error)}")
+        return True
+
+
+def _message(error: BaseException) -> str:
+    """The error's text; of a gRPC error its status code and details, without the transport's debug string."""
+    code, details = getattr(error, "code", None), getattr(error, "details", None)
+    if callable(code) and callable(details):
+        return f"{code().name}: {details()}"
+    return str(error)
+
+
+def show(*objects: Any) -> None:
+    """Display the source of functions, classes or modules, or the text of files given as `Path`, highlighted.
+
+    Raises:
+        FileNotFoundError: a path names no file.
+        TypeError: an object has no Python source.
+    """
+    for thing in objects:
+        if isinstance(thing, Path):
+            path, first, text = thing, None, thing.read_text(encoding="utf-8")
+        else:
+            path = Path(inspect.getsourcefile(inspect.unwrap(thing)) or "")
+            lines, start = inspect.getsourcelines(thing)
+            first, text = start or None, inspect.cleandoc("\n" + "".join(lines))
+        path = path.resolve()
+        where = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        title = f"{where}, line {first}" if first else where
+        try:
+            lexer = PythonLexer() if first else get_lexer_for_filename(path.name)
+        except ClassNotFound:
+            lexer = TextLexer()
+        # Styles inline: a stylesheet would be stripped from an output that is not trusted.
+        code = highlight(text, lexer, HtmlFormatter(noclasses=True, style="default"))
+        caption = f'<div style="font: 13px sans-serif; color: #1f4e79">{html.escape(title)}</div>'
+        display({"text/html": caption + code, "text/plain": f"{title}\n{text}"}, raw=True)
+
+
+def wire(data: bytes, limit: int = 512) -> None:
+    """Print raw bytes as they travelled: a line per newline, what is not printable ASCII as `\\xNN`.
+
+    At most `limit` bytes are printed, then how many more there were.
+    """
+    for line in data[:limit].splitlines(keepends=True):
+        print(repr(line)[2:-1])
+    if len(data) > limit:
+        print(f"… and {len(data) - limit} bytes more")
+
+
+def timeline(streams: Mapping[str, Sequence[float]], title: str = "Arrival of tokens", alt: str = "") -> None:
+    """Draw one row per stream and one dot per event; the first event of each is marked.
+
+    Args:
+        streams: label → arrival times in seconds since the request was sent, ascending.
+        title: what the picture shows.
+        alt: what a reader who cannot see it should know; by default the first and last arrival of each stream.
+    """
+    figure = Figure(figsize=(8, 0.9 + 0.4 * len(streams)), layout="constrained")
+    axes = figure.subplots()
+    for row, times in enumerate(streams.values()):
+        axes.plot(times, [row] * len(times), linestyle="none", marker="|", markersize=11, color="#1f4e79")
+        axes.plot(times[:1], [row] * len(times[:1]), linestyle="none", marker="D", markersize=6, color="#c55a11")
+    axes.set_yticks(range(len(streams)), list(streams))
+    axes.invert_yaxis()
+    axes.set_ylim(len(streams) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seconds since the request was sent (◆ first event)")
+    axes.set_title(title)
+    rows = (
+        f"{label}: {len(times)} events from {times[0]:.2f} s to {times[-1]:.2f} s"
+        for label, times in streams.items()
+        if times
+    )
+    picture(figure, alt or f"{title}. {'; '.join(rows)}.")
+
+
+def curves(
+    x: Sequence[float],
+    ys: Mapping[str, Sequence[float]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    alt: str = "",
+    log: str = "",
+) -> None:
+    """Draw one line per label over the same `x`; `log` names the logarithmic axes ("x", "y" or "xy")."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (label, values), style in zip(ys.items(), STYLES, strict=False):
+        axes.plot(x, values, label=label, **style)
+    if "x" in log:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+    if "y" in log:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    rows = (f"{label}: {values[0]:.3g} at {x[0]:g}, {values[-1]:.3g} at {x[-1]:g}" for label, values in ys.items())
+    picture(figure, alt or f"{title}: {ylabel} over {xlabel}. {'; '.join(rows)}.")
+
+
+def bars(values: Mapping[str, float], *, xlabel: str, title: str, alt: str = "") -> None:
+    """Draw one horizontal bar per label, with its value beside it."""
+    figure = Figure(figsize=(8, 0.9 + 0.4 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh(list(values), list(values.values()), color="#9dc3e6", edgecolor="#1f4e79")
+    axes.bar_label(drawn, fmt="%.3g", padding=4)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel, title=title)
+    rows = (f"{label} {value:.3g}" for label, value in values.items())
+    picture(figure, alt or f"{title}, {xlabel}: {'; '.join(rows)}.")
+
+
+def picture(figure: Figure, alt: str) -> None:
+    """Display a matplotlib figure as SVG with `alt` as its text for screen readers."""
+    buffer = io.BytesIO()
+    # Text stays text, and neither a date nor a random id goes in: the same data give the same bytes.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "servebook"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
+    source = base64.b64encode(buffer.getvalue()).decode()
+    image = f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{source}" style="max-width: 100%">'
+    display({"text/html": image, "text/plain": alt}, raw=True)
+
+
+def versions(settings: Settings | None = None) -> None:
+    """Display a table of what runs here: the packages, the model, the device and the processor."""
+    settings = settings or load_settings()
+    rows = {"Python": platform.python_version()}
+    rows |= {label: _version(package) for label, package in PACKAGES.items()}
+    rows |= {
+        "model": f"{settings.model_name} ({settings.model})",
+        "device": _device(settings),
+        "processor": f"{_cpu()}, {os.cpu_count()} cores",
+    }
+    cells = "".join(
+        f'<tr><th scope="row" style="text-align: left">{html.escape(name)}</th>'
+        f'<td style="text-align: left">{html.escape(value)}</td></tr>'
+        for name, value in rows.items()
+    )
+    plain = "\n".join(f"{name}: {value}" for name, value in rows.items())
+    table = f"<table><caption>What runs here</caption><tbody>{cells}</tbody></table>"
+    display({"text/html": table, "text/plain": plain}, raw=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _device(settings: Settings) -> str:
+    if not settings.on_gpu:
+        return "cpu"
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
+    return f"gpu: {names[0]}"
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
