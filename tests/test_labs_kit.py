@@ -290,7 +290,7 @@ def test_bundle_has_every_file_that_it_names(tmp_path: Path) -> None:
     for path in (tmp_path / "notebooks").glob("*.ipynb"):
         for cell in cells_of(path).values():
             if cell.cell_type == "code":
-                shown += re.findall(r'ROOT / "([^"]+)"', cell.source)
+                shown += re.findall(r'(?:ROOT|MODEL_REPOSITORY) / "([^"]+)"', cell.source)
             else:
                 named += [(path.parent, link) for link in links(cell.source)]
     assert {"kubernetes/kserve/custom-predictor.yaml", "vllm_model/config.pbtxt"} <= set(shown)

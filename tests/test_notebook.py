@@ -58,7 +58,7 @@ def test_show_names_the_place_and_keeps_the_text(displayed: list[dict[str, str]]
     config.write_text('backend: "vllm"\n')
     show(notebook.picture, config)
     source, text = displayed
-    assert re.match(r"src/servebook/notebook\.py, line \d+\ndef picture\(", source["text/plain"])
+    assert re.match(r"src/servebook/workbook/notebook\.py, line \d+\ndef picture\(", source["text/plain"])
     assert "<style" not in source["text/html"], "JupyterLab strips stylesheets from untrusted outputs"
     assert text["text/plain"] == 'config.pbtxt\nbackend: "vllm"\n'
 

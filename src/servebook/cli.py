@@ -109,6 +109,17 @@ def logs(
     print(launch.tail(path, lines))
 
 
+@app.command()
+def where(chapter: Annotated[str, typer.Argument(metavar="CHAPTER", help="Its number or its stem: 04.")]) -> None:
+    """Print every file of a chapter, with a word on each."""
+    from servebook.checkout import ROOT
+    from servebook.workbook.chapters import files_of, find_chapter, word_on
+
+    found = {str(path.relative_to(ROOT)): word_on(path) for path in files_of(find_chapter(chapter))}
+    for path, word in found.items():
+        print(f"{path:<{max(map(len, found))}}  {word}".rstrip())
+
+
 app.command()(bench)
 
 

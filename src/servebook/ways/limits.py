@@ -1,0 +1,242 @@
+"""How much one request may ask of an engine: plain values in, a refusal out. For every server of the workbook.
+
+What is costly is costly for everybody else: a schema, regex or grammar is compiled on the cores that write tokens,
+and a stop string is searched for after every token. vLLM 0.32 has limits of its own for few of these.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+BOUNDS = {
+    *("minItems", "maxItems", "minContains", "maxContains"),
+    *("minLength", "maxLength", "minProperties", "maxProperties"),
+}
+"""The keywords of JSON Schema that a compiler writes out as so many copies."""
+REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}|~\s*(\d+)(?:\.\.(\d+))?")
+"""`{3}`, `{3,}`, `{,5}`, `{3,5}`; and `~3..5`, as Lark's grammars have it."""
+FAR_BEYOND = 10**9
+"""What a number of more digits counts as; to convert it would take long."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request may ask for.
+
+    `n` answers, `prompts`, `stop` strings of `stop_chars` each, entries of `logit_bias`, `logprobs` for each token.
+    A schema, regex, grammar or choice takes `bytes` at most (UTF-8; a schema as JSON). In a schema: `depth` levels
+    of brackets, `properties` and `enum` values in all; a choice has `enum` options too. `repeats` is what the counted
+    repetitions add up to: `maxLength: 100` and `[a-z]{1,100}` are 100 each, `([a-z]{10}){10}` is 100. A compiler
+    writes them out: xgrammar takes 20 ms of a core for each unit of a `maxLength` up to 128 (measured, AMD EPYC).
+    """
+
+    n: int = 16
+    prompts: int = 16
+    stop: int = 16
+    stop_chars: int = 256
+    logit_bias: int = 300
+    logprobs: int = 20
+    bytes: int = 16_384
+    depth: int = 32
+    properties: int = 200
+    enum: int = 500
+    repeats: int = 256
+
+
+class LimitExceeded(ValueError):
+    """A request asks for too much. `field` is what must be smaller, `limit` how far it may go."""
+
+    def __init__(self, field: str, message: str, limit: int) -> None:
+        super().__init__(message)
+        self.field = field
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.args[0]}"
+
+
+def check(
+    limits: Limits,
+    *,
+    n: int | None = None,
+    prompts: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    logit_bias: Mapping[Any, Any] | None = None,
+    logprobs: int | None = None,
+    schema: str | Mapping[str, Any] | bool | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    choice: Sequence[str] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Refuse what goes beyond the limits; what is None is not looked at, and what is malformed is left to the engine.
+
+    `prompts` is how many there are; `logprobs` -1 means the whole vocabulary. `names` says what the caller calls a
+    field, where that is another name: `{"schema": "sampling.json_schema"}`.
+
+    Raises:
+        LimitExceeded: with the field, the limit, and a message that has both and repeats nothing of the request.
+    """
+    fields = ("n", "prompts", "stop", "logit_bias", "logprobs", "schema", "regex", "grammar", "choice")
+    called = {field: field for field in fields} | dict(names or {})
+    for field, value in (("n", n), ("prompts", prompts), ("logprobs", logprobs)):
+        most = getattr(limits, field)
+        if value is not None and (value > most or (field == "logprobs" and value < 0)):
+            raise LimitExceeded(called[field], f"may be {most} at most, got {min(value, FAR_BEYOND)}", most)
+    if stop is not None:
+        strings = [stop] if isinstance(stop, str) else stop
+        _count(called["stop"], len(strings), limits.stop, "strings")
+        if any(len(string) > limits.stop_chars for string in strings if isinstance(string, str)):
+            raise LimitExceeded(
+                called["stop"], f"may have strings of {limits.stop_chars} characters at most", limits.stop_chars
+            )
+    if logit_bias is not None:
+        _count(called["logit_bias"], len(logit_bias), limits.logit_bias, "entries")
+    if schema is not None:
+        _schema(called["schema"], schema, limits)
+    for field, text in (("regex", regex), ("grammar", grammar)):
+        if text is not None:
+            _bytes(called[field], text, limits)
+            _count(called[field], expansion(text, quotes=field == "grammar"), limits.repeats, "counted repetitions")
+    if choice is not None:
+        _count(called["choice"], len(choice), limits.enum, "options")
+        _bytes(called["choice"], "".join(option for option in choice if isinstance(option, str)), limits)
+
+
+def expansion(pattern: str, quotes: bool = False) -> int:
+    """What the counted repetitions of a regex add up to, those in a repeated group as often as it is repeated.
+
+    `quotes`: the pattern is a grammar, in which a string in quotes is one piece.
+    """
+    groups, last, at = [0], 0, 0  # what each open group adds up to, outermost first; the last piece's part in it
+    while at < len(pattern):
+        char = pattern[at]
+        if char in "{~" and (repeat := REPEAT.match(pattern, at)) and (counts := [d for d in repeat.groups() if d]):
+            times = max(int(digits) if len(digits) < 10 else FAR_BEYOND for digits in counts)
+            grown = max(last, 1) * times
+            groups[-1] += grown - last
+            last = grown
+            at = repeat.end()
+            continue
+        if char == "(":
+            groups.append(0)
+        elif char == ")" and len(groups) > 1:
+            last = groups.pop()
+            groups[-1] += last
+        elif char not in "*+? \t\r\n":
+            last = 0
+        at = _end_of_piece(pattern, at, quotes)
+    return sum(groups)
+
+
+def _end_of_piece(pattern: str, at: int, quotes: bool) -> int:
+    """Where the piece ends that begins here: a character, an escaped one, a class, a quoted string."""
+    char = pattern[at]
+    if char == "\\":
+        return at + 2
+    close = "]" if char == "[" else char if quotes and char in "\"'" else ""
+    if not close:
+        return at + 1
+    at += 1
+    if char == "[":
+        at += pattern.startswith("^", at)
+        at += pattern.startswith("]", at) and not quotes  # a "]" in front belongs to the class
+    while at < len(pattern) and pattern[at] != close:
+        at += 2 if pattern[at] == "\\" else 1
+    return at + 1
+
+
+def _count(field: str, value: int, limit: int, what: str) -> None:
+    if value > limit:
+        raise LimitExceeded(field, f"may have {limit} {what} at most, got {min(value, FAR_BEYOND)}", limit)
+
+
+def _bytes(field: str, text: str, limits: Limits) -> None:
+    size = len(text.encode(errors="replace"))
+    if size > limits.bytes:
+        raise LimitExceeded(field, f"may take {limits.bytes} bytes at most, got {size}", limits.bytes)
+
+
+def _schema(field: str, schema: str | Mapping[str, Any] | bool, limits: Limits) -> None:
+    try:
+        if isinstance(schema, str):
+            _bytes(field, schema, limits)
+            schema = json.loads(schema)
+        else:
+            _bytes(field, json.dumps(schema, ensure_ascii=False), limits)
+    except RecursionError:
+        raise LimitExceeded(field, f"may have {limits.depth} levels of brackets at most", limits.depth) from None
+    except (TypeError, ValueError) as error:
+        if isinstance(error, LimitExceeded):
+            raise
+        return  # no JSON: the engine says so
+    properties = enum = repeats = 0
+    for depth, node in _nodes(schema):
+        if depth > limits.depth:
+            raise LimitExceeded(field, f"may have {limits.depth} levels of brackets at most", limits.depth)
+        for keyword, value in node.items():
+            if keyword in BOUNDS and isinstance(value, int | float) and value > 0:
+                repeats += int(min(value, FAR_BEYOND))
+            elif keyword == "pattern" and isinstance(value, str):
+                repeats += expansion(value)
+            elif keyword in ("properties", "patternProperties") and isinstance(value, dict):
+                properties += len(value)
+                repeats += sum(map(expansion, value)) if keyword == "patternProperties" else 0
+            elif keyword == "enum" and isinstance(value, list):
+                enum += len(value)
+    _count(field, properties, limits.properties, "properties")
+    _count(field, enum, limits.enum, "enum values")
+    _count(field, repeats, limits.repeats, "counted repetitions")
+    if _refers_to_itself(schema):
+        raise LimitExceeded(field, "may not have a $ref that leads to itself", 0)
+
+
+def _nodes(schema: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every object in a schema with its depth in brackets: 1 for the outermost."""
+    left = [(1, schema)]
+    while left:
+        depth, node = left.pop()
+        if isinstance(node, dict):
+            yield depth, node
+        if isinstance(node, dict | list):
+            left.extend((depth + 1, inner) for inner in (node.values() if isinstance(node, dict) else node))
+
+
+def _refers_to_itself(schema: Any) -> bool:
+    """Whether a `$ref` comes back to itself with nothing read in between: no compiler would come to an end."""
+    done: set[int] = set()
+    for _, start in _nodes(schema):
+        path: list[tuple[dict[str, Any], list[Any]]] = [(start, _same_place(start, schema))]
+        on_path = {id(start)}
+        while path:
+            node, following = path[-1]
+            if not following:
+                path.pop()
+                on_path.discard(id(node))
+                done.add(id(node))
+                continue
+            target = following.pop()
+            if not isinstance(target, dict) or id(target) in done:
+                continue
+            if id(target) in on_path:
+                return True
+            path.append((target, _same_place(target, schema)))
+            on_path.add(id(target))
+    return False
+
+
+def _same_place(node: dict[str, Any], schema: Any) -> list[Any]:
+    """The schemas that hold for the same value as this one."""
+    found = [item for key in ("allOf", "anyOf", "oneOf") if isinstance(node.get(key), list) for item in node[key]]
+    reference = node.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        target = schema
+        for word in reference[1:].split("/")[1:]:
+            word = word.replace("~1", "/").replace("~0", "~")
+            target = target.get(word) if isinstance(target, dict) else None
+        found.append(target)
+    return found

@@ -1,0 +1,103 @@
+"""The manifest of chapters, and that README, notebooks and tree are as it says."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from servebook.checkout import ROOT
+from servebook.cli import app
+from servebook.errors import ServebookError
+from servebook.lab.manifest import load_labs
+from servebook.launch import SERVERS
+from servebook.workbook.chapters import Chapter, files_of, find_chapter, load_chapters, word_on
+
+WAYS = ROOT / "src/servebook/ways"
+SHARED = {"v2"}
+"""Folders of `ways/` that are no way: several ways stand on them."""
+
+chapters = pytest.mark.parametrize("chapter", load_chapters(), ids=lambda chapter: chapter.stem)
+
+
+def test_manifest_has_each_notebook_and_lab_in_order() -> None:
+    stems = [chapter.stem for chapter in load_chapters()]
+    assert stems == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    labs = [lab.stem for lab in load_labs()]
+    assert labs == [stem for stem in stems if stem in labs]
+
+
+@chapters
+def test_readme_and_notebook_say_what_the_manifest_says(chapter: Chapter) -> None:
+    assert f"| `{chapter.stem}` | {chapter.about} | {chapter.minutes} |" in (ROOT / "README.md").read_text()
+    notebook = nbformat.read(ROOT / f"notebooks/{chapter.stem}.ipynb", as_version=4)
+    assert notebook.cells[0].source.partition("\n")[0] == f"# {chapter.number} · {chapter.title}"
+    assert f"{chapter.minutes} minutes, of which" in "".join(cell.source for cell in notebook.cells[:4])
+    assert notebook.metadata.servebook.get("servers", []) == list(chapter.servers)
+    assert set(chapter.servers) <= SERVERS.keys()
+
+
+@chapters
+def test_every_place_that_the_manifest_names_is_there(chapter: Chapter) -> None:
+    assert not [place for place in chapter.code if not (ROOT / place).exists()]
+    found = [path.relative_to(ROOT).as_posix() for path in files_of(chapter)]
+    assert len(found) == len(set(found))
+    assert {f"notebooks/{chapter.stem}.ipynb", f"tests/test_{chapter.stem}.py"} <= set(found)
+
+
+@chapters
+def test_where_has_a_word_on_each_file(chapter: Chapter) -> None:
+    shown = CliRunner().invoke(app, ["where", chapter.number])
+    assert shown.exit_code == 0
+    lines = shown.output.splitlines()
+    assert len(lines) == len(list(files_of(chapter)))
+    assert not [line for line in lines if len(line.split()) < 2]
+
+
+def test_where_names_the_chapters_that_there_are() -> None:
+    with pytest.raises(ServebookError, match="04_custom_grpc"):
+        find_chapter("77")
+    assert find_chapter("4") is find_chapter("04_custom_grpc")
+
+
+def test_a_file_of_another_kind_gets_no_word_that_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("# What it is.\na: 1\n")
+    (tmp_path / "b.bin").write_bytes(b"\xff\x00")
+    assert word_on(tmp_path / "a.yaml") == "What it is."
+    assert word_on(tmp_path / "b.bin") == ""
+
+
+def test_every_file_of_a_way_belongs_to_one_chapter() -> None:
+    owners: dict[Path, list[str]] = {}
+    for chapter in load_chapters():
+        for path in files_of(chapter):
+            owners.setdefault(path, []).append(chapter.stem)
+    loose = []
+    for folder in (path for path in WAYS.iterdir() if path.is_dir() and path.name not in {"__pycache__", *SHARED}):
+        for path in folder.rglob("*.*"):
+            if "__pycache__" not in path.parts and path.stat().st_size:
+                [stem] = owners.get(path, ["none"])
+                if stem[3:] != folder.name:
+                    loose.append(f"{path.relative_to(ROOT)}: {stem}")
+    assert not loose
+
+
+def test_no_way_imports_another_or_the_machinery_above() -> None:
+    """What is taught stands on its own: a way knows what ways share, and the engine below."""
+    wrong = []
+    for path in WAYS.rglob("*.py"):
+        own = path.relative_to(WAYS).parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in named:
+                way = re.match(r"servebook\.ways\.(\w+)", name)
+                shared = way and (way[1] in SHARED or (WAYS / f"{way[1]}.py").is_file())
+                above = re.match(r"servebook\.(lab|bench|room|workbook)\b", name)
+                if above or (way and way[1] != own and not shared):
+                    wrong.append(f"{path.relative_to(WAYS)}: {name}")
+    assert not wrong

@@ -1,0 +1,147 @@
+"""What one request may ask of an engine, as every server reads it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from servebook.ways.limits import LimitExceeded, Limits, check, expansion
+
+LIMITS = Limits()
+
+
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        schema = {"items": schema}
+    return schema
+
+
+def properties(number: int) -> dict[str, Any]:
+    return {"properties": {f"p{index}": {} for index in range(number)}}
+
+
+@pytest.mark.parametrize(
+    ("field", "fits", "too_much", "limit"),
+    [
+        ("n", 16, 17, 16),
+        ("n", -1, 4096, 16),  # what makes no sense is for the engine to say
+        ("prompts", 16, 1024, 16),
+        ("logprobs", 20, 21, 20),
+        ("logprobs", 0, -1, 20),  # -1: the whole vocabulary
+        ("stop", ["a"] * 16, ["a"] * 17, 16),
+        ("stop", "a" * 256, "a" * 257, 256),
+        ("stop", [], ["a", "b" * 10**6], 256),
+        ("logit_bias", dict.fromkeys(range(300)), dict.fromkeys(range(301)), 300),
+        ("choice", ["a"] * 500, ["a"] * 501, 500),
+        ("choice", ["é" * 8192], ["é" * 8193], 16_384),
+        ("regex", "a" * 16_384, "a" * 16_385, 16_384),
+        ("regex", "[a-z]{1,256}", "[a-z]{1,257}", 256),
+        ("regex", "([a-z]{16}){16}", "([a-z]{16}){17}", 256),
+        ("regex", r"\d{4}-\d{2}-\d{2}", "a{" + "9" * 9000 + "}", 256),
+        ("grammar", 'root ::= "{999}"{9}', 'root ::= "x"{999}', 256),
+        ("grammar", 'start: "a"~1..256', 'start: "a"~1..257', 256),
+        ("schema", {"type": "array", "minItems": 256}, {"type": "array", "minItems": 10**9}, 256),
+        ("schema", '{"minItems": 2}', '{"minItems": 1e9}', 256),
+        ("schema", '{"maxLength": 256}', '{"maxLength": Infinity}', 256),
+        ("schema", {"anyOf": [{"maxLength": 128}, {"maxItems": 128}]}, {"anyOf": [{"maxLength": 128}] * 3}, 256),
+        ("schema", {"pattern": "a{256}"}, {"items": {"pattern": "(a{10}){26}"}}, 256),
+        ("schema", {"patternProperties": {"a{256}": {}}}, {"patternProperties": {"a{257}": {}}}, 256),
+        (
+            "schema",
+            {"properties": {"minItems": {"type": "integer"}}},
+            {"properties": {"minItems": {"minItems": 999}}},
+            256,
+        ),
+        ("schema", properties(200), properties(201), 200),
+        ("schema", {"items": [properties(100)] * 2}, {"items": [properties(101)] * 2}, 200),
+        ("schema", {"enum": list(range(500))}, {"enum": list(range(501))}, 500),
+        ("schema", nested(32), nested(33), 32),
+        ("schema", "[", "[" * 8000 + "]" * 8000, 32),
+        ("schema", {"title": "é" * 8_000}, {"title": "é" * 9_000}, 16_384),
+        ("schema", True, "[" + " " * 16_384 + "]", 16_384),
+        ("schema", {"$ref": "#/$defs/n", "$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}}, {"$ref": "#"}, 0),
+        ("schema", {"anyOf": [{"$ref": "#/$defs/a"}] * 2, "$defs": {"a": {}}}, {"anyOf": [{}, {"$ref": "#"}]}, 0),
+        ("schema", {"$ref": "#/nowhere"}, {"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}, 0),
+    ],
+)
+def test_each_limit_lets_pass_what_fits_and_names_itself(field: str, fits: Any, too_much: Any, limit: int) -> None:
+    check(LIMITS, **{field: fits})
+    with pytest.raises(LimitExceeded) as refused:
+        check(LIMITS, **{field: too_much})
+    assert (refused.value.field, refused.value.limit) == (field, limit)
+    assert str(refused.value).startswith(f"{field} may ")
+    assert limit == 0 or str(limit) in str(refused.value)
+    assert len(str(refused.value)) < 100  # nothing of the request is repeated
+
+
+def test_the_field_is_called_as_the_caller_calls_it() -> None:
+    with pytest.raises(LimitExceeded, match=r"^sampling\.json_schema may have 256 counted repetitions"):
+        check(LIMITS, schema={"minItems": 10**9}, names={"schema": "sampling.json_schema"})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "copies"),
+    [
+        ("", 0),
+        ("abc*(d|e)+", 0),
+        ("a{3}", 3),
+        ("a{3,}", 3),
+        ("a{,5}", 5),
+        ("a{2,5}b{4}", 9),
+        ("(a{2}b{3}){4}", 20),
+        ("((a{2}){3}){4}", 24),
+        ("(ab){7}", 7),
+        ("a{2}{3}", 6),
+        (r"\({3}", 3),
+        (r"\{3}", 0),
+        ("[{3}]", 0),
+        ("[]{3}]{2}", 2),
+        (r"[^\]{3}]{2}", 2),
+        ("{3}", 3),
+        ("a{x}", 0),
+        ("a){3}", 3),
+        ("(((a{3}", 3),
+        ("a{2}b", 2),
+    ],
+)
+def test_counted_repetitions_add_up_and_those_in_groups_multiply(pattern: str, copies: int) -> None:
+    assert expansion(pattern) == copies
+
+
+@given(st.text(alphabet="ab(){}[]\\^0123456789,~.\"' ", max_size=200), st.booleans())
+def test_any_text_has_an_expansion(text: str, quotes: bool) -> None:
+    assert expansion(text, quotes) >= 0
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["$ref", "anyOf", "enum", "minItems", "pattern", "properties", "x"]), inner)
+    ),
+    max_leaves=20,
+)
+
+
+@given(JSON)
+def test_any_json_is_looked_through(schema: Any) -> None:
+    """What is no schema is for the engine to refuse: here it passes, or goes beyond a limit; as text no less."""
+
+    def refusal(given_as: Any) -> str:
+        try:
+            check(LIMITS, schema=given_as)
+        except LimitExceeded as refused:
+            return str(refused)
+        return ""
+
+    assert refusal(json.dumps(schema)) == ("" if isinstance(schema, str) else refusal(schema))
+
+
+def test_what_can_be_reached_on_many_ways_is_looked_at_once() -> None:
+    definitions = {f"d{index}": {"anyOf": [{"$ref": f"#/$defs/d{index + 1}"}] * 8} for index in range(60)}
+    check(LIMITS, schema={"$defs": definitions, "$ref": "#/$defs/d0"})  # on each of the 8^60 ways, it would never end
