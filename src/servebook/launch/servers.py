@@ -70,15 +70,16 @@ def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -
 
 
 def https_ok(address: str, path: str, timeout: float = 2.0) -> bool:
-    """As `http_ok` of a server with TLS, whoever signed its certificate. One that asks for ours (mTLS) is there too."""
+    """As `http_ok` of a server with TLS, whoever signed its certificate; one that asks for ours (mTLS) is there too."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # with 1.3 a refusal may come, or get lost, after the handshake
     connection = HTTPSConnection(address, timeout=timeout, context=context)
     try:
         connection.request("GET", path)
         return connection.getresponse().status == 200
     except ssl.SSLError as error:
-        return error.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+        return error.reason == "SSLV3_ALERT_HANDSHAKE_FAILURE"
     except (OSError, HTTPException):
         return False
     finally:
@@ -148,13 +149,32 @@ def _vllm_grpc(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list
 
 
 def _vllm_rs(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
-    files = {"certfile": settings.tls_cert, "keyfile": settings.tls_key, "ca-certs": settings.tls_client_ca}
-    return [
-        *_vllm(behind(settings), model, needs),
-        *("--grpc-port", "{grpc}"),
-        *(word for name, file in files.items() if file for word in (f"--ssl-{name}", str(file.resolve()))),
-        *(["--ssl-cert-reqs", "2"] if settings.tls_client_ca else []),  # ssl.CERT_REQUIRED
-    ]
+    return [*_vllm(behind(settings), model, needs), "--grpc-port", "{grpc}", *_tls_of_vllm(settings)]
+
+
+def _tls_of_vllm(settings: Settings) -> list[str]:
+    """vLLM's options for the TLS files.
+
+    Raises:
+        LaunchError: they cannot be used. vLLM would find out only when the engine is loaded.
+    """
+    cert, key, authority = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if not (cert or key or authority):
+        return []
+    try:
+        if not (cert and key):
+            raise ValueError("a certificate and its key go together")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(cert, key)
+        if authority:
+            context.load_verify_locations(authority)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        raise LaunchError(
+            f"The TLS files cannot be used: {error}.",
+            "Correct SERVEBOOK_TLS_CERT, SERVEBOOK_TLS_KEY and SERVEBOOK_TLS_CLIENT_CA, or unset all three.",
+        ) from None
+    own = ["--ssl-certfile", str(cert.resolve()), "--ssl-keyfile", str(key.resolve())]
+    return own + (["--ssl-ca-certs", str(authority.resolve()), "--ssl-cert-reqs", "2"] if authority else [])
 
 
 def _rust_env(settings: Settings, say: Callable[[str], None]) -> dict[str, str]:
