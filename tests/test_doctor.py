@@ -80,7 +80,7 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_rust_front(Path("/cache/vllm-rs")), "OK", "/cache/vllm-rs"),
         (doctor.check_rust_front(None), "WARN", "python -m servebook.engine.rust_front"),
         (doctor.check_browser("/usr/bin/chromium"), "OK", "/usr/bin/chromium"),
-        (doctor.check_browser(None), "WARN", "apt-get install chromium"),
+        (doctor.check_browser(None), "WARN", "scripts/browser"),
     ],
 )
 def test_check(finding: Finding, level: str, says: str) -> None:
