@@ -1,5 +1,6 @@
 # Two commands do everything: `make lab` and `make test`.
-# DEVICE=cpu|gpu|auto chooses the lock; K=name runs a part of the tests; LAB_ARGS goes to jupyter lab.
+# DEVICE=cpu|gpu|auto chooses the lock; K=name runs a part of the tests; LAB_ARGS goes to jupyter lab; OFFLINE=DIR takes
+# everything from a folder that `make offline DIR=…` made.
 
 DEVICE ?= auto
 LAB_ARGS ?=
@@ -18,7 +19,7 @@ ready := $(env)/.servebook-$(device)
 room := $(env)/room
 locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
-.PHONY: lab room test browser check lint setup lock notebooks labs protos clean
+.PHONY: lab room test browser check lint setup offline lock notebooks labs protos clean
 
 # The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
 # `|| true`: the doctor prints what it found; a failed check must not keep the reader from the notebooks.
@@ -56,6 +57,10 @@ $(ready): $(locked)
 # JupyterHub and its proxy, in an environment of their own.
 $(room)/.ready: requirements/room.txt scripts/setup-room | $(ready)
 	@scripts/setup-room "$(env)" "$(room)"
+
+# A folder with all that a machine without a network needs; there, `make lab OFFLINE=DIR`.
+offline:
+	@scripts/offline "$(DIR)" "$(device)"
 
 lock:
 	@scripts/lock

@@ -38,7 +38,8 @@ class Settings(BaseSettings):
     Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the servers `grpc` and `vllm-rs`.
     `vllm_rs_file` is the program of vLLM's Rust front end, where it is neither installed nor to be fetched. `cores` are
     those that an engine computes on, such as `0,1` ("": those that it may use); `router` deals them out to its
-    replicas. `room_…` is for a room of learners: the environment of JupyterHub, how many may be there, how many
+    replicas. `room_…` is for a room of learners: the environment of JupyterHub, whether learners
+    sign up without a join code, how many may be there, how many
     requests the engine takes at a time, of all and of one learner, a learner's share per minute, and what a learner's
     process may take: memory, processor time, and time without a sign of life.
     """
@@ -71,6 +72,7 @@ class Settings(BaseSettings):
     state_dir: Path = user_state_path("servebook")
 
     room_env: Path = Path(sys.prefix) / "room"
+    room_open_sign_up: bool = False
     room_seats: int = Field(default=40, ge=1)
     room_places: int = Field(default=64, ge=1)
     room_learner_places: int = Field(default=16, ge=1)
