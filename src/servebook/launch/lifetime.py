@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from servebook.engine.arguments import engine_env, require_memory
+from servebook.engine.arguments import engine_env
 from servebook.engine.model import model_path
 from servebook.errors import LaunchError
+from servebook.launch.memory import memory_for
 from servebook.launch.progress import Progress, progress
 from servebook.launch.servers import ENGINE_PHASES, SERVERS, ServerSpec, behind, find_server
 from servebook.settings import LOOPBACK, Settings, is_loopback, load_settings
@@ -246,24 +247,24 @@ def _start(spec: ServerSpec, settings: Settings, instance: str, owner: str) -> t
     links: dict[str, Link] = {}
     try:
         at: dict[str, Mapping[str, str]] = {}
-        with ExitStack() as displays:
+        with ExitStack() as starts:
             begun: list[_Begun] = []
             for need, its_settings in spec.needs(settings).items():
                 kind = SERVERS.get(need, SERVERS["vllm"])  # a replica is a vllm by another name
                 if need == "vllm" and settings.engine_url:
                     at[need] = _elsewhere(settings).endpoints
                 elif kind.has_engine:
-                    display = displays.enter_context(progress(need))
+                    display = starts.enter_context(progress(need))
                     started = sum(not other.attached for other in begun)
-                    begun.append(_begin(kind, its_settings, need, owner, {}, display, links, started + 1))
+                    begun.append(_begin(kind, its_settings, need, owner, {}, display, links, starts, started + 1))
                 else:
                     server, its_links = _start(kind, its_settings, need, owner)
                     at[need] = server.endpoints
                     links |= its_links
             for one in begun:
                 at[one.info["name"]] = _finish(one).endpoints
-        with progress(instance) as display:
-            return _finish(_begin(spec, settings, instance, owner, at, display, links)), links
+        with ExitStack() as starts, progress(instance) as display:
+            return _finish(_begin(spec, settings, instance, owner, at, display, links, starts)), links
     except BaseException:
         for link in links.values():
             link.close()
@@ -290,16 +291,18 @@ def _begin(
     needs: dict[str, Mapping[str, str]],
     display: Progress,
     links: dict[str, Link],
+    starts: ExitStack,
     engines: int = 1,
 ) -> _Begun:
     """Take a lease on the server that is there, or on a new one, into `links`; does not wait until it is ready.
 
-    `engines` are those that start together, this one included: memory must be there for all.
+    `engines` are those that start together, this one included: memory must be there for all, and what a GPU has is
+    held for them until `starts` is closed.
     """
     display.phase("looking for the model")
     model = model_path(settings)
     request = _request(spec, settings, instance, owner, model, needs)
-    link, info, attached = _attach(spec, request, settings, model, display, engines)
+    link, info, attached = _attach(spec, request, settings, model, display, starts, engines)
     links[request["address"]] = link
     if not _serves(info, request):
         raise LaunchError(
@@ -329,7 +332,13 @@ def _finish(begun: _Begun) -> Server:
 
 
 def _attach(
-    spec: ServerSpec, request: dict[str, Any], settings: Settings, model: Path, display: Progress, engines: int
+    spec: ServerSpec,
+    request: dict[str, Any],
+    settings: Settings,
+    model: Path,
+    display: Progress,
+    starts: ExitStack,
+    engines: int,
 ) -> tuple[Link, dict[str, Any], bool]:
     """A lease on the server that is there, or on a new one; its description; whether it was there."""
     while there := Link.open(settings, request["name"]):
@@ -337,7 +346,7 @@ def _attach(
             return there, info, True
         there.close()  # it was ending, for example because its kernel was restarted: wait until it has
     if spec.has_engine:
-        require_memory(settings, model, engines)
+        starts.enter_context(memory_for(settings, model, engines, display.phase))
     link = _spawn(request, settings, display)
     if info := link.ask("attach"):
         return link, info, False

@@ -24,7 +24,7 @@ from typing import Any
 import grpc
 import psutil
 
-from servebook.engine.arguments import engine_env, in_float32
+from servebook.engine.arguments import engine_env, gpu_share, in_float32
 from servebook.engine.model import model_path
 from servebook.launch.supervisor import is_tracker
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
@@ -67,12 +67,15 @@ def serve() -> None:
     from vllm import LLM
 
     settings = load_settings()
+    model = model_path(settings)
+    share = gpu_share(settings, model) if settings.on_gpu else None
     llm = LLM(
-        model=str(model_path(settings)),
+        model=str(model),
         max_model_len=settings.max_model_len,
         kv_cache_memory_bytes=settings.kv_cache_gib * 2**30,
         enforce_eager=not settings.on_gpu,
         dtype="float32" if in_float32(settings) else "auto",
+        **({"gpu_memory_utilization": share} if share else {}),
     )
     servers, ports = [], []
     for turn in (threading.Lock(), nullcontext()):
