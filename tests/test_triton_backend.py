@@ -33,7 +33,6 @@ from servebook.ways.triton_grpc.backend.request import (
     GenerateRequest,
     UnsupportedRequest,
     parse_request,
-    stream_interval,
     text_tensor,
 )
 from servebook.ways.triton_grpc.backend.response import Responses
@@ -70,10 +69,6 @@ def test_optional_outputs_are_asked_for_by_name(name: str) -> None:
     assert parse(**{f"return_{name}": True}).outputs == {name}
     assert parse(**{f"return_{name}": False}).outputs == frozenset()
     assert f"return_{name}" in {tensor["name"] for tensor in INPUTS}
-
-
-def test_tokens_share_responses_where_there_are_many_streams() -> None:
-    assert [stream_interval(requests) for requests in (1, 3, 4, 6, 8, 32)] == [1, 1, 2, 3, 4, 4]
 
 
 def test_strings_become_what_the_field_is() -> None:

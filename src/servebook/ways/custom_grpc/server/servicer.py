@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
@@ -106,6 +107,8 @@ class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
                     # Waits while the reader is slow. The engine does not: what comes meanwhile merges into one output.
                     await context.write(message)
                     sequence += 1
+                    if hold := self.calls.hold_seconds(call, len(token_ids)):
+                        await asyncio.sleep(hold)  # many readers: fewer messages, with more tokens in each
 
     async def start(self, request: Request, call: Call, stream: bool) -> AsyncGenerator[RequestOutput, None]:
         """Check the request, and hand it to the engine; nothing is computed before the first `async for`.
@@ -120,6 +123,7 @@ class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
         prompt = await self.inputs.prompt(request)
         call.prompt_tokens = len(prompt["prompt_token_ids"])
         params = self.inputs.params(request, call.prompt_tokens, stream)
+        call.max_tokens = params.max_tokens or 0
         return self.engine.generate(prompt, params, call.id)
 
 

@@ -25,9 +25,6 @@ INTERNAL = {"output_kind", "output_text_buffer_length", "skip_clone", "detokeniz
 KNOWN = {field.name for field in msgspec.structs.fields(SamplingParams) if field.name[0] != "_"} - INTERNAL
 INT64 = 2**63
 
-MOST_TOKENS = 4
-"""In a response to a stream, if the request does not ask for more: so text still comes some times a second."""
-
 
 class BadRequest(ValueError):
     """A request that cannot be served: which field, and why."""
@@ -159,12 +156,3 @@ def _sampling(values: dict[str, Any], stream: bool) -> SamplingParams:
 def text_tensor(texts: list[str]) -> NDArray[np.object_]:
     """A STRING tensor, shape [len(texts)]."""
     return np.array([text.encode() for text in texts], dtype=np.object_)
-
-
-def stream_interval(requests: int) -> int:
-    """Tokens in a response to a stream that begins when so many requests are at work, its own included.
-
-    A response costs both of Triton's processes about 0.3 ms, four times as much as vLLM's SSE. With one per token, 8
-    streams on cores that they share with the engine lost 7 % of its tokens per second, and 32 lost 14 %.
-    """
-    return min(max(1, requests // 2), MOST_TOKENS)
