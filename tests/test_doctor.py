@@ -17,7 +17,7 @@ import pytest
 from servebook.engine.gpu import Card
 from servebook.engine.model import bundled_path
 from servebook.errors import LaunchError
-from servebook.launch.supervisor import MARK
+from servebook.launch.processes import KEPT
 from servebook.settings import Settings, load_settings
 from servebook.workbook import doctor
 from servebook.workbook.doctor import Finding
@@ -132,7 +132,7 @@ def test_a_strangers_port_is_named(here: Settings) -> None:
 
 @pytest.fixture
 def orphan() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "600"], env=os.environ | {MARK: "servebook-no-such-supervisor"}) as process:
+    with subprocess.Popen(["sleep", "600"], env=os.environ | {KEPT: "/nonexistent/no-such.sock"}) as process:
         yield process
         process.send_signal(signal.SIGKILL)
 

@@ -14,7 +14,7 @@ from servebook.engine import gpu
 from servebook.engine.gpu import GIB
 from servebook.errors import LaunchError
 from servebook.launch.memory import memory_for
-from servebook.launch.supervisor import MARK
+from servebook.launch.processes import KEPT
 from servebook.settings import Settings, load_settings
 
 CARDS = {  # total as NVML has it, GiB; how many engines of the bundled model fit where nothing else is there
@@ -83,7 +83,7 @@ def test_a_model_without_weights_is_reckoned_by_its_shape(tmp_path: Path, settin
 def test_the_refusal_names_who_holds_the_memory(
     settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(MARK, "")
+    monkeypatch.setenv(KEPT, "")
     install(monkeypatch, FakeCard(8, 1, holders={os.getpid(): 2.5, 2**22: None}))
     with pytest.raises(LaunchError) as refused, memory_for(settings, model, 1, quiet):
         pass

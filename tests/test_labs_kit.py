@@ -17,7 +17,7 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
-from desk import TINY, Desk, eventually, free_port
+from desk import TINY, Desk, eventually
 from nbformat.v4 import new_code_cell, new_notebook
 from nbgrader.api import Gradebook
 from nbgrader.converters import Autograde
@@ -34,6 +34,7 @@ from servebook.lab.handout.blanks import student_notebook
 from servebook.lab.handout.bundle import write_bundle
 from servebook.lab.manifest import Lab, find_exercise, load_labs
 from servebook.lab.shell import LabShell, exercise_of
+from servebook.launch.processes import free_port
 
 LABS = [pytest.param(lab, id=lab.stem) for lab in load_labs()]
 STEM = "01_openai_rest"

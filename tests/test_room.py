@@ -23,12 +23,13 @@ import requests
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestServer
 from classroom import Kernel, LearnersDesk, answer_of
-from desk import eventually, free_port
+from desk import eventually
 
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError
 from servebook.launch import Server
-from servebook.launch.servers import find_server
+from servebook.launch.processes import free_port
+from servebook.launch.table import find_server
 from servebook.room.admin import instructors_key
 from servebook.room.front import RELAYED, Front, asked_for
 from servebook.room.keys import Roll

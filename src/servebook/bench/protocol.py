@@ -10,7 +10,7 @@ from pathlib import Path
 
 from servebook.engine.arguments import engine_argv
 from servebook.launch import Server, ServerSpec, find_server, serve
-from servebook.launch.servers import Endpoints
+from servebook.launch.table import Endpoints
 from servebook.settings import TENSOR_MODEL_NAME, Settings
 
 SCRIPTED_RATE = float(os.environ.get("SERVEBOOK_SCRIPTED_RATE", "20"))

@@ -15,7 +15,7 @@ import psutil
 from servebook.engine.arguments import gpu_gib, require_memory
 from servebook.engine.gpu import GIB, Card, cards
 from servebook.errors import LaunchError
-from servebook.launch.supervisor import MARK
+from servebook.launch.processes import KEPT
 from servebook.settings import Settings
 
 POLL_SECONDS = 0.2
@@ -105,8 +105,8 @@ def _name(pid: int) -> str:
     try:
         process = psutil.Process(pid)
         with suppress(psutil.AccessDenied):
-            if match := re.fullmatch(r"servebook-\d+-\w{12}-(.+)", process.environ().get(MARK, "")):
-                return match[1]
+            if socket_file := process.environ().get(KEPT):
+                return Path(socket_file).stem
         return f"{process.name()} (pid {pid})"
     except psutil.Error:
         return f"a process out of sight (pid {pid})"

@@ -22,7 +22,7 @@ import typer
 
 from servebook.checkout import ROOT
 from servebook.errors import ServebookError
-from servebook.launch.supervisor import PR_SET_CHILD_SUBREAPER, children, prctl
+from servebook.launch.processes import adopt_orphans, children
 from servebook.room.desk import make_master
 from servebook.settings import Settings, load_settings
 
@@ -73,7 +73,7 @@ def keep(commands: dict[str, list[str]], env: dict[str, str]) -> None:
         ServebookError: one ended right after its start.
     """
     # A hub that dies leaves its desks to us. It finds them again by their process ids, so one that has ended must go.
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     running: dict[str, subprocess.Popen[bytes]] = {}
     started: dict[str, float] = {}
     try:
@@ -89,7 +89,7 @@ def keep(commands: dict[str, list[str]], env: dict[str, str]) -> None:
                 running[name] = subprocess.Popen(command, env=env)
                 started[name] = time.monotonic()
                 log.info("%s is process %d", name, running[name].pid)
-            reap(set(children()) - {child.pid for child in running.values()})
+            reap(children() - {child.pid for child in running.values()})
             time.sleep(POLL_SECONDS)
     finally:
         for child in running.values():

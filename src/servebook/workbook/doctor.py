@@ -29,7 +29,8 @@ from servebook.engine.gpu import GIB, Card, cards
 from servebook.engine.model import bundled_path, context_limit, is_prepared
 from servebook.errors import ServebookError
 from servebook.launch.memory import held_by
-from servebook.launch.supervisor import MARK, can_bind
+from servebook.launch.processes import KEPT, can_bind
+from servebook.launch.supervisor import connect
 from servebook.settings import BUNDLED_MODEL, Settings, installed_vllm, load_settings
 
 Level = Literal["OK", "WARN", "FAIL"]
@@ -283,7 +284,7 @@ def check_folder(variable: str, folder: Path) -> Finding:
 
 def check_environment(environment: Mapping[str, str]) -> Finding:
     """Misspelt settings, and a proxy between a client and this very machine."""
-    known = {f"SERVEBOOK_{name.upper()}" for name in Settings.model_fields} | {MARK}
+    known = {f"SERVEBOOK_{name.upper()}" for name in Settings.model_fields} | {KEPT}
     unknown = sorted(name for name in environment if name.startswith("SERVEBOOK_") and name not in known)
     if unknown:
         return Finding("WARN", "variables", f"unknown, so without effect: {', '.join(unknown)}", "Correct the name.")
@@ -413,13 +414,15 @@ def _engine_problem(settings: Settings) -> ServebookError | None:
 
 def _orphans() -> dict[int, str]:
     """Servers of this user, by any state folder, whose supervisor is gone."""
-    listening = set(re.findall(r"@(servebook-\S+)", Path("/proc/net/unix").read_text()))
     found = {}
     for process in psutil.process_iter():
         try:
-            address = process.environ().get(MARK)
-            if address and address not in listening and process.uids().real == os.getuid():
-                found[process.pid] = " ".join(process.cmdline())[:60]
+            socket = process.environ().get(KEPT)
+            if socket and process.uids().real == os.getuid():
+                if there := connect(Path(socket)):
+                    there.close()
+                else:
+                    found[process.pid] = " ".join(process.cmdline())[:60]
         except psutil.Error:
             continue
     return found

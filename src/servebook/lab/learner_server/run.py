@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
 import sys
-import tempfile
-import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from servebook.errors import LaunchError
-from servebook.launch.child import PR_SET_PDEATHSIG, free_port, libc
-
-START_SECONDS = 60
+from servebook.launch.child import Child, run_child
+from servebook.launch.processes import free_port
 
 
 class OwnServer:
@@ -30,42 +24,30 @@ class OwnServer:
 
     def __init__(self, file: str | Path, engine_url: str, key: str, model: str, timeout: float = 30) -> None:
         self.file = Path(file).resolve()
-        port = free_port()
-        engine = {"ENGINE_URL": engine_url, "ENGINE_KEY": key, "ENGINE_MODEL": model, "ENGINE_TIMEOUT": str(timeout)}
-        self.address, self.url = f"127.0.0.1:{port}", f"http://127.0.0.1:{port}"
-        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in __exit__
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "servebook.lab.learner_server", str(self.file), str(port)],
-            env=os.environ | engine,
-            stdin=subprocess.DEVNULL,
-            stdout=self.output,
-            stderr=self.output,
-            start_new_session=True,
-            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
-        )
+        self.port = free_port()
+        self.env = {"ENGINE_URL": engine_url, "ENGINE_KEY": key, "ENGINE_MODEL": model, "ENGINE_TIMEOUT": str(timeout)}
+        self.address, self.url = f"127.0.0.1:{self.port}", f"http://127.0.0.1:{self.port}"
+        self.ending = ExitStack()
 
     def __enter__(self) -> OwnServer:
-        deadline = time.monotonic() + START_SECONDS
-        host, port = self.address.split(":")
-        while self.process.poll() is None and time.monotonic() < deadline:
-            try:
-                with socket.create_connection((host, int(port)), timeout=1):
-                    return self
-            except OSError:
-                time.sleep(0.05)
-        said = self.said()
-        self.__exit__(None, None, None)
-        raise LaunchError(f"{self.file.name} does not start. The end of its output:\n{said[-1500:]}")
+        command = [sys.executable, "-m", "servebook.lab.learner_server", str(self.file), str(self.port)]
+        # Learners' code may ignore SIGTERM, and has nothing to save: no grace.
+        running = run_child(command, self._listens, name=self.file.name, env=self.env, grace=0)
+        self.child = self.ending.enter_context(running)
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Learners' code may ignore SIGTERM, and has nothing to save.
-        self.process.kill()
-        self.process.wait()
-        self.output.close()
+        self.ending.close()
+
+    def _listens(self, _: Child) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
 
     def said(self) -> str:
         """Everything that the server has printed so far."""
-        self.output.seek(0)
-        return self.output.read()
+        return self.child.said()

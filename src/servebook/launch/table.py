@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
 from servebook.engine.arguments import engine_argv
 from servebook.errors import LaunchError
+from servebook.launch.probes import grpc_serving, http_ok
 from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback
 
 Endpoints = Mapping[str, str]
@@ -49,32 +49,6 @@ class ServerSpec:
     checks_key: bool = True
     local: tuple[str, ...] = ()
     needs: Needs = lambda _: {}
-
-
-def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -> bool:
-    """Whether GET answers 200 with `words` in the body; asked past any proxy, and without a slow import."""
-    connection = HTTPConnection(address, timeout=timeout)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status == 200 and words in response.read()
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def grpc_serving(address: str, timeout: float = 2.0) -> bool:
-    """Whether grpc.health.v1 answers SERVING for the whole server."""
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
-            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-        except grpc.RpcError:
-            return False
 
 
 def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
@@ -292,3 +266,8 @@ def find_server(name: str) -> ServerSpec:
         return SERVERS[name]
     except KeyError:
         raise LaunchError(f"There is no server {name!r}.", f"Choose from {', '.join(SERVERS)}.") from None
+
+
+def kind_of(instance: str) -> ServerSpec:
+    """The spec of an instance that the table itself names: a replica is a vllm by another name."""
+    return find_server("vllm" if instance.startswith(REPLICA) else instance)
