@@ -36,6 +36,8 @@ class Call:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     max_tokens: int = 0
+    constraint: str = ""
+    """The request's field that says which form the text must have."""
 
     def saw_first_token(self) -> None:
         """Note the time to first token, in seconds."""
@@ -72,7 +74,7 @@ class Calls:
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
         except Exception as error:
-            refusal = refusal_for(error, self.limit, call.id)
+            refusal = refusal_for(error, self.limit, call.id, call.constraint)
             code = refusal.code
             if code is grpc.StatusCode.INTERNAL:
                 # Type and place, not the message: it may quote the prompt.

@@ -9,7 +9,7 @@ import asyncio
 import os
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -27,15 +27,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from servebook.ways.pace import Pace
 from servebook.ways.triton_grpc.backend.guardian import start_guardian
 from servebook.ways.triton_grpc.backend.metrics import Factory
-from servebook.ways.triton_grpc.backend.request import (
-    BadRequest,
-    GenerateRequest,
-    Tensors,
-    UnsupportedRequest,
-    parse_request,
-    refused,
-)
-from servebook.ways.triton_grpc.backend.response import Responses
+from servebook.ways.triton_grpc.backend.tensors import arrays, elements
+from servebook.ways.v2.contract import BadRequest, GaveUp, UnsupportedRequest
+from servebook.ways.v2.request import GenerateRequest, read_request, refused
+from servebook.ways.v2.response import Responses
 
 POLL_SECONDS = 0.05
 """How often cancelled requests are looked for: Triton offers no callback. A cancel must be seen within 0.2 s."""
@@ -88,10 +83,10 @@ class Engine:
             self.guardian.release()
             raise
 
-    def submit(self, tensors: Tensors, parameters: str, sender: Any) -> None:
+    def submit(self, tensors: Mapping[str, Any], parameters: str, sender: Any) -> None:
         """Take a request over from Triton, or refuse it. Called on Triton's thread."""
         try:
-            request = parse_request(tensors, parameters)
+            request = read_request(elements(tensors), parameters)
             self._check_lora(request)
         except UnsupportedRequest as error:
             self._refuse(sender, str(error), Error.UNSUPPORTED)
@@ -137,8 +132,8 @@ class Engine:
         except BadRequest as error:
             self._fail(sender, str(error), Error.INVALID_ARG)
         except VLLMClientError as error:
-            self._fail(sender, str(refused("sampling_parameters", error)), Error.INVALID_ARG)
-        except (EngineDeadError, GracefulHTTPError) as error:
+            self._fail(sender, str(refused("sampling_parameters", error, request)), Error.INVALID_ARG)
+        except (EngineDeadError, GaveUp, GracefulHTTPError) as error:
             self._fail(sender, f"the engine cannot serve: {error}", Error.UNAVAILABLE)
         except Exception as error:
             cause = error.__cause__ or error
@@ -163,7 +158,7 @@ class Engine:
         left = request.sampling.n * (request.sampling.max_tokens or self.llm.model_config.max_model_len)
         async with aclosing(outputs):  # leaving early aborts the request in the engine
             async for output in outputs:
-                tensors = [pb_utils.Tensor(name, array) for name, array in responses.tensors(output).items()]
+                tensors = [pb_utils.Tensor(name, array) for name, array in arrays(responses.values(output)).items()]
                 if output.finished:
                     del self.waiting[sender]
                 sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if output.finished else 0)
