@@ -225,6 +225,10 @@ async def test_32_streams_neither_mix_nor_skip(aio: GrpcAioClient) -> None:
 # How it refuses
 
 
+REF_LOOP = json.dumps({"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}})
+NAMES: dict[str, Any] = {f"p{number}": {} for number in range(201)}
+
+
 def invalid_requests() -> dict[str, tuple[pb.GenerateRequest, str]]:
     def request(**fields: Any) -> pb.GenerateRequest:
         defaults: dict[str, Any] = {"prompt": "x", "max_tokens": 1}
@@ -251,10 +255,22 @@ def invalid_requests() -> dict[str, tuple[pb.GenerateRequest, str]]:
         "top_k": (sampling(top_k=-1), "sampling.top_k"),
         "empty stop": (sampling(stop=[""]), "sampling.stop"),
         "many stops": (sampling(stop=["x"] * 17), "sampling.stop"),
-        "bad regex": (sampling(regex="("), "sampling.constraint"),
+        "bad regex": (sampling(regex="("), "sampling.regex"),
+        "a regex that fills the status": (sampling(regex="([" * 3500), "sampling.regex"),
+        **{
+            regex: (sampling(regex=regex), "sampling.regex")
+            for regex in ("foo**", r"\p{L}+", "(?P<a>x)", "(?i)a", "a++")
+        },
+        "many copies": (sampling(regex="(a{30}){30}"), "sampling.regex"),
         "long regex": (sampling(regex="x" * 20_000), "sampling.regex"),
-        "bad schema": (sampling(json_schema="{"), "sampling.constraint"),
-        "no choice": (sampling(choice=pb.Choice()), "sampling.constraint"),
+        "bad schema": (sampling(json_schema="{"), "sampling.json_schema"),
+        "a schema for a billion items": (sampling(json_schema='{"minItems": 1000000000}'), "sampling.json_schema"),
+        "a schema for no text": (sampling(json_schema='{"enum": []}'), "sampling.json_schema"),
+        "a $ref to itself": (sampling(json_schema=REF_LOOP), "sampling.json_schema"),
+        "many properties": (sampling(json_schema=json.dumps({"properties": NAMES})), "sampling.json_schema"),
+        "no choice": (sampling(choice=pb.Choice()), "sampling.choice"),
+        "many choices": (sampling(choice=pb.Choice(options=["x"] * 501)), "sampling.choice"),
+        "long stop": (sampling(stop=["x" * 257]), "sampling.stop"),
     }
 
 
@@ -267,6 +283,9 @@ def test_invalid_argument_names_the_field(client: GrpcClient, name: str) -> None
     [violation] = detail(caught.value, error_details_pb2.BadRequest).field_violations
     assert violation.field == field
     assert caught.value.details() == f"{violation.field}: {violation.description}"
+    with pytest.raises(grpc.RpcError) as streamed:
+        list(stub_on(client.channel).StreamGenerate(as_stream(request), timeout=60))
+    assert (streamed.value.code(), streamed.value.details()) == (caught.value.code(), caught.value.details())
 
 
 def test_a_stream_is_refused_like_a_unary_call(client: GrpcClient) -> None:
@@ -298,6 +317,21 @@ def test_the_status_carries_an_id_that_the_log_has_without_the_prompt(
     assert secret not in grpc_server.tail(1000)
 
 
+def as_stream(request: pb.GenerateRequest) -> pb.StreamGenerateRequest:
+    return pb.StreamGenerateRequest.FromString(request.SerializeToString())  # the same fields by the same numbers
+
+
+SCHEMAS = st.recursive(
+    st.sampled_from(["string", "integer", "array", "object", 7]).map(lambda name: {"type": name})
+    | st.dictionaries(st.sampled_from(["minItems", "maxLength", "minimum", "multipleOf"]), st.integers(), max_size=2),
+    lambda inner: (
+        st.fixed_dictionaries({"type": st.just("array"), "items": inner})
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3).map(lambda named: {"properties": named})
+        | st.lists(inner, max_size=2).map(lambda each: {"anyOf": each})
+        | st.just({"$ref": "#"})
+    ),
+    max_leaves=4,
+)
 texts = st.text(max_size=40)
 fields = st.fixed_dictionaries(
     {},
@@ -312,7 +346,12 @@ samplings = st.builds(
     top_k=st.none() | st.integers(-(2**31), 2**31 - 1),
     seed=st.none() | st.integers(-(2**63), 2**63 - 1),
     stop=st.lists(texts, max_size=20),
-    regex=st.none() | texts,
+)
+constraints = st.one_of(
+    st.builds(dict),
+    st.builds(lambda text: {"regex": text}, texts | st.text(alphabet="a(){}[]*+?|\\p19,", max_size=12)),
+    st.builds(lambda schema: {"json_schema": json.dumps(schema)}, SCHEMAS),
+    st.builds(lambda options: {"choice": pb.Choice(options=options)}, st.lists(texts, max_size=4)),
 )
 inputs = st.one_of(
     st.builds(lambda prompt: {"prompt": prompt}, texts),
@@ -327,10 +366,15 @@ inputs = st.one_of(
 @hypothesis_settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(inputs, fields, samplings)
+@given(inputs, fields, samplings, constraints)
 def test_any_request_is_served_or_refused_never_failed(
-    client: GrpcClient, given_input: dict[str, Any], given_fields: dict[str, Any], sampling: pb.Sampling
+    client: GrpcClient,
+    given_input: dict[str, Any],
+    given_fields: dict[str, Any],
+    sampling: pb.Sampling,
+    constraint: dict[str, Any],
 ) -> None:
+    sampling.MergeFrom(pb.Sampling(**constraint))
     request = pb.StreamGenerateRequest(**given_input, **given_fields, sampling=sampling)
     call = stub_on(client.channel).StreamGenerate(request, timeout=60)
     with suppress(grpc.RpcError):
