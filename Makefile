@@ -71,9 +71,9 @@ notebooks: $(ready)
 labs: $(ready)
 	$(python) -m servebook.lab.handout.blanks
 
-# llm.v1's stubs; a test holds them fresh.
+# The stubs of all protos; a test holds them fresh.
 protos: $(ready)
-	PATH="$(path)" $(python) -m grpc_tools.protoc -I servebook/protos=protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src servebook/protos/llm/v1/llm.proto
+	PATH="$(path)" $(python) -m grpc_tools.protoc -I servebook/protos=protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src servebook/protos/llm/v1/llm.proto servebook/protos/vllm/inference.proto
 
 clean:
 	@-[ ! -x $(bin)/servebook ] || $(bin)/servebook down --all

@@ -82,6 +82,8 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_environment({"SERVEBOOK_MODLE": "x"}), "WARN", "SERVEBOOK_MODLE"),
         (doctor.check_environment({"http_proxy": "http://p:3128"}), "WARN", "NO_PROXY"),
         (doctor.check_environment({"HTTP_PROXY": "http://p", "no_proxy": "a.example, localhost"}), "OK", ""),
+        (doctor.check_rust_front(Path("/cache/vllm-rs")), "OK", "/cache/vllm-rs"),
+        (doctor.check_rust_front(None), "WARN", "python -m servebook.engine.rust_front"),
         (doctor.check_browser("/usr/bin/chromium"), "OK", "/usr/bin/chromium"),
         (doctor.check_browser(None), "WARN", "scripts/browser"),
     ],
