@@ -41,6 +41,7 @@ from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
 from servebook.ways.metrics import metric
+from servebook.workbook.notebook import measure_pace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -479,9 +480,12 @@ def test_a_cancel_reaches_the_engine_at_once(client: GrpcClient, grpc_server: la
 
 
 def test_a_deadline_reaches_the_engine_at_once(client: GrpcClient, grpc_server: launch.Server) -> None:
+    # The answer goes on to the end of the context, some 2,000 tokens: no engine is there after 500.
+    pace = measure_pace(lambda n: client.generate("Once", max_tokens=n, sampling=FOREVER))
+    seconds = pace.seconds(500, at_most=5)
     times = []
     for _ in range(3):
-        endless = Endless(client, seconds=5)
+        endless = Endless(client, seconds)
         with pytest.raises(grpc.RpcError) as caught:
             list(endless.call)
         times.append(max(endless.ended_in(grpc_server)))
@@ -706,7 +710,9 @@ def is_refused(client: GrpcClient) -> bool:
 def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient, guarded: launch.Server) -> None:
     watch = health_pb2_grpc.HealthStub(friend.channel).Watch(health_pb2.HealthCheckRequest(), timeout=120)
     assert next(watch).status == SERVING
-    request = pb.StreamGenerateRequest(prompt="Once", max_tokens=60, sampling=FOREVER)
+    pace = measure_pace(lambda n: friend.generate("Once", max_tokens=n, sampling=FOREVER))
+    tokens = pace.tokens(2, at_least=60)  # still under way when the signal comes, and done within the grace time
+    request = pb.StreamGenerateRequest(prompt="Once", max_tokens=tokens, sampling=FOREVER)
     calls = [stub_on(friend.channel).StreamGenerate(request, timeout=60) for _ in range(3)]
     for call in calls:
         next(call)
@@ -718,7 +724,7 @@ def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient,
     for call in calls:
         last = list(call)[-1]
         assert last.is_finished
-        assert last.usage.completion_tokens == 60
+        assert last.usage.completion_tokens == tokens
     _, alive = psutil.wait_procs(family, timeout=IDLE_SECONDS)
     assert not alive
     assert '"event": "stopped"' in guarded.tail(50)

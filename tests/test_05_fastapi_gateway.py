@@ -33,6 +33,7 @@ from servebook.ways.fastapi_gateway.server.engine import Engine
 from servebook.ways.fastapi_gateway.server.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS
 from servebook.ways.fastapi_gateway.server.telemetry import Metrics, Telemetry
 from servebook.ways.metrics import metric
+from servebook.workbook.notebook import measure_pace
 
 GATEWAY = "servebook.ways.fastapi_gateway.server"
 KEY = "only-for-this-test"
@@ -571,8 +572,14 @@ def test_the_engine_killed_under_load_and_back(doomed: launch.Server) -> None:
 def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: launch.Server) -> None:
     """While one caller waits for /chat, the article's gateway answers nobody; ours does."""
 
+    def write(tokens: int) -> None:
+        body = {"model": vllm.model, "prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
+        requests.post(f"{vllm.url}/v1/completions", json=body, timeout=60).raise_for_status()
+
+    long = {"message": STORY["message"], "max_tokens": measure_pace(write).tokens(5, at_least=200)}
+
     def answers_meanwhile(url: str) -> bool:
-        with half_a_request(url, "/chat", {"message": STORY["message"], "max_tokens": 200}) as caller:
+        with half_a_request(url, "/chat", long) as caller:
             until("the engine has the request", lambda: metric(vllm.url, "vllm:num_requests_running") >= 1)
             requests.get(f"{url}/healthz", timeout=60)
             caller.setblocking(False)

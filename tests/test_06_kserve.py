@@ -23,6 +23,7 @@ from servebook import launch
 from servebook.settings import TENSOR_MODEL_NAME
 from servebook.ways.kserve.client import V2Client, tensor
 from servebook.ways.metrics import metric
+from servebook.workbook.notebook import measure_pace
 
 pytestmark = pytest.mark.engine
 
@@ -423,8 +424,9 @@ def leave_grpc(kserve: launch.Server) -> None:
 
 def leave_by_deadline(kserve: launch.Server) -> None:
     with V2Client(kserve.grpc) as client:
+        pace = measure_pace(lambda n: client.generate(PROMPT, ENDLESS | {"max_tokens": n}))
         with pytest.raises(InferenceServerException) as caught:
-            client.generate(PROMPT, ENDLESS, timeout=2)
+            client.generate(PROMPT, ENDLESS, timeout=pace.seconds(500, at_most=2))
         assert caught.value.status() == "StatusCode.DEADLINE_EXCEEDED"
 
 
