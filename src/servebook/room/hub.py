@@ -86,7 +86,7 @@ def view(settings: Settings) -> dict[str, Any]:
     seen.append(settings.cache_dir / "models")
     return {
         "shown": sorted({str(path) for path in seen if path.exists()}),
-        "covers": [str(ROOT), str(settings.state_dir)],
+        "covers": [str(path) for path in (ROOT, settings.state_dir, Path.home()) if path.parts[1:]],
         "cache": str(settings.cache_dir),
     }
 
