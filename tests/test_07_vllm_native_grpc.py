@@ -17,6 +17,7 @@ from servebook import launch
 from servebook.errors import LaunchError
 from servebook.ways.client import Answer
 from servebook.ways.vllm_native_grpc.client import ENGINE, VllmGrpcClient
+from servebook.workbook.notebook import measure_pace
 
 PROMPT = "The capital of France is"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -132,8 +133,9 @@ def test_leaving_the_loop_stops_the_engine(client: VllmGrpcClient) -> None:
 
 @engine
 def test_deadline_stops_the_engine(client: VllmGrpcClient) -> None:
+    pace = measure_pace(lambda n: client.generate(PROMPT, max_tokens=n, ignore_eos=True))
     with pytest.raises(grpc.RpcError) as caught:
-        list(client.stream(PROMPT, timeout=2, **ENDLESS))
+        list(client.stream(PROMPT, timeout=pace.seconds(500, at_most=2), **ENDLESS))
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     until(lambda: idle(client), seconds=10)
 
