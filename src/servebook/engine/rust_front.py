@@ -145,7 +145,7 @@ def main() -> int:
             words.folder.mkdir(parents=True, exist_ok=True)
             with file.open("rb") as content:
                 (words.folder / "RECORD").write_text(f"{_hash(content)}\n")
-            file = Path(shutil.copy2(file, words.folder))
+            file = Path(shutil.copy2(file, words.folder / NAME))
     except (ServebookError, OSError) as error:
         print(str(error).replace("\n", " "), file=sys.stderr)
         return 1
