@@ -101,3 +101,20 @@ def test_no_way_imports_another_or_the_machinery_above() -> None:
                 if above or (way and way[1] != own and not shared):
                     wrong.append(f"{path.relative_to(WAYS)}: {name}")
     assert not wrong
+
+
+def test_contributing_names_every_place_of_a_chapter_an_exercise_and_a_server() -> None:
+    """Its three lists, filled in for one that is there, lead to files; and what a stem finds is in them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    example = {"NN_name": "04_custom_grpc", "/name/": "/custom_grpc/"}
+    for part in ("Add a chapter", "Add an exercise", "Add a server"):
+        section = text.partition(f"## {part}\n")[2].partition("\n## ")[0]
+        places = re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE)
+        assert len(places) >= 5, part
+        for place in places:
+            for word, name in example.items():
+                place = place.replace(word, name)
+            assert (ROOT / place).exists(), f"{part}: {place}"
+    found = {path.relative_to(ROOT).as_posix() for path in files_of(find_chapter("04"))}
+    by_stem = {path.replace("04_custom_grpc", "NN_name") for path in found if "04_custom_grpc" in path}
+    assert not [place for place in by_stem if f"`{place}`" not in text]
