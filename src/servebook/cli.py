@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -125,6 +126,9 @@ app.command()(bench)
 
 def main() -> None:
     """Run a command; an expected error is a message and exit code 1, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no ✓ shows a ?
     try:
         app(standalone_mode=True)
     except ServebookError as error:

@@ -19,7 +19,7 @@ from prometheus_client import start_http_server
 
 from servebook.engine.arguments import engine_args
 from servebook.errors import ServebookError
-from servebook.settings import LOOPBACK, is_loopback, load_settings
+from servebook.settings import LOOPBACK, in_address, is_loopback, load_settings
 from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.calls import Calls
 from servebook.ways.custom_grpc.server.servicer import LLMServicer
@@ -91,7 +91,7 @@ async def serve(options: argparse.Namespace, engine_words: list[str]) -> None:
     calls, health = Calls(options.max_calls), Health()
     servicer = LLMServicer(calls)
     tls = Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
-    server = make_server(f"{options.host}:{options.grpc_port}", servicer, health, options.key, tls)
+    server = make_server(f"{in_address(options.host)}:{options.grpc_port}", servicer, health, options.key, tls)
     await health.say(serving=False)
     metrics.watch_tasks()
     start_http_server(options.metrics_port, LOOPBACK)  # it asks for no key: not for the network

@@ -80,6 +80,7 @@ def hear(seconds: float | None) -> bytes:
 
 def main() -> None:
     """Wait for the stub's end; unless it said "done", end it, its engine and its server."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who ends the whole family must not end this one first
     server = os.pidfd_open(int(sys.argv[1]))  # not the bare id, which the kernel may give to another process
     word = hear(None)
     if word == DYING:
