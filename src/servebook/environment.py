@@ -18,7 +18,6 @@ TAKEN_OUT = {
     "PYTHONWARNINGS": "a library's warning would end a server",
     "PYTHONOPTIMIZE": "libraries rely on their assertions and docstrings",
     "PYTHONINSPECT": "a server that ends would wait for a person",
-    "PYTHONIOENCODING": "servers write UTF-8",
 }
 """What a child does not get, and why."""
 HOMES = {"HF_HOME": "huggingface", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "../.config"}
@@ -30,7 +29,7 @@ SOCKET_FOLDER_CHARACTERS = 60
 def child_environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """A copy of this environment for a child, which imports nothing from the reader's folder and speaks UTF-8."""
     env = {name: value for name, value in given.items() if name not in unwelcome(given)}
-    env |= {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
+    env |= {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
     if short := short_tmpdir(given):
         env["TMPDIR"] = short
     return env

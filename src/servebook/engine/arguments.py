@@ -39,7 +39,7 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 def cpu_flags() -> set[str]:
     """What this machine's processor can do, in Linux' words, such as "avx2"."""
-    match = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    match = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), flags=re.MULTILINE)
     return set(match[1].split()) if match else set()
 
 

@@ -53,7 +53,7 @@ def start_guardian(death_seconds: float = DEATH_SECONDS) -> Guardian:
 
 def shared_memory() -> set[str]:
     """Triton's regions in /dev/shm that this process has mapped."""
-    maps = Path("/proc/self/maps").read_text().splitlines()
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     return {line.split()[-1] for line in maps if "_backend_shm_region_" in line}
 
 
