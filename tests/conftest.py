@@ -40,7 +40,14 @@ def settings() -> Settings:
     return load_settings()
 
 
-SHARED = {"vllm": "vllm", "triton": "triton", "grpc_server": "grpc", "kserve": "kserve", "vllm_grpc": "vllm-grpc"}
+SHARED = {
+    "vllm": "vllm",
+    "triton": "triton",
+    "grpc_server": "grpc",
+    "kserve": "kserve",
+    "vllm_grpc": "vllm-grpc",
+    "vllm_rs": "vllm-rs",
+}
 """The engines that stay up from chapter to chapter: their servers' names by fixture."""
 
 
@@ -85,6 +92,11 @@ def kserve(starts: dict[str, Future[launch.Server]]) -> launch.Server:
 @pytest.fixture(scope="session")
 def vllm_grpc(starts: dict[str, Future[launch.Server]]) -> launch.Server:
     return shared(starts, "vllm_grpc")
+
+
+@pytest.fixture(scope="session")
+def vllm_rs(starts: dict[str, Future[launch.Server]]) -> launch.Server:
+    return shared(starts, "vllm_rs")
 
 
 @pytest.fixture(scope="session")

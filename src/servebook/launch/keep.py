@@ -73,6 +73,7 @@ def begin(start: Start, needs: dict[str, Endpoints], display: Progress, starting
     order = start.order(model, needs)
     if lease := attach(order):
         return Kept(start, *lease, attached=True, display=display)
+    order["env"] |= start.spec.env(start.settings, display.phase)
     if start.spec.has_engine:
         starting.enter_context(memory_for(start.settings, model, engines, display.phase))
     display.phase("importing")

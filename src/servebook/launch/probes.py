@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from http.client import HTTPConnection, HTTPException
+import ssl
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 
 
 def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -> bool:
@@ -12,6 +13,23 @@ def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -
         connection.request("GET", path)
         response = connection.getresponse()
         return response.status == 200 and words in response.read()
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def https_ok(address: str, path: str, timeout: float = 2.0) -> bool:
+    """As `http_ok` of a server with TLS, whoever signed its certificate; one that asks for ours (mTLS) is there too."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # with 1.3 a refusal may come, or get lost, after the handshake
+    connection = HTTPSConnection(address, timeout=timeout, context=context)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except ssl.SSLError as error:
+        return error.reason == "SSLV3_ALERT_HANDSHAKE_FAILURE"
     except (OSError, HTTPException):
         return False
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from servebook.engine.arguments import engine_argv
+from servebook.engine.rust_front import rust_front
 from servebook.errors import LaunchError
-from servebook.launch.probes import grpc_serving, http_ok
+from servebook.launch.probes import grpc_serving, http_ok, https_ok
 from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback
 
 Endpoints = Mapping[str, str]
 Argv = Callable[[Settings, Path, dict[str, Endpoints]], list[str]]
 Needs = Callable[[Settings], dict[str, Settings]]
+Env = Callable[[Settings, Callable[[str], None]], dict[str, str]]
 
 REPLICA = "vllm-replica-"
 """What the names of the router's engines begin with; their numbers count from 1."""
@@ -37,6 +40,7 @@ class ServerSpec:
     `argv` gives the command; the word `"{http}"` (or another kind of port) stands for the port chosen
     at start; those that are `local` listen on 127.0.0.1 wherever the others do. `ready` asks the server itself.
     `needs` names the instances that must be up before, each with its settings; engines among them start at once.
+    `env` adds to the environment; where it has to fetch something for that, it says so to its second argument.
     One that checks no API key is refused beyond this machine.
     """
 
@@ -49,6 +53,7 @@ class ServerSpec:
     checks_key: bool = True
     local: tuple[str, ...] = ()
     needs: Needs = lambda _: {}
+    env: Env = lambda *_: {}
 
 
 def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
@@ -100,6 +105,43 @@ def _vllm_grpc(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list
     ]
 
 
+def _vllm_rs(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
+    return [*_vllm(behind(settings), model, needs), "--grpc-port", "{grpc}", *_tls_of_vllm(settings)]
+
+
+def _tls_of_vllm(settings: Settings) -> list[str]:
+    """vLLM's options for the TLS files.
+
+    Raises:
+        LaunchError: they cannot be used. vLLM would find out only when the engine is loaded.
+    """
+    cert, key, authority = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if not (cert or key or authority):
+        return []
+    try:
+        if not (cert and key):
+            raise ValueError("a certificate and its key go together")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(cert, key)
+        if authority:
+            context.load_verify_locations(authority)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        raise LaunchError(
+            f"The TLS files cannot be used: {error}.",
+            "Correct SERVEBOOK_TLS_CERT, SERVEBOOK_TLS_KEY and SERVEBOOK_TLS_CLIENT_CA, or unset all three.",
+        ) from None
+    own = ["--ssl-certfile", str(cert.resolve()), "--ssl-keyfile", str(key.resolve())]
+    return own + (["--ssl-ca-certs", str(authority.resolve()), "--ssl-cert-reqs", "2"] if authority else [])
+
+
+def _rust_env(settings: Settings, say: Callable[[str], None]) -> dict[str, str]:
+    return {
+        "VLLM_USE_RUST_FRONTEND": "1",
+        "VLLM_RUST_FRONTEND_PATH": str(rust_front(settings, say)),
+        "NO_COLOR": "1",  # its part of the log
+    }
+
+
 def behind(settings: Settings) -> Settings:
     """The settings of what stands behind a front: it listens on this machine only, wherever the front listens."""
     return settings.model_copy(update={"host": LOOPBACK})
@@ -146,10 +188,10 @@ def _router(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[st
     ]
 
 
-def _room(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
+def _front(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
     if not settings.key:
         raise LaunchError(
-            "room needs a key of the instructor's, which learners do not get.",
+            "front needs a key of the instructor's, which learners do not get.",
             "Set SERVEBOOK_API_KEY, or start the whole room with `servebook room start`, which makes one.",
         )
     upstream = needs["vllm"]["http"]
@@ -157,16 +199,16 @@ def _room(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]
         *(sys.executable, "-m", "servebook.room", "--host", settings.host, "--http-port", "{http}"),
         *("--upstream", upstream if "://" in upstream else f"http://{upstream}"),
         *("--roll", str(settings.state_dir / "room" / "keys.json")),
-        *("--places", str(settings.room_places), "--learner-places", str(settings.room_learner_places)),
-        *("--requests-per-minute", str(settings.room_requests_per_minute)),
-        *("--tokens-per-minute", str(settings.room_tokens_per_minute)),
+        *("--places", str(settings.room.places), "--learner-places", str(settings.room.learner_places)),
+        *("--requests-per-minute", str(settings.room.requests_per_minute)),
+        *("--tokens-per-minute", str(settings.room.tokens_per_minute)),
     ]
 
 
 def _hub(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
     return [
         *(sys.executable, "-m", "servebook.room.hub", "--host", settings.host),
-        *("--front", f"http://{needs['room']['http']}"),
+        *("--front", f"http://{needs['front']['http']}"),
         *("--http-port", "{http}", "--routes-port", "{routes}", "--api-port", "{api}"),
     ]
 
@@ -223,6 +265,15 @@ SERVERS: dict[str, ServerSpec] = {
             checks_key=False,
         ),
         ServerSpec(
+            name="vllm-rs",
+            about="vLLM's Rust front end: REST and gRPC",
+            ports=("http", "grpc"),
+            argv=_vllm_rs,
+            ready=lambda at: http_ok(at["http"], "/health") or https_ok(at["http"], "/health"),
+            checks_key=False,  # its REST port does, but its gRPC port generates, and even sleeps, for anybody
+            env=_rust_env,
+        ),
+        ServerSpec(
             name="router",
             about="vLLM's router, in front of replicas of vllm",
             ports=("http", "metrics"),
@@ -233,10 +284,10 @@ SERVERS: dict[str, ServerSpec] = {
             needs=_replicas,
         ),
         ServerSpec(
-            name="room",
+            name="front",
             about="a room's front to vllm: a key and a share for each learner",
             ports=("http",),
-            argv=_room,
+            argv=_front,
             ready=lambda at: http_ok(at["http"], "/room/health"),
             has_engine=False,
             needs=lambda settings: {"vllm": behind(settings)},
@@ -248,9 +299,12 @@ SERVERS: dict[str, ServerSpec] = {
             argv=_hub,
             local=("routes", "api"),
             # The hub itself first: until it is there, the proxy would fill the log with its errors.
-            ready=lambda at: http_ok(at["api"], "/hub/health") and http_ok(at["http"], "/hub/health"),
+            ready=lambda at: (
+                http_ok(at["api"], "/hub/health")
+                and (https_ok(at["http"], "/hub/health") or http_ok(at["http"], "/hub/health"))
+            ),
             has_engine=False,
-            needs=lambda settings: {"room": behind(settings)},
+            needs=lambda settings: {"front": behind(settings)},
         ),
     )
 }

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import os
 import secrets
+import sqlite3
+from contextlib import closing
 from typing import Any
 from urllib.parse import quote
 
 import requests
 
 from servebook import launch
-from servebook.errors import LaunchError, ServebookError
+from servebook.errors import ServebookError
 from servebook.settings import Settings
 
-KEY_LENGTH = 8
-"""The shortest token that JupyterHub takes for a service."""
+CODE_LETTERS = "ABCDEFGHJKMNPQRSTUVWXYZ23456789"
+"""Those that nobody mistakes for another: eight of them are 40 bits."""
 
 
 def instructors_key(settings: Settings) -> str:
-    """SERVEBOOK_API_KEY, or else a key that is made once and kept in the state folder.
-
-    Raises:
-        LaunchError: it is too short.
-    """
+    """SERVEBOOK_API_KEY, or else a key that is made once and kept in the state folder."""
     if settings.key:
-        if len(settings.key) < KEY_LENGTH:
-            raise LaunchError(
-                f"A room's key needs {KEY_LENGTH} characters or more; SERVEBOOK_API_KEY has {len(settings.key)}.",
-                "Choose a longer one, or unset it: a key is made then.",
-            )
         return settings.key
     path = settings.state_dir / "room" / "instructor.key"
     if not path.exists():
@@ -38,7 +31,29 @@ def instructors_key(settings: Settings) -> str:
     return path.read_text()
 
 
-class Room:
+def join_code(settings: Settings, new: bool = False) -> str:
+    """What learners need to sign up; it stays for the next day, until a new one is asked for."""
+    path = settings.state_dir / "room" / "join.code"
+    if new or not path.exists():
+        code = "".join(secrets.choice(CODE_LETTERS) for _ in range(8))
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_suffix(".draft")
+        draft.touch(mode=0o600)
+        draft.write_text(f"{code[:4]}-{code[4:]}")
+        draft.replace(path)
+    return path.read_text()
+
+
+def forget_password(settings: Settings, name: str) -> bool:
+    """Whether this learner had a password; the name is free for a new sign-up then, and its desk is kept."""
+    path = settings.state_dir / "room" / "passwords.sqlite"
+    if not path.exists():
+        return False
+    with closing(sqlite3.connect(path, isolation_level=None)) as passwords:
+        return passwords.execute("delete from password where name = ?", [name]).rowcount == 1
+
+
+class RoomAdmin:
     """The front of the room that is up.
 
     Raises:
@@ -47,7 +62,7 @@ class Room:
 
     def __init__(self, settings: Settings) -> None:
         self.key = instructors_key(settings)
-        entry = next(entry for entry in launch.status(settings) if entry["name"] == "room")
+        entry = next(entry for entry in launch.status(settings) if entry["name"] == "front")
         if entry["state"] != "ready":
             raise ServebookError(f"The room is {entry['state']}.", "Start it with `servebook room start`.")
         self.url = f"http://{entry['endpoints']['http']}"
@@ -68,6 +83,10 @@ class Room:
     def forget(self, name: str) -> None:
         """Strike this learner off."""
         self._ask("DELETE", f"room/learners/{quote(name, safe='')}?forget=true")
+
+    def metrics(self) -> str:
+        """The front's metrics, as Prometheus reads them."""
+        return self._ask("GET", "room/metrics").text
 
     def _ask(self, method: str, path: str) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.key}"}

@@ -1,7 +1,7 @@
 """Keeps JupyterHub and its proxy: `python -m servebook.room.hub --front http://127.0.0.1:8095 …`.
 
 Both run apart, so that learners' desks outlive a hub that is restarted: the proxy goes on, the desks go on, and the
-new hub finds them. A hub or proxy that ends is started again; `room/jupyterhub_config.py` says what the hub does.
+new hub finds them. A hub or proxy that ends is started again; `jupyterhub/jupyterhub_config.py` says what the hub does.
 """
 
 from __future__ import annotations
@@ -10,32 +10,47 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
+import requests
 import typer
 
 from servebook.checkout import ROOT
-from servebook.errors import ServebookError
+from servebook.errors import LaunchError, ServebookError
 from servebook.launch.processes import adopt_orphans, children
+from servebook.room.admin import join_code
 from servebook.room.desk import make_master
-from servebook.settings import Settings, load_settings
+from servebook.room.tls import files
+from servebook.settings import Settings, is_loopback, load_settings
 
 log = logging.getLogger("servebook.room")
 
-CONFIG = ROOT / "room" / "jupyterhub_config.py"
+NOBODY = 65534
+SEEN = ("src", "jupyter", "jupyterhub", "labs", "notebooks", "protos", "triton", "shims", "docs", "pyproject.toml")
+"""What a desk sees of the checkout."""
+ENTER = ROOT / "jupyterhub" / "enter_desk.py"
+PROXY = ROOT / "jupyterhub" / "proxy.py"
+CONFIG = ROOT / "jupyterhub" / "jupyterhub_config.py"
 POLL_SECONDS = 0.2
+ROUTES_SECONDS = 30.0
+"""How long a new proxy is waited for."""
 EARLY_SECONDS = 20.0
 """Whoever ends within this time of its start has a fault that another start would not mend."""
 
 
 def what_the_config_reads(settings: Settings, front: str, urls: dict[str, str]) -> dict[str, Any]:
     """The room as the hub's configuration gets it: that runs in the hub's environment, where servebook is not."""
+    room = settings.room
+    if why := why_not_apart(settings):
+        log.warning("all desks run as one user: %s", why)
     return {
         "folder": str(settings.state_dir / "room"),
         "python": sys.executable,
@@ -44,12 +59,68 @@ def what_the_config_reads(settings: Settings, front: str, urls: dict[str, str]) 
         "served_name": settings.served_name,
         "front": front,
         "key": settings.key,
-        "seats": settings.room_seats,
-        "memory_gib": settings.room_memory_gib,
-        "cpu_seconds": settings.room_cpu_seconds,
-        "idle_seconds": settings.room_idle_seconds,
+        "open_sign_up": room.open_sign_up,
+        "secure": urls["public_url"].startswith("https") or room.url.startswith("https"),
+        "seats": room.seats,
+        "idle_seconds": room.idle_seconds,
+        "limits": limits(settings),
+        "apart": None if why else view(settings),
         **urls,
     }
+
+
+def limits(settings: Settings) -> dict[str, int]:
+    """What the processes of a desk may take, as `enter_desk.py` reads it."""
+    room = settings.room
+    memory = int(room.memory_gib * 2**30)
+    return {"memory_bytes": memory, "cpu_seconds": room.cpu_seconds, "processes": room.processes}
+
+
+def view(settings: Settings) -> dict[str, Any]:
+    """What a desk that is kept apart sees of the instructor's files, as `enter_desk.py` reads it.
+
+    Not the solutions, the key in servebook.toml, or git; the environments and the model are read-only.
+    """
+    python, master = Path(sys.executable), settings.state_dir / "room" / "master"
+    seen = [*(ROOT / name for name in SEEN), python.parents[1], settings.room.env, Path(sys.base_prefix), master]
+    seen.append(settings.cache_dir / "models")
+    return {
+        "shown": sorted({str(path) for path in seen if path.exists()}),
+        "covers": [str(path) for path in (ROOT, settings.state_dir, Path.home()) if path.parts[1:]],
+        "cache": str(settings.cache_dir),
+    }
+
+
+def why_not_apart(settings: Settings) -> str:
+    """Why desks cannot be users of their own here, "" where they can: tried, as a user who owns nothing."""
+    if os.getuid() != 0:
+        return "the room does not run as root"
+    if not shutil.which("useradd"):
+        return "there is no useradd"
+    for folder in (settings.cache_dir, settings.state_dir):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for file in filter(Path.is_file, (settings.cache_dir / "models").rglob("*")):
+        file.chmod(file.stat().st_mode | 0o444)  # weights are written for their owner alone
+    where = limits(settings) | view(settings) | {"home": str(ROOT / "labs"), "uid": NOBODY, "gid": NOBODY}
+    command = [sys.executable, "-I", str(ENTER), json.dumps(where), sys.executable, "-P", "-c", "import servebook.lab"]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    return tried.stderr.strip().rpartition("\n")[2] if tried.returncode else ""
+
+
+def require_safe(settings: Settings) -> None:
+    """Refuse to open a room beyond this machine in which every learner is the instructor's user.
+
+    Raises:
+        LaunchError: and why desks are not kept apart.
+    """
+    if is_loopback(settings.host) or settings.room.trusted:
+        return
+    if why := why_not_apart(settings):
+        raise LaunchError(
+            f"Desks cannot be kept apart here ({why}), so whoever has the join code could read your files and keys.",
+            "Run the room as root of a machine or container made for it; or, if you trust everybody in the room, "
+            "`servebook room start --trusted`.",
+        )
 
 
 def find_hub(settings: Settings) -> Path:
@@ -58,16 +129,16 @@ def find_hub(settings: Settings) -> Path:
     Raises:
         ServebookError: it has not been made, or this is not the instructor's repository.
     """
-    programs = settings.room_env / "bin"
+    programs = settings.room.env / "bin"
     if not (programs / "jupyterhub").is_file():
-        raise ServebookError(f"There is no JupyterHub in {settings.room_env}.", "Run `make room`, which installs it.")
+        raise ServebookError(f"There is no JupyterHub in {settings.room.env}.", "Run `make room`, which installs it.")
     if not CONFIG.is_file():
         raise ServebookError(f"There is no {CONFIG}.", "Run this in the instructor's repository.")
     return programs
 
 
-def keep(commands: dict[str, list[str]], env: dict[str, str]) -> None:
-    """Run the commands until a signal comes; start again what ends by itself.
+def keep(commands: dict[str, list[str]], env: dict[str, str], restarted: Callable[[str], None]) -> None:
+    """Run the commands until a signal comes; start again what ends by itself, and say so by `restarted(name)`.
 
     Raises:
         ServebookError: one ended right after its start.
@@ -89,6 +160,8 @@ def keep(commands: dict[str, list[str]], env: dict[str, str]) -> None:
                 running[name] = subprocess.Popen(command, env=env)
                 started[name] = time.monotonic()
                 log.info("%s is process %d", name, running[name].pid)
+                if child:
+                    restarted(name)
             reap(children() - {child.pid for child in running.values()})
             time.sleep(POLL_SECONDS)
     finally:
@@ -105,6 +178,21 @@ def reap(orphans: set[int]) -> None:
             os.waitpid(pid, os.WNOHANG)
 
 
+def renew_routes(name: str, routes_url: str, hub_url: str, key: str) -> None:
+    """A proxy that starts anew knows no desk: have the hub tell it, which by itself it does every five minutes."""
+    if name != "proxy":
+        return
+    headers = {"Authorization": f"token {key}"}
+    deadline = time.monotonic() + ROUTES_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(requests.RequestException):
+            requests.get(routes_url, timeout=1)  # whatever it answers, it is up
+            if requests.post(f"{hub_url}/hub/api/proxy", headers=headers, timeout=5).ok:
+                return
+        time.sleep(POLL_SECONDS / 4)
+    log.warning("the hub did not tell the new proxy its routes within %g s", ROUTES_SECONDS)
+
+
 def main(
     front: Annotated[str, typer.Option(help="The root URL of the room's front.")],
     http_port: Annotated[int, typer.Option(help="Where learners come in: the proxy.")],
@@ -119,23 +207,31 @@ def main(
     programs = find_hub(settings)
     folder = settings.state_dir / "room"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    require_safe(settings)
     make_master(folder / "master")
+    join_code(settings)
+    tls = files(settings)
     urls = {
-        "public_url": f"http://{host}:{http_port}",
+        "public_url": f"{'https' if tls else 'http'}://{host}:{http_port}",
         "routes_url": f"http://127.0.0.1:{routes_port}",
         "hub_url": f"http://127.0.0.1:{api_port}",
     }
     env = os.environ | {
         "CONFIGPROXY_AUTH_TOKEN": secrets.token_hex(32),
-        "SERVEBOOK_ROOM": json.dumps(what_the_config_reads(settings, front, urls)),
+        "SERVEBOOK_HUB_CONFIG": json.dumps(what_the_config_reads(settings, front, urls)),
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
     }
-    proxy = [
-        *(str(programs / "configurable-http-proxy"), "--ip", host, "--port", str(http_port)),
-        *("--api-ip", "127.0.0.1", "--api-port", str(routes_port), "--log-level", "WARNING"),
-        *("--default-target", urls["hub_url"], "--error-target", f"{urls['hub_url']}/hub/error"),
-    ]
-    keep({"proxy": proxy, "hub": [str(programs / "jupyterhub"), "--config", str(CONFIG)]}, env)
+    options = {
+        "host": host,
+        "port": http_port,
+        "routes_port": routes_port,
+        "hub_url": urls["hub_url"],
+        "cert": str(tls[0]) if tls else "",
+        "cert_key": str(tls[1]) if tls else "",
+    }
+    proxy = [str(programs / "python"), str(PROXY), json.dumps(options)]
+    commands = {"proxy": proxy, "hub": [str(programs / "jupyterhub"), "--config", str(CONFIG)]}
+    keep(commands, env, lambda name: renew_routes(name, urls["routes_url"], urls["hub_url"], settings.key or ""))
 
 
 if __name__ == "__main__":

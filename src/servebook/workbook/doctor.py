@@ -25,6 +25,7 @@ import psutil
 
 from servebook import launch
 from servebook.checkout import ROOT
+from servebook.engine import rust_front
 from servebook.engine.arguments import available_gib, cpu_flags, cpu_quota, gpu_gib, needed_gib
 from servebook.engine.gpu import GIB, Card, cards
 from servebook.engine.model import bundled_path, context_limit, is_prepared
@@ -260,6 +261,18 @@ def check_model(settings: Settings, quick: bool) -> Finding:
     return Finding("OK", "model", f"{folder}, up to {limit or 'an unknown number of'} tokens")
 
 
+def check_rust_front(file: Path | None) -> Finding:
+    """vLLM's Rust front end is there: installed on a GPU, else fetched."""
+    if file:
+        return Finding("OK", "vllm-rs", str(file))
+    return Finding(
+        "WARN",
+        "vllm-rs",
+        "vLLM's Rust front end is not there (chapters 07, 08)",
+        "Run `python -m servebook.engine.rust_front` (22 MB), or set SERVEBOOK_VLLM_RS_FILE.",
+    )
+
+
 def check_engine_url(url: str | None, problem: ServebookError | None) -> Finding:
     """The engine elsewhere, where there is to be one, answers."""
     if problem:
@@ -410,6 +423,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
                 installed_vllm().endswith("+cpu"),
             ),
             check_model(settings, quick),
+            check_rust_front(rust_front.available(settings, quick)),
             check_engine_url(settings.engine_url, _engine_problem(settings)),
             check_servers(entries, _orphans()),
             check_environment(GIVEN, settings.cache_dir),

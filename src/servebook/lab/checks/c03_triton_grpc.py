@@ -22,8 +22,8 @@ from servebook.lab.taps.triton import Stream, TritonTap, is_final, text_of, wait
 from servebook.launch import Server
 from servebook.settings import TENSOR_MODEL_NAME
 from servebook.ways.metrics import metric
+from servebook.ways.triton_grpc.backend.declaration import FLAGS
 from servebook.ways.triton_grpc.client import infer_inputs
-from servebook.ways.v2.contract import FLAGS
 
 MODEL = "short_model"
 
