@@ -26,9 +26,10 @@ from desk import eventually
 
 from servebook import launch
 from servebook.errors import LaunchError
+from servebook.lab.manifest import load_labs
 from servebook.launch.processes import free_port
 from servebook.launch.table import SERVERS, find_server
-from servebook.room import asking, cli, hub, tls
+from servebook.room import asking, cli, collect, hub, tls
 from servebook.room.admin import instructors_key
 from servebook.room.front import RELAYED, Front, Learner
 from servebook.room.keys import Roll
@@ -607,3 +608,27 @@ def test_an_engine_that_dies_is_brought_back_where_the_front_looks_for_it(
     finally:
         for name in ("front", "vllm"):
             launch.down(name, settings)
+
+
+def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_path: Path) -> None:
+    desks, submitted, secret = tmp_path / "desks", tmp_path / "submitted", tmp_path / "secret"
+    secret.write_text("the instructor's")
+    lab, other, piped, long, foldered = (each.stem for each in load_labs()[:5])
+    for name in ("ada", "mallory"):
+        for stem in (lab, other, piped, long):
+            (desks / name / "labs" / stem).mkdir(parents=True)
+        (desks / name / "labs" / lab / f"{lab}.ipynb").write_text(f"by {name}")
+        (desks / name / "labs" / lab / "foreign.sh").write_text("")
+    mallorys = desks / "mallory" / "labs"
+    (mallorys / other / f"{other}.ipynb").symlink_to(secret)
+    os.mkfifo(mallorys / piped / f"{piped}.ipynb")
+    (mallorys / long / f"{long}.ipynb").write_bytes(b"x" * (1 + (20 << 20)))
+    (mallorys / foldered).symlink_to(tmp_path)
+    (desks / "link").symlink_to(desks / "ada")
+    ada, mallory = collect.collect(desks, submitted)
+    assert (ada.learner, ada.labs, ada.left) == ("ada", [lab], {})
+    assert (mallory.learner, mallory.labs) == ("mallory", [lab])
+    assert mallory.left.keys() == {other, piped, long, foldered}
+    assert mallory.left[piped] == "it is no file"
+    files = {str(path.relative_to(submitted)): path.read_text() for path in submitted.rglob("*") if path.is_file()}
+    assert files == {f"{name}/{lab}/{lab}.ipynb": f"by {name}" for name in ("ada", "mallory")}

@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from servebook import launch
+from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
 from servebook.launch.states import Status
 from servebook.launch.table import behind
+from servebook.room import collect as hand_in
 from servebook.room.admin import RoomAdmin, forget_password, instructors_key, join_code
 from servebook.room.hub import require_safe, why_not_apart
 from servebook.room.tls import address, files, fingerprint
@@ -141,6 +143,19 @@ def revoke(name: Name) -> None:
     """Take a learner's key away: what is under way is broken off, and nothing more is served."""
     RoomAdmin(load_settings()).revoke(name)
     out.print(f"{name}: revoked; `servebook room admit {name}` lets them in again")
+
+
+@app.command()
+def collect() -> None:
+    """Copy what learners wrote in the labs to nbgrader's `submitted/`; docs/instructor.md has what follows."""
+    desks, submitted = load_settings().state_dir / "room" / "desks", ROOT / "submitted"
+    if not desks.is_dir():
+        raise ServebookError("There are no desks yet.", "Start a room with `servebook room start`.")
+    for row in hand_in.collect(desks, submitted):
+        out.print(f"{row.learner}: {len(row.labs)} labs")
+        for lab, why in row.left.items():
+            out.print(f"  {lab} was left: {why}", markup=False)
+    out.print(f"in {submitted}; now `nbgrader autograde LAB` for each lab")
 
 
 @app.command()
