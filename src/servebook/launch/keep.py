@@ -118,4 +118,4 @@ def phase(files: Files) -> str:
         text = files.log.read_text(errors="replace")
     except OSError:
         text = ""
-    return next((phase for phase, words in reversed(ENGINE_PHASES.items()) if words in text), "importing")
+    return next((phase for words, phase in reversed(ENGINE_PHASES.items()) if words in text), "importing")
