@@ -119,7 +119,7 @@ class Submission:
 def waited_for_a_core(thread: threading.Thread) -> float:
     """Seconds in all that a thread of this process was ready to run and had no core, by /proc/…/schedstat."""
     try:
-        return int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text().split()[1]) / 1e9
+        return int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text(encoding="utf-8").split()[1]) / 1e9
     except (OSError, IndexError):  # it has ended, or this kernel keeps no such account
         return 0.0
 

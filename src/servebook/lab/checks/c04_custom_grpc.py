@@ -54,7 +54,7 @@ def check_04_1(submission: Submission) -> None:
     file = Path("lab.proto")
     if not file.is_file():
         raise NotYet("the file lab.proto", "none", "run the cell that writes it (its first line is %%writefile)")
-    if blank(submission) in file.read_text():
+    if blank(submission) in file.read_text(encoding="utf-8"):
         raise StillOpen
     proto = compiled(file)
     messages = {message.name: message for message in proto.message_type}

@@ -33,7 +33,7 @@ def own_server(submission: Submission, file: str, tap: Tap, vllm: Server, timeou
     """
     if not Path(file).is_file():
         raise NotYet(f"the file {file}", "none", "run the cell that writes it (its first line is %%writefile)")
-    if blank(submission) in Path(file).read_text():
+    if blank(submission) in Path(file).read_text(encoding="utf-8"):
         raise StillOpen
     server = OwnServer(file, tap.url, key_of(vllm), vllm.model, timeout)
     try:
