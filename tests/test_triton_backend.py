@@ -72,8 +72,9 @@ def test_words_become_the_arguments_that_vllms_own_parser_reads(words: str) -> N
     assert_read_alike(shlex.split(words))
 
 
-def test_the_launchers_words_become_the_same_arguments(settings: Settings, tmp_path: Path) -> None:
-    argv = engine_argv(settings, tmp_path)
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_launchers_words_become_the_same_arguments(device: str, settings: Settings, tmp_path: Path) -> None:
+    argv = engine_argv(settings.model_copy(update={"device": device}), tmp_path)
     (tmp_path / "model.json").write_text(json.dumps(engine_words_as_json(argv)))
     assert_read_alike(argv, read_engine_args(tmp_path))
 

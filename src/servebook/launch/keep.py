@@ -115,4 +115,4 @@ def await_ready(kept: Kept) -> None:
 def phase(files: Files) -> str:
     """What vLLM is doing, by its log."""
     text = read_log(files.log)
-    return next((phase for phase, words in reversed(ENGINE_PHASES.items()) if words in text), "importing")
+    return next((phase for words, phase in reversed(ENGINE_PHASES.items()) if words in text), "importing")
