@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from servebook.cli import app
@@ -49,3 +50,14 @@ def test_commands_exist() -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", BOTH):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("name", re.findall(r"\]\((docs/images/\w+\.png)\)", README))
+def test_the_pictures_are_small_and_say_when_they_were_taken(name: str) -> None:
+    assert (ROOT / name).stat().st_size < 100_000
+    with Image.open(ROOT / name) as picture:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", picture.info["Creation Time"])
+
+
+def test_there_are_pictures() -> None:
+    assert README.index("docs/images/") < README.index("```console")
