@@ -19,7 +19,7 @@ ready := $(env)/.servebook-$(device)
 room := $(env)/room
 locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
-.PHONY: lab room test browser check lint setup offline lock notebooks labs protos clean
+.PHONY: lab room test browser check lint setup offline lock notebooks pictures labs protos clean
 
 # The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
 # `|| true`: the doctor prints what it found; a failed check must not keep the reader from the notebooks.
@@ -67,6 +67,10 @@ lock:
 
 notebooks: $(ready)
 	$(python) -m servebook.workbook.gate --store
+
+# README's pictures, taken anew.
+pictures: browser $(ready)
+	$(bin)/python tests/pictures.py
 
 labs: $(ready)
 	$(python) -m servebook.lab.handout.blanks

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from servebook.cli import app
@@ -58,3 +59,14 @@ def test_the_page_on_security_names_tests_that_there_are() -> None:
     }
     assert len(named) > 30
     assert named <= there, named - there
+
+
+@pytest.mark.parametrize("name", re.findall(r"\]\((docs/images/\w+\.png)\)", README))
+def test_the_pictures_are_small_and_say_when_they_were_taken(name: str) -> None:
+    assert (ROOT / name).stat().st_size < 100_000
+    with Image.open(ROOT / name) as picture:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", picture.info["Creation Time"])
+
+
+def test_there_are_pictures() -> None:
+    assert README.index("docs/images/") < README.index("```console")

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import tomllib
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from desk import eventually
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -259,12 +259,13 @@ def test_ctrl_c_leaves_nothing_behind(clone: Path, program: Callable[[str, str],
     command = ["make", "-C", str(clone), "setup"]
     env = environment(clone, PYTHON=str(slow))
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True) as setup:
-        deadline = time.monotonic() + 20
-        while not (clone / ".venv/begun").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.killpg(setup.pid, signal.SIGINT)  # what a terminal does
-        _, err = setup.communicate(timeout=20)
+        try:
+            eventually((clone / ".venv/begun").exists, "the environment's beginning", seconds=60)
+            os.killpg(setup.pid, signal.SIGINT)  # what a terminal does
+            _, err = setup.communicate(timeout=60)
+        finally:
+            if setup.poll() is None:  # else a failure waits for the ten minutes' sleep
+                os.killpg(setup.pid, signal.SIGKILL)
     assert setup.returncode != 0
     assert "was removed" in err
     assert not (clone / ".venv").exists()
