@@ -58,7 +58,7 @@ notebooks: $(ready)
 	$(python) -m servebook.workbook.gate --store
 
 labs: $(ready)
-	$(python) -m servebook.lab.release
+	$(python) -m servebook.lab.handout.blanks
 
 # llm.v1's stubs; a test holds them fresh.
 protos: $(ready)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jupyter_core.paths import jupyter_runtime_dir
 
-from servebook.lab import grading, preprocessors
+from servebook.lab.handout import autograde, blanks
 
 c = get_config()  # type: ignore[name-defined]  # noqa: F821
 
@@ -16,8 +16,8 @@ c.CourseDirectory.course_id = "servebook"
 c.CourseDirectory.source_directory = "solutions"
 c.CourseDirectory.release_directory = "labs"
 c.CourseDirectory.ignore = [".ipynb_checkpoints", "__pycache__", "*.py", "*.proto"]  # files that solutions write
-c.GenerateAssignment.preprocessors = preprocessors.STEPS
-c.Autograde.autograde_preprocessors = grading.STEPS
+c.GenerateAssignment.preprocessors = blanks.STEPS
+c.Autograde.autograde_preprocessors = autograde.STEPS
 
 # Plain TCP would open a student's kernel to every user of this machine. The sockets' place has to be absolute:
 # the kernel works in the folder of the submission, its manager in this one.

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from servebook.lab import rehearsal
+from servebook.lab.dry_run import load as dry_run
 from servebook.lab.feedback import Result
 from servebook.lab.manifest import exercises
 from servebook.lab.shell import LabShell
@@ -89,5 +89,5 @@ def prover(proofs: Iterable[Proof], scratch: Path) -> Iterator[Prover]:
             yield Prover(proofs, one, several)
         finally:
             several.shutdown(cancel_futures=True)
-            one.submit(rehearsal.end).result()  # lab 03 keeps vLLM imported from check to check
+            one.submit(dry_run.end).result()  # lab 03 keeps vLLM imported from check to check
             one.shutdown(cancel_futures=True)

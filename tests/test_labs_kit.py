@@ -27,10 +27,12 @@ from traitlets.config import Config
 from servebook import launch
 from servebook.checkout import ROOT
 from servebook.errors import ServebookError
-from servebook.lab import checking, grading
+from servebook.lab import checking
 from servebook.lab.feedback import Result
+from servebook.lab.handout import autograde
+from servebook.lab.handout.blanks import student_notebook
+from servebook.lab.handout.bundle import write_bundle
 from servebook.lab.manifest import Lab, find_exercise, load_labs
-from servebook.lab.release import student_notebook, write_bundle
 from servebook.lab.shell import LabShell, exercise_of
 
 LABS = [pytest.param(lab, id=lab.stem) for lab in load_labs()]
@@ -329,7 +331,7 @@ def alive(pid: int) -> bool:
 @pytest.fixture
 def another() -> Iterator[subprocess.Popen[bytes]]:
     """A process of another submission."""
-    with subprocess.Popen(["sleep", "600"], env=os.environ | {grading.MARK: "another"}) as process:
+    with subprocess.Popen(["sleep", "600"], env=os.environ | {autograde.MARK: "another"}) as process:
         yield process
         process.kill()
 
@@ -338,10 +340,10 @@ def test_what_a_submission_started_ends_with_it(
     another: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a session of its own, and deaf to SIGTERM too."""
-    monkeypatch.setattr(grading, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(autograde, "GRACE_SECONDS", 1.0)
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     notebook = new_notebook(cells=[new_code_cell(LEAVES)])
-    executed, _ = grading.ExecuteAndEnd().preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
+    executed, _ = autograde.ExecuteAndEnd().preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
     printed = "".join(output.text for output in executed.cells[0].outputs)  # in one piece or in two
     pids = [int(pid) for pid in printed.split()]
     assert len(pids) == 2
@@ -358,7 +360,7 @@ def test_a_submissions_server_ends_in_order(
     for name, value in (desk.env | {"PYTHONPATH": paths, "JUPYTER_PREFER_ENV_PATH": "1"}).items():
         monkeypatch.setenv(name, value)
     code = f"import tiny_server; tiny_server.install()\nfrom servebook import launch\nlaunch.{start}('vllm')"
-    executed, _ = grading.ExecuteAndEnd().preprocess(
+    executed, _ = autograde.ExecuteAndEnd().preprocess(
         new_notebook(cells=[new_code_cell(code)]), {"metadata": {"path": str(tmp_path)}}
     )
     assert "ready: http" in str(executed.cells[0].outputs)
@@ -367,9 +369,9 @@ def test_a_submissions_server_ends_in_order(
 
 
 def test_grading_is_nbgraders_but_for_the_end() -> None:
-    assert grading.ExecuteAndEnd(config=Config(Execute={"timeout": 7})).timeout == 7
+    assert autograde.ExecuteAndEnd(config=Config(Execute={"timeout": 7})).timeout == 7
     steps = Autograde.autograde_preprocessors.default_args[0]
-    assert [Execute if step is grading.ExecuteAndEnd else step for step in grading.STEPS] == steps
+    assert [Execute if step is autograde.ExecuteAndEnd else step for step in autograde.STEPS] == steps
 
 
 def nbgrader(course: Path, *words: str, code: int = 0) -> str:
@@ -409,7 +411,7 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, tmp_path: Pa
     submit(tmp_path, "crashes", {"01-1-answer": "import os\nos._exit(1)"})
     submit(tmp_path, "empty", {"01-1-answer": LEAVES})
     submit(tmp_path, "hangs", {"01-1-answer": "while True:\n    pass", "01-2-answer": perfect["01-2-answer"]})
-    # A locked cell that was altered is put back before grading.
+    # A locked cell that was altered is put back before autograde.
     submit(tmp_path, "partial", {k: v for k, v in perfect.items() if k in some} | {"01-5-check": "pass"})
     submit(tmp_path, "perfect", perfect)
     said = nbgrader(tmp_path, "autograde", STEM, "--Execute.timeout=20", code=1)

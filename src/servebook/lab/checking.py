@@ -10,8 +10,8 @@ from typing import Any
 
 from servebook.lab.feedback import NotPassed, NotYet, Result, StillOpen
 from servebook.lab.manifest import Exercise, find_exercise
-from servebook.lab.progress import Store
-from servebook.lab.work import CheckFunction, Work
+from servebook.lab.record import Store
+from servebook.lab.submission import CheckFunction, Submission
 
 
 def check(exercise_id: str) -> None:
@@ -59,7 +59,7 @@ def evaluate(exercise_id: str, namespace: dict[str, Any]) -> Result:
     try:
         # nbgrader takes any output on stderr for a failure, a mere warning too.
         with contextlib.redirect_stderr(sys.stdout):
-            function(Work(exercise, namespace))
+            function(Submission(exercise, namespace))
     except StillOpen:
         return Result(exercise, "open")
     except NotYet as fault:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from servebook.lab.manifest import find_exercise, load_labs
-from servebook.lab.progress import Store
+from servebook.lab.record import Store
 
 app = typer.Typer(no_args_is_help=True, help="The labs: what there is, checks, hints, a copy to work in.")
 out = Console(highlight=False)
@@ -50,7 +50,7 @@ def list_labs() -> None:
 def check(exercise_id: ID) -> None:
     """Check an exercise in the notebook as it is saved; exit code 1 unless it passes."""
     from servebook.lab.checking import remember
-    from servebook.lab.folder import lab_notebook
+    from servebook.lab.handout.copy import lab_notebook
     from servebook.lab.shell import LabShell
 
     lab, _ = find_exercise(exercise_id)
@@ -74,15 +74,15 @@ def hint(exercise_id: ID) -> None:
 @app.command()
 def reset(exercise_id: ID) -> None:
     """Open the blank of an exercise again; what was written there is lost."""
-    from servebook.lab import folder
+    from servebook.lab.handout import copy
 
-    print(f"{exercise_id}: open again in {folder.reset(exercise_id)}; in JupyterLab, reload it from disk")
+    print(f"{exercise_id}: open again in {copy.reset(exercise_id)}; in JupyterLab, reload it from disk")
 
 
 @app.command()
 def init(target: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
     """Copy the labs to DIR and work there from now on; notebooks that are there already stay."""
-    from servebook.lab.folder import make_copy
+    from servebook.lab.handout.copy import make_copy
 
     copied, kept = make_copy(target)
     print(f"{len(copied)} labs copied to {target}" + (f", {len(kept)} left as they were" if kept else ""))
@@ -90,7 +90,7 @@ def init(target: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
 
 def release(target: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
     """Write the student bundle to DIR: the workbook without solutions and without instructor's notes."""
-    from servebook.lab.release import write_bundle
+    from servebook.lab.handout.bundle import write_bundle
 
     write_bundle(target)
     print(f"the student bundle is in {target}")

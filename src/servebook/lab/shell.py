@@ -16,7 +16,7 @@ from servebook.errors import ServebookError
 from servebook.lab.checking import evaluate
 from servebook.lab.feedback import Result
 from servebook.lab.manifest import Exercise, find_exercise
-from servebook.lab.work import where
+from servebook.lab.submission import where
 
 PART = re.compile(r"(\d\d)-(\d)-(brief|given|answer|check|try)")
 """The ids of an exercise's cells; every other cell belongs to the lab as a whole."""
@@ -63,13 +63,14 @@ def tagged(cell: Any, tag: str) -> bool:
 class LabShell:
     """A session with the lab in `notebook`: `prepare()` once, then answers and checks in any order."""
 
-    def __init__(self, notebook: Path) -> None:
-        """Read the notebook.
+    def __init__(self, notebook: Path, **parameters: str) -> None:
+        """Read the notebook; `parameters` take the place of its own, as papermill's do.
 
         Raises:
             ServebookError: it cannot be read.
         """
         self.notebook = notebook
+        self.parameters = parameters
         self.cells = read_notebook(notebook).cells
         quiet = Config()
         quiet.HistoryManager.enabled = False
@@ -89,7 +90,8 @@ class LabShell:
                 error = self.run(cell.source)
                 if error:
                     raise CellError(cell.id, error) from error
-
+                if tagged(cell, "parameters"):
+                    self.shell.user_ns.update(self.parameters)
         self.base = dict(self.shell.user_ns)
 
     def forget(self) -> None:

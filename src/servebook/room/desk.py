@@ -9,25 +9,19 @@ import shutil
 import sys
 from pathlib import Path
 
-from servebook.lab.progress import Store
+from servebook.checkout import ROOT
+from servebook.lab.record import Store
 
 
 def make_master(master: Path) -> None:
     """Put what every learner gets into `master`: the notebooks without instructor's notes, and the labs."""
-    import nbformat
-
-    from servebook.checkout import ROOT
-    from servebook.lab.release import LEFTOVERS
-    from servebook.lab.shell import tagged
+    from servebook.lab.handout.bundle import LEFTOVERS, clean_notebooks
 
     if master.exists():
         shutil.rmtree(master)
     for folder in ("notebooks", "labs"):
         shutil.copytree(ROOT / folder, master / folder, ignore=LEFTOVERS)
-    for path in (master / "notebooks").rglob("*.ipynb"):
-        notebook = nbformat.read(path, as_version=4)
-        notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "instructor")]
-        nbformat.write(notebook, path)
+    clean_notebooks(master / "notebooks")
 
 
 def lay_out(master: Path, desk: Path) -> None:

@@ -16,18 +16,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
-from typing import Any
 
-import nbformat
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from servebook.checkout import ROOT
-from servebook.lab.checking import evaluate
 from servebook.lab.feedback import Result
-from servebook.lab.manifest import Exercise, find_exercise, load_labs
-from servebook.lab.release import require_solutions
-from servebook.lab.shell import exercise_of
+from servebook.lab.handout.blanks import require_solutions
+from servebook.lab.manifest import Lab, load_labs
+from servebook.lab.shell import CellError, LabShell
 from servebook.room.admin import Room
 
 LABS = ("01_openai_rest", "02_sse_streaming")
@@ -79,43 +76,25 @@ class Outcome:
         return next((at for at, n in buckets if n >= share * whole), math.nan)
 
 
-def cells_of(lab: str) -> list[tuple[Exercise | None, str]]:
-    """The code of a lab's solution in order, with the exercise that each check belongs to."""
-    notebook = nbformat.read(require_solutions(ROOT) / lab / f"{lab}.ipynb", as_version=4)
-    found: list[tuple[Exercise | None, str]] = []
-    for cell in notebook.cells:
-        part = exercise_of(cell)
-        if cell.cell_type == "code" and (part is None or part[1] in ("given", "answer", "check")):
-            checked = part and part[1] == "check"
-            found.append((find_exercise(part[0])[1] if part and checked else None, str(cell.source)))
-    return found
-
-
 def learn(url: str, key: str) -> list[Checked]:
     """Do the labs silently, as a learner with that key would, one cell after the other."""
-    checks: list[Checked] = []
     with contextlib.redirect_stdout(io.StringIO()):
-        for lab in load_labs():
-            if lab.stem in LABS:
-                checks += do_lab(cells_of(lab.stem), url, key)
-    return checks
+        return [check for lab in load_labs() if lab.stem in LABS for check in do_lab(lab, url, key)]
 
 
-def do_lab(cells: list[tuple[Exercise | None, str]], url: str, key: str) -> Iterator[Checked]:
-    """Run the cells of one lab; yield each check, and a check that is stuck for each cell that raised."""
-    namespace: dict[str, Any] = {"__name__": "lab"}
-    for number, (exercise, source) in enumerate(cells):
+def do_lab(lab: Lab, url: str, key: str) -> Iterator[Checked]:
+    """Run a lab's solution; yield each check. All of them are stuck where a cell that they build on raised."""
+    started = time.monotonic()
+    shell = LabShell(require_solutions(ROOT) / lab.path, engine_url=url, api_key=key)
+    try:
+        shell.prepare()
+    except CellError as error:  # the room refused it, or it failed
+        for exercise in lab.exercises:
+            yield Checked(Result(exercise, "stuck", got=str(error)), time.monotonic() - started)
+        return
+    for exercise in lab.exercises:
         started = time.monotonic()
-        if exercise:
-            yield Checked(evaluate(exercise.id, namespace), time.monotonic() - started)
-            continue
-        try:
-            exec(compile(source, "<lab>", "exec"), namespace)
-        except Exception as error:  # a cell of the notebook that the room refused, or that failed
-            following = next(later for later, _ in cells[number:] if later)
-            yield Checked(Result(following, "stuck", got=repr(error)), time.monotonic() - started)
-        if namespace.get("engine_url") == "":  # this was the parameters cell
-            namespace |= {"engine_url": url, "api_key": key}
+        yield Checked(shell.check(exercise.id), time.monotonic() - started)
 
 
 def run(room: Room, learners: int) -> Outcome:

@@ -8,15 +8,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from servebook.lab.checks.rest import answer_to, had_room, key_of, sends, sends_key, through
 from servebook.lab.feedback import NotYet, require
-from servebook.lab.tap import Exchange, Tap
-from servebook.lab.work import Work
+from servebook.lab.rest import answer_to, had_room, key_of, sends, sends_key, through
+from servebook.lab.submission import Submission
+from servebook.lab.taps.http import Exchange, Tap
 
 
-def check_01_1(work: Work) -> None:
+def check_01_1(submission: Submission) -> None:
     """Plain HTTP: the request as asked for, and the text out of the answer."""
-    complete, vllm = work.function("complete"), work.server("vllm")
+    complete, vllm = submission.function("complete"), submission.server("vllm")
     key = key_of(vllm)
     with Tap(vllm.url) as tap:
         for prompt, max_tokens in (("The capital of France is", 7), ("Bread is made of", 21)):
@@ -25,7 +25,7 @@ def check_01_1(work: Work) -> None:
                 return complete(tap.url, key, vllm.model, prompt, max_tokens)
 
             text, (exchange, *_) = through(
-                tap, work, ask, {KeyError: "the answer has no such field: print response.json() and look"}
+                tap, submission, ask, {KeyError: "the answer has no such field: print response.json() and look"}
             )
             require(
                 exchange.path == "/v1/completions",
@@ -55,9 +55,9 @@ def check_01_1(work: Work) -> None:
             )
 
 
-def check_01_2(work: Work) -> None:
+def check_01_2(submission: Submission) -> None:
     """Usage and finish reason, of two answers that ended in different ways."""
-    account, vllm = work.function("account"), work.server("vllm")
+    account, vllm = submission.function("account"), submission.server("vllm")
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{vllm.url}/v1", api_key=key_of(vllm))
@@ -69,7 +69,7 @@ def check_01_2(work: Work) -> None:
         answer = client.completions.create(model=vllm.model, temperature=0, **request).model_dump()
         usage, reason = answer["usage"], answer["choices"][0]["finish_reason"]
         right = (usage["prompt_tokens"], usage["completion_tokens"], reason == "length")
-        got = work.run(
+        got = submission.run(
             lambda answer=answer: account(answer),  # type: ignore[misc]
             {KeyError: "the answer has no such field: look at the one printed above", TypeError: "choices is a list"},
         )
@@ -89,9 +89,9 @@ def check_01_2(work: Work) -> None:
         require(length == 3 and tokens == right[:2] and cut is right[2], right, got, cause)
 
 
-def check_01_3(work: Work) -> None:
+def check_01_3(submission: Submission) -> None:
     """A second turn must carry the first one, and the caller's list stays as it was."""
-    talk, vllm = work.function("talk"), work.server("vllm")
+    talk, vllm = submission.function("talk"), submission.server("vllm")
     from openai import OpenAI
 
     opening = [{"role": "system", "content": "Answer in one short sentence."}]
@@ -104,7 +104,7 @@ def check_01_3(work: Work) -> None:
             def turn(given: list[dict[str, str]] = given, text: str = text) -> Any:
                 return talk(client, vllm.model, given, text, 12)
 
-            longer, (exchange, *_) = through(tap, work, turn)
+            longer, (exchange, *_) = through(tap, submission, turn)
             require(
                 exchange.path.endswith("/chat/completions"),
                 "POST /v1/chat/completions",
@@ -145,9 +145,9 @@ def check_01_3(work: Work) -> None:
             history = right
 
 
-def check_01_4(work: Work) -> None:
+def check_01_4(submission: Submission) -> None:
     """One word for each way in which a call ends."""
-    verdict, vllm = work.function("verdict"), work.server("vllm")
+    verdict, vllm = submission.function("verdict"), submission.server("vllm")
     from openai import OpenAI
 
     release = threading.Event()
@@ -173,7 +173,7 @@ def check_01_4(work: Work) -> None:
         for right, at, model, max_tokens in cases:
             what = f"{right!r} (model {model!r}, max_tokens {max_tokens}, {at.base_url}, time-out {at.timeout} s)"
             try:
-                got = work.run(lambda at=at, model=model, n=max_tokens: verdict(at, model, n))  # type: ignore[misc]
+                got = submission.run(lambda at=at, model=model, n=max_tokens: verdict(at, model, n))  # type: ignore[misc]
             except NotYet as fault:
                 for exchange in tap.exchanges:
                     had_room(exchange)
@@ -200,9 +200,9 @@ def check_01_4(work: Work) -> None:
         )
 
 
-def check_01_5(work: Work) -> None:
+def check_01_5(submission: Submission) -> None:
     """All requests under way at once, the answers in the order of the questions."""
-    ask_all, vllm = work.function("ask_all"), work.server("vllm")
+    ask_all, vllm = submission.function("ask_all"), submission.server("vllm")
     from openai import AsyncOpenAI
 
     questions = [f"What is {n} plus {n}?" for n in range(1, 7)]
@@ -229,7 +229,7 @@ def check_01_5(work: Work) -> None:
         try:
             answers, made = through(
                 tap,
-                work,
+                submission,
                 ask,
                 {
                     TypeError: "ask_all is awaited: define it with async def, and await the client's calls",

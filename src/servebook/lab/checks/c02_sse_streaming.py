@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -13,10 +12,11 @@ from typing import Any
 import requests
 
 from servebook.errors import ServebookError
-from servebook.lab.checks.rest import key_of, sends, sends_key, through
 from servebook.lab.feedback import NotYet, require
-from servebook.lab.tap import Exchange, Tap
-from servebook.lab.work import Work
+from servebook.lab.rest import key_of, sends, sends_key, through
+from servebook.lab.submission import Submission
+from servebook.lab.taps.http import Exchange, Tap
+from servebook.lab.taps.sse import content_of, events_of, streamed_text, text_of
 
 KOREAN = {"structured_outputs": {"choice": ["안녕하세요, 반갑습니다"]}}
 """Forces text of several bytes a character, and often several tokens a character, out of an English model."""
@@ -26,33 +26,6 @@ RELIABLE = {"temperature": 0, "ignore_eos": True}
 
 ENOUGH_CHARS = 20
 """Longer than any piece that the model sends at once."""
-
-
-def events_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes, cut after each event."""
-    rest = b""
-    for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n\n")
-        for event in whole:
-            yield event + b"\n\n"
-    if rest:
-        yield rest
-
-
-def content_of(event: bytes) -> str:
-    """The text that one event of either API adds, "" where it adds none."""
-    if not event.startswith(b"data:") or b"[DONE]" in event:
-        return ""
-    return "".join(text_of(choice) for choice in json.loads(event[5:])["choices"])
-
-
-def text_of(choice: dict[str, Any]) -> str:
-    return str(choice.get("text") or choice.get("delta", {}).get("content") or "")
-
-
-def streamed_text(exchange: Exchange) -> str:
-    """All the text that the server sent."""
-    return "".join(text_of(choice) for event in exchange.events() for choice in event["choices"])
 
 
 @cache
@@ -69,14 +42,14 @@ def korean_stream(url: str, key: str, model: str) -> bytes:
     return answer.content
 
 
-def check_02_1(work: Work) -> None:
+def check_02_1(submission: Submission) -> None:
     """A parser of events: real bytes of the engine in every cut, and what else the standard allows."""
-    parse_sse, vllm = work.function("parse_sse"), work.server("vllm")
+    parse_sse, vllm = submission.function("parse_sse"), submission.server("vllm")
     wire = korean_stream(vllm.url, key_of(vllm), vllm.model)
     real = [event.removeprefix("data: ") for event in wire.decode().split("\n\n") if event]
 
     def parsed(cut: list[bytes], causes: dict[type[BaseException], str]) -> Any:
-        return work.run(lambda: list(parse_sse(iter(cut))), causes)
+        return submission.run(lambda: list(parse_sse(iter(cut))), causes)
 
     split_character = "a cut may go through a character: decode whole lines, not the pieces as they come"
     cuts: list[tuple[str, list[bytes], dict[type[BaseException], str]]] = [
@@ -145,7 +118,7 @@ def check_02_1(work: Work) -> None:
             seen.append(number)
             yield event
 
-    work.run(lambda: next(iter(parse_sse(watched()))))
+    submission.run(lambda: next(iter(parse_sse(watched()))))
     require(
         len(seen) <= 2,
         "the first event, as soon as it is whole",
@@ -154,9 +127,9 @@ def check_02_1(work: Work) -> None:
     )
 
 
-def check_02_2(work: Work) -> None:
+def check_02_2(submission: Submission) -> None:
     """Pieces of text as they come, by plain HTTP."""
-    stream_text, vllm = work.function("stream_text"), work.server("vllm")
+    stream_text, vllm = submission.function("stream_text"), submission.server("vllm")
     key, prompt = key_of(vllm), "Once upon a time"
     first_read, early = threading.Event(), threading.Event()
 
@@ -178,7 +151,7 @@ def check_02_2(work: Work) -> None:
 
         pieces, (exchange, *_) = through(
             tap,
-            work,
+            submission,
             read,
             {
                 ValueError: "not every line is JSON: empty lines part the events, and the last one is [DONE]",
@@ -215,9 +188,9 @@ def check_02_2(work: Work) -> None:
         )
 
 
-def check_02_3(work: Work) -> None:
+def check_02_3(submission: Submission) -> None:
     """Time to the first token and in all, over a line with known delays."""
-    timed, vllm = work.function("timed"), work.server("vllm")
+    timed, vllm = submission.function("timed"), submission.server("vllm")
     from openai import OpenAI
 
     lateness: list[float] = []
@@ -249,7 +222,7 @@ def check_02_3(work: Work) -> None:
         lateness.clear()
         with Tap(vllm.url, slow, RELIABLE) as tap:
             client = OpenAI(base_url=f"{tap.url}/v1", api_key=key_of(vllm), max_retries=0)
-            got, (exchange, *_) = through(tap, work, partial(ask, client))
+            got, (exchange, *_) = through(tap, submission, partial(ask, client))
             streams = "without stream=True there is no first token to see: all come at once"
             sends(exchange, {"stream": streams}, stream=True)
             tap.settle()
@@ -290,9 +263,9 @@ def check_02_3(work: Work) -> None:
     )
 
 
-def check_02_4(work: Work) -> None:
+def check_02_4(submission: Submission) -> None:
     """Tokens as the server counts them; chunks are something else."""
-    counted, vllm = work.function("counted"), work.server("vllm")
+    counted, vllm = submission.function("counted"), submission.server("vllm")
     from openai import OpenAI
 
     with Tap(vllm.url) as tap:
@@ -310,7 +283,7 @@ def check_02_4(work: Work) -> None:
 
             got, (exchange, *_) = through(
                 tap,
-                work,
+                submission,
                 ask,
                 {
                     IndexError: "the event with the usage has an empty list of choices",
@@ -347,9 +320,9 @@ def check_02_4(work: Work) -> None:
             require(isinstance(got, tuple | list) and tuple(got) == right, right, got, cause)
 
 
-def check_02_5(work: Work) -> None:
+def check_02_5(submission: Submission) -> None:
     """Enough is enough: the stream is left, and with it the engine's work."""
-    stream_until, vllm = work.function("stream_until"), work.server("vllm")
+    stream_until, vllm = submission.function("stream_until"), submission.server("vllm")
     from openai import OpenAI
 
     asked: list[Any] = []
@@ -378,7 +351,7 @@ def check_02_5(work: Work) -> None:
     with Tap(vllm.url, hold, RELIABLE) as tap:
         client = OpenAI(base_url=f"{tap.url}/v1", api_key=key_of(vllm), max_retries=0)
         got, made = through(
-            tap, work, lambda: stream_until(client, vllm.model, "Count from one to fifty, in words.", 50, enough)
+            tap, submission, lambda: stream_until(client, vllm.model, "Count from one to fifty, in words.", 50, enough)
         )
         exchange = made[-1]
         sends(

@@ -14,11 +14,11 @@ import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor
 
 from servebook.engine.model import model_path
+from servebook.lab.dry_run.load import Refused, engine_facts, loaded_config, vllm_process
 from servebook.lab.feedback import NotYet, require
-from servebook.lab.grpc_tap import Lost
-from servebook.lab.rehearsal import Refused, engine_facts, loaded_config, vllm_process
-from servebook.lab.triton_tap import Stream, TritonTap, is_final, text_of, wait_until
-from servebook.lab.work import Work
+from servebook.lab.submission import Submission
+from servebook.lab.taps.grpc import Lost
+from servebook.lab.taps.triton import Stream, TritonTap, is_final, text_of, wait_until
 from servebook.launch import Server
 from servebook.settings import TENSOR_MODEL_NAME
 from servebook.ways.metrics import metric
@@ -39,15 +39,15 @@ def client_of(tap: TritonTap) -> Iterator[Any]:
         client.close()
 
 
-def check_03_1(work: Work) -> None:
+def check_03_1(submission: Submission) -> None:
     """Names, types and the decoupled policy, as this server says; an unknown model is None, other errors pass."""
-    describe, triton = work.function("describe"), work.server("triton")
+    describe, triton = submission.function("describe"), submission.server("triton")
     vllm_process()  # has a few minutes now, until 03.2 needs it
     with triton_grpc.InferenceServerClient(triton.grpc) as client:
         inputs = client.get_model_config(TENSOR_MODEL_NAME).config.input
         types = {output.name: output.datatype for output in client.get_model_metadata(TENSOR_MODEL_NAME).outputs}
     with TritonTap(triton.grpc) as tap, triton_grpc.InferenceServerClient(tap.address) as client:
-        got = work.run(lambda: describe(client, TENSOR_MODEL_NAME))
+        got = submission.run(lambda: describe(client, TENSOR_MODEL_NAME))
         require(
             bool(tap.calls),
             "a question to the server that was handed in",
@@ -82,7 +82,7 @@ def check_03_1(work: Work) -> None:
             f"decoupled: {got['decoupled']}, after {', '.join(call.method for call in tap.calls)}",
             "the policy stands in the configuration: model_transaction_policy.decoupled",
         )
-        got = work.run(
+        got = submission.run(
             lambda: describe(client, "no_such_model"),
             {InferenceServerException: "for a model that is not there the server answers NOT_FOUND: that is None"},
         )
@@ -95,7 +95,7 @@ def check_03_1(work: Work) -> None:
             except InferenceServerException as error:
                 return error.status()
 
-        got = work.run(outcome)
+        got = submission.run(outcome)
         require(
             got == "StatusCode.UNAVAILABLE",
             "the error UNAVAILABLE, where no server answers",
@@ -104,9 +104,9 @@ def check_03_1(work: Work) -> None:
         )
 
 
-def check_03_2(work: Work) -> None:
+def check_03_2(submission: Submission) -> None:
     """Triton loads the repository, and vLLM makes the wanted configuration of it."""
-    write_repository, triton = work.function("write_repository"), work.server("triton")
+    write_repository, triton = submission.function("write_repository"), submission.server("triton")
     vllm_process()  # imports vLLM while Triton starts
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "models"
@@ -116,7 +116,7 @@ def check_03_2(work: Work) -> None:
         elsewhere.mkdir()
         for file in Path(model_path(triton.settings)).iterdir():
             (elsewhere / file.name).symlink_to(file)
-        work.run(lambda: write_repository(repository, elsewhere))
+        submission.run(lambda: write_repository(repository, elsewhere))
         _judge_repository(repository, elsewhere)
 
 
@@ -190,9 +190,9 @@ def request_content(request: Any) -> dict[str, Any]:
     return contents
 
 
-def check_03_3(work: Work) -> None:
+def check_03_3(submission: Submission) -> None:
     """The tensors reach the engine as meant: one answer, without the prompt, as long as it was told."""
-    inputs_for, triton = work.function("inputs_for"), work.server("triton")
+    inputs_for, triton = submission.function("inputs_for"), submission.server("triton")
     prompt, sampling = "서울은 어디에 있습니까?", {"max_tokens": 3, "temperature": 0.0, "seed": 7, "ignore_eos": True}
     answers: list[Any] = []
     with TritonTap(triton.grpc) as tap, client_of(tap) as client:
@@ -204,7 +204,7 @@ def check_03_3(work: Work) -> None:
             finally:
                 client.stop_stream()
 
-        work.run(send, busy=tap.busy)
+        submission.run(send, busy=tap.busy)
         (request,) = tap.streams[0].requests
     answer, *more = answers
     if isinstance(answer, InferenceServerException):
@@ -247,13 +247,13 @@ def _why_refused(message: str) -> str:
     return _cause(message, causes, "the server's message names the input")
 
 
-def check_03_4(work: Work) -> None:
+def check_03_4(submission: Submission) -> None:
     """Deltas as they come, to the last response and no further; errors reach the caller; the client stays usable."""
-    deltas, triton = work.function("deltas"), work.server("triton")
+    deltas, triton = submission.function("deltas"), submission.server("triton")
     first_read, early = threading.Event(), threading.Event()
     mode = "whole"
 
-    def pace(response: Any, stream: Stream) -> None:
+    def watch(response: Any, stream: Stream) -> None:
         """Hold the last response back until its reader has had text; or be gone after the third."""
         if mode == "whole" and is_final(response) and first_read.wait(3):
             early.set()
@@ -275,13 +275,13 @@ def check_03_4(work: Work) -> None:
             return error
 
     prompt = "One, two, three, four,"
-    with TritonTap(triton.grpc, pace) as tap, client_of(tap) as client:
+    with TritonTap(triton.grpc, watch) as tap, client_of(tap) as client:
         # While the text might be the beginning of the stop string, vLLM keeps it back: the first deltas are empty.
         held = infer_inputs(prompt, stream=True, max_tokens=20, temperature=0, ignore_eos=True, stop=["#" * 12])
         causes: Mapping[type[BaseException], str] = {
             TimeoutError: "nothing comes after the last response: triton_final_response says which one that is"
         }
-        pieces = work.run(lambda: read(held), causes, tap.busy)
+        pieces = submission.run(lambda: read(held), causes, tap.busy)
         require(bool(tap.streams), "a request over a stream", pieces, "the text does not come from the server")
         _judge_pieces(pieces, tap.streams[0], early.is_set())
 
@@ -290,7 +290,7 @@ def check_03_4(work: Work) -> None:
         silent: Mapping[type[BaseException], str] = {
             TimeoutError: "on an error the callback gets error=…, and result=None: hand both on to your loop"
         }
-        got = work.run(lambda: outcome(wrong), silent, tap.busy)
+        got = submission.run(lambda: outcome(wrong), silent, tap.busy)
         if isinstance(got, InferenceServerException) and "already running" in str(got):
             raise NotYet(
                 "a client that can be used again",
@@ -306,7 +306,7 @@ def check_03_4(work: Work) -> None:
 
         mode = "broken"
         whole = infer_inputs(prompt, stream=True, max_tokens=8, temperature=0, ignore_eos=True)
-        got = work.run(lambda: outcome(whole), silent, tap.busy)
+        got = submission.run(lambda: outcome(whole), silent, tap.busy)
         require(
             isinstance(got, InferenceServerException) and got.status() == "StatusCode.UNAVAILABLE",
             "the error UNAVAILABLE, raised, when the server goes away in the midst",
@@ -350,9 +350,9 @@ LATE = 60
 """Responses that come after it was enough: two seconds of them, and nobody leaves that late by accident."""
 
 
-def check_03_5(work: Work) -> None:
+def check_03_5(submission: Submission) -> None:
     """The text until it is enough; then the engine stops, as its own count of running requests shows."""
-    until, triton = work.function("until"), work.server("triton")
+    until, triton = submission.function("until"), submission.server("triton")
     asked: list[str] = []
 
     def is_enough(text: str) -> bool:
@@ -370,13 +370,13 @@ def check_03_5(work: Work) -> None:
     )
     overrun = threading.Event()
 
-    def pace(response: Any, stream: Stream) -> None:
+    def watch(response: Any, stream: Stream) -> None:
         if _rest(stream, is_enough) > LATE:
             overrun.set()
             raise Lost
 
     inputs = infer_inputs("One, two, three, four,", stream=True, max_tokens=400, temperature=0, ignore_eos=True)
-    with TritonTap(triton.grpc, pace) as tap, client_of(tap) as client:
+    with TritonTap(triton.grpc, watch) as tap, client_of(tap) as client:
 
         def outcome() -> Any:
             try:
@@ -386,7 +386,7 @@ def check_03_5(work: Work) -> None:
                     return error
                 raise
 
-        got = work.run(
+        got = submission.run(
             outcome,
             {TimeoutError: "your code waits for an end that does not come: the request was cancelled"},
             lambda: tap.busy() and not overrun.is_set(),

@@ -18,13 +18,13 @@ import grpc
 import requests
 from google.protobuf import descriptor_pb2
 
-from servebook.lab.checks.c02_sse_streaming import streamed_text
-from servebook.lab.checks.own import StreamWatch, blank, own_server
-from servebook.lab.checks.rest import accepted, answer_to, context_length, key_of, not_full, sends
 from servebook.lab.feedback import NotYet, StillOpen, require
-from servebook.lab.own_server import OwnServer
-from servebook.lab.tap import Tap
-from servebook.lab.work import Work
+from servebook.lab.learner_server.judge import StreamWatch, blank, own_server
+from servebook.lab.learner_server.run import OwnServer
+from servebook.lab.rest import accepted, answer_to, context_length, key_of, not_full, sends
+from servebook.lab.submission import Submission
+from servebook.lab.taps.http import Tap
+from servebook.lab.taps.sse import streamed_text
 from servebook.launch import Server
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
@@ -49,12 +49,12 @@ def compiled(proto: Path) -> descriptor_pb2.FileDescriptorProto:
         return descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file[0]
 
 
-def check_04_1(work: Work) -> None:
+def check_04_1(submission: Submission) -> None:
     """Old fields stay, the new ones are new, and what is gone is reserved."""
     file = Path("lab.proto")
     if not file.is_file():
         raise NotYet("the file lab.proto", "none", "run the cell that writes it (its first line is %%writefile)")
-    if blank(work) in file.read_text():
+    if blank(submission) in file.read_text():
         raise StillOpen
     proto = compiled(file)
     messages = {message.name: message for message in proto.message_type}
@@ -144,14 +144,14 @@ def failed(error: grpc.RpcError, method: str) -> NotYet:
     return NotYet(f"{method} ends with OK", f"{code.name}: {details[:200]}", cause)
 
 
-def check_04_2(work: Work) -> None:
+def check_04_2(submission: Submission) -> None:
     """Messages as they come, numbered, the last one marked; a cancelled call stops the engine."""
-    vllm = work.server("vllm")
+    vllm = submission.server("vllm")
     watch = StreamWatch()
 
     with (
         Tap(vllm.url, watch.hold) as tap,
-        own_server(work, "service.py", tap, vllm) as server,
+        own_server(submission, "service.py", tap, vllm) as server,
         calling(server) as stub,
     ):
         request = llm_pb2.StreamGenerateRequest(prompt="Once upon a time", max_tokens=11)
@@ -226,9 +226,9 @@ def check_04_2(work: Work) -> None:
         )
 
 
-def check_04_3(work: Work) -> None:
+def check_04_3(submission: Submission) -> None:
     """Each fault has its status, and what is refused never reaches the engine."""
-    vllm = work.server("vllm")
+    vllm = submission.server("vllm")
     code = grpc.StatusCode
 
     def ask(stub: llm_pb2_grpc.LLMServiceStub, right: grpc.StatusCode, what: str, word: str = "", **fields: Any) -> Any:
@@ -256,7 +256,7 @@ def check_04_3(work: Work) -> None:
 
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # bound, never listening: connections are refused
-        with Tap(vllm.url) as tap, own_server(work, "status.py", tap, vllm) as server, calling(server) as stub:
+        with Tap(vllm.url) as tap, own_server(submission, "status.py", tap, vllm) as server, calling(server) as stub:
             ask(stub, code.INVALID_ARGUMENT, "an empty prompt", "prompt", prompt="", max_tokens=4)
             ask(stub, code.INVALID_ARGUMENT, "max_tokens 0", "max_tokens", prompt="Hello", max_tokens=0)
             require(
@@ -324,9 +324,9 @@ class Front(llm_pb2_grpc.LLMServiceServicer):
                     yield llm_pb2.StreamGenerateResponse(text=choice["text"], sequence=number, is_finished=last)
 
 
-def check_04_4(work: Work) -> None:
+def check_04_4(submission: Submission) -> None:
     """The deadline is sent along, what came before it is kept, other errors pass."""
-    ask_within, vllm = work.function("ask_within"), work.server("vllm")
+    ask_within, vllm = submission.function("ask_within"), submission.server("vllm")
     front = Front(vllm)  # type: ignore[abstract]  # Generate stays UNIMPLEMENTED
     with ThreadPoolExecutor(4) as pool:
         server = grpc.server(pool)
@@ -335,7 +335,7 @@ def check_04_4(work: Work) -> None:
         server.start()
         try:
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                _judge_client(work, ask_within, llm_pb2_grpc.LLMServiceStub(channel), front)
+                _judge_client(submission, ask_within, llm_pb2_grpc.LLMServiceStub(channel), front)
         except NotYet:
             not_full(front.status)
             raise
@@ -343,9 +343,9 @@ def check_04_4(work: Work) -> None:
             server.stop(0.5).wait()  # at once, gRPC would print a "goaway", which nbgrader takes for a failure
 
 
-def _judge_client(work: Work, ask_within: Any, stub: llm_pb2_grpc.LLMServiceStub, front: Front) -> None:
+def _judge_client(submission: Submission, ask_within: Any, stub: llm_pb2_grpc.LLMServiceStub, front: Front) -> None:
     prompt = "Once upon a time"
-    got = work.run(lambda: ask_within(stub, prompt, 50.0), busy=lambda: True)
+    got = submission.run(lambda: ask_within(stub, prompt, 50.0), busy=lambda: True)
     require(bool(front.deadlines), "a call through the stub", got, "the text does not come from the server")
     require(
         front.deadlines[-1] is not None,
@@ -365,7 +365,7 @@ def _judge_client(work: Work, ask_within: Any, stub: llm_pb2_grpc.LLMServiceStub
 
     front.mode = "slow"
     slow_deadline = 2.5
-    got = work.run(
+    got = submission.run(
         lambda: ask_within(stub, prompt, slow_deadline),
         {grpc.RpcError: "the loop raises DEADLINE_EXCEEDED when the time is over: catch it, and keep what has come"},
         busy=lambda: True,
@@ -389,7 +389,7 @@ def _judge_client(work: Work, ask_within: Any, stub: llm_pb2_grpc.LLMServiceStub
         except grpc.RpcError as error:
             return error.code()
 
-    got = work.run(outcome, busy=lambda: True)
+    got = submission.run(outcome, busy=lambda: True)
     require(
         got is grpc.StatusCode.UNAVAILABLE,
         "UNAVAILABLE goes on to the caller",

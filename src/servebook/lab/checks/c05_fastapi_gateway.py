@@ -12,13 +12,13 @@ from typing import Any
 
 import requests
 
-from servebook.lab.checks.c02_sse_streaming import streamed_text
-from servebook.lab.checks.own import StreamWatch, own_server
-from servebook.lab.checks.rest import accepted, answer_to, sends
 from servebook.lab.feedback import NotYet, require
-from servebook.lab.own_server import OwnServer
-from servebook.lab.tap import Exchange, Tap
-from servebook.lab.work import Work
+from servebook.lab.learner_server.judge import StreamWatch, own_server
+from servebook.lab.learner_server.run import OwnServer
+from servebook.lab.rest import accepted, answer_to, sends
+from servebook.lab.submission import Submission
+from servebook.lab.taps.http import Exchange, Tap
+from servebook.lab.taps.sse import streamed_text
 
 ASK = {"message": "Name three colours.", "max_tokens": 11}
 SECONDS = 60
@@ -66,9 +66,9 @@ STATUS = {
 }
 
 
-def check_05_1(work: Work) -> None:
+def check_05_1(submission: Submission) -> None:
     """While one answer is on its way, the gateway takes other calls."""
-    vllm = work.server("vllm")
+    vllm = submission.server("vllm")
     release = threading.Event()
 
     def hold(chunks: Iterator[bytes], _: Exchange) -> Iterator[bytes]:
@@ -77,7 +77,7 @@ def check_05_1(work: Work) -> None:
 
     with (
         Tap(vllm.url, hold) as tap,
-        own_server(work, "chat.py", tap, vllm) as server,
+        own_server(submission, "chat.py", tap, vllm) as server,
         ThreadPoolExecutor(2) as pool,
     ):
         try:
@@ -116,12 +116,12 @@ def check_05_1(work: Work) -> None:
         require(got == right, {"response": right[0]}, bodies[0], "answer {response: the text of the reply}")
 
 
-def check_05_2(work: Work) -> None:
+def check_05_2(submission: Submission) -> None:
     """Events as they come, a proper end, and an engine that stops when the caller leaves."""
-    vllm = work.server("vllm")
+    vllm = submission.server("vllm")
     watch = StreamWatch()
 
-    with Tap(vllm.url, watch.hold) as tap, own_server(work, "stream.py", tap, vllm) as server:
+    with Tap(vllm.url, watch.hold) as tap, own_server(submission, "stream.py", tap, vllm) as server:
         with post(server, "/chat/stream", stream=True) as answer:
             kind = answer.headers.get("content-type", "")
             got = f"{answer.status_code} {kind}"
@@ -191,9 +191,9 @@ def check_05_2(work: Work) -> None:
         )
 
 
-def check_05_3(work: Work) -> None:
+def check_05_3(submission: Submission) -> None:
     """A handler that does not stream: stopped when the caller leaves, and only then."""
-    vllm = work.server("vllm")
+    vllm = submission.server("vllm")
     leaving = threading.Event()
 
     def hold(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
@@ -208,7 +208,7 @@ def check_05_3(work: Work) -> None:
             raise BrokenPipeError
         yield from chunks
 
-    with Tap(vllm.url, hold) as tap, own_server(work, "leave.py", tap, vllm) as server:
+    with Tap(vllm.url, hold) as tap, own_server(submission, "leave.py", tap, vllm) as server:
         answer = post(server, "/chat")
         got = f"{answer.status_code} {answer.text[:200]}"
         require(
@@ -246,9 +246,9 @@ def check_05_3(work: Work) -> None:
         )
 
 
-def check_05_4(work: Work) -> None:
+def check_05_4(submission: Submission) -> None:
     """What goes wrong at the engine has a status of its own."""
-    vllm = work.server("vllm")
+    vllm = submission.server("vllm")
     release = threading.Event()
 
     def hold(chunks: Iterator[bytes], _: Exchange) -> Iterator[bytes]:
@@ -268,7 +268,7 @@ def check_05_4(work: Work) -> None:
         require(answer.status_code == right, f"{right}: {what}", got, cause)
         return answer
 
-    with Tap(vllm.url) as tap, own_server(work, "errors.py", tap, vllm) as server:
+    with Tap(vllm.url) as tap, own_server(submission, "errors.py", tap, vllm) as server:
         answer = ask(server, 200, "an answer")
         require(bool(tap.exchanges), "a request to the engine", answer.text, "the answer does not come from the engine")
         accepted(tap.exchanges[0])
@@ -283,6 +283,6 @@ def check_05_4(work: Work) -> None:
             dict(answer.headers),
             "tell clients when to come again: headers={'Retry-After': '5'}",
         )
-    with Tap(vllm.url, hold) as slow, own_server(work, "errors.py", slow, vllm, timeout=1) as server:
+    with Tap(vllm.url, hold) as slow, own_server(submission, "errors.py", slow, vllm, timeout=1) as server:
         ask(server, 504, "the engine is too slow")
         release.set()

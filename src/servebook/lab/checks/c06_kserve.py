@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ import tritonclient.grpc as v2
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 from tritonclient.utils import InferenceServerException
 
-from servebook.lab.checks.rest import answer_to, through
 from servebook.lab.feedback import NotYet, require
-from servebook.lab.grpc_tap import Call, GrpcTap
-from servebook.lab.tap import Tap
-from servebook.lab.work import Work
+from servebook.lab.rest import answer_to, through
+from servebook.lab.submission import Submission
+from servebook.lab.taps.grpc import Call, GrpcTap
+from servebook.lab.taps.http import Tap
 from servebook.settings import TENSOR_MODEL_NAME as MODEL
 from servebook.ways.kserve.client import tensor
 
@@ -24,14 +25,14 @@ PROMPT = "The capital of France is"
 SERVERS = {"kserve": "KServe", "triton": "Triton"}
 
 
-def check_06_1(work: Work) -> None:
+def check_06_1(submission: Submission) -> None:
     """The inputs of the model on two servers, of which one takes more; and a model that neither has."""
-    signature = work.function("signature")
+    signature = submission.function("signature")
     for name, title in SERVERS.items():
-        with Tap(work.server(name).url) as tap:
+        with Tap(submission.server(name).url) as tap:
             got, (exchange, *_) = through(
                 tap,
-                work,
+                submission,
                 lambda url=tap.url: signature(url, MODEL),  # type: ignore[misc]
                 {KeyError: "the answer has no such field: print response.json() and look"},
             )
@@ -50,7 +51,7 @@ def check_06_1(work: Work) -> None:
             same = isinstance(got, dict) and {key: _pair(value) for key, value in got.items()} == right
             require(same, f"{right} ({title})", got, cause)
             refusal = "a server says by its status that it has no such model: look at it before you read the answer"
-            missing = work.run(
+            missing = submission.run(
                 lambda url=tap.url: signature(url, "nope"),  # type: ignore[misc]
                 {KeyError: refusal, requests.HTTPError: refusal},
                 tap.busy,
@@ -63,7 +64,7 @@ def check_06_1(work: Work) -> None:
         except Exception:  # of whichever library
             return "an error"
 
-    got = work.run(broken)  # the tap is gone: nobody answers
+    got = submission.run(broken)  # the tap is gone: nobody answers
     require(got == "an error", "an error where nobody answers", got, "only 404 stands for: no such model")
 
 
@@ -71,14 +72,14 @@ def _pair(value: Any) -> Any:
     return (value[0], list(value[1])) if isinstance(value, tuple | list) and len(value) == 2 else value
 
 
-def check_06_2(work: Work) -> None:
+def check_06_2(submission: Submission) -> None:
     """Three tensors in JSON, and the text out of the answer."""
-    infer = work.function("infer")
-    with Tap(work.server("kserve").url) as tap:
+    infer = submission.function("infer")
+    with Tap(submission.server("kserve").url) as tap:
         for prompt, max_tokens in ((PROMPT, 7), ("Bread is made of", 5)):
             text, (exchange, *_) = through(
                 tap,
-                work,
+                submission,
                 lambda prompt=prompt, limit=max_tokens: infer(tap.url, MODEL, prompt, limit),  # type: ignore[misc]
                 {
                     KeyError: "the answer has no such field: print response.json() and look",
@@ -117,9 +118,9 @@ def check_06_2(work: Work) -> None:
             require(text == right, right, text, cause)
 
 
-def check_06_3(work: Work) -> None:
+def check_06_3(submission: Submission) -> None:
     """Answers of one and of two texts, with the outputs at other places each time."""
-    read_answer, server = work.function("read_answer"), work.server("kserve")
+    read_answer, server = submission.function("read_answer"), submission.server("kserve")
     flags = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
     for choices, asked in ((1, flags), (1, flags[2:]), (2, flags), (2, flags[:2])):
         fields = {"max_tokens": 3, "n": choices, "ignore_eos": True}
@@ -130,7 +131,7 @@ def check_06_3(work: Work) -> None:
         counts = outputs.get("num_output_tokens")
         right = (outputs["text_output"], sum(counts) if counts else None)
         missing = "this answer has no num_output_tokens, because nobody asked for it: None then"
-        got = work.run(
+        got = submission.run(
             lambda answer=answer: read_answer(answer),  # type: ignore[misc]
             dict.fromkeys((KeyError, IndexError, StopIteration), "not every answer has every output: look by name"),
         )
@@ -190,17 +191,18 @@ def sampling_of(call: Call) -> dict[str, Any]:
     return sampling
 
 
-def check_06_4(work: Work) -> None:
+def check_06_4(submission: Submission) -> None:
     """The same function, twice on each server; and an error that comes through."""
-    generate = work.function("generate")
+    generate = submission.function("generate")
     causes = {
         TimeoutError: "on a stream, an answer or an error comes to the callback: wait for the first of the two",
         InferenceServerException: "UNIMPLEMENTED: this server has no such call for this model; ask it before",
     }
     for name, title in SERVERS.items():
-        with GrpcTap(work.server(name).grpc) as tap, v2.InferenceServerClient(tap.address) as client:
+        with GrpcTap(submission.server(name).grpc) as tap, v2.InferenceServerClient(tap.address) as client:
             for prompt, max_tokens in ((PROMPT, 7), ("Bread is made of", 4)):
-                got = _ask_both(work, tap, causes, lambda c=client, p=prompt, m=max_tokens: generate(c, MODEL, p, m))  # type: ignore[misc]
+                ask = partial(generate, client, MODEL, prompt, max_tokens)
+                got = _ask_both(submission, tap, causes, ask)
                 calls = tap.of("ModelInfer") + tap.of("ModelStreamInfer")
                 answers = [call for call in calls if call.responses]
                 require(
@@ -234,7 +236,7 @@ def check_06_4(work: Work) -> None:
                 except InferenceServerException as failure:
                     return failure
 
-            error = _ask_both(work, tap, causes, refused)
+            error = _ask_both(submission, tap, causes, refused)
             require(
                 isinstance(error, InferenceServerException) and "max_tokens" in error.message(),
                 f"{title}'s error for max_tokens -1, raised",
@@ -243,9 +245,11 @@ def check_06_4(work: Work) -> None:
             )
 
 
-def _ask_both(work: Work, tap: GrpcTap, causes: dict[type[BaseException], str], action: Callable[[], Any]) -> Any:
+def _ask_both(
+    submission: Submission, tap: GrpcTap, causes: dict[type[BaseException], str], action: Callable[[], Any]
+) -> Any:
     try:
-        return work.run(action, causes, lambda: under_way(tap))
+        return submission.run(action, causes, lambda: under_way(tap))
     except NotYet as fault:
         if "already running" in str(fault.got):
             cause = "a client has one stream at a time: stop_stream() when the answer has come, or when it failed"
@@ -257,9 +261,9 @@ def _ask_both(work: Work, tap: GrpcTap, causes: dict[type[BaseException], str], 
         raise
 
 
-def check_06_5(work: Work) -> None:
+def check_06_5(submission: Submission) -> None:
     """What goes wrong on a real server, and what it is called over HTTP."""
-    ask, kserve = work.function("ask"), work.server("kserve")
+    ask, kserve = submission.function("ask"), submission.server("kserve")
     uncaught = {InferenceServerException: "catch InferenceServerException and look at its status()"}
     short, long = '{"max_tokens": 3}', '{"max_tokens": 100, "ignore_eos": true}'
     number = v2.InferInput("text_input", [1], "FP32")
@@ -275,7 +279,7 @@ def check_06_5(work: Work) -> None:
     ]
     with GrpcTap(kserve.grpc) as tap, v2.InferenceServerClient(tap.address) as client:
         inputs = [text, tensor("sampling_parameters", short)]
-        got = work.run(lambda: ask(client, MODEL, inputs, 60), uncaught, tap.busy)
+        got = submission.run(lambda: ask(client, MODEL, inputs, 60), uncaught, tap.busy)
         require(bool(tap.of("ModelInfer")), "a call of ModelInfer", got, "use the client that your function is given")
         call = tap.calls[-1]
         call.done.wait(2)
@@ -284,7 +288,7 @@ def check_06_5(work: Work) -> None:
         right = (200, answered_text(call))
         require(_same_pair(got, right), right, got, "200, and the first element of text_output, decoded")
         for status, what, model, inputs, seconds in cases:
-            got = work.run(
+            got = submission.run(
                 lambda m=model, i=inputs, s=seconds: ask(client, m, i, s),  # type: ignore[misc]
                 uncaught,
                 tap.busy,
@@ -293,7 +297,7 @@ def check_06_5(work: Work) -> None:
             call.done.wait(2)
             _judge_status(status, what, got, call.details)
     with v2.InferenceServerClient("127.0.0.1:1") as nobody:  # nobody listens on it
-        got = work.run(lambda: ask(nobody, MODEL, [text], 60), uncaught)
+        got = submission.run(lambda: ask(nobody, MODEL, [text], 60), uncaught)
         _judge_status(503, "nobody there", got, "")
 
     def passed_on() -> Any:
@@ -302,8 +306,8 @@ def check_06_5(work: Work) -> None:
         except InferenceServerException as error:
             return error.status()
 
-    with v2.InferenceServerClient(work.server("triton").grpc) as triton:
-        got = work.run(passed_on)
+    with v2.InferenceServerClient(submission.server("triton").grpc) as triton:
+        got = submission.run(passed_on)
         require(
             got == "StatusCode.UNIMPLEMENTED",
             "UNIMPLEMENTED, which is not in the table, goes on to the caller",

@@ -19,8 +19,8 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 from tokenizers import Tokenizer
 
 from servebook.lab.feedback import NotYet, require
-from servebook.lab.grpc_tap import GRACE_SECONDS, Call, GrpcTap, Pace
-from servebook.lab.work import Work
+from servebook.lab.submission import Submission
+from servebook.lab.taps.grpc import GRACE_SECONDS, Call, Filter, GrpcTap
 from servebook.ways.vllm_native_grpc.client import ENGINE, VllmGrpcClient
 
 BROKEN = "\ufffd"
@@ -42,15 +42,17 @@ def tokenizer_of(address: str) -> Tokenizer:
 
 
 @contextmanager
-def tapped(work: Work, pace: Pace | None = None) -> Iterator[tuple[GrpcTap, vllm_engine_pb2_grpc.VllmEngineStub]]:
+def tapped(
+    submission: Submission, filter: Filter | None = None
+) -> Iterator[tuple[GrpcTap, vllm_engine_pb2_grpc.VllmEngineStub]]:
     """A tap in front of the real server, and a stub that goes through it."""
-    with GrpcTap(work.server("vllm-grpc").grpc, pace) as tap, grpc.insecure_channel(tap.address) as channel:
+    with GrpcTap(submission.server("vllm-grpc").grpc, filter) as tap, grpc.insecure_channel(tap.address) as channel:
         yield tap, vllm_engine_pb2_grpc.VllmEngineStub(channel)
 
 
 def through(
     tap: GrpcTap,
-    work: Work,
+    submission: Submission,
     method: str,
     action: Callable[[], Any],
     judge: Callable[[Call], None] = lambda _: None,
@@ -65,7 +67,7 @@ def through(
     before = len(tap.calls)
     fault, result = None, None
     try:
-        result = work.run(action, busy=tap.busy)
+        result = submission.run(action, busy=tap.busy)
     except NotYet as error:
         fault = error
     made = [call for call in tap.calls[before:] if call.method == method]
@@ -104,7 +106,7 @@ def ids_of(call: Call) -> list[int]:
 
 
 def joined(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
-    """A pace: every two chunks become one, as vLLM does it for a reader who is slower than the engine."""
+    """A filter: every two chunks become one, as vLLM does it for a reader who is slower than the engine."""
     if call.method != "Generate":
         yield from messages
         return
@@ -125,7 +127,7 @@ def joined(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
 
 
 def delayed(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
-    """A pace: chunks are joined, and two of them are always under way, as on a long line."""
+    """A filter: chunks are joined, and two of them are always under way, as on a long line."""
     line: deque[bytes] = deque()
     for message in joined(messages, call):
         line.append(message)
@@ -167,11 +169,11 @@ def asks(ids: list[int], max_tokens: int) -> Callable[[Call], None]:
     return judge
 
 
-def limited(pace: Pace, limit: int) -> Pace:
-    """The same pace, ended where a request without a limit would run on for minutes."""
+def limited(filter: Filter, limit: int) -> Filter:
+    """The same filter, ended where a request without a limit would run on for minutes."""
 
     def paced(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
-        for number, message in enumerate(pace(messages, call)):
+        for number, message in enumerate(filter(messages, call)):
             if call.method == "Generate" and number > limit:
                 return
             yield message
@@ -214,14 +216,14 @@ def another_server(servicer: WarmingUp | None) -> Iterator[grpc.Channel]:
             server.stop(GRACE_SECONDS).wait()
 
 
-def check_07_1(work: Work) -> None:
+def check_07_1(submission: Submission) -> None:
     """The real server, one that warms up, none, and one that is no vLLM."""
-    who, server = work.function("who"), work.server("vllm-grpc")
+    who, server = submission.function("who"), submission.server("vllm-grpc")
     with VllmGrpcClient(server.grpc) as client:
         info = client.model_info()
     right = {"serving": True, "model": info.served_model_name, "context": info.max_context_length}
     with GrpcTap(server.grpc) as tap, grpc.insecure_channel(tap.address) as channel:
-        got, _ = through(tap, work, "GetModelInfo", lambda: who(channel))
+        got, _ = through(tap, submission, "GetModelInfo", lambda: who(channel))
         _same(right, got)
         require(
             bool(tap.of("Check") or tap.of("HealthCheck")),
@@ -230,7 +232,7 @@ def check_07_1(work: Work) -> None:
             "whether the engine serves is for health to say",
         )
     with another_server(WarmingUp(info)) as channel:
-        got = work.run(lambda: who(channel))
+        got = submission.run(lambda: who(channel))
         require(
             not (isinstance(got, dict) and got.get("serving")),
             "serving False: the process answers, its engine warms up",
@@ -240,7 +242,7 @@ def check_07_1(work: Work) -> None:
         _same(right | {"serving": False}, got)
     with grpc.insecure_channel("127.0.0.1:1") as channel:  # nobody listens on it
         unavailable = "UNAVAILABLE says that nobody answers: catch grpc.RpcError, and return None for this code"
-        got = work.run(lambda: who(channel), {grpc.RpcError: unavailable})
+        got = submission.run(lambda: who(channel), {grpc.RpcError: unavailable})
         require(got is None, "None where nobody answers", got, unavailable)
 
     def outcome() -> Any:
@@ -250,7 +252,7 @@ def check_07_1(work: Work) -> None:
             return error.code()
 
     with another_server(None) as channel:
-        got = work.run(outcome)
+        got = submission.run(outcome)
         require(
             got is grpc.StatusCode.UNIMPLEMENTED,
             "UNIMPLEMENTED goes on to the caller: somebody is there, who is no vLLM",
@@ -270,17 +272,17 @@ def _same(right: dict[str, Any], got: Any) -> None:
         require(got[name] == value, f"{name}: {value!r}", f"{name}: {got[name]!r}", causes[name])
 
 
-def check_07_2(work: Work) -> None:
+def check_07_2(submission: Submission) -> None:
     """One answer that its limit ends, one that ends by itself, in messages of one and of two tokens."""
-    ask, tokenizer = work.function("ask"), tokenizer_of(work.server("vllm-grpc").grpc)
+    ask, tokenizer = submission.function("ask"), tokenizer_of(submission.server("vllm-grpc").grpc)
     # Every CPU's arithmetic ends this answer early.
     chat = "<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n<|im_start|>assistant\n"
-    with tapped(work, limited(joined, 80)) as (tap, stub):
+    with tapped(submission, limited(joined, 80)) as (tap, stub):
         for prompt, max_tokens in (("The capital of France is", 7), (chat, 60)):
             given = tokenizer.encode(prompt).ids
             got, call = through(
                 tap,
-                work,
+                submission,
                 "Generate",
                 lambda prompt=prompt, limit=max_tokens: ask(stub, tokenizer, prompt, limit),  # type: ignore[misc]
                 asks(given, max_tokens),
@@ -330,9 +332,9 @@ STREAMS = {
 }
 
 
-def check_07_3(work: Work) -> None:
+def check_07_3(submission: Submission) -> None:
     """Text as early as it is whole, and never a broken character; on streams of the model's own token ids."""
-    detokenize, tokenizer = work.function("detokenize"), tokenizer_of(work.server("vllm-grpc").grpc)
+    detokenize, tokenizer = submission.function("detokenize"), tokenizer_of(submission.server("vllm-grpc").grpc)
     cases = [(what, tokenizer.encode(f"{text}<|im_end|>").ids) for what, text in STREAMS.items()]
     cases.append(("Korean, cut off by max_tokens inside a character", tokenizer.encode(KOREAN).ids[:10]))
     for what, ids in cases:
@@ -350,7 +352,7 @@ def check_07_3(work: Work) -> None:
                     raise NotYet("pieces of text", piece, "yield strings, not ids or None")
                 pieces.append(piece)
 
-        work.run(read, {TypeError: "write a generator: it yields pieces of text"})
+        submission.run(read, {TypeError: "write a generator: it yields pieces of text"})
         _judge_text(tokenizer, ids, pieces, what)
         for number, text in enumerate(seen, 1):
             so_far = tokenizer.decode(ids[:number])
@@ -383,9 +385,9 @@ def _judge_text(tokenizer: Tokenizer, ids: list[int], pieces: list[str], what: s
     raise NotYet(f"{right!r} ({what})", f"{got!r}", cause)
 
 
-def check_07_4(work: Work) -> None:
+def check_07_4(submission: Submission) -> None:
     """Korean as it comes from the engine, in chunks of one and of two tokens; who stops reading, ends the call."""
-    stream_text, tokenizer = work.function("stream_text"), tokenizer_of(work.server("vllm-grpc").grpc)
+    stream_text, tokenizer = submission.function("stream_text"), tokenizer_of(submission.server("vllm-grpc").grpc)
     first_read, early = threading.Event(), threading.Event()
 
     def hold(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
@@ -397,7 +399,7 @@ def check_07_4(work: Work) -> None:
 
     ids = tokenizer.encode("Say hello: ").ids
     sampling = pb.SamplingParams(temperature=0, max_tokens=60, choice=pb.ChoiceConstraint(choices=[KOREAN]))
-    with tapped(work, limited(hold, 60)) as (tap, stub):
+    with tapped(submission, limited(hold, 60)) as (tap, stub):
         pieces: list[str] = []
 
         def read() -> None:
@@ -406,7 +408,7 @@ def check_07_4(work: Work) -> None:
                 if piece:
                     first_read.set()
 
-        _, call = through(tap, work, "Generate", read, asks(ids, sampling.max_tokens))
+        _, call = through(tap, submission, "Generate", read, asks(ids, sampling.max_tokens))
         request = pb.GenerateRequest.FromString(call.requests[0])
         require(
             request.stream,
@@ -439,7 +441,7 @@ def check_07_4(work: Work) -> None:
             next(pieces)
             pieces.close()
 
-        _, second = through(tap, work, "Generate", leave, asks(ids, 400))
+        _, second = through(tap, submission, "Generate", leave, asks(ids, 400))
         second.done.wait(3)
         require(
             second.left is not None,
@@ -460,9 +462,9 @@ def _own_ids(call: Call, other: Call) -> None:
     )
 
 
-def check_07_5(work: Work) -> None:
+def check_07_5(submission: Submission) -> None:
     """Aborted by its id, read to the end, and the engine idle; and an answer that ends before it is enough."""
-    read_until, server = work.function("read_until"), work.server("vllm-grpc")
+    read_until, server = submission.function("read_until"), submission.server("vllm-grpc")
     ids = tokenizer_of(server.grpc).encode("Once upon a time").ids
     sizes: list[int] = []
 
@@ -470,7 +472,7 @@ def check_07_5(work: Work) -> None:
         sizes.append(len(so_far))
         return len(so_far) >= wanted
 
-    with VllmGrpcClient(server.grpc) as outside, tapped(work, delayed) as (tap, stub):
+    with VllmGrpcClient(server.grpc) as outside, tapped(submission, delayed) as (tap, stub):
         before = outside.load().num_running_reqs
         calls = []
         for wanted, max_tokens in ((5, 500), (50, 6)):  # 500: an abort needs time to arrive
@@ -479,7 +481,7 @@ def check_07_5(work: Work) -> None:
             sampling = pb.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
             got, call = through(
                 tap,
-                work,
+                submission,
                 "Generate",
                 lambda sampling=sampling: read_until(stub, ids, sampling, enough),  # type: ignore[misc]
                 asks(ids, max_tokens),

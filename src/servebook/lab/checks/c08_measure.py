@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import requests
 
-from servebook.lab.checks.c02_sse_streaming import events_of
-from servebook.lab.checks.rest import key_of
 from servebook.lab.feedback import NotYet, require
-from servebook.lab.tap import Exchange, Tap
-from servebook.lab.work import Work
+from servebook.lab.rest import key_of
+from servebook.lab.submission import Submission
+from servebook.lab.taps.http import Exchange, Tap
+from servebook.lab.taps.sse import events_of
 
 Arrivals = list[tuple[float, int]]
 
@@ -45,9 +45,9 @@ def real_arrivals(url: str, key: str, model: str) -> tuple[float, Arrivals]:
     return asked, merged
 
 
-def check_08_1(work: Work) -> None:
+def check_08_1(submission: Submission) -> None:
     """Three numbers that people quote, of a real stream with messages of one and of two tokens."""
-    sum_up, vllm = work.function("sum_up"), work.server("vllm")
+    sum_up, vllm = submission.function("sum_up"), submission.server("vllm")
     asked, arrivals = real_arrivals(vllm.url, key_of(vllm), vllm.model)
     for given in (arrivals, arrivals[:1]):
         first, last = given[0][0], given[-1][0]
@@ -57,7 +57,7 @@ def check_08_1(work: Work) -> None:
             "tpot": (last - first) / later if later else None,
             "tokens_per_s": tokens / (last - asked),
         }
-        got = work.run(
+        got = submission.run(
             lambda given=given: sum_up(asked, list(given)),  # type: ignore[misc]
             {ZeroDivisionError: "with a single message no token came later: TPOT is None then"},
         )
@@ -94,9 +94,9 @@ def check_08_1(work: Work) -> None:
                 raise NotYet(f"{name}: {shown[name]}", f"{name}: {got[name]}", cause)
 
 
-def check_08_2(work: Work) -> None:
+def check_08_2(submission: Submission) -> None:
     """Turns in which neither path is the earlier one, on a line that gets slower with every request."""
-    take_turns, vllm = work.function("take_turns"), work.server("vllm")
+    take_turns, vllm = submission.function("take_turns"), submission.server("vllm")
     rounds = 2
     order: list[str] = []
 
@@ -121,7 +121,7 @@ def check_08_2(work: Work) -> None:
 
             return request
 
-        got = work.run(lambda: take_turns(path("A"), path("B"), rounds), busy=tap.busy)
+        got = submission.run(lambda: take_turns(path("A"), path("B"), rounds), busy=tap.busy)
     calls = "".join(order)
     want = f"A and B once each to warm up, then {rounds} rounds of A B B A"
     require(
@@ -173,9 +173,9 @@ def _close(some: list[float], others: list[float]) -> bool:
     return len(some) == len(others) and all(abs(a - b) < 0.008 for a, b in zip(some, others, strict=True))
 
 
-def check_08_3(work: Work) -> None:
+def check_08_3(submission: Submission) -> None:
     """Results of which the truth is known, because they were drawn that way."""
-    reading = work.function("reading")
+    reading = submission.function("reading")
     draw = np.random.default_rng(8)
 
     def arm(factor: float, spread: float) -> list[float]:
@@ -190,7 +190,7 @@ def check_08_3(work: Work) -> None:
     ]
     for right, a, b, control in cases:
         means = [f"{name} {np.mean(values):.4f} s" for name, values in (("a", a), ("b", b), ("control", control))]
-        got = work.run(lambda a=a, b=b, control=control: reading(a, b, control))  # type: ignore[misc]
+        got = submission.run(lambda a=a, b=b, control=control: reading(a, b, control))  # type: ignore[misc]
         cause = "see the three rules in the brief, in their order"
         if right == "not to be trusted":
             cause = "a path differs from itself by more than 3 % here: then no difference means anything"

@@ -12,11 +12,11 @@ from urllib.parse import parse_qs, urlsplit
 import requests
 
 from servebook.errors import ServebookError
-from servebook.lab.checks.c02_sse_streaming import events_of, streamed_text
-from servebook.lab.checks.rest import accepted, key_of, sends, through
 from servebook.lab.feedback import require
-from servebook.lab.tap import Exchange, Tap
-from servebook.lab.work import Work
+from servebook.lab.rest import accepted, key_of, sends, through
+from servebook.lab.submission import Submission
+from servebook.lab.taps.http import Exchange, Tap
+from servebook.lab.taps.sse import events_of, streamed_text
 from servebook.launch import Server
 from servebook.ways.metrics import metric
 from servebook.ways.scale_out.client import RouterClient
@@ -66,9 +66,9 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None
         time.sleep(0.02)
 
 
-def check_10_1(work: Work) -> None:
+def check_10_1(submission: Submission) -> None:
     """Requests that end for different reasons, straight at the replicas: the counters see what the router does not."""
-    spread, router = work.function("spread"), work.server("router")
+    spread, router = submission.function("spread"), submission.server("router")
     _, replicas = replicas_of(router)
     called: list[bool] = []
 
@@ -94,7 +94,7 @@ def check_10_1(work: Work) -> None:
         called.clear()
         before = {replica: metric(replica, FINISHED) for replica in replicas}
         ask = asks(counts)
-        got = work.run(lambda ask=ask: spread(replicas, ask), busy=lambda: called == [False])  # type: ignore[misc]
+        got = submission.run(lambda ask=ask: spread(replicas, ask), busy=lambda: called == [False])  # type: ignore[misc]
         require(
             len(called) == 1,
             "one call of work()",
@@ -122,9 +122,9 @@ def check_10_1(work: Work) -> None:
         require(got == right, right, got, cause)
 
 
-def check_10_2(work: Work) -> None:
+def check_10_2(submission: Submission) -> None:
     """Streams that break, that just end, that never succeed, and one that the server refuses."""
-    whole_text, router = work.function("whole_text"), work.server("router")
+    whole_text, router = submission.function("whole_text"), submission.server("router")
     replicas_of(router)
     body = {"model": router.model, "prompt": "Count: 1, 2, 3,", "max_tokens": 16, "temperature": 0}
 
@@ -151,8 +151,8 @@ def check_10_2(work: Work) -> None:
 
         with Tap(router.url, fate, {"ignore_eos": True}) as tap:
             if not fates and not params:
-                return through(tap, work, lambda: whole_text(tap.url, dict(body), TRIES))
-            return work.run(outcome, busy=tap.busy), tap.exchanges
+                return through(tap, submission, lambda: whole_text(tap.url, dict(body), TRIES))
+            return submission.run(outcome, busy=tap.busy), tap.exchanges
 
     text, (exchange, *more) = run([])
     sends(exchange, {"stream": "what is to be a stream has to be asked for: stream is true"}, **body, stream=True)
@@ -204,9 +204,9 @@ def check_10_2(work: Work) -> None:
     )
 
 
-def check_10_3(work: Work) -> None:
+def check_10_3(submission: Submission) -> None:
     """A replica with a long request at work leaves; it comes back afterwards."""
-    drain, router = work.function("drain"), work.server("router")
+    drain, router = submission.function("drain"), submission.server("router")
     client, replicas = replicas_of(router)
     leaving, kept = replicas
 
@@ -245,7 +245,7 @@ def check_10_3(work: Work) -> None:
         finished = pool.submit(long)
         until(lambda: at_work.is_set() or finished.done(), "a request at work")
         try:
-            work.run(leave, busy=lambda: not finished.done())
+            submission.run(leave, busy=lambda: not finished.done())
             still, stayed = not let_go.is_set(), list(client.replicas())
         finally:
             for replica in set(replicas) - set(client.replicas()):

@@ -1,4 +1,4 @@
-"""A tap on Triton's gRPC that understands its streams; a `pace` sees each response before it goes out."""
+"""A tap on Triton's gRPC that understands its streams; a `watcher` sees each response before it goes out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor
 
-from servebook.lab.grpc_tap import Call, GrpcTap
+from servebook.lab.taps.grpc import Call, GrpcTap
 
 
 @dataclass
@@ -46,7 +46,7 @@ def is_final(response: Any) -> bool:
     return bool(response.error_message) or (name in parameters and parameters[name].bool_param)
 
 
-Pace = Callable[[Any, Stream], None]
+Watcher = Callable[[Any, Stream], None]
 """Called with each response of a stream before it goes out; may hold it back, or break the stream off (`Lost`)."""
 
 
@@ -57,10 +57,10 @@ class TritonTap(GrpcTap):
         streams: every stream so far.
     """
 
-    def __init__(self, target: str, pace: Pace | None = None) -> None:
+    def __init__(self, target: str, watcher: Watcher | None = None) -> None:
         super().__init__(target, self._responses)
         self.streams: list[Stream] = []
-        self._pace = pace or (lambda response, stream: None)
+        self._watcher = watcher or (lambda response, stream: None)
 
     def busy(self) -> bool:
         """Whether a request waits for responses."""
@@ -76,7 +76,7 @@ class TritonTap(GrpcTap):
         self.streams.append(stream := Stream(call))
         for message in messages:
             response = service_pb2.ModelStreamInferResponse.FromString(message)
-            self._pace(response, stream)
+            self._watcher(response, stream)
             stream.responses.append(response)
             yield message
 

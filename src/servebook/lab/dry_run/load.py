@@ -46,7 +46,7 @@ def loaded_config(repository: Path, name: str) -> Any:
         command = tritonserver_command(
             repository, Path(scratch), grpc_port=free_port(), http_port=free_port(), metrics_port=free_port()
         )
-        shutil.copy(Path(__file__).with_name("rehearsal_model.py"), Path(scratch) / "backends/vllm/model.py")
+        shutil.copy(Path(__file__).with_name("model.py"), Path(scratch) / "backends/vllm/model.py")
         segments = f"{Path(scratch).name}-"
         command += [f"--backend-config={each},shm-region-prefix-name={segments}" for each in ("vllm", "python")]
         address = next(word for word in command if word.startswith("--grpc-port=")).partition("=")[2]
@@ -114,7 +114,7 @@ def engine_facts(version: Path) -> dict[str, Any]:
 def vllm_process() -> subprocess.Popen[str]:
     """A process that has vLLM imported, which takes seconds, and keeps it for the next check. Ends with this one."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "servebook.lab.engine_facts"],
+        [sys.executable, "-P", "-m", "servebook.lab.dry_run.engine_facts"],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

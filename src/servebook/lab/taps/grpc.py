@@ -41,24 +41,24 @@ class Call:
 
 
 class Lost(Exception):
-    """Raised by a pace: the server is gone in the midst of a call."""
+    """Raised by a filter: the server is gone in the midst of a call."""
 
 
-Pace = Callable[[Iterator[bytes], Call], Iterator[bytes]]
+Filter = Callable[[Iterator[bytes], Call], Iterator[bytes]]
 
 
 class GrpcTap:
     """Relays to the server at `target` ("host:port") while the `with` block lasts.
 
-    A `pace` may hold messages back, join them where the server itself would, or break the call off (`Lost`).
+    A `filter` may hold messages back, join them where the server itself would, or break the call off (`Lost`).
 
     Attributes:
         address: where the learner's code is to connect to.
         calls: every call so far, in the order of arrival.
     """
 
-    def __init__(self, target: str, pace: Pace | None = None) -> None:
-        self.pace = pace or (lambda messages, _: messages)
+    def __init__(self, target: str, filter: Filter | None = None) -> None:
+        self.filter = filter or (lambda messages, _: messages)
         self.calls: list[Call] = []
         self._upstream = grpc.insecure_channel(target, UNLIMITED)
         self._pool = ThreadPoolExecutor(32, thread_name_prefix="grpc tap")
@@ -126,7 +126,7 @@ class GrpcTap:
             ended()
             return
         try:
-            yield from self.pace(answered(), call)
+            yield from self.filter(answered(), call)
             call.code = grpc.StatusCode.OK
         except Lost:
             call.code, call.details = grpc.StatusCode.UNAVAILABLE, "the server has gone"
@@ -136,7 +136,7 @@ class GrpcTap:
                 call.code, call.details = upstream.code(), upstream.details() or ""
                 context.abort(call.code, call.details)
         finally:
-            upstream.cancel()  # where the pace ended before the server did
+            upstream.cancel()  # where the filter ended before the server did
 
 
 class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # at run time it takes none

@@ -9,8 +9,8 @@ import requests
 
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, require
-from servebook.lab.tap import Exchange, Tap
-from servebook.lab.work import Work
+from servebook.lab.submission import Submission
+from servebook.lab.taps.http import Exchange, Tap
 from servebook.launch import Server
 
 STATUS_CAUSES = {
@@ -30,7 +30,7 @@ def key_of(server: Server) -> str:
 
 def through(
     tap: Tap,
-    work: Work,
+    submission: Submission,
     action: Callable[[], Any],
     causes: Mapping[type[BaseException], str] | None = None,
 ) -> tuple[Any, list[Exchange]]:
@@ -41,7 +41,7 @@ def through(
     """
     before = len(tap.exchanges)
     try:
-        result = work.run(action, causes, tap.busy)
+        result = submission.run(action, causes, tap.busy)
     except NotYet:
         # The server's own words say more than the error that followed from them.
         for exchange in tap.exchanges[before:]:

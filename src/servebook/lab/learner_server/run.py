@@ -35,7 +35,7 @@ class OwnServer:
         self.address, self.url = f"127.0.0.1:{port}", f"http://127.0.0.1:{port}"
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in __exit__
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "servebook.lab.host", str(self.file), str(port)],
+            [sys.executable, "-m", "servebook.lab.learner_server", str(self.file), str(port)],
             env=os.environ | engine,
             stdin=subprocess.DEVNULL,
             stdout=self.output,

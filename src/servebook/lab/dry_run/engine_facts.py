@@ -1,4 +1,7 @@
-"""Says what vLLM makes of a model.json: `python -m servebook.lab.engine_facts`, one folder a line in, one JSON out."""
+"""Says what vLLM makes of a model.json: one folder a line in, one JSON out.
+
+`python -m servebook.lab.dry_run.engine_facts`
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import nbformat
 from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab.manifest import Lab, find_exercise, load_labs
-from servebook.lab.progress import Store
+from servebook.lab.record import Store
 from servebook.lab.shell import again, read_notebook
 
 

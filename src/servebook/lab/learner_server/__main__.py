@@ -1,4 +1,4 @@
-"""Runs a server that a learner wrote: `python -m servebook.lab.host FILE PORT`.
+"""Runs a server that a learner wrote: `python -m servebook.lab.learner_server FILE PORT`.
 
 FILE defines `app`, an ASGI application, or `Servicer`, a class that implements `llm.v1.LLMService` with grpc.aio.
 """

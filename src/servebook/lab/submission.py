@@ -26,7 +26,7 @@ class OverTime(Exception):
     """Put into a learner's thread to end it."""
 
 
-class Work:
+class Submission:
     """What a learner wrote for one exercise."""
 
     def __init__(self, exercise: Exercise, namespace: Mapping[str, Any]) -> None:
@@ -98,10 +98,10 @@ class Work:
                 (causes or {}).get(TimeoutError, "your code waits for something that never comes, or loops for ever"),
             )
         if failure:
-            self.blame(failure[0], causes or {})
+            self.explain(failure[0], causes or {})
         return outcome[0]
 
-    def blame(self, error: BaseException, causes: Mapping[type[BaseException], str]) -> None:
+    def explain(self, error: BaseException, causes: Mapping[type[BaseException], str]) -> None:
         """Turn an error of the learner's code into feedback.
 
         Raises:
@@ -141,4 +141,4 @@ def where(error: BaseException) -> str:
     return place
 
 
-CheckFunction = Callable[[Work], None]
+CheckFunction = Callable[[Submission], None]

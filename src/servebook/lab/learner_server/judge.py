@@ -10,19 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from servebook.errors import LaunchError
-from servebook.lab.checks.c02_sse_streaming import events_of
-from servebook.lab.checks.rest import had_room, key_of
 from servebook.lab.feedback import NotYet, StillOpen
-from servebook.lab.own_server import OwnServer
-from servebook.lab.tap import Exchange, Tap
-from servebook.lab.work import Work
+from servebook.lab.learner_server.run import OwnServer
+from servebook.lab.rest import had_room, key_of
+from servebook.lab.submission import Submission
+from servebook.lab.taps.http import Exchange, Tap
+from servebook.lab.taps.sse import events_of
 from servebook.launch import Server
 
 LAST_ERROR = re.compile(r"^(\w+(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*)$", re.M)
 
 
 @contextmanager
-def own_server(work: Work, file: str, tap: Tap, vllm: Server, timeout: float = 60) -> Iterator[OwnServer]:
+def own_server(submission: Submission, file: str, tap: Tap, vllm: Server, timeout: float = 60) -> Iterator[OwnServer]:
     """Run the learner's file, which reaches the engine through `tap`; what goes wrong in it becomes feedback.
 
     Raises:
@@ -33,7 +33,7 @@ def own_server(work: Work, file: str, tap: Tap, vllm: Server, timeout: float = 6
     """
     if not Path(file).is_file():
         raise NotYet(f"the file {file}", "none", "run the cell that writes it (its first line is %%writefile)")
-    if blank(work) in Path(file).read_text():
+    if blank(submission) in Path(file).read_text():
         raise StillOpen
     server = OwnServer(file, tap.url, key_of(vllm), vllm.model, timeout)
     try:
@@ -71,9 +71,9 @@ class StreamWatch:
             yield event
 
 
-def blank(work: Work) -> str:
+def blank(submission: Submission) -> str:
     """The line that stands where nothing was written yet."""
-    return f'raise NotImplementedError("{work.exercise.id}")'
+    return f'raise NotImplementedError("{submission.exercise.id}")'
 
 
 def last_error(output: str) -> str:

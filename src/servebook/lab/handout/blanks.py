@@ -1,10 +1,15 @@
-"""From a solution to a student's notebook: nbgrader's own steps, and two of ours."""
+"""From a solution to a student's notebook: nbgrader's own steps, and two of ours.
+
+`python -m servebook.lab.handout.blanks` writes `labs/`.
+"""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+from nbconvert.exporters import NotebookExporter
 from nbgrader.preprocessors import (
     CheckCellMetadata,
     ClearOutput,
@@ -15,6 +20,9 @@ from nbgrader.preprocessors import (
     SaveCells,
 )
 
+from servebook.checkout import ROOT
+from servebook.errors import ServebookError
+from servebook.lab.manifest import load_labs
 from servebook.lab.shell import exercise_of, tagged
 
 TASK = re.compile(r"(// |)### BEGIN SOLUTION (.+)")
@@ -43,8 +51,13 @@ class DropInstructorCells(NbGraderPreprocessor):  # type: ignore[misc]
     """Leaves out the cells tagged `instructor`."""
 
     def preprocess(self, notebook: Any, resources: Any) -> tuple[Any, Any]:
-        notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "instructor")]
+        drop_instructor_cells(notebook)
         return notebook, resources
+
+
+def drop_instructor_cells(notebook: Any) -> None:
+    """Leave out the cells tagged `instructor`."""
+    notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "instructor")]
 
 
 STEPS = [
@@ -57,3 +70,41 @@ STEPS = [
     SaveCells,
 ]
 """For `GenerateAssignment.preprocessors`; SaveCells puts the cells into nbgrader's gradebook."""
+
+
+def student_notebook(solution: Path) -> str:
+    """The text of the student's notebook for the solution in that file; the same at every call."""
+    exporter = NotebookExporter()
+    for step in STEPS:
+        if step is not SaveCells:
+            exporter.register_preprocessor(step, enabled=True)
+    text, _ = exporter.from_filename(str(solution))
+    return str(text)
+
+
+def require_solutions(root: Path) -> Path:
+    """The folder of solutions.
+
+    Raises:
+        ServebookError: this is not the instructor's repository.
+    """
+    if not (root / "solutions").is_dir():
+        raise ServebookError(f"{root} holds no solutions.", "Run this in the instructor's repository.")
+    return root / "solutions"
+
+
+def write_labs(target: Path, root: Path = ROOT) -> list[Path]:
+    """Write every lab's student notebook below `target`; return their paths."""
+    solutions = require_solutions(root)
+    written = []
+    for lab in load_labs():
+        path = target / lab.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(student_notebook(solutions / lab.path))
+        written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    for path in write_labs(ROOT / "labs"):
+        print(path.relative_to(ROOT))

@@ -1,6 +1,6 @@
 """A tap on the wire: relays HTTP between a learner's code and a real server, and notes what passes.
 
-Checks judge by what was really said, not by what the code looks like. What passes is not altered; a `pace` may
+Checks judge by what was really said, not by what the code looks like. What passes is not altered; a `filter` may
 hold it back or cut it into other pieces, as any network may, and `more` may ask for an answer that can be relied on.
 """
 
@@ -42,7 +42,7 @@ class Exchange:
     left: float | None = None
     """When the client hung up before that."""
     marks: dict[str, float] = field(default_factory=dict)
-    """Times that a pace has noted."""
+    """Times that a filter has noted."""
     done: threading.Event = field(default_factory=threading.Event)
     client: socket.socket | None = None
 
@@ -68,7 +68,7 @@ class Exchange:
             return True
 
 
-Pace = Callable[[Iterator[bytes], Exchange], Iterator[bytes]]
+Filter = Callable[[Iterator[bytes], Exchange], Iterator[bytes]]
 
 
 class Tap:
@@ -82,10 +82,10 @@ class Tap:
         most_at_once: how many requests were under way together at most.
     """
 
-    def __init__(self, target: str, pace: Pace | None = None, more: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, target: str, filter: Filter | None = None, more: Mapping[str, Any] | None = None) -> None:
         self.target = urlsplit(target)
         self.more = more
-        self.pace = pace or (lambda chunks, _: chunks)
+        self.filter = filter or (lambda chunks, _: chunks)
         self.exchanges: list[Exchange] = []
         self.most_at_once = 0
         self._under_way = 0
@@ -174,7 +174,7 @@ class Tap:
                     exchange.answer += chunk
                     yield chunk
 
-            paced = self.pace(chunks(), exchange)
+            paced = self.filter(chunks(), exchange)
             if first := next(paced, b""):
                 exchange.marks.setdefault("first", time.monotonic())
             handler.send_response_only(answer.status, answer.reason)

@@ -1,0 +1,1 @@
+"""Loads a Triton model repository for real, all but the engine."""
