@@ -14,7 +14,7 @@ from types import ModuleType
 
 def load(path: Path) -> ModuleType:
     """Import a file; modules beside it are found too."""
-    sys.path.insert(0, str(path.parent))
+    sys.path.append(str(path.parent))  # last: a random.py of the learner's stands in nobody's way
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec
     assert spec.loader
