@@ -9,28 +9,34 @@ device := $(if $(filter auto,$(DEVICE)),$(if $(shell nvidia-smi -L 2> /dev/null)
 # In an active conda environment named "servebook" (environment.yml) the same commands work there; any other
 # conda environment, such as "base", is left alone.
 conda := $(if $(filter-out servebook,$(notdir $(CONDA_DEFAULT_ENV))),,$(CONDA_PREFIX))
-env := $(or $(conda),$(CURDIR)/.venv)
+# Relative, for a clone in a folder of any name: make splits targets at blanks.
+env := $(or $(conda),.venv)
 bin := $(env)/bin
+path := $(if $(conda),,$$PWD/)$(bin):$$PATH
 python := $(bin)/python -P
 ready := $(env)/.servebook-$(device)
 room := $(env)/room
 locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
-.PHONY: lab room test check lint setup lock notebooks labs protos clean
+.PHONY: lab room test browser check lint setup lock notebooks labs protos clean
 
 # The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
 # `|| true`: the doctor prints what it found; a failed check must not keep the reader from the notebooks.
 lab: $(ready)
 	@$(bin)/servebook doctor --quiet || true
-	@PATH="$(bin):$$PATH" JUPYTER_CONFIG_PATH="$(CURDIR)/jupyter" exec $(bin)/jupyter-lab --ip 127.0.0.1 \
-		--ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+	@PATH="$(path)" JUPYTER_CONFIG_PATH="$$PWD/jupyter" exec $(bin)/jupyter-lab --ip 127.0.0.1 \
+		--ServerApp.root_dir="$$PWD" $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 # JupyterHub for a room of learners; Ctrl-C ends it with everything in it.
 room: $(room)/.ready
 	@exec $(bin)/servebook room start
 
-test: lint $(room)/.ready
+# First of all the browser: what has none must not fail when everything else has run. A part may do without.
+test: browser lint $(room)/.ready
 	$(bin)/pytest --durations 25 $(if $(K),-k "$(K)")
+
+browser:
+	@$(if $(K),-)scripts/browser "$(env)"
 
 check: lint
 	$(bin)/pytest -m "not engine and not browser and not lifetime"
@@ -62,7 +68,7 @@ labs: $(ready)
 
 # llm.v1's stubs; a test holds them fresh.
 protos: $(ready)
-	PATH="$(bin):$$PATH" $(python) -m grpc_tools.protoc -I servebook/protos=protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src servebook/protos/llm/v1/llm.proto
+	PATH="$(path)" $(python) -m grpc_tools.protoc -I servebook/protos=protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src servebook/protos/llm/v1/llm.proto
 
 clean:
 	@-[ ! -x $(bin)/servebook ] || $(bin)/servebook down --all

@@ -163,6 +163,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("lifetime")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """End a run that will want a browser and has none before any engine starts."""
+    wanted = any("chromium" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly and not find_browser():
+        pytest.exit("There is no Chromium: run scripts/browser, or leave these tests out with -m 'not browser'.", 1)
+
+
 SCREENSHOTS = Path(__file__).parents[1] / "scratch" / "screenshots"
 CHROMIUM_ARGS = [
     "--no-sandbox",
@@ -181,12 +188,9 @@ REPORT = pytest.StashKey[pytest.TestReport]()
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """Chromium for one module: while Playwright runs, no test can start an event loop of its own."""
-    executable = find_browser()
-    if not executable:
-        pytest.fail("There is no Chromium: `sudo apt-get install chromium`, or leave these out with -m 'not browser'.")
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_ARGS)
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=CHROMIUM_ARGS)
         yield browser
         browser.close()
 

@@ -78,7 +78,7 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_environment({"http_proxy": "http://p:3128"}), "WARN", "NO_PROXY"),
         (doctor.check_environment({"HTTP_PROXY": "http://p", "no_proxy": "a.example, localhost"}), "OK", ""),
         (doctor.check_browser("/usr/bin/chromium"), "OK", "/usr/bin/chromium"),
-        (doctor.check_browser(None), "WARN", "apt-get install chromium"),
+        (doctor.check_browser(None), "WARN", "scripts/browser"),
     ],
 )
 def test_check(finding: Finding, level: str, says: str) -> None:

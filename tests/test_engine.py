@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -64,6 +66,19 @@ def test_a_replica_stays_on_its_cores(cpu: Settings) -> None:
     env = engine.engine_env(cpu.model_copy(update={"cores": "1,3"}))
     assert env.items() >= {"OMP_NUM_THREADS": "2", "KMP_AFFINITY": "granularity=fine,explicit,proclist=[1,3]"}.items()
     assert "KMP_AFFINITY" not in engine.engine_env(cpu)
+
+
+def test_openmp_is_preloaded_from_a_folder_with_a_blank_too(
+    cpu: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = tmp_path / "my clone/.venv"
+    prefix.mkdir(parents=True)
+    (prefix / "lib").symlink_to(Path(sys.prefix) / "lib")
+    monkeypatch.setattr(sys, "prefix", str(prefix))
+    show = [sys.executable, "-c", "print(open('/proc/self/maps').read())"]
+    done = subprocess.run(show, env=os.environ | engine.engine_env(cpu), capture_output=True, text=True, check=True)
+    assert "libiomp5.so" in done.stdout
+    assert not done.stderr
 
 
 def test_a_gpus_engine_keeps_vllms_threads(gpu: Settings) -> None:

@@ -22,7 +22,7 @@ TOKEN = "of-this-test"
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A clone whose set-up is done: its environment is the one that runs this test."""
-    clone = tmp_path / "clone"
+    clone = tmp_path / """a 'clone' (1) & "more" [$HOME]"""
     for folder in ("jupyter", "requirements", "shims"):
         shutil.copytree(ROOT / folder, clone / folder)
     for name in ("Makefile", "pyproject.toml", "scripts/setup", "notebooks/00_start_here.ipynb"):

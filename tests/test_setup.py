@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -48,10 +51,23 @@ def program(tmp_path: Path) -> Callable[[str, str], Path]:
     return make
 
 
+def cached_uv(clone: Path) -> Path:
+    """Where the set-up keeps uv for a user; the one of this run lies there already."""
+    uv = clone.parent / f"cache/uv-{dict(pins((ROOT / 'requirements/cpu.txt').read_text()))['uv']}/bin/uv"
+    if not uv.exists():
+        uv.parent.mkdir(parents=True)
+        uv.symlink_to(Path(sys.executable).with_name("uv"))
+    return uv
+
+
 def environment(clone: Path, **env: str) -> dict[str, str]:
+    """A shell's, without any setting of pip or uv."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "CONDA_", "PYTHON", "MAKE"))}
     path = f"{clone.parent / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return inherited | {"PATH": path, "PIP_CONFIG_FILE": "/dev/null", "DEVICE": "cpu"} | env
+    cache = str(cached_uv(clone).parents[2])
+    return (
+        inherited | {"PATH": path, "PIP_CONFIG_FILE": "/dev/null", "DEVICE": "cpu", "SERVEBOOK_CACHE_DIR": cache} | env
+    )
 
 
 def make(clone: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -67,7 +83,7 @@ def stand_in_environment(clone: Path, where: str = ".venv") -> Path:
         file = folder / name
         answer = 'case "$*" in *version_info*) echo 3.11;; esac' if name == "python" else ""
         note = 'printf "%s\\n" "$(basename "$0") $* index=$UV_DEFAULT_INDEX"'
-        file.write_text(f"#!/bin/bash\n{note} >> {clone}/calls\n{answer}\n")
+        file.write_text(f"#!/bin/bash\n{note} >> {shlex.quote(str(clone))}/calls\n{answer}\n")
         file.chmod(0o755)
     return clone / "calls"
 
@@ -108,12 +124,121 @@ def test_no_disk_space(clone: Path, program: Callable[[str, str], Path]) -> None
     assert not (clone / ".venv").exists()
 
 
-def test_no_network_leaves_nothing_behind(clone: Path) -> None:
-    done = make(clone, PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="0", PIP_NO_CACHE_DIR="1")
+def test_no_network_leaves_nothing_behind(clone: Path, tmp_path: Path) -> None:
+    nothing = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
+    done = make(clone, **nothing, SERVEBOOK_CACHE_DIR=str(tmp_path / "empty"))
     assert done.returncode != 0
     assert "uv cannot be installed" in done.stderr
     assert "check the network" in done.stderr
     assert not (clone / ".venv").exists()
+    assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.fixture
+def no_python_311(program: Callable[[str, str], Path]) -> None:
+    """There is no other Python on the PATH than one that runs, and says that it is 3.12."""
+    program("python3", f'case "$*" in *print*version_info*) echo 3.12;; *) exec {sys.executable} "$@";; esac')
+    program("python3.11", "exit 127")
+
+
+@pytest.mark.usefixtures("no_python_311")
+def test_uv_brings_python(clone: Path) -> None:
+    calls = stand_in_environment(clone, where="fetched")
+    uv = cached_uv(clone)
+    uv.unlink()
+    uv.write_text(f"""#!/bin/bash\necho "uv $*" >> {calls}\n[ "$1" != venv ] || mv fetched .venv\n""")
+    uv.chmod(0o755)
+    done = make(clone)
+    assert done.returncode == 0, done.stderr
+    assert calls.read_text().startswith("uv venv --quiet --seed --managed-python --python 3.11 .venv\n")
+    assert "-r requirements/cpu.txt" in installs(calls)[0]
+
+
+@pytest.mark.usefixtures("no_python_311")
+def test_a_python_that_cannot_be_fetched_leaves_nothing(clone: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    done = make(clone, UV_PYTHON_INSTALL_MIRROR="http://127.0.0.1:9", UV_PYTHON_INSTALL_DIR=str(python))
+    assert done.returncode != 0
+    assert "uv could not fetch one\n→ sudo apt-get install python3.11" in done.stderr
+    assert not (clone / ".venv").exists()
+    assert not list(python.glob("cpython-*"))
+
+
+def test_the_index_answers_and_the_wheels_do_not(clone: Path) -> None:
+    class Index(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = self.path == "/simple/tiny/"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b'<a href="/tiny-1-py3-none-any.whl">tiny-1-py3-none-any.whl</a>' if found else b"")
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    (clone / "requirements/cpu.txt").write_text("tiny==1\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Index) as index:
+        threading.Thread(target=index.serve_forever).start()
+        url = f"http://127.0.0.1:{index.server_port}/simple"
+        (clone / ".venv/bin").mkdir(parents=True)
+        (clone / ".venv/bin/python").symlink_to(sys.executable)
+        (clone / ".venv/bin/uv").symlink_to(Path(sys.executable).with_name("uv"))
+        done = make(clone, UV_DEFAULT_INDEX=url, UV_HTTP_RETRIES="0", UV_NO_CACHE="1")
+        index.shutdown()
+    assert done.returncode != 0
+    assert "tiny-1-py3-none-any.whl" in done.stderr
+    assert "not every package could be installed" in done.stderr
+
+
+def test_the_disk_fills_up_in_the_middle(clone: Path, program: Callable[[str, str], Path]) -> None:
+    stand_in_environment(clone)
+    (clone / ".venv/bin/uv").write_text("#!/bin/bash\necho 'error: No space left on device' >&2\nexit 2\n")
+    program("df", "printf 'Filesystem 1024-blocks Used Available Capacity Mounted\\n/dev/x 9 9 9216 99%% /\\n'")
+    done = make(clone)
+    assert done.returncode != 0
+    assert "the disk is full\n→ free 6 GB" in done.stderr
+
+
+def test_a_home_that_cannot_be_written(clone: Path) -> None:
+    done = make(clone, SERVEBOOK_CACHE_DIR="", XDG_CACHE_HOME="", HOME="/dev/null")
+    assert done.returncode != 0
+    assert "/dev/null/.cache, which keeps the model and what is fetched, cannot be written" in done.stderr
+    assert "→ HOME=/a/folder/of/yours make lab" in done.stderr
+    assert not (clone / ".venv").exists()
+
+
+NAMES = ["my clone (1)", "[a]*?", "a&b;c#d", "a'b", 'a"b', "a$HOME`b`", "josé-서울", "-50%"]
+
+
+@pytest.mark.parametrize(
+    ("name", "locale"), [*((name, "C.UTF-8") for name in NAMES), *(("é", lc) for lc in ("C", "de_DE.ISO-8859-1"))]
+)
+def test_a_clone_in_a_folder_of_any_name(clone: Path, name: str, locale: str) -> None:
+    clone = clone.rename(clone.with_name(name))
+    stand_in_environment(clone)
+    done = make(clone, LC_ALL=locale)
+    assert done.returncode == 0, done.stderr
+    assert (clone / ".venv/.servebook-cpu").exists()
+
+
+def test_a_folder_that_no_environment_can_have(clone: Path) -> None:
+    clone = clone.rename(clone.with_name("a:b"))
+    done = make(clone)
+    assert done.returncode != 0
+    assert "a:b has a ':' or a line break in its name" in done.stderr
+    assert {path.name for path in clone.iterdir()} == {"Makefile", "pyproject.toml", "requirements", "scripts", "shims"}
+
+
+def test_git_keeps_the_line_ends_that_shells_need(clone: Path) -> None:
+    """Whatever `core.autocrlf` is, as on Windows in WSL."""
+    shutil.copy2(ROOT / ".gitattributes", clone)
+    git = ["git", "-C", str(clone), "-c", "core.autocrlf=true"]
+    for words in (["init", "-q"], ["add", "-A"]):
+        subprocess.run([*git, *words], check=True)
+    shutil.rmtree(clone / "scripts")
+    subprocess.run([*git, "checkout", "-q", "scripts"], check=True)
+    assert (clone / "scripts/setup").is_file()
+    assert not [file for file in clone.rglob("scripts/*") if b"\r\n" in file.read_bytes()]
 
 
 def test_a_package_that_cannot_be_had_keeps_an_older_environment(clone: Path) -> None:
@@ -241,7 +366,7 @@ def test_condas_base_is_left_alone(clone: Path) -> None:
     base = stand_in_environment(clone, where="conda")
     stand_in_environment(clone)
     assert make(clone, CONDA_PREFIX=str(clone / "conda"), CONDA_DEFAULT_ENV="base").returncode == 0
-    assert all(f"--python {clone}/.venv/bin/python" in line for line in installs(base))
+    assert all("--python .venv/bin/python" in line for line in installs(base))
 
 
 def test_changing_the_device_makes_a_new_environment(clone: Path) -> None:
@@ -358,22 +483,6 @@ def test_ci_ends_with_pytests_summary(
     assert lines[-1] == f"ci: exit code {code} · {summary or 'pytest did not run'}"
 
 
-@pytest.mark.parametrize("browser", BROWSERS)
-def test_a_browser_by_any_of_its_names_is_enough(
-    clone: Path, program: Callable[[str, str], Path], browser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For CI, and for the doctor and the tests, which ask the same function."""
-    shutil.copytree(ROOT / ".ci", clone / ".ci")
-    for tool in ("bash", "dirname", "grep", "mktemp", "rm", "tail", "tee"):
-        program(tool, f'exec {shutil.which(tool)} "$@"')
-    program("make", "echo make")
-    found = program(browser, "true")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    done = subprocess.run([found.with_name("bash"), clone / ".ci/run"], capture_output=True, text=True)
-    assert done.stdout.splitlines()[0] == "make", done.stdout + done.stderr
-    assert find_browser() == str(found)
-
-
 def test_ci_says_what_it_cannot_install(clone: Path, program: Callable[[str, str], Path], tmp_path: Path) -> None:
     shutil.copytree(ROOT / ".ci", clone / ".ci")
     for tool in ("bash", "dirname", "id"):
@@ -383,4 +492,79 @@ def test_ci_says_what_it_cannot_install(clone: Path, program: Callable[[str, str
     env = {"PATH": str(tmp_path / "bin")}
     done = subprocess.run([shutil.which("bash") or "", clone / ".ci/run"], env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "cannot install make chromium" in done.stderr
+    assert "cannot install make" in done.stderr
+
+
+# --- the browser of the tests -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bring(clone: Path, program: Callable[[str, str], Path], tmp_path: Path) -> Callable[..., str]:
+    """Runs `scripts/browser` where there is no other program than those of `program`: what it says, and the calls."""
+    calls = stand_in_environment(clone)
+    for tool in ("bash", "basename", "dirname", "grep", "head", "sed", "tail"):
+        program(tool, f'exec {shutil.which(tool)} "$@"')
+    program("id", "echo 1000")
+
+    def run(code: int) -> str:
+        env = {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path)}
+        command = [str(tmp_path / "bin/bash"), str(clone / "scripts/browser")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, done.stderr
+        return done.stderr + (calls.read_text() if calls.exists() else "")
+
+    return run
+
+
+CHROMIUM_OF_PLAYWRIGHT = ".cache/ms-playwright/chromium-1/chrome-linux64/chrome"
+
+
+@pytest.mark.parametrize("browser", [*BROWSERS, CHROMIUM_OF_PLAYWRIGHT])
+def test_a_browser_by_any_of_its_names_is_enough(
+    bring: Callable[[int], str],
+    program: Callable[[str, str], Path],
+    browser: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For the script, and for the doctor and the tests, which ask the same function."""
+    found = program(f"../{browser}" if "/" in browser else browser, "true")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("PLAYWRIGHT_BROWSERS_PATH", raising=False)
+    assert bring(0) == ""
+    assert find_browser() == str(found.resolve())
+
+
+def test_playwright_brings_its_own(
+    bring: Callable[[int], str], clone: Path, program: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    program("ready/chrome", "true")
+    uv = clone / ".venv/bin/uv"
+    target = tmp_path / CHROMIUM_OF_PLAYWRIGHT
+    target.parent.mkdir(parents=True)
+    uv.write_text(f"{uv.read_text()}{shutil.which('cp')} {tmp_path}/bin/ready/chrome {target}\n")
+    said = bring(0)
+    pin = dict(pins((ROOT / "requirements/cpu.txt").read_text()))["playwright"]
+    assert f"uv tool run --quiet --from playwright=={pin} playwright install --no-shell chromium" in said
+
+
+@pytest.mark.parametrize("user", ["root", "sudo", "nobody"])
+def test_apt_brings_one_where_it_may(
+    bring: Callable[[int], str], clone: Path, program: Callable[[str, str], Path], tmp_path: Path, user: str
+) -> None:
+    (clone / ".venv/bin/uv").write_text("#!/bin/bash\necho 'Download failure' >&2\nexit 1\n")
+    program("true", "")
+    program("id", f"echo {0 if user == 'root' else 1000}")
+    program("sudo", 'shift; exec "$@"' if user == "sudo" else "exit 1")
+    chromium = program("ready", "true")
+    copy = f"{shutil.which('cp')} {chromium} {chromium.with_name('chromium')}"
+    program("apt-get", f'echo "apt-get $*" >> {clone}/calls; [ "$1" = update ] || {copy}')
+    if user == "nobody":
+        said = bring(1)
+        assert "Download failure" in said
+        assert "the tests need a Chromium, and none could be fetched\n→ sudo " in said
+        assert "apt-get update" not in said
+    elif "ubuntu" not in Path("/etc/os-release").read_text():
+        assert "install -y -qq --no-install-recommends chromium" in bring(0)

@@ -42,7 +42,7 @@ DISK_GIB = 1.0
 SHM_MIB = 256
 """vLLM and Triton pass data between their processes through /dev/shm; containers often have 64 MiB."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-"""The names that Chromium goes by; `.ci/run` looks for the same."""
+"""The names that Chromium goes by; `scripts/browser` looks for the same, and for Playwright's own builds."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def check_browser(path: str | None) -> Finding:
     """Chromium is needed by the browser tests only."""
     if path:
         return Finding("OK", "browser", path)
-    return Finding("WARN", "browser", "no Chromium, which the browser tests need", "sudo apt-get install chromium")
+    return Finding("WARN", "browser", "no Chromium, which the browser tests need", "scripts/browser brings one.")
 
 
 def run(settings: Settings | None = None, quick: bool = False) -> Report:
@@ -333,8 +333,11 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
 
 
 def find_browser() -> str | None:
-    """The Chromium for the browser tests; None where there is none."""
-    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    """The Chromium for the browser tests: an installed one, or Playwright's own build; None where there is none."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    builds = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or cache / "ms-playwright")
+    installed = (path for name in BROWSERS if (path := shutil.which(name)))
+    return next(installed, None) or next(map(str, builds.glob("chromium-*/chrome-linux*/chrome")), None)
 
 
 def _installed(name: str) -> str | None:
