@@ -9,7 +9,7 @@ import requests
 
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, judge, require
-from servebook.lab.submission import Submission
+from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import streamed_text, text_of
 from servebook.launch import Server
@@ -23,7 +23,6 @@ STATUS_CAUSES = {
 }
 NOT_THAT_SERVER = "the answer does not come from that server: use the url or the client that your function is given"
 PASS_ON = "pass on what your function is given, do not fix it in the code"
-Causes = Mapping[type[BaseException], str]
 
 
 def key_of(server: Server) -> str:

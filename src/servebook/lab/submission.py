@@ -25,6 +25,10 @@ LIMIT_SECONDS = 100.0
 """How long it may run at most. nbgrader's limit for a cell is longer, so that a check ends first."""
 
 
+Causes = Mapping[Any, str]
+"""What an error of a learner's code most likely comes from, by its class."""
+
+
 class Foreign:
     """Stands for a result of a type that no check asks for; it equals nothing."""
 
@@ -46,7 +50,7 @@ def plain(value: Any) -> Any:
         return plain(value.item())
     for kind in (int, float, str):
         if isinstance(value, kind):
-            return value if type(value) is kind else kind.__getnewargs__(value)[0]  # type: ignore[attr-defined]
+            return kind(value)
     if isinstance(value, bytes | bytearray):
         return bytes(value)
     if isinstance(value, list | tuple | set | frozenset):
@@ -132,7 +136,7 @@ class Submission:
         self,
         function: Callable[..., Any],
         *args: Any,
-        causes: Mapping[type[BaseException], str] | None = None,
+        causes: Causes | None = None,
         busy: Callable[[], bool] = lambda: False,
     ) -> Any:
         """`run`, for a call of the learner's function with these arguments."""
@@ -141,7 +145,7 @@ class Submission:
     def run(
         self,
         action: Callable[[], Any],
-        causes: Mapping[type[BaseException], str] | None = None,
+        causes: Causes | None = None,
         busy: Callable[[], bool] = lambda: False,
     ) -> Any:
         """Return what `action`, which calls the learner's code, returns.
@@ -183,7 +187,7 @@ class Submission:
             self.explain(failure[0], causes or {})
         return outcome[0]
 
-    def explain(self, error: BaseException, causes: Mapping[type[BaseException], str]) -> None:
+    def explain(self, error: BaseException, causes: Causes) -> None:
         """Turn an error of the learner's code into feedback.
 
         Raises:
@@ -195,7 +199,7 @@ class Submission:
         if isinstance(error, NotImplementedError) and error.args == (self.exercise.id,):
             raise StillOpen
         cause = next((text for kind, text in causes.items() if isinstance(error, kind)), "your code raised this error")
-        raise NotYet("no error", f"{type(error).__name__}: {str(error)[:300]}{where(error)}", cause)
+        raise NotYet("no error", f"{type(error).__name__}: {str(error)[:300]}{where(error)}", cause) from error
 
 
 def waited_for_a_core(thread: threading.Thread) -> float:

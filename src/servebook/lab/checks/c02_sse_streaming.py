@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from openai import OpenAI
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.rest import asked, key_of, sends, sends_key, through
-from servebook.lab.submission import Submission
+from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import content_of, events_of, streamed_text, text_of
 
@@ -86,12 +86,12 @@ def check_02_1(submission: Submission) -> None:
     wire = korean_stream(vllm.url, key_of(vllm), vllm.model)
     real = [event.removeprefix("data: ") for event in wire.decode().split("\n\n") if event]
 
-    def parsed(cut: list[bytes], causes: dict[type[BaseException], str]) -> list[Any]:
+    def parsed(cut: list[bytes], causes: Causes) -> list[Any]:
         found: list[Any] = submission.run(lambda: list(parse_sse(iter(cut))), causes)
         return found
 
     line = {ValueError: "a piece need not be an event: gather bytes until a line is whole"}
-    cuts: list[tuple[str, list[bytes], dict[type[BaseException], str]]] = [
+    cuts: list[tuple[str, list[bytes], Causes]] = [
         ("one event a piece, as it mostly comes", [event + b"\n\n" for event in wire.split(b"\n\n") if event], {}),
         ("all in one piece", [wire], {}),
         ("seven bytes a piece", [wire[i : i + 7] for i in range(0, len(wire), 7)], {UnicodeDecodeError: SPLIT}),
@@ -163,7 +163,7 @@ def check_02_2(submission: Submission) -> None:
             first_read.set()
         return pieces
 
-    causes: dict[type[BaseException], str] = {
+    causes: Causes = {
         ValueError: "not every line is JSON: empty lines part the events, and the last one is [DONE]",
         TypeError: "yield the pieces, or return an iterator of them",
         KeyError: "each API has its own place for the text: choices[0].text, or choices[0].delta.content",
@@ -304,7 +304,7 @@ def check_02_4(submission: Submission) -> None:
     """Tokens as the server counts them; chunks are something else."""
     counted, vllm = submission.function("counted"), submission.server("vllm")
     unasked = "chunk.usage is None in every event but the last: ask before you read"
-    causes: dict[type[BaseException], str] = {
+    causes: Causes = {
         IndexError: "the event with the usage has an empty list of choices",
         AttributeError: unasked,
         TypeError: "a delta's content may be None, and chunk.usage is None in every event but the last",
@@ -318,49 +318,51 @@ def check_02_4(submission: Submission) -> None:
                 "max_tokens": max_tokens,
                 "extra_body": extra,
             }
-            got, made = through(tap, submission, lambda request=request: counted(client, **request), causes=causes)
+            got, made = through(tap, submission, partial(counted, client, **request), causes=causes)
             exchange = asked(made, CHAT, CHAT_API)
             sends(exchange, {"stream": "this one streams: pass stream=True"}, stream=True)
-            events = exchange.events()
-            usage = next((event["usage"] for event in reversed(events) if event.get("usage")), None)
-            require(
-                usage is not None,
-                "an event with the usage",
-                f"{len(events)} events, none with usage; and the result {got!r}"[:300],
-                'chunks are not tokens; the server has counted: ask with stream_options={"include_usage": True}',
-            )
-            assert usage
-            chunks = {
-                len(events),
-                len(events) - 1,
-                len([e for e in events if e["choices"]]),
-                len([e for e in events if any(text_of(c) for c in e["choices"])]),
-            }
-            total = usage["total_tokens"]
-            judge(
-                (streamed_text(exchange), usage["completion_tokens"]),
-                tuple(got) if isinstance(got, list) else got,
-                (
-                    lambda got, right: len(got) == 2 and got == right[::-1],
-                    "the text comes first, then the number",
-                ),
-                (
-                    lambda got, right: len(got) == 2 and got[0] != right[0],
-                    "join the content of all events to the text; the one with the usage has none",
-                ),
-                (got is not None and total in got[1:2], "total_tokens counts the prompt too")
-                if isinstance(got, tuple | list)
-                else (False, ""),
-                (
-                    lambda got, _, chunks=chunks: got[1] in chunks,
-                    "that is the number of chunks: one may hold several tokens, or none",
-                ),
-                (
-                    lambda got, _: isinstance(got[1], int),
-                    "take completion_tokens out of the usage that the server sends",
-                ),
-                otherwise="return the whole text and the number of tokens",
-            )
+            _judge_count(exchange, got)
+
+
+def _judge_count(exchange: Exchange, got: Any) -> None:
+    events = exchange.events()
+    usage = next((event["usage"] for event in reversed(events) if event.get("usage")), None)
+    require(
+        usage is not None,
+        "an event with the usage",
+        f"{len(events)} events, none with usage; and the result {got!r}"[:300],
+        'chunks are not tokens; the server has counted: ask with stream_options={"include_usage": True}',
+    )
+    assert usage
+    chunks = {
+        len(events),
+        len(events) - 1,
+        len([e for e in events if e["choices"]]),
+        len([e for e in events if any(text_of(c) for c in e["choices"])]),
+    }
+    total = usage["total_tokens"]
+    judge(
+        (streamed_text(exchange), usage["completion_tokens"]),
+        tuple(got) if isinstance(got, list) else got,
+        (
+            lambda got, right: len(got) == 2 and got == right[::-1],
+            "the text comes first, then the number",
+        ),
+        (
+            lambda got, right: len(got) == 2 and got[0] != right[0],
+            "join the content of all events to the text; the one with the usage has none",
+        ),
+        (lambda got, _: got[1] == total, "total_tokens counts the prompt too"),
+        (
+            lambda got, _: got[1] in chunks,
+            "that is the number of chunks: one may hold several tokens, or none",
+        ),
+        (
+            lambda got, _: isinstance(got[1], int),
+            "take completion_tokens out of the usage that the server sends",
+        ),
+        otherwise="return the whole text and the number of tokens",
+    )
 
 
 def check_02_5(submission: Submission) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 import requests
 
 from servebook.lab.feedback import NotYet, judge, require
-from servebook.lab.learner_server.judge import GATHERED, StreamWatch, own_server, wait_until
+from servebook.lab.learner_server.judge import GATHERED, StreamWatch, own_server
 from servebook.lab.learner_server.run import OwnServer
 from servebook.lab.rest import accepted, reply_of, sends
 from servebook.lab.submission import Submission
+from servebook.lab.taps import wait_until
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import streamed_text
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from servebook.lab.feedback import NotYet, StillOpen
 from servebook.lab.learner_server.run import OwnServer
 from servebook.lab.rest import had_room, key_of
 from servebook.lab.submission import Submission
+from servebook.lab.taps import wait_until
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import content_of, events_of
 from servebook.launch import Server
@@ -95,16 +95,6 @@ class StreamWatch:
             wait_until(lambda: exchange.client_gone(), 5 if number == 10 and self.leaving.is_set() else 0)
             number += bool(content_of(event))
             yield event
-
-
-def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
-    """Whether `holds` becomes true in time."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def last_error(output: str) -> str:
