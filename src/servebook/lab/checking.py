@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -48,7 +49,7 @@ def next_hint(exercise_id: str) -> str:
     return "\n".join([*lines, f"({left} more)" if left else "(that was the last one)"])
 
 
-def evaluate(exercise_id: str, namespace: dict[str, Any]) -> Result:
+def evaluate(exercise_id: str, namespace: Mapping[str, Any]) -> Result:
     """Run the check of an exercise on the names in `namespace`; whatever happens becomes a Result.
 
     Raises:

@@ -119,6 +119,9 @@ class Submission:
                 "nothing of that name" if found is None else f"{name} = {found!r}",
                 "its cell has not run in this session, or the name was changed",
             )
+        if hasattr(found, "awaited"):  # a judge's: it asks the learner's session
+            found.awaited = awaited
+            return found  # type: ignore[no-any-return]
         return Function(found, awaited)
 
     def server(self, name: str) -> Server:
@@ -170,12 +173,14 @@ class Submission:
         thread.start()
         started, idle = time.monotonic(), 0.0
         while thread.is_alive() and idle < IDLE_SECONDS:
-            looked, had_waited = time.monotonic(), waited_for_a_core(thread)
+            looked, had_waited = time.monotonic(), self.waited(thread)
             thread.join(0.1)
-            idle += time.monotonic() - looked - (waited_for_a_core(thread) - had_waited)
+            idle += time.monotonic() - looked - (self.waited(thread) - had_waited)
             if busy() and time.monotonic() - started < LIMIT_SECONDS:
                 idle = 0.0
         if thread.is_alive():
+            if abort := getattr(self.namespace, "abort", None):
+                abort()
             # A loop in Python ends by this; a call that blocks in C lives on until its socket is closed.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(OverTime))
             raise NotYet(
@@ -186,6 +191,11 @@ class Submission:
         if failure:
             self.explain(failure[0], causes or {})
         return outcome[0]
+
+    def waited(self, thread: threading.Thread) -> float:
+        """Seconds that the learner's code has waited for a core: this thread, or the session that it asks."""
+        elsewhere = getattr(self.namespace, "waited", None)
+        return waited_for_a_core(thread) + (elsewhere() if elsewhere else 0.0)
 
     def explain(self, error: BaseException, causes: Causes) -> None:
         """Turn an error of the learner's code into feedback.
@@ -199,13 +209,22 @@ class Submission:
         if isinstance(error, NotImplementedError) and error.args == (self.exercise.id,):
             raise StillOpen
         cause = next((text for kind, text in causes.items() if isinstance(error, kind)), "your code raised this error")
-        raise NotYet("no error", f"{type(error).__name__}: {str(error)[:300]}{where(error)}", cause) from error
+        raise NotYet(
+            "no error",
+            f"{type(error).__name__}: {str(error)[:300]}{getattr(error, 'place', '') or where(error)}",
+            cause,
+        ) from error
 
 
 def waited_for_a_core(thread: threading.Thread) -> float:
     """Seconds in all that a thread of this process was ready to run and had no core, by /proc/…/schedstat."""
+    return waited(Path(f"/proc/self/task/{thread.native_id}/schedstat"))
+
+
+def waited(account: Path) -> float:
+    """The same by the kernel's account of a thread."""
     try:
-        return int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text().split()[1]) / 1e9
+        return int(account.read_text().split()[1]) / 1e9
     except (OSError, IndexError):  # it has ended, or this kernel keeps no such account
         return 0.0
 

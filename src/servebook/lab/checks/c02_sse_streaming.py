@@ -110,14 +110,8 @@ def check_02_1(submission: Submission) -> None:
             ("data:" in text, "the field's name `data:` belongs to the wire, not to the event"),
             ("\ufffd" in text, SPLIT),
             ("\n" in text, "an event's data ends with the event: begin with none after the empty line"),
-            (
-                got == real[:-1],
-                "[DONE] is an event like the others here; what it means is the caller's business",
-            ),
-            (
-                len(got) < len(real),
-                "a piece is not an event: one may hold several, and an event may come in several",
-            ),
+            (got == real[:-1], "[DONE] is an event like the others here; what it means is the caller's business"),
+            (len(got) < len(real), "a piece is not an event: one may hold several, and an event may come in several"),
             (len(got) > len(real), "a piece is not an event, and an empty line is not one either"),
             otherwise="yield the text after `data:` of every event, [DONE] too, in order",
             expected=f"{len(real)} events, {name}: {real[-2][:60]} … {real[-1]}",
@@ -187,14 +181,8 @@ def check_02_2(submission: Submission) -> None:
                 "".join(got.split()) == "".join(right.split()),
                 "blanks and line feeds are part of the text: do not strip it",
             ),
-            (
-                right.startswith(got) or right.endswith(got),
-                "a piece is lost at the end or at the beginning",
-            ),
-            (
-                bool(pieces) and pieces[-1] == right,
-                "each piece has all the text so far: yield only what is new",
-            ),
+            (right.startswith(got) or right.endswith(got), "a piece is lost at the end or at the beginning"),
+            (bool(pieces) and pieces[-1] == right, "each piece has all the text so far: yield only what is new"),
             otherwise="yield the text of each event, and nothing else",
         )
         require(
@@ -344,23 +332,14 @@ def _judge_count(exchange: Exchange, got: Any) -> None:
     judge(
         (streamed_text(exchange), usage["completion_tokens"]),
         tuple(got) if isinstance(got, list) else got,
-        (
-            lambda got, right: len(got) == 2 and got == right[::-1],
-            "the text comes first, then the number",
-        ),
+        (lambda got, right: len(got) == 2 and got == right[::-1], "the text comes first, then the number"),
         (
             lambda got, right: len(got) == 2 and got[0] != right[0],
             "join the content of all events to the text; the one with the usage has none",
         ),
         (lambda got, _: got[1] == total, "total_tokens counts the prompt too"),
-        (
-            lambda got, _: got[1] in chunks,
-            "that is the number of chunks: one may hold several tokens, or none",
-        ),
-        (
-            lambda got, _: isinstance(got[1], int),
-            "take completion_tokens out of the usage that the server sends",
-        ),
+        (lambda got, _: got[1] in chunks, "that is the number of chunks: one may hold several tokens, or none"),
+        (lambda got, _: isinstance(got[1], int), "take completion_tokens out of the usage that the server sends"),
         otherwise="return the whole text and the number of tokens",
     )
 

@@ -145,10 +145,7 @@ def check_04_1(submission: Submission) -> None:
     judge(
         True,
         bool(several),
-        (
-            any(is_whole_number(field) for field in new),
-            "a piece of text may hold several tokens: a repeated field",
-        ),
+        (any(is_whole_number(field) for field in new), "a piece of text may hold several tokens: a repeated field"),
         (not new, "the new field is missing in Token"),
         otherwise="token ids are whole numbers: a repeated field of an integer type",
         expected="token ids in Token: several whole numbers",

@@ -289,14 +289,8 @@ def check_05_4(submission: Submission) -> None:
             right,
             status,
             (status == 200, "programs read the status, not the text: raise HTTPException(status_code=…)"),
-            (
-                (right, status) == (504, 503),
-                "APITimeoutError is a kind of APIConnectionError: it goes first",
-            ),
-            (
-                status == 500 and right != 200,
-                "this error is not caught: 500 says that the gateway itself is at fault",
-            ),
+            ((right, status) == (504, 503), "APITimeoutError is a kind of APIConnectionError: it goes first"),
+            (status == 500 and right != 200, "this error is not caught: 500 says that the gateway itself is at fault"),
             (right == 200, STATUS.get(status, "this request is in order")),
             otherwise="each kind of error has its class: see the table in the brief",
             expected=f"{right}: {what}",

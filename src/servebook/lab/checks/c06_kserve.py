@@ -64,10 +64,7 @@ def _judge_signature(metadata: Any, got: Any, title: str) -> None:
     judge(
         right,
         got,
-        (
-            lambda got, _: outputs & got.keys(),
-            "these are outputs: the request is made of inputs",
-        ),
+        (lambda got, _: outputs & got.keys(), "these are outputs: the request is made of inputs"),
         (
             lambda got, right: (
                 got.keys() == right.keys() and not any(isinstance(v, tuple | list) for v in got.values())
@@ -106,10 +103,7 @@ def check_06_2(submission: Submission) -> None:
             judge(
                 max_tokens,
                 sampling.get("max_tokens"),
-                (
-                    isinstance(sampling.get("max_tokens"), str),
-                    "a number is a number in JSON: no quotes around it",
-                ),
+                (isinstance(sampling.get("max_tokens"), str), "a number is a number in JSON: no quotes around it"),
                 otherwise="without it 16 tokens come; pass on what your function is given, as JSON inside the tensor",
                 expected=f'sampling_parameters with "max_tokens": {max_tokens}',
                 shown=f"sampling_parameters {sampling}",
@@ -169,19 +163,13 @@ def _judge_reading(answer: Any, got: Any) -> None:
     judge(
         (texts, sum(counts) if counts else None),
         tuple(got) if isinstance(got, list) else got,
-        (
-            not isinstance(got, tuple | list) or len(got) != 2,
-            "return two things: the texts, and the number of tokens",
-        ),
+        (not isinstance(got, tuple | list) or len(got) != 2, "return two things: the texts, and the number of tokens"),
         (
             lambda got, right: got[0] == right[0][0] or got[0] == right[0][:1] != right[0],
             "text_output has one element for each of the n texts: return all of them",
         ),
         (counts is None, "this answer has no num_output_tokens, because nobody asked for it: None then"),
-        (
-            lambda got, _: got[1] == prompt_count is not None,
-            "that is the prompt's count: take the output by its name",
-        ),
+        (lambda got, _: got[1] == prompt_count is not None, "that is the prompt's count: take the output by its name"),
         (lambda got, _: got[1] == (counts or [None])[0], "one number for each text: add them up"),
         (lambda got, _: got[1] == counts, "the numbers of all texts together: add them up"),
         (lambda got, right: got[0] == right[0], "outputs have no fixed place: take num_output_tokens by its name"),

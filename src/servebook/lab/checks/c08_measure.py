@@ -218,10 +218,7 @@ def check_08_3(submission: Submission) -> None:
             right,
             submission.call(reading, a, b, control),
             (lambda got, _: got is None, "no verdict: return one of the four sentences"),
-            (
-                right == untrusted,
-                "a path differs from itself by more than 3 % here: then no difference means anything",
-            ),
+            (right == untrusted, "a path differs from itself by more than 3 % here: then no difference means anything"),
             (
                 lambda got, _: got == untrusted,
                 "the control is fine here: ratio(control, a).value is within 3 % of 1, up or down",

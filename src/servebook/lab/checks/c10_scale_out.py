@@ -120,10 +120,7 @@ def _judge_spread(right: dict[str, int], got: Any, before: dict[str, float]) -> 
             lambda got, _: not any(got.values()),
             "nothing moved: look once before and once after work(), at the replicas and not at the router",
         ),
-        (
-            lambda got, _: len(set(got.values())) == 1,
-            "each replica has a page of its own: do not add them up",
-        ),
+        (lambda got, _: len(set(got.values())) == 1, "each replica has a page of its own: do not add them up"),
         (
             lambda got, right: sum(got.values()) < sum(right.values()),
             "a request that ended by itself is finished as well: add up all finished_reason",

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from servebook.lab.handout.confine import confine_as_told
+
 
 def load(path: Path) -> ModuleType:
     """Import a file; modules beside it are found too."""
@@ -38,6 +40,7 @@ async def serve_grpc(module: ModuleType, port: int) -> None:
 
 def main() -> None:
     """Load the file and serve it."""
+    confine_as_told()
     path, port = Path(sys.argv[1]).resolve(), int(sys.argv[2])
     module = load(path)
     if hasattr(module, "app"):
