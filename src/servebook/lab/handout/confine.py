@@ -84,7 +84,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
     except OSError:
         return  # a link to nowhere, or not there
     try:
-        if not os.path.isdir(path):
+        if not Path(path).is_dir():
             rights &= 0b100000000000111  # a file is executed, written, read, cut
         libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, place), 0)
     finally:
