@@ -1,5 +1,6 @@
 # Two commands do everything: `make lab` and `make test`.
-# DEVICE=cpu|gpu|auto chooses the lock; K=name runs a part of the tests; LAB_ARGS goes to jupyter lab.
+# DEVICE=cpu|gpu|auto chooses the lock; K=name runs a part of the tests; LAB_ARGS goes to jupyter lab; OFFLINE=DIR takes
+# everything from a folder that `make offline DIR=…` made.
 
 DEVICE ?= auto
 LAB_ARGS ?=
@@ -18,7 +19,7 @@ ready := $(env)/.servebook-$(device)
 room := $(env)/room
 locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
-.PHONY: lab room test browser check lint setup lock notebooks labs protos clean
+.PHONY: lab room test browser check lint setup offline lock notebooks labs protos clean
 
 # The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
 # `|| true`: the doctor prints what it found; a failed check must not keep the reader from the notebooks.
@@ -57,6 +58,10 @@ $(ready): $(locked)
 $(room)/.ready: requirements/room.txt scripts/setup-room | $(ready)
 	@scripts/setup-room "$(env)" "$(room)"
 
+# A folder with all that a machine without a network needs; there, `make lab OFFLINE=DIR`.
+offline:
+	@scripts/offline "$(DIR)" "$(device)"
+
 lock:
 	@scripts/lock
 
@@ -66,9 +71,9 @@ notebooks: $(ready)
 labs: $(ready)
 	$(python) -m servebook.lab.handout.blanks
 
-# llm.v1's stubs; a test holds them fresh.
+# The stubs of all protos; a test holds them fresh.
 protos: $(ready)
-	PATH="$(path)" $(python) -m grpc_tools.protoc -I servebook/protos=protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src servebook/protos/llm/v1/llm.proto
+	PATH="$(path)" $(python) -m grpc_tools.protoc -I servebook/protos=protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src servebook/protos/llm/v1/llm.proto servebook/protos/vllm/inference.proto
 
 clean:
 	@-[ ! -x $(bin)/servebook ] || $(bin)/servebook down --all

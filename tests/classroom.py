@@ -1,16 +1,19 @@
-"""Learners at the desks of a room's hub, as a browser drives them: the hub's API, a kernel's channel."""
+"""Learners at the desks of a room's hub, as a browser drives them: the door, the hub's API, a kernel's channel."""
 
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from contextlib import suppress
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import requests
 from desk import eventually
+from requests.adapters import HTTPAdapter
 from websocket import WebSocket, WebSocketTimeoutException, create_connection
 
 SECONDS = 120.0
@@ -77,13 +80,59 @@ class Kernel:
         return any(kernel["id"] == self.id for kernel in self.desk.ask("GET", "api/kernels"))
 
 
-class LearnersDesk:
-    """A learner's own server behind the hub's proxy; `token` is the instructor's, who may sit down at any desk."""
+def bearer(key: str) -> dict[str, str]:
+    """The header that shows this key."""
+    return {"Authorization": f"Bearer {key}"}
 
-    def __init__(self, hub: str, token: str, name: str) -> None:
+
+class Address(HTTPAdapter):
+    """Requests that come from this address of the machine."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, source_address=(self.address, 0), **kwargs)
+
+
+class Door:
+    """A browser at the hub's door, as its page's form sends what is typed."""
+
+    def __init__(self, hub: str, address: str = "127.0.0.1") -> None:
+        self.hub = hub
+        self.browser = requests.Session()
+        self.browser.mount("http://", Address(address))
+
+    def sign_in(self, name: str, password: str, code: str = "") -> tuple[int, str]:
+        """Status, and what the page says; 302 is the way to the desk."""
+        self.browser.get(f"{self.hub}/hub/login", timeout=SECONDS)
+        form = {"username": name, "password": password, "code": code, "_xsrf": self.xsrf}
+        answer = self.browser.post(f"{self.hub}/hub/login", data=form, allow_redirects=False, timeout=SECONDS)
+        said = re.search(r'class="login_error">([^<]*)<', answer.content.decode())
+        return answer.status_code, unescape(said[1]) if said else ""
+
+    @property
+    def xsrf(self) -> str:
+        return next(cookie.value or "" for cookie in self.browser.cookies if cookie.name == "_xsrf")
+
+    def token(self, name: str) -> str:
+        """A token of the learner's own, as the hub's page for it makes one."""
+        url, headers = f"{self.hub}/hub/api/users/{name}/tokens", {"X-XSRFToken": self.xsrf}
+        answer = self.browser.post(url, json={}, headers=headers, timeout=SECONDS)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["token"])
+
+
+class LearnersDesk:
+    """A learner's own server behind the hub's proxy; the learner comes in by the door, and signs up there."""
+
+    def __init__(self, hub: str, code: str, name: str, password: str) -> None:
         self.hub, self.name = hub, name
         self.url = f"{hub}/user/{name}"
-        self.headers = {"Authorization": f"token {token}"}
+        door = Door(hub)
+        assert door.sign_in(name, password, code) == (302, "")
+        self.headers = {"Authorization": f"token {door.token(name)}"}
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         answer = requests.request(method, f"{self.url}/{path}", headers=self.headers, json=body, timeout=SECONDS)
@@ -93,15 +142,9 @@ class LearnersDesk:
     def hub_ask(self, method: str, path: str) -> requests.Response:
         return requests.request(method, f"{self.hub}/hub/api/{path}", headers=self.headers, timeout=SECONDS)
 
-    def spawn(self) -> None:
-        """Sign the learner up and ask for the desk; it may be open only later."""
-        made = self.hub_ask("POST", f"users/{self.name}")
-        assert made.status_code in (201, 409), made.text
+    def open(self) -> None:
         asked = self.hub_ask("POST", f"users/{self.name}/server")
         assert asked.status_code in (201, 202), asked.text
-
-    def open(self) -> None:
-        self.spawn()
         progress = f"{self.hub}/hub/api/users/{self.name}/server/progress"
         with requests.get(progress, headers=self.headers, stream=True, timeout=SECONDS) as events:
             told = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith(b"data: ")]

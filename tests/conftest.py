@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -24,11 +23,11 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 # Ctrl-C must not depend on how they were started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from desk import Desk, free_port  # noqa: E402
+from desk import Desk  # noqa: E402
 
 from servebook import launch  # noqa: E402
 from servebook.lab.manifest import Lab  # noqa: E402
-from servebook.launch.supervisor import can_bind  # noqa: E402
+from servebook.launch.processes import can_bind, free_port, marked, wait_until  # noqa: E402
 from servebook.settings import Settings, load_settings  # noqa: E402
 from servebook.workbook import gate  # noqa: E402
 from servebook.workbook.doctor import find_browser  # noqa: E402
@@ -41,7 +40,14 @@ def settings() -> Settings:
     return load_settings()
 
 
-SHARED = {"vllm": "vllm", "triton": "triton", "grpc_server": "grpc", "kserve": "kserve", "vllm_grpc": "vllm-grpc"}
+SHARED = {
+    "vllm": "vllm",
+    "triton": "triton",
+    "grpc_server": "grpc",
+    "kserve": "kserve",
+    "vllm_grpc": "vllm-grpc",
+    "vllm_rs": "vllm-rs",
+}
 """The engines that stay up from chapter to chapter: their servers' names by fixture."""
 
 
@@ -86,6 +92,11 @@ def kserve(starts: dict[str, Future[launch.Server]]) -> launch.Server:
 @pytest.fixture(scope="session")
 def vllm_grpc(starts: dict[str, Future[launch.Server]]) -> launch.Server:
     return shared(starts, "vllm_grpc")
+
+
+@pytest.fixture(scope="session")
+def vllm_rs(starts: dict[str, Future[launch.Server]]) -> launch.Server:
+    return shared(starts, "vllm_rs")
 
 
 @pytest.fixture(scope="session")
@@ -217,19 +228,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-def ours() -> list[psutil.Process]:
-    """Every process that this run has started, but for Python's own tracker of shared memory, which ends with it."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid == os.getpid() or process.environ().get("SERVEBOOK_TEST_RUN") != str(os.getpid()):
-                continue
-            if process.ppid() == os.getpid() and "multiprocessing.resource_tracker" in " ".join(process.cmdline()):
-                continue
-            found.append(process)
-        except psutil.Error:
-            continue
-    return found
+def ours() -> dict[int, str]:
+    """Every process that this run has started."""
+    return marked(f"SERVEBOOK_TEST_RUN={os.getpid()}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -240,8 +241,7 @@ def nothing_left() -> Iterator[None]:
     entries = launch.status()
     with ThreadPoolExecutor() as pool:
         list(pool.map(launch.down, [entry["name"] for entry in entries]))
-    psutil.wait_procs(ours(), timeout=5)
-    left = [" ".join(process.cmdline()) for process in ours()]
-    assert not left, f"left running: {left}"
+    wait_until(lambda: not ours(), 5)
+    assert not ours(), f"left running: {list(ours().values())}"
     addresses = [address.rsplit(":", 1) for entry in entries for address in entry["endpoints"].values()]
     assert all(can_bind(host, int(port)) for host, port in addresses), f"left listening: one of {addresses}"

@@ -7,16 +7,17 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from servebook import launch
-from servebook.launch.lifetime import Link
+from servebook.launch.files import Files
+from servebook.launch.link import Link
+from servebook.launch.processes import marked, wait_until
 from servebook.settings import Settings, load_settings
 
 TINY = Path(__file__).with_name("tiny_server.py")
@@ -24,17 +25,9 @@ TINY = Path(__file__).with_name("tiny_server.py")
 
 def eventually(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
     """Poll until `condition` holds; fail with `what` when time is up."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
+    value = wait_until(condition, seconds)
+    assert value, f"not within {seconds} s: {what}"
     return value
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 class Desk:
@@ -80,10 +73,10 @@ class Desk:
         return child, json.loads(line)
 
     def status(self, name: str = "vllm") -> dict[str, Any]:
-        return next(entry for entry in launch.status(self.settings) if entry["name"] == name)
+        return dict(next(entry for entry in launch.status(self.settings) if entry["name"] == name))
 
     def supervisor(self) -> psutil.Process:
-        link = Link.open(self.settings, "vllm")
+        link = Link.open(Files(self.folder, "vllm"))
         assert link
         with closing(link.connection):
             credentials = link.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -91,14 +84,10 @@ class Desk:
 
     def family(self) -> list[psutil.Process]:
         """Every process of this person, but for the commands: supervisor, guardian, server and its descendants."""
-        commands = {child.pid for child in self.children}
         found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("SERVEBOOK_STATE_DIR") == str(self.folder) and process.pid not in commands:
-                    found.append(process)
-            except psutil.Error:
-                continue
+        for pid in marked(f"SERVEBOOK_STATE_DIR={self.folder}").keys() - {child.pid for child in self.children}:
+            with suppress(psutil.Error):
+                found.append(psutil.Process(pid))
         return found
 
     def nothing_left(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,7 +16,7 @@ from servebook.lab.dry_run import load as dry_run
 from servebook.lab.feedback import Result
 from servebook.lab.manifest import exercises
 from servebook.lab.shell import LabShell
-from servebook.launch.child import PR_SET_PDEATHSIG, libc
+from servebook.launch.processes import die_with_parent
 
 ROOT = Path(__file__).parents[1]
 AT_ONCE = 3
@@ -36,7 +35,7 @@ class Proof(NamedTuple):
 
 def sit_down(room: Path) -> None:
     """Work in a folder of this process's own, as each learner does: answers write files. End with the test run."""
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     os.chdir(tempfile.mkdtemp(dir=room))
 
 

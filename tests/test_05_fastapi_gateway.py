@@ -25,7 +25,8 @@ from hypothesis import settings as hypothesis_settings
 from starlette.types import Message, Receive, Scope, Send
 
 from servebook import launch
-from servebook.launch.child import child_server, free_port
+from servebook.launch.child import child_server
+from servebook.launch.processes import free_port
 from servebook.ways.fastapi_gateway.server.app import PAGE, create_app
 from servebook.ways.fastapi_gateway.server.chat import chat_events
 from servebook.ways.fastapi_gateway.server.config import Config

@@ -26,7 +26,7 @@ from servebook.settings import Settings
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-FIXTURES = {"vllm-grpc": "vllm_grpc", "grpc": "grpc_server"}
+FIXTURES = {"vllm-grpc": "vllm_grpc", "vllm-rs": "vllm_rs", "grpc": "grpc_server"}
 """Where the fixture is not called like its server."""
 
 PROMPTS = {

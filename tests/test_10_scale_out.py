@@ -16,12 +16,13 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from desk import Desk, eventually, free_port
+from desk import Desk, eventually
 
 from servebook import launch
 from servebook.bench.resources import is_engine
 from servebook.engine import arguments as engine
 from servebook.errors import LaunchError, ServebookError
+from servebook.launch.processes import free_port
 from servebook.settings import Settings
 from servebook.ways.metrics import metric
 from servebook.ways.scale_out.client import RouterClient
@@ -115,7 +116,7 @@ def test_the_router_is_not_opened_to_the_network(desk: Desk) -> None:
 
 
 def test_the_router_is_not_installed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("servebook.launch.servers.find_spec", lambda _: None)
+    monkeypatch.setattr("servebook.launch.table.find_spec", lambda _: None)
     with pytest.raises(LaunchError, match="make setup"):
         launch.serve("router", settings=settings)
 
@@ -152,7 +153,7 @@ def running(replica: str) -> float:
 
 
 def entry(name: str) -> dict[str, Any]:
-    return next(entry for entry in launch.status() if entry["name"] == name)
+    return dict(next(entry for entry in launch.status() if entry["name"] == name))
 
 
 def complete(router: launch.Server, prompt: str = PROMPT, **params: Any) -> requests.Response:

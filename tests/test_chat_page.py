@@ -11,7 +11,8 @@ import pytest
 from playwright.sync_api import Locator, Page, Request, expect
 
 from servebook import launch
-from servebook.launch.child import child_server, free_port
+from servebook.launch.child import child_server
+from servebook.launch.processes import free_port
 from servebook.ways.metrics import metric
 
 pytestmark = pytest.mark.browser

@@ -9,18 +9,21 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from servebook.engine.gpu import Card
 from servebook.engine.model import bundled_path
 from servebook.errors import LaunchError
-from servebook.launch.supervisor import MARK
+from servebook.launch.processes import KEPT
 from servebook.settings import Settings, load_settings
 from servebook.workbook import doctor
 from servebook.workbook.doctor import Finding
 
 GIB = 2**30
+L4 = Card("GPU-1", "NVIDIA L4", "580.65.06", total=22 * GIB, free=20 * GIB, holders={})
 SERVEBOOK = Path(sys.executable).with_name("servebook")
 
 
@@ -59,13 +62,15 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_ports({("vllm http", 8000): "", ("grpc grpc", 50051): "ours"}), "OK", "1 free, 1 in use by our"),
         (doctor.check_ports({("vllm http", 8000): "nginx, pid 7"}), "WARN", "8000 (vllm http) by nginx, pid 7"),
         (doctor.check_ports(None, "192.0.2.1"), "FAIL", "no address of this machine"),
-        (doctor.check_gpu(None, "auto", True), "OK", "none"),
-        (doctor.check_gpu(None, "gpu", False), "FAIL", "nvidia-smi"),
-        (doctor.check_gpu("NVIDIA L4, 580.65.06, 23034 MiB", "auto", False), "OK", "NVIDIA L4"),
-        (doctor.check_gpu("NVIDIA L4, 550.54.15, 23034 MiB", "auto", False), "FAIL", "580"),
-        (doctor.check_gpu("NVIDIA L4, 580.65.06, 23034 MiB", "auto", True), "WARN", "make setup DEVICE=gpu"),
-        (doctor.check_gpu("NVIDIA L4, 580.65.06, 23034 MiB", "gpu", True), "FAIL", "make setup DEVICE=gpu"),
-        (doctor.check_gpu("NVIDIA L4, 580.65.06, 23034 MiB", "cpu", True), "OK", "not used"),
+        (doctor.check_gpu(None, "", 2.8, "auto", True), "OK", "none"),
+        (doctor.check_gpu(None, "", 2.8, "gpu", False), "FAIL", "no driver answers"),
+        (doctor.check_gpu(L4, "", 2.8, "auto", False), "OK", "NVIDIA L4, 20.0 of 22.0 GiB free"),
+        (doctor.check_gpu(replace(L4, driver="550.54.15"), "", 2.8, "auto", False), "FAIL", "580"),
+        (doctor.check_gpu(L4, "", 2.8, "auto", True), "WARN", "make setup DEVICE=gpu"),
+        (doctor.check_gpu(L4, "", 2.8, "gpu", True), "FAIL", "make setup DEVICE=gpu"),
+        (doctor.check_gpu(L4, "", 2.8, "cpu", True), "OK", "not used"),
+        (doctor.check_gpu(L4, "Held by: game (pid 7) 2.0 GiB.", 20.5, "auto", False), "WARN", "game (pid 7) 2.0 GiB"),
+        (doctor.check_gpu(L4, "", 30.0, "auto", False), "FAIL", "smaller model"),
         (doctor.check_engine_url(None, None), "OK", "this machine"),
         (doctor.check_engine_url("http://gpu-box:8000", None), "OK", "http://gpu-box:8000"),
         (doctor.check_engine_url("http://x", LaunchError("No vLLM answers.", "Start it.")), "FAIL", "No vLLM answers."),
@@ -77,6 +82,8 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_environment({"SERVEBOOK_MODLE": "x"}), "WARN", "SERVEBOOK_MODLE"),
         (doctor.check_environment({"http_proxy": "http://p:3128"}), "WARN", "NO_PROXY"),
         (doctor.check_environment({"HTTP_PROXY": "http://p", "no_proxy": "a.example, localhost"}), "OK", ""),
+        (doctor.check_rust_front(Path("/cache/vllm-rs")), "OK", "/cache/vllm-rs"),
+        (doctor.check_rust_front(None), "WARN", "python -m servebook.engine.rust_front"),
         (doctor.check_browser("/usr/bin/chromium"), "OK", "/usr/bin/chromium"),
         (doctor.check_browser(None), "WARN", "scripts/browser"),
     ],
@@ -127,7 +134,7 @@ def test_a_strangers_port_is_named(here: Settings) -> None:
 
 @pytest.fixture
 def orphan() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "600"], env=os.environ | {MARK: "servebook-no-such-supervisor"}) as process:
+    with subprocess.Popen(["sleep", "600"], env=os.environ | {KEPT: "/nonexistent/no-such.sock"}) as process:
         yield process
         process.send_signal(signal.SIGKILL)
 

@@ -124,4 +124,7 @@ def test_memory(cpu: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engine, "available_gib", lambda: 5.0)
     with pytest.raises(LaunchError, match=r"about 5\.4 GiB of memory, and 5\.0 GiB"):
         engine.require_memory(cpu, tmp_path)
-    engine.require_memory(cpu.model_copy(update={"device": "gpu"}), tmp_path)
+
+
+def test_a_gpus_engine_builds_no_sampler(gpu: Settings) -> None:
+    assert engine.engine_env(gpu)["VLLM_USE_FLASHINFER_SAMPLER"] == "0"

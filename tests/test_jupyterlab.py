@@ -19,8 +19,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import Locator, Page, expect
 
 from servebook import launch
-from servebook.launch.child import free_port
-from servebook.launch.servers import http_ok
+from servebook.launch.probes import http_ok
+from servebook.launch.processes import free_port
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 

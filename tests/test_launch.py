@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty
@@ -18,13 +19,16 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from desk import TINY, Desk, eventually, free_port
+from desk import TINY, Desk, eventually
 from jupyter_client.manager import KernelManager
 
 from servebook import launch
 from servebook.bench.resources import is_engine
 from servebook.errors import LaunchError
 from servebook.launch import find_server, supervisor
+from servebook.launch.plan import Start
+from servebook.launch.processes import free_port
+from servebook.launch.table import Endpoints
 from servebook.settings import load_settings
 from servebook.ways.custom_grpc.certificates import make_certificates
 
@@ -158,18 +162,28 @@ def test_two_people_on_one_machine(desk: Desk, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to act as another user")
-def test_a_name_held_by_another_user_is_not_trusted(desk: Desk) -> None:
-    name = launch.lifetime._address(desk.settings, "vllm")
+@pytest.mark.parametrize("place", ["state", "state/servers"])
+def test_a_folder_that_others_may_write_to_is_not_trusted(place: str) -> None:
+    """Another user's socket there is no server of ours, and none of ours is started beside it."""
     squat = (
-        "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); "
-        "s.bind(chr(0) + sys.argv[1]); s.listen(); print('held', flush=True); sys.stdin.read()"
+        "import os, socket, sys; os.chdir(sys.argv[1]); os.setuid(65534); s = socket.socket(socket.AF_UNIX); "
+        "s.bind('vllm.sock'); s.listen(); print('held', flush=True); sys.stdin.read()"
     )
-    holder = desk.start("-c", squat, name)
-    assert holder.stdout
-    assert holder.stdout.readline() == "held\n"
-    assert "Another user" in desk.run("up", "vllm", expect=1)
-    holder.kill()
-    holder.wait()
+    with tempfile.TemporaryDirectory() as scratch:
+        desk = Desk(Path(scratch, "state"), free_port())
+        servers = desk.folder / "servers"
+        servers.mkdir(parents=True)
+        servers.chmod(0o777)
+        holder = desk.start("-c", squat, servers)
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n", holder.communicate()
+        servers.chmod(0o700)
+        Path(scratch, place).chmod(0o777)
+        assert desk.status()["state"] == "stopped"
+        text = desk.run("up", "vllm", expect=1)
+        assert f"{Path(scratch, place)} cannot be used: every user of this machine may write to it" in text
+        assert "SERVEBOOK_STATE_DIR" in text
+        desk.close()
 
 
 def test_open_to_the_network_only_with_a_key(desk: Desk) -> None:
@@ -218,9 +232,9 @@ def test_needs_stay_on_this_machine(name: str, behind: str) -> None:
 )
 def test_ports_that_are_never_opened(name: str, addresses: dict[str, str], tmp_path: Path) -> None:
     settings = load_settings(host="192.0.2.1", api_key=KEY, state_dir=tmp_path)
-    at = {"room": {"http": "127.0.0.1:8095"}}
-    request = launch.lifetime._request(find_server(name), settings, name, "cli", tmp_path, {**at})
-    assert request["hosts"] == request["client_hosts"] == addresses
+    at: dict[str, Endpoints] = {"room": {"http": "127.0.0.1:8095"}}
+    order = Start(find_server(name), settings, name, "cli").order(tmp_path, at)
+    assert order["hosts"] == order["client_hosts"] == addresses
 
 
 def test_the_metrics_of_the_grpc_server_stay_on_this_machine(tmp_path: Path) -> None:
@@ -374,7 +388,7 @@ def test_a_lost_record_does_not_hide_a_server(desk: Desk) -> None:
 @pytest.mark.parametrize("place", ["/dev/null/state", "/proc/servebook"])
 def test_state_folder_that_cannot_be_written(desk: Desk, place: str) -> None:
     text = desk.run("up", "vllm", expect=1, state_dir=place)
-    assert f"{place} cannot be written" in text
+    assert f"{place} cannot be used" in text
     assert "SERVEBOOK_STATE_DIR" in text
     assert json.loads(desk.run("status", "--json", state_dir=place))[0]["state"] == "stopped"
 
@@ -567,8 +581,3 @@ def test_choose_port_skips_the_taken_the_claimed_and_other_servers_defaults() ->
             assert following > port
     port, claim = supervisor.choose_port("127.0.0.1", port, set())
     claim.close()
-
-
-def test_an_address_elsewhere_is_no_place_to_listen() -> None:
-    with pytest.raises(OSError, match="assign"):
-        supervisor.can_bind("192.0.2.1", 8000)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import requests
-from desk import TINY, Desk, eventually, free_port
+from desk import TINY, Desk, eventually
 from websocket import create_connection
+
+from servebook.launch.processes import free_port
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "of-this-test"

@@ -169,6 +169,38 @@ def test_shown_source_is_todays(chapter: Chapter) -> None:
     assert not stale, "run `make notebooks`"
 
 
+def test_right_answers_of_the_quizzes_are_spread() -> None:
+    """Who always opens the same choice is not to be right by it: no place has more than half of the right answers."""
+    places = []
+    for path in CHAPTERS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.id == "quiz":
+                for question in re.split(r"(?m)^(?=\*\*\d\. )", cell.source)[1:]:
+                    choices = re.findall(r"<details><summary>.*?</summary>(Yes|No)", question)
+                    assert choices.count("Yes") == 1, f"{path.stem}: {question[:40]}"
+                    places.append(choices.index("Yes"))
+    assert len(places) >= 3 * len(CHAPTERS)
+    assert max(places.count(place) for place in range(3)) <= len(places) / 2
+
+
+def test_a_chapter_leads_to_its_sources(chapter: Chapter) -> None:
+    """Outside links to where a fact comes from: a specification, a paper, the documentation of the program."""
+    _, notebook = chapter
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert re.search(r"\]\(https://(?!github\.com/\w+/servebook)", text)
+
+
+def test_no_wall_of_source_or_output(chapter: Chapter) -> None:
+    """What is longer than a screen or two is folded away, or cut."""
+    _, notebook = chapter
+    for cell in notebook.cells:
+        for output in cell.outputs if cell.cell_type == "code" else ():
+            data = output.get("data", {})
+            text = output.get("text") or data.get("text/plain", "")
+            if "<details>" not in data.get("text/html", ""):
+                assert len(text.splitlines()) <= 61, f"cell {cell.id}: {len(text.splitlines())} lines"
+
+
 @cache
 def showable(path: Path) -> set[str]:
     """Every text that `show` may make of a file: of the whole, and of each function and class in it."""

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, suppress
-from http.client import HTTPConnection
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import requests
-from aiohttp import web
-from aiohttp.test_utils import BaseTestServer, TestServer
-from classroom import Kernel, LearnersDesk, answer_of
-from desk import eventually, free_port
+from classroom import Door, Kernel, LearnersDesk, answer_of, bearer
+from desk import eventually
+from playwright.sync_api import Page, expect
 
 from servebook.checkout import ROOT
-from servebook.errors import LaunchError
 from servebook.launch import Server
-from servebook.launch.servers import find_server
-from servebook.room.admin import instructors_key
-from servebook.room.front import RELAYED, Front, asked_for
-from servebook.room.keys import Roll
-from servebook.room.limits import Bucket, Limits, Refused, Turnstile
-from servebook.settings import Settings, load_settings
+from servebook.launch.processes import free_port
 
 KEY = "the-instructors-key"
 LAB = "01_openai_rest"
@@ -69,8 +58,11 @@ class Room:
         assert self.process.poll() is None, self.output.read_text()
         return "Learners sign up" in self.output.read_text()
 
-    def desk(self, name: str) -> LearnersDesk:
-        return LearnersDesk(self.url, KEY, name)
+    def desk(self, name: str, password: str = "a password of their own") -> LearnersDesk:
+        return LearnersDesk(self.url, self.code(), name, password)
+
+    def code(self) -> str:
+        return (self.folder / "room" / "join.code").read_text()
 
     def run(self, *words: str) -> str:
         """A `servebook room` command of the instructor's."""
@@ -135,6 +127,65 @@ def solve(kernel: Kernel) -> None:
     """Do the first exercise and have it checked."""
     kernel.run(answer_of(ROOT / "solutions", LAB, "01-1"))
     assert "✓ 01.1" in kernel.run('check("01.1")')
+
+
+def test_names_that_are_none_are_refused_with_the_rule(room: Room) -> None:
+    door = Door(room.url)
+    rule = "A name has 1 to 32 letters a to z, digits and . _ - and begins with a letter or digit."
+    for name in ("x\n", "root", "a" * 60, "../x", "-x", "x y", "", "ñ"):
+        assert door.sign_in(name, "long enough", room.code()) == (403, rule), name
+    assert door.sign_in("daemon", "long enough", room.code())[1].startswith("daemon is an account of this machine.")
+
+
+def test_only_who_has_the_code_signs_up_and_a_guesser_does_not_lock_the_door(room: Room) -> None:
+    stranger, learner = Door(room.url, "127.0.0.66"), Door(room.url, "127.0.0.2")
+    assert stranger.sign_in("mallory", "long enough")[0] == 403
+    guesses = [stranger.sign_in("mallory", "long enough", f"AAAA-{number:04}") for number in range(20)]
+    assert guesses[0] == (403, "That is not the join code of this room.")
+    assert guesses[-1][0] == 429
+    assert "Too many wrong tries from here. Wait" in guesses[-1][1]
+    assert learner.sign_in("emmy", "short", room.code())[1].startswith("A password has 8 to 128 characters.")
+    assert learner.sign_in("emmy", "long enough", f" {room.code().lower().replace('-', ' ')}") == (302, "")
+
+
+def test_who_guesses_a_password_does_not_lock_its_learner_out(room: Room) -> None:
+    """The learner comes from elsewhere; or from the same address, with the browser that has signed in before."""
+    emmy, stranger, elsewhere = Door(room.url), Door(room.url), Door(room.url, "127.0.0.2")
+    assert emmy.sign_in("emmy", "long enough", room.code()) == (302, "")
+    guesses = [stranger.sign_in("emmy", f"wrong {number}") for number in range(15)]
+    assert guesses[0][0] == 403
+    assert guesses[-1][0] == 429
+    assert stranger.sign_in("emmy", "long enough")[0] == 429  # what is right is not told either
+    emmy.browser.get(f"{room.url}/hub/logout", timeout=10)
+    assert emmy.sign_in("emmy", "long enough") == (302, "")
+    assert elsewhere.sign_in("emmy", "long enough") == (302, "")
+
+
+def test_a_password_that_was_forgotten_is_chosen_anew_and_a_new_code_replaces_the_old(room: Room) -> None:
+    old = room.code()
+    assert old in room.run("code")
+    room.run("reset", "emmy")
+    room.run("code", "--new")
+    door = Door(room.url, "127.0.0.3")
+    assert door.sign_in("emmy", "another one", old)[0] == 403
+    assert door.sign_in("emmy", "another one", room.code()) == (302, "")
+    assert stat.S_IMODE((room.folder / "room").stat().st_mode) == 0o700
+    assert b"another one" not in (room.folder / "room" / "passwords.sqlite").read_bytes()
+
+
+@pytest.mark.browser
+def test_a_browser_signs_up_by_the_pictures_address_and_finds_the_first_notebook(room: Room, page: Page) -> None:
+    page.goto(f"{room.url}/hub/login#{room.code()}")
+    expect(page.get_by_label("Join code")).to_have_value(room.code())
+    page.get_by_label("Username").fill("hedy")
+    page.locator("#password_input").fill("short")
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_text("A password has 8 to 128 characters.")).to_be_visible()
+    page.get_by_label("Username").fill("hedy")
+    page.locator("#password_input").fill("long enough")
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("tab", name="00_start_here.ipynb")).to_be_visible(timeout=120_000)
+    room.desk("hedy", password="long enough").close()
 
 
 def test_three_learners_run_the_first_notebook_and_pass_an_exercise(room: Room, kernels: dict[str, Kernel]) -> None:
@@ -212,6 +263,22 @@ def test_too_much_memory_is_an_error_of_that_cell_only(kernels: dict[str, Kernel
     solve(kernels["alan"])
 
 
+def test_desks_are_back_in_a_moment_when_the_proxy_is_killed(room: Room, kernels: dict[str, Kernel]) -> None:
+    kernel = kernels["grace"]
+    kernel.run("kept = 'through a new proxy'")
+    [proxy] = [process for process in room.family() if "jupyterhub/proxy.py" in " ".join(process.cmdline())]
+    proxy.kill()
+
+    def reachable() -> bool:
+        with suppress(requests.RequestException):
+            return bool(kernel.desk.ask("GET", "api/kernels"))
+        return False
+
+    eventually(reachable, "the desk, behind a new proxy", seconds=20)  # 5 s where the machine has nothing else to do
+    kernel.reconnect()
+    assert kernel.run("print(kept)") == "through a new proxy\n"
+
+
 def test_desks_outlive_a_hub_that_is_killed(room: Room, kernels: dict[str, Kernel]) -> None:
     kernel = kernels["grace"]
     kernel.run("kept = 'still here'")
@@ -272,274 +339,3 @@ def test_ctrl_c_ends_the_room(room: Room) -> None:
     assert room.process.wait(60) == 130, room.output.read_text()
     assert "Traceback" not in room.output.read_text()
     eventually(lambda: not room.family(), "the end of every process of the room")
-
-
-# --- the front, without an engine -------------------------------------------------------------------------------
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
-
-
-def test_a_key_counts_until_it_is_replaced_or_revoked(tmp_path: Path) -> None:
-    roll = Roll(tmp_path / "keys.json")
-    first = roll.issue("ada")
-    second = roll.issue("ada")
-    other = roll.issue("grace")
-    assert [roll.name_of(key) for key in (first, second, other, "")] == [None, "ada", "grace", None]
-    assert roll.revoke("ada")
-    assert roll.revoked("ada")
-    assert roll.name_of(second) is None
-    again = Roll(tmp_path / "keys.json")
-    assert again.name_of(other) == "grace"
-    assert again.revoked("ada")
-    assert not again.revoke("nobody")
-    assert again.forget("grace")
-    assert again.name_of(other) is None
-    with pytest.raises(ValueError, match="cannot name a learner"):
-        roll.issue("../x")
-
-
-def test_a_bucket_says_how_long_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    bucket = Bucket(per_minute=60)
-    assert bucket.take(50) == 0
-    assert bucket.take(20) == 10
-    now = 10.0
-    assert bucket.take(20) == 0
-    now = 100.0
-    assert bucket.take(10**6) == 0  # more than it ever holds: when it is full
-    assert bucket.take(10**6) == 60
-    assert bucket.take(1) == 1
-    bucket.give_back(10**6)
-    assert bucket.level == 60
-    assert bucket.take(60) == 0
-    bucket.give_back(20)
-    assert bucket.take(20) == 0
-    assert bucket.take(1) == 1
-
-
-@pytest.mark.parametrize(
-    ("path", "ask", "tokens"),
-    [
-        ("/v1/completions", {"prompt": "a"}, 16),
-        ("/v1/chat/completions", {"messages": []}, 256),
-        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 5, "n": 3}, 30),
-        ("/v1/chat/completions", {"max_completion_tokens": 7, "max_tokens": 100}, 7),
-        ("/v1/completions", {"max_completion_tokens": 7, "max_tokens": 100}, 100),  # the first is chat's alone
-        ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 5}, 5),
-        ("/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 5}, 10),
-        ("/v1/chat/completions", {"prompt": [], "max_tokens": 5}, 5),
-        ("/v1/completions", {"max_tokens": 5.0, "n": -1}, 5),
-        ("/v1/completions", {"max_tokens": -1}, 0),
-        ("/v1/completions", {"max_tokens": None}, 16),
-        ("/v1/completions", [], 0),
-        ("/v1/responses", {"max_output_tokens": 9, "max_tokens": 1}, 9),
-        ("/v1/messages", {"max_tokens": 9}, 9),
-        ("/inference/v1/generate", {"max_tokens": 1, "sampling_params": {"max_tokens": 9, "n": 2}}, 18),
-        ("/inference/v1/generate", {"token_ids": [1]}, 0),
-    ],
-)
-def test_tokens_count_as_asked_for(path: str, ask: object, tokens: int) -> None:
-    assert asked_for(path, json.dumps(ask).encode()) == tokens
-
-
-class StandIn:
-    """In the place of vLLM: notes what reaches it, and answers with `status`."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-        self.status = 200
-
-    async def answer(self, request: web.Request) -> web.Response:
-        self.seen.append(request.raw_path)
-        return web.json_response({}, status=self.status)
-
-
-class Caller:
-    """A learner with a key, in front of a front with these limits."""
-
-    def __init__(self, front: BaseTestServer, key: str) -> None:
-        self.front = front
-        self.key = key
-
-    async def ask(self, method: str, path: str, body: object = None, key: str | None = None) -> tuple[int, Any, str]:
-        """Status, JSON and Retry-After of the answer. The path goes out as it is; a body of bytes does, too."""
-
-        def send() -> tuple[int, Any, str]:
-            connection = HTTPConnection("127.0.0.1", self.front.port, timeout=30)
-            raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-            connection.request(method, path, raw, bearer(self.key if key is None else key))
-            with closing(connection), connection.getresponse() as answer:
-                return answer.status, json.loads(answer.read()), answer.headers.get("Retry-After", "")
-
-        return await asyncio.to_thread(send)
-
-    async def counted(self) -> list[str]:
-        """The front's counters of requests."""
-        page = await asyncio.to_thread(requests.get, str(self.front.make_url("/room/metrics")), timeout=10)
-        return [line for line in page.text.splitlines() if line.startswith("room_requests_total")]
-
-    async def complete(self, max_tokens: int) -> tuple[int, Any, str]:
-        return await self.ask("POST", "/v1/completions", {"max_tokens": max_tokens})
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[tuple[StandIn, str]]:
-    stand_in, app = StandIn(), web.Application()
-    app.add_routes([web.route("*", "/{path:.*}", stand_in.answer)])
-    async with TestServer(app) as server:
-        yield stand_in, str(server.make_url(""))
-
-
-@asynccontextmanager
-async def caller(folder: Path, upstream: str, limits: Limits | None = None) -> AsyncIterator[Caller]:
-    roll = Roll(folder / "keys.json")
-    async with TestServer(Front(upstream, KEY, roll, limits or Limits()).app()) as server:
-        yield Caller(server, roll.issue("ada"))
-
-
-async def test_what_the_engine_refused_costs_no_tokens(engine: tuple[StandIn, str], tmp_path: Path) -> None:
-    stand_in, url = engine
-    async with caller(tmp_path, url) as ada:
-        stand_in.status = 400
-        assert [(await ada.complete(10**6))[0] for _ in range(3)] == [400] * 3
-        stand_in.status = 200
-        assert (await ada.complete(10**6))[0] == 200
-        status, _, wait = await ada.complete(3000)
-        assert status == 429
-        assert 0 < int(wait) <= 30  # not the hours that it would take to make up for a million
-
-
-@pytest.mark.parametrize(("why", "limits"), [("room_full", Limits(waiting=0)), ("engine_unavailable", Limits())])
-async def test_what_the_room_refused_costs_no_tokens(tmp_path: Path, why: str, limits: Limits) -> None:
-    async with caller(tmp_path, f"http://127.0.0.1:{free_port()}", limits) as ada:
-        for _ in range(2):
-            status, answer, _ = await ada.complete(6000)
-            assert (status, answer["error"]["type"]) == (503, why)
-
-
-async def test_paths_that_are_relayed(engine: tuple[StandIn, str], tmp_path: Path) -> None:
-    stand_in, url = engine
-    paths = [*RELAYED, "/v1/models?a=%2F..&b=/../x"]
-    async with caller(tmp_path, url) as ada:
-        for path in paths:
-            assert (await ada.ask("POST", path, {}))[0] == 200
-        assert [(await ada.ask("GET", path, key=""))[0] for path in ("/metrics", "/tokenize")] == [200, 401]
-    assert [path.partition("?")[0] for path in stand_in.seen] == [*RELAYED, "/v1/models", "/metrics"]
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/invocations",
-        "/v1/../invocations",
-        "/v1/%2e%2e/invocations",
-        "/v1/x/../completions",
-        "/v1/./completions",
-        "/v1//completions",
-        "//v1/completions",
-        "/v1/completions/",
-        "/v1/complet%69ons",
-        "/v1/models/../../invocations",
-        "/health/../invocations",
-        "/tokenize/..%2finvocations",
-        "/v1/chat/completions/batch",
-        "/inference/v1/abort_requests",
-    ],
-)
-async def test_no_other_path_reaches_the_engine(engine: tuple[StandIn, str], tmp_path: Path, path: str) -> None:
-    stand_in, url = engine
-    async with caller(tmp_path, url) as ada:
-        status, answer, _ = await ada.ask("POST", path, {"max_tokens": 9})
-    assert (status, answer["error"]["type"]) == (404, "not_found")
-    assert not stand_in.seen
-
-
-@pytest.mark.parametrize(
-    ("body", "status", "says"),
-    [
-        (b'{"max_tokens": Infinity}', 400, "max_tokens must be a whole number"),
-        (b'{"max_tokens": 1e999}', 400, "max_tokens must be a whole number"),
-        (b'{"max_tokens": NaN}', 400, "max_tokens must be a whole number"),
-        (b'{"max_tokens": "2000.0"}', 400, "max_tokens must be a whole number"),  # vLLM reads 2000
-        (b'{"max_tokens": 5, "n": 0.5}', 400, "n must be a whole number"),
-        (b"[" * 200_000, 400, "nested too deeply"),
-        (b" " * ((1 << 20) + 1), 413, "exceeded"),
-    ],
-)
-async def test_what_cannot_be_counted_is_refused(
-    engine: tuple[StandIn, str], tmp_path: Path, body: bytes, status: int, says: str
-) -> None:
-    stand_in, url = engine
-    async with caller(tmp_path, url) as ada:
-        got, answer, _ = await ada.ask("POST", "/v1/completions", body)
-        assert (got, answer["error"]["code"]) == (status, status)
-        assert answer["error"].keys() == {"message", "type", "param", "code"}
-        assert says in answer["error"]["message"]
-        assert await ada.counted() == [f'room_requests_total{{path="/v1/completions",status="{status}"}} 1.0']
-    assert not stand_in.seen
-
-
-async def test_a_body_that_is_not_what_its_header_says(engine: tuple[StandIn, str], tmp_path: Path) -> None:
-    _, url = engine
-    async with caller(tmp_path, url) as ada:
-        target, headers = str(ada.front.make_url("/v1/completions")), bearer(ada.key) | {"Content-Encoding": "gzip"}
-        answer = await asyncio.to_thread(requests.post, target, data=b"not gzip at all", headers=headers, timeout=10)
-        assert (answer.status_code, answer.json()["error"]["message"]) == (400, "The body cannot be read.")
-
-
-async def hold(turnstile: Turnstile, name: str, entered: list[str], leave: asyncio.Event) -> None:
-    async with turnstile.place(name):
-        entered.append(name)
-        await leave.wait()
-
-
-async def test_free_places_go_round() -> None:
-    turnstile = Turnstile(Limits(places=2, learner_places=4))
-    entered: list[str] = []
-    leave = asyncio.Event()
-    names = ["greedy"] * 6 + ["ada", "grace", "ada"]
-    tasks = [asyncio.create_task(hold(turnstile, name, entered, leave)) for name in names]
-    await asyncio.sleep(0)
-    assert entered == ["greedy", "greedy"]
-    leave.set()
-    await asyncio.gather(*tasks)
-    assert entered[2:5] in (["greedy", "ada", "grace"], ["ada", "grace", "greedy"], ["ada", "greedy", "grace"])
-    assert turnstile.running.total() == 0
-    assert turnstile.waiting == 0
-
-
-async def test_too_many_are_refused_and_leavers_free_their_place() -> None:
-    turnstile = Turnstile(Limits(places=1, waiting=2, patience=0.2, learner_places=1))
-    leave = asyncio.Event()
-    first = asyncio.create_task(hold(turnstile, "ada", [], leave))
-    await asyncio.sleep(0)
-    second = asyncio.create_task(hold(turnstile, "ada", [], leave))
-    third = asyncio.create_task(hold(turnstile, "grace", [], leave))
-    await asyncio.sleep(0)
-    with pytest.raises(Refused) as share:
-        await hold(turnstile, "ada", [], leave)
-    with pytest.raises(Refused) as full:
-        await hold(turnstile, "alan", [], leave)
-    assert (share.value.status, full.value.status) == (429, 503)
-    second.cancel()
-    with pytest.raises(Refused, match=r"within 0\.2 s"):
-        await third
-    assert turnstile.waiting == 0
-    first.cancel()
-    with suppress(asyncio.CancelledError):
-        await first
-    assert turnstile.running.total() == 0
-
-
-def test_the_front_needs_the_instructors_key(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match="needs a key"):
-        find_server("room").argv(Settings(state_dir=tmp_path), tmp_path, {"vllm": {"http": "127.0.0.1:8000"}})
-
-
-def test_a_key_that_jupyterhub_would_not_take_is_refused_before_anything_starts() -> None:
-    with pytest.raises(LaunchError, match="8 characters or more; SERVEBOOK_API_KEY has 7"):
-        instructors_key(load_settings(api_key="sevench"))
-    assert instructors_key(load_settings(api_key="eight-ch")) == "eight-ch"

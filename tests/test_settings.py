@@ -43,6 +43,8 @@ def test_the_documented_default_ports() -> None:
         "kserve_grpc_port": 8085,
         "kserve_http_port": 8086,
         "vllm_grpc_grpc_port": 50052,
+        "vllm_rs_http_port": 8010,
+        "vllm_rs_grpc_port": 50053,
         "router_http_port": 8090,
         "router_metrics_port": 8091,
         "room_http_port": 8095,

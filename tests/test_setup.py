@@ -385,6 +385,77 @@ def test_changing_the_device_makes_a_new_environment(clone: Path) -> None:
     assert (clone / "conda/envs/servebook/bin/python").exists()
 
 
+# --- a folder for a machine without a network ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def stick(clone: Path) -> Path:
+    """What `make offline` makes, with one wheel and a uv that needs none; the clone has an environment."""
+    stand_in_environment(clone)
+    folder = clone.parent / "a stick (1)"
+    (folder / "wheels").mkdir(parents=True)
+    (folder / "wheels/torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").write_text("a wheel")
+    (folder / "requirements").mkdir()
+    for name in ("cpu.txt", "room.txt"):
+        shutil.copy2(clone / "requirements" / name, folder / "requirements")
+    command = "find . -type f ! -name SHA256SUMS -print0 | xargs -0 sha256sum > SHA256SUMS"
+    subprocess.run(["sh", "-c", command], cwd=folder, check=True)
+    return folder
+
+
+def test_everything_comes_from_the_folder(clone: Path, stick: Path) -> None:
+    done = make(clone, "setup", f"OFFLINE=../{stick.name}")
+    assert done.returncode == 0, done.stderr
+    packages, _ = installs(clone / "calls")
+    assert f"--no-index --find-links {stick}/wheels -r requirements/cpu.txt" in packages
+    assert "--torch-backend" not in packages
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        ("rm SHA256SUMS", "is not a folder that make offline made"),
+        ("rm requirements/cpu.txt", "was not made for DEVICE=cpu"),
+        ("echo '# older' >> requirements/cpu.txt", "was made from another version: its requirements/cpu.txt differs"),
+        ("echo '# older' >> requirements/room.txt", "was made from another version: its requirements/room.txt differs"),
+        (
+            "for wheel in wheels/*; do echo x >> $wheel; done",
+            "is damaged: ./wheels/torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl: FAILED",
+        ),
+        ("rm wheels/torch*", "is damaged: sha256sum: ./wheels/torch-2.13.0+cpu"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(clone: Path, stick: Path, harm: str, says: str) -> None:
+    subprocess.run(["sh", "-c", harm], cwd=stick, check=True)
+    shutil.rmtree(clone / ".venv")
+    done = make(clone, "setup", f"OFFLINE={stick}")
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert "make offline DIR=… DEVICE=cpu" in done.stderr
+    assert not (clone / ".venv").exists()
+
+
+def test_a_folder_that_is_ready_is_not_filled_again(clone: Path, stick: Path) -> None:
+    done = make(clone, "offline", f"DIR={stick}")
+    assert done.returncode == 0
+    assert "is up to date" in done.stderr
+
+
+def test_offline_asks_for_a_folder(clone: Path) -> None:
+    done = make(clone, "offline")
+    assert done.returncode != 0
+    assert "→ make offline DIR=/media/stick/servebook-cpu" in done.stderr
+
+
+def test_a_download_that_fails_leaves_a_folder_that_is_refused(clone: Path, stick: Path) -> None:
+    (clone / ".venv/bin/uv").write_text("#!/bin/bash\nexit 2\n")
+    (stick / "requirements/cpu.txt").write_text("older\n")
+    done = make(clone, "offline", f"DIR={stick}")
+    assert done.returncode != 0
+    assert "could not be fetched" in done.stderr
+    assert not (stick / "SHA256SUMS").exists()
+
+
 # --- locks --------------------------------------------------------------------------------------------------------
 
 

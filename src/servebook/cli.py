@@ -102,11 +102,11 @@ def logs(
     name: str, lines: Annotated[int, typer.Option("-n", min=1, help="How many lines from the end.")] = 100
 ) -> None:
     """Print the end of a server's log."""
-    path = launch.log_path(name, load_settings())
-    if not path.is_file():
+    files = launch.Files(load_settings().state_dir, name)
+    if not files.log.is_file():
         launch.find_server(name)
         raise ServebookError(f"{name} has not run yet: there is no log.", f"Start it with `servebook up {name}`.")
-    print(launch.tail(path, lines))
+    print(files.tail(lines))
 
 
 @app.command()

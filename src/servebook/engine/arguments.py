@@ -6,20 +6,31 @@ import os
 import re
 import shlex
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
+from servebook.engine.gpu import GIB, cards
 from servebook.errors import LaunchError
 from servebook.settings import Settings
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-GIB = 2**30
 RUNTIME_GIB = 1.4
 """Memory of a server and its engine beyond weights and KV cache (measured: 1.2 to 1.3 GiB on CPU)."""
+HOST_GIB = 3.0
+"""Memory of the machine that a server with its engine on a GPU takes, whatever the model."""
+GPU_RUNTIME_GIB = 1.5
+"""GPU memory beyond weights and KV cache: CUDA's context, kernels, graphs and activations (measured with the bundled
+model on one H200: 1.05 to 1.45 GiB)."""
+GPU_ACTIVATIONS = 0.1
+"""What a larger model's activations add to that, for each byte of its weights."""
+SEQUENCES, BATCHED_TOKENS = 256, 2048
+"""Of one step on a GPU. vLLM's own defaults depend on the card and on the kind of server; memory and the comparison of
+servers must depend on neither."""
 
 
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -44,10 +55,28 @@ def engine_argv(settings: Settings, model: Path) -> list[str]:
         *("--served-model-name", settings.model_name),
         *("--max-model-len", str(settings.max_model_len)),
         *("--kv-cache-memory-bytes", str(settings.kv_cache_gib * GIB)),
-        *([] if settings.on_gpu else ["--enforce-eager"]),
+        *(_gpu_words(settings, model) if settings.on_gpu else ["--enforce-eager"]),
         *(["--dtype", "float32"] if in_float32(settings) else []),
         *shlex.split(settings.engine_args),
     ]
+
+
+def _gpu_words(settings: Settings, model: Path) -> list[str]:
+    """What an engine on a GPU is told besides: the size of its steps, and its part of the card.
+
+    vLLM does not start unless `--gpu-memory-utilization` (by default 0.92) of the whole card is free, also where
+    `--kv-cache-memory-bytes` sets what it will take (`vllm/v1/worker/utils.py`, `request_memory`).
+    """
+    share = gpu_share(settings, model)
+    return [
+        *("--max-num-seqs", str(SEQUENCES), "--max-num-batched-tokens", str(BATCHED_TOKENS)),
+        *(["--gpu-memory-utilization", str(share)] if share else []),
+    ]
+
+
+def gpu_share(settings: Settings, model: Path) -> float | None:
+    """The part of the GPU that an engine for `model` needs; None where there is no GPU."""
+    return next((card.share(gpu_gib(settings, model)) for card in cards()), None)
 
 
 def in_float32(settings: Settings) -> bool:
@@ -76,7 +105,11 @@ def engine_env(settings: Settings) -> dict[str, str]:
         "SMG_VLLM_SERVICER_WARMUP": "off",
     }
     if settings.on_gpu:
-        return env
+        return env | {
+            # FlashInfer's sampler is built by nvcc at the first start: 97 s, and a CUDA toolkit. vLLM's own is there.
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML counts, by which the memory is reckoned
+        }
     # The model runs in EngineCore itself. In a process of its own, vLLM's default on a CPU, it takes a third longer to
     # start and 0.6 GB more, and EngineCore polls that process at full speed.
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(_threads(settings))}
@@ -123,22 +156,45 @@ def available_gib(cgroups: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def needed_gib(settings: Settings, model: Path) -> float:
-    """What an engine for `model` will take, in GiB: weights, KV cache and the processes themselves.
+    """What an engine for `model` will take of the machine's memory, in GiB: weights, KV cache and the processes."""
+    if settings.on_gpu:
+        return HOST_GIB
+    return weights_gib(model) * (2 if in_float32(settings) else 1) + settings.kv_cache_gib + RUNTIME_GIB
 
-    The files are taken to hold 16 bits a weight.
+
+def gpu_gib(settings: Settings, model: Path) -> float:
+    """What an engine for `model` will take of a GPU's memory, in GiB: weights, KV cache, runtime and activations."""
+    return weights_gib(model) * (1 + GPU_ACTIVATIONS) + settings.kv_cache_gib + GPU_RUNTIME_GIB
+
+
+def weights_gib(model: Path) -> float:
+    """The model's weights at 16 bits each, in GiB: the size of its files, or of its shape where it has none.
+
+    A folder without weights serves with `--load-format dummy`, to measure a shape's memory and speed.
     """
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors")) * (2 if in_float32(settings) else 1)
-    return weights / GIB + settings.kv_cache_gib + RUNTIME_GIB
+    if files := list(model.glob("*.safetensors")):
+        return sum(file.stat().st_size for file in files) / GIB
+    return _shape_gib(model) if (model / "config.json").is_file() else 0.0
+
+
+@lru_cache
+def _shape_gib(model: Path) -> float:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):  # shapes without memory
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    return float(2 * sum(weight.numel() for weight in shape.parameters()) / GIB)
 
 
 def require_memory(settings: Settings, model: Path, engines: int = 1) -> None:
     """Refuse to start an engine that the kernel would kill; `engines` start at once, this one included.
 
     Raises:
-        LaunchError: less memory is available than they need (on a GPU, vLLM checks by itself).
+        LaunchError: less memory is available than they need.
     """
     needed, available = engines * needed_gib(settings, model), available_gib()
-    if not settings.on_gpu and available < needed:
+    if available < needed:
         who = "The engine needs" if engines == 1 else f"{engines} engines need"
         raise LaunchError(
             f"{who} about {needed:.1f} GiB of memory, and {available:.1f} GiB are available.",

@@ -1,65 +1,95 @@
-"""Runs a small server for the length of a `with` block."""
+"""Runs a program for the length of a `with` block, and ends it with everything that it started."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+from uuid import uuid4
 
 from servebook.errors import LaunchError
-from servebook.launch.servers import http_ok
+from servebook.launch.probes import http_ok
+from servebook.launch.processes import die_with_parent, end, free_port, wait_until
 
-START_SECONDS = 60
-PR_SET_PDEATHSIG = 1
-libc = ctypes.CDLL(None)
+START_SECONDS = 60.0
+GRACE_SECONDS = 10.0
+TAIL_CHARACTERS = 2000
+
+
+@dataclass(frozen=True)
+class Child:
+    """A program that runs."""
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+
+    def said(self) -> str:
+        """Everything that it has printed so far."""
+        return os.pread(self.output.fileno(), os.fstat(self.output.fileno()).st_size, 0).decode(errors="replace")
+
+
+@contextmanager
+def run_child(
+    words: Sequence[str | Path],
+    ready: Callable[[Child], object] = lambda _: True,
+    *,
+    name: str = "",
+    env: dict[str, str] | None = None,
+    seconds: float = START_SECONDS,
+    grace: float = GRACE_SECONDS,
+) -> Iterator[Child]:
+    """Run a command, wait until `ready` is true of it, and end its whole family with the block.
+
+    `env` is added to its environment; `grace` is how long the family may take to end after SIGTERM (0: it is killed).
+    It survives a notebook's Interrupt, and ends with this thread whatever ends that.
+
+    Raises:
+        LaunchError: it ended, or was not ready in time; the message has the end of its output.
+    """
+    mark = f"_SERVEBOOK_CHILD_{uuid4().hex}=1"
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            words,
+            # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
+            env=os.environ | (env or {}) | {"PYTHONSAFEPATH": "1", "SPT_NOENV": "1"} | dict([mark.split("=")]),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        child = Child(process, output)
+
+        def state() -> str:
+            return "ended" if process.poll() is not None else "ready" if ready(child) else ""
+
+        try:
+            if wait_until(state, seconds) != "ready":
+                name = name or Path(words[0]).name
+                raise LaunchError(f"{name} did not start. The end of its output:\n{child.said()[-TAIL_CHARACTERS:]}")
+            yield child
+        finally:
+            end(mark, grace)
+            process.kill()
+            process.wait()
 
 
 @contextmanager
 def child_server(module: str, *words: str, ready: str = "/healthz", port: int = 0, **env: str) -> Iterator[str]:
-    """Run `python -m module --http-port PORT words…` and give its URL; the server ends with the block.
+    """Run `python -m module --http-port PORT words…` and give its URL once GET `ready` answers 200.
 
-    It is ready when GET `ready` answers 200. Without `port` a free one is taken. `env` is added to its environment.
-    It survives a notebook's Interrupt, and ends with this process whatever ends that.
+    Without `port` a free one is taken. `env` is added to its environment.
 
     Raises:
-        LaunchError: it ended, or was not ready within a minute; the message has its output.
+        LaunchError: as `run_child`.
     """
     port = port or free_port()
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, "--http-port", str(port), *words],
-            env=os.environ | env,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
-        )
-        try:
-            deadline = time.monotonic() + START_SECONDS
-            while not http_ok(f"127.0.0.1:{port}", ready):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    output.seek(0)
-                    raise LaunchError(f"{module} did not start. Its output:\n{output.read()[-2000:]}")
-                time.sleep(0.05)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    command = [sys.executable, "-m", module, "--http-port", str(port), *words]
+    with run_child(command, lambda _: http_ok(f"127.0.0.1:{port}", ready), name=module, env=env):
+        yield f"http://127.0.0.1:{port}"

@@ -1,11 +1,11 @@
-"""Keeps one server and everything that it starts; run by path, with the standard library only.
+"""Keeps one server and everything that it starts; it imports little but the standard library.
 
-One supervisor runs per server. It listens on an abstract Unix socket, whose name only one process can
-hold: that is the lock against a second start and the proof that the server is there, and it cannot go
-stale, because the kernel drops it with the process. The protocol is one JSON object a line:
+One supervisor runs per server. It holds a lock in the state folder, which the kernel drops with the last process that
+has it: that keeps a second start away, and cannot go stale. Beside the lock it listens on a Unix socket: who is
+answered there knows that the server is there. The protocol is one JSON object a line, answered by a `Description`:
 
-    {"op": "info"}     → what `describe` returns
-    {"op": "attach"}   → the same, and the connection is a lease: while it is open, the server lives
+    {"op": "info"}     → nothing else
+    {"op": "attach"}   → the connection is a lease: while it is open, the server lives
     {"op": "ready"}    → the server has answered: if it does not any more, it is not starting but broken
     {"op": "keep"}     → the server outlives its leases, until {"op": "stop"}
     {"op": "stop"}     → ends the server; the connection closes when nothing is left of it
@@ -16,8 +16,9 @@ killed with SIGKILL, what it kept becomes the guardian's and is ended there; if 
 supervisor ends in order.
 """
 
-import ctypes
-import errno
+from __future__ import annotations
+
+import fcntl
 import json
 import os
 import selectors
@@ -27,12 +28,24 @@ import struct
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
+from servebook.launch.files import Files
+from servebook.launch.processes import (
+    KEPT,
+    KILL_SECONDS,
+    adopt_orphans,
+    can_bind,
+    children,
+    die_with_parent,
+    is_tracker,
+    wait_until,
+)
+
+EX_IOERR, EX_TEMPFAIL = 74, 75
 FIRST_LEASE_SECONDS = 15.0
 """How long a server without an owner waits for its first lease (its starter may have died)."""
 TERM_SECONDS = 15.0
@@ -41,18 +54,113 @@ STARTING_SECONDS = 3.0
 """Grace time of a server that was never ready: it has no answers to finish, and vLLM's would not listen before."""
 ORPHAN_SECONDS = 3.0
 """Grace time of what it left behind."""
-KILL_SECONDS = 5.0
-MARK = "SERVEBOOK_SUPERVISOR"
-"""In the environment of each process that a supervisor started: its address. An orphan is known by it."""
+LOCK_SECONDS = TERM_SECONDS + ORPHAN_SECONDS + KILL_SECONDS
+"""How long a start waits for what is left of the server before it: no longer than that one's grace times."""
+Owner = Literal["cli", "kernel"]
+Op = Literal["info", "attach", "ready", "keep", "stop"]
 
 
-def prctl(option: int, value: int) -> None:
-    """Set an attribute of this process (Linux)."""
-    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+class Order(TypedDict):
+    """What a supervisor is told to keep; `{http}` in `argv` (or another kind) stands for the port that it chooses.
+
+    `hosts` are where the ports listen, `client_hosts` how clients write them. `avoid` are other servers' ports.
+    """
+
+    name: str
+    server: str
+    argv: list[str]
+    env: dict[str, str]
+    host: str
+    hosts: dict[str, str]
+    client_hosts: dict[str, str]
+    ports: dict[str, int]
+    avoid: list[int]
+    model: str
+    owner: Owner
+    fingerprint: str
+    state_dir: str
+
+
+class Description(TypedDict):
+    """What callers may know of a server; its environment, which holds keys, stays out. `seconds` is its age."""
+
+    name: str
+    server: str
+    pid: int | None
+    model: str
+    host: str
+    endpoints: dict[str, str]
+    preferred: dict[str, int]
+    owner: Owner
+    fingerprint: str
+    log: str
+    was_ready: bool
+    seconds: float
+
+
+def files_of(order: Order) -> Files:
+    """Where the files of the server that is ordered lie."""
+    return Files(Path(order["state_dir"]), order["name"])
+
+
+@contextmanager
+def short_path(path: Path) -> Iterator[str]:
+    """Another name for `path`, whose folder exists: a socket's may have 107 bytes, and state folders lie deep."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+def connect(path: Path) -> socket.socket | None:
+    """A connection to the supervisor of this user that listens there; None where there is none."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with short_path(path) as name:
+            connection.connect(name)
+        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", peer)[1] == os.getuid():
+            return connection
+    except OSError:
+        pass
+    connection.close()
+    return None
+
+
+def claim(path: Path) -> socket.socket | None:
+    """The listening end of the socket, for whoever holds the lock beside it; None where another server is there.
+
+    The lock is this process's, and its children's by `fork`, until they end.
+    """
+    lock = os.open(path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o600)
+
+    def locked() -> bool:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
+    def somebody_answers() -> bool:
+        if there := connect(path):
+            there.close()
+        return there is not None
+
+    if not wait_until(lambda: locked() or somebody_answers(), LOCK_SECONDS) or not locked():
+        return None
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with short_path(path) as name:
+        listener.bind(name)
+    path.chmod(0o600)
+    return listener
 
 
 def reserve(port: int) -> socket.socket | None:
-    """Claim `port` among all users' supervisors; the claim ends with the returned socket or its process."""
+    """Claim `port` among all users' supervisors; the claim ends with the returned socket or its process.
+
+    Another user can take the name, as he can take the port itself: then it is the next one.
+    """
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         claim.bind(f"\0servebook-port-{port}")
@@ -60,24 +168,6 @@ def reserve(port: int) -> socket.socket | None:
         claim.close()
         return None
     return claim
-
-
-def can_bind(host: str, port: int) -> bool:
-    """Whether a server could listen on `host`:`port` now.
-
-    Raises:
-        OSError: not on any port: `host` is not an address of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                return False
-            raise
-    return True
 
 
 def choose_port(host: str, preferred: int, others: set[int]) -> tuple[int, socket.socket]:
@@ -90,15 +180,15 @@ def choose_port(host: str, preferred: int, others: set[int]) -> tuple[int, socke
     raise OSError(f"no free port from {preferred} upwards")
 
 
-def fork_under_guardian(listener: socket.socket) -> None:
+def fork_under_guardian(listener: socket.socket, path: Path) -> None:
     """Go on in a child process; this one stays behind as its guardian and ends with it."""
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     guardian = os.getpid()
     supervisor = os.fork()
     if supervisor == 0:
         os.setsid()  # a signal to the guardian's group must not reach both
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        die_with_parent(signal.SIGTERM)
+        adopt_orphans()
         if os.getppid() != guardian:
             os._exit(1)
         return
@@ -112,8 +202,9 @@ def fork_under_guardian(listener: socket.socket) -> None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         if all(map(is_tracker, left)):
-            os.waitpid(left[0], 0)
+            os.waitpid(left.pop(), 0)
     free_openmp_files()
+    path.unlink(missing_ok=True)  # the lock is still ours: nobody else listens there yet
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
@@ -127,20 +218,6 @@ def open_log(log: Path) -> None:
     os.close(file)
 
 
-def children() -> list[int]:
-    """The live children of this process, adopted ones included."""
-    with suppress(OSError):
-        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-    return []
-
-
-def is_tracker(pid: int) -> bool:
-    """Whether this is a resource tracker of Python's: it frees what the killed have left in shared memory, and ends."""
-    with suppress(OSError):
-        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
-
-
 def free_openmp_files() -> None:
     """Remove what Intel's OpenMP leaves in shared memory when its process is killed (a small file each)."""
     for file in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
@@ -151,8 +228,8 @@ def free_openmp_files() -> None:
 class Supervisor:
     """One server's life: start, answer, end."""
 
-    def __init__(self, spec: dict[str, Any], listener: socket.socket) -> None:
-        self.spec = spec
+    def __init__(self, order: Order, listener: socket.socket) -> None:
+        self.order = order
         self.keep = False
         self.leases: set[socket.socket] = set()
         self.started = time.monotonic()
@@ -164,9 +241,9 @@ class Supervisor:
         self.selector.register(listener, selectors.EVENT_READ, self.accept)
         self.claims: dict[str, socket.socket] = {}
         self.ports: dict[str, int] = {}
-        for kind, preferred in spec["ports"].items():
-            self.ports[kind], self.claims[kind] = choose_port(spec["hosts"][kind], preferred, set(spec["avoid"]))
-        self.record_path = Path(spec["record"])
+        for kind, preferred in order["ports"].items():
+            self.ports[kind], self.claims[kind] = choose_port(order["hosts"][kind], preferred, set(order["avoid"]))
+        self.files = files_of(order)
         self.child = self.spawn()
         self.pidfd = os.pidfd_open(self.child.pid)
         self.selector.register(self.pidfd, selectors.EVENT_READ, self.child_ended)
@@ -179,34 +256,34 @@ class Supervisor:
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start the server in a session of its own, so that a notebook's Interrupt does not reach it."""
         words = {f"{{{kind}}}": str(port) for kind, port in self.ports.items()}
-        argv = [words.get(word, word) for word in self.spec["argv"]]
+        argv = [words.get(word, word) for word in self.order["argv"]]
         # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
-        env = os.environ | self.spec["env"] | {MARK: self.spec["address"], "SPT_NOENV": "1"}
+        env = os.environ | self.order["env"] | {KEPT: str(self.files.socket), "SPT_NOENV": "1"}
         return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
-    def describe(self) -> dict[str, Any]:
-        """What callers may know; the environment, which holds keys, stays out."""
+    def describe(self) -> Description:
+        """What callers may know."""
         return {
-            "name": self.spec["name"],
-            "server": self.spec["server"],
+            "name": self.order["name"],
+            "server": self.order["server"],
             "pid": self.child.pid,
-            "model": self.spec["model"],
-            "host": self.spec["host"],
-            "endpoints": {kind: f"{self.spec['client_hosts'][kind]}:{port}" for kind, port in self.ports.items()},
-            "preferred": self.spec["ports"],
-            "owner": "cli" if self.keep else self.spec["owner"],
-            "fingerprint": self.spec["fingerprint"],
-            "log": self.spec["log"],
+            "model": self.order["model"],
+            "host": self.order["host"],
+            "endpoints": {kind: f"{self.order['client_hosts'][kind]}:{port}" for kind, port in self.ports.items()},
+            "preferred": self.order["ports"],
+            "owner": "cli" if self.keep else self.order["owner"],
+            "fingerprint": self.order["fingerprint"],
+            "log": str(self.files.log),
             "was_ready": self.was_ready,
             "seconds": round(time.monotonic() - self.started, 1),
         }
 
     def record(self, state: str, **more: Any) -> None:
         """Write what is left to read when the supervisor is gone; whole or not at all."""
-        draft = self.record_path.with_suffix(".draft")
+        draft = self.files.record.with_suffix(".draft")
         try:
-            draft.write_text(json.dumps(self.describe() | {"state": state} | more))
-            draft.replace(self.record_path)
+            draft.write_text(json.dumps({**self.describe(), "state": state, **more}))
+            draft.replace(self.files.record)
         except OSError as error:  # a full disk must not end a server that runs
             print(f"supervisor: {error}", file=sys.stderr, flush=True)
 
@@ -222,12 +299,8 @@ class Supervisor:
         self.end()
 
     def accept(self, listener: socket.socket) -> None:
-        """Take a connection of the same user; refuse any other's."""
+        """Take a connection of this user; the socket's mode keeps others out."""
         connection, _ = listener.accept()
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        if struct.unpack("3i", credentials)[1] != os.getuid():
-            connection.close()
-            return
         connection.settimeout(2.0)
         self.selector.register(connection, selectors.EVENT_READ, self.answer)
 
@@ -276,48 +349,50 @@ class Supervisor:
         free_openmp_files()
         if not by_itself:
             with suppress(OSError):
-                self.record_path.unlink(missing_ok=True)
+                self.files.record.unlink(missing_ok=True)
 
     def sweep(self, sig: signal.Signals, seconds: float) -> None:
         """Signal each descendant once as it becomes our child, and reap until none is left or time is up."""
-        deadline = time.monotonic() + seconds
         signalled: set[int] = set()
-        while (left := set(children())) and time.monotonic() < deadline:
+
+        def all_ended() -> bool:
+            left = children()
             for pid in left - signalled:
-                if is_tracker(pid):
-                    continue
-                with suppress(ProcessLookupError):
-                    os.kill(pid, sig)
-            signalled |= left
+                if not is_tracker(pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, sig)
+            signalled.update(left)
             for pid in left:
                 with suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
-            time.sleep(0.02)
+            return not left
+
+        wait_until(all_ended, seconds, every=0.02)
 
 
 def main() -> int:
-    """Read the spec from standard input and keep its server.
+    """Read the order from standard input and keep its server.
 
-    Exits with 75 (EX_TEMPFAIL) if the server has a supervisor already, with 74 (EX_IOERR) if there can be no log.
+    Exits with EX_TEMPFAIL if the server has a supervisor already, with EX_IOERR if there can be no socket or log.
     """
-    spec = json.load(sys.stdin)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    order: Order = json.load(sys.stdin)
+    files = files_of(order)
     try:
-        listener.bind("\0" + spec["address"])
-    except OSError:
-        return 75
-    try:
-        open_log(Path(spec["log"]))
-    except OSError:
-        return 74
-    fork_under_guardian(listener)
+        listener = claim(files.socket)
+        if listener is None:
+            return EX_TEMPFAIL
+        open_log(files.log)
+    except OSError as error:
+        print(error.strerror, file=sys.stderr)
+        return EX_IOERR
+    fork_under_guardian(listener, files.socket)
     listener.listen(64)
     for sig in (signal.SIGINT, signal.SIGHUP):
         signal.signal(sig, lambda *_: None)  # not SIG_IGN, which the server would inherit
     try:
-        supervisor = Supervisor(spec, listener)
+        supervisor = Supervisor(order, listener)
     except OSError as error:
-        print(f"supervisor: cannot start {spec['name']} on {spec['host']}: {error}", file=sys.stderr)
+        print(f"supervisor: cannot start {order['name']} on {order['host']}: {error}", file=sys.stderr)
         return 1
     supervisor.run()
     return 0

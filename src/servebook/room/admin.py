@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import sqlite3
+from contextlib import closing
 from typing import Any
 from urllib.parse import quote
 
@@ -15,6 +17,8 @@ from servebook.settings import Settings
 
 KEY_LENGTH = 8
 """The shortest token that JupyterHub takes for a service."""
+CODE_LETTERS = "ABCDEFGHJKMNPQRSTUVWXYZ23456789"
+"""Those that nobody mistakes for another: eight of them are 40 bits."""
 
 
 def instructors_key(settings: Settings) -> str:
@@ -38,7 +42,29 @@ def instructors_key(settings: Settings) -> str:
     return path.read_text()
 
 
-class Room:
+def join_code(settings: Settings, new: bool = False) -> str:
+    """What learners need to sign up; it stays for the next day, until a new one is asked for."""
+    path = settings.state_dir / "room" / "join.code"
+    if new or not path.exists():
+        code = "".join(secrets.choice(CODE_LETTERS) for _ in range(8))
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_suffix(".draft")
+        draft.touch(mode=0o600)
+        draft.write_text(f"{code[:4]}-{code[4:]}")
+        draft.replace(path)
+    return path.read_text()
+
+
+def forget_password(settings: Settings, name: str) -> bool:
+    """Whether this learner had a password; the name is free for a new sign-up then, and its desk is kept."""
+    path = settings.state_dir / "room" / "passwords.sqlite"
+    if not path.exists():
+        return False
+    with closing(sqlite3.connect(path, isolation_level=None)) as passwords:
+        return passwords.execute("delete from password where name = ?", [name]).rowcount == 1
+
+
+class RoomAdmin:
     """The front of the room that is up.
 
     Raises:
@@ -68,6 +94,10 @@ class Room:
     def forget(self, name: str) -> None:
         """Strike this learner off."""
         self._ask("DELETE", f"room/learners/{quote(name, safe='')}?forget=true")
+
+    def metrics(self) -> str:
+        """The front's metrics, as Prometheus reads them."""
+        return self._ask("GET", "room/metrics").text
 
     def _ask(self, method: str, path: str) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.key}"}

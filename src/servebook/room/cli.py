@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from typing import Annotated
 
@@ -10,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from servebook import launch
-from servebook.errors import LaunchError
-from servebook.room.admin import Room, instructors_key
-from servebook.settings import load_settings
+from servebook.errors import LaunchError, ServebookError
+from servebook.launch.states import Status
+from servebook.launch.table import behind
+from servebook.room.admin import RoomAdmin, forget_password, instructors_key, join_code
+from servebook.settings import Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, help="A room of learners: JupyterHub, and one engine with a key for each.")
 out = Console(highlight=False, soft_wrap=True)
@@ -31,12 +34,16 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A learner.")]
 def start() -> None:
     """Start engine, front and JupyterHub, and keep them until Ctrl-C; then everything ends, desks included."""
     settings = load_settings(api_key=instructors_key(load_settings()))
-    up_before = {entry["name"] for entry in launch.status(settings) if entry["state"] != "stopped"}
+    up_before = {entry["name"] for entry in launch.status(settings) if entry["pid"]}
     hub = launch.serve("hub", settings=settings)
-    out.print(f"Learners sign up and work at {hub.url} ({settings.room_seats} seats). Ctrl-C ends the room.")
+    engine = state_of("vllm", settings)
+    show_door(settings, hub.url)
+    out.print(f"{settings.room_seats} seats. Ctrl-C ends the room.")
     try:
         # Not its state: a hub that is being restarted does not answer for a while, and the room goes on.
-        while any(entry["name"] == "hub" and entry["pid"] for entry in launch.status(settings)):
+        while state_of("hub", settings)["pid"]:
+            if engine["pid"] and not state_of("vllm", settings)["pid"]:
+                bring_back(engine, settings)
             time.sleep(1)
         raise LaunchError("JupyterHub has ended.", "See `servebook logs hub`.")
     finally:
@@ -45,11 +52,58 @@ def start() -> None:
                 launch.down(name, settings)
 
 
+def state_of(name: str, settings: Settings) -> Status:
+    """A server as `servebook status` has it."""
+    return next(entry for entry in launch.status(settings) if entry["name"] == name)
+
+
+def bring_back(engine: Status, settings: Settings) -> None:
+    """Start the engine again, where the front looks for it; requests that were under way have been refused."""
+    when = time.strftime("%H:%M:%S")
+    out.print(f"{when} The engine has ended, and is started again. `servebook logs room` says who asked last.")
+    port = int(engine["endpoints"]["http"].rpartition(":")[2])
+    try:
+        launch.serve("vllm", settings=behind(settings).model_copy(update={"vllm_http_port": port}))
+    except LaunchError as error:
+        out.print(f"{error}\nThe room stays open without an engine; the next try is in a moment.", markup=False)
+
+
+def show_door(settings: Settings, url: str) -> None:
+    """Print the address, the join code, and a picture that has both for a telephone or tablet."""
+    if settings.room_open_sign_up:
+        out.print(f"Learners sign up at {url} — without a code: whoever reaches the address gets a desk.")
+        return
+    code = join_code(settings)
+    picture = [str(settings.room_env / "bin" / "segno"), "--compact", "--error", "L", f"{url}/hub/login#{code}"]
+    print(subprocess.run(picture, capture_output=True, text=True, check=False).stdout)
+    out.print(f"Learners sign up at {url} with the join code {code}.")
+
+
+@app.command()
+def code(new: Annotated[bool, typer.Option(help="The old one counts no more.")] = False) -> None:
+    """Show the room's address and join code again, or make a new code."""
+    settings = load_settings()
+    if new:
+        join_code(settings, new=True)
+    entry = next(entry for entry in launch.status(settings) if entry["name"] == "hub")
+    if entry["state"] == "stopped":
+        raise ServebookError("The room is not up.", "Start it with `servebook room start`.")
+    show_door(settings, f"http://{entry['endpoints']['http']}")
+
+
+@app.command()
+def reset(name: Name) -> None:
+    """Forget a learner's password: with the join code they choose a new one, and find their desk as they left it."""
+    if not forget_password(load_settings(), name):
+        raise ServebookError(f"No {name} has signed up.", "See `servebook room learners`.")
+    out.print(f"{name} can sign up again")
+
+
 @app.command()
 def learners() -> None:
     """List the learners: what they have under way, what was served and refused since the room is up."""
     table = Table("learner", "under way", "served", "refused", "")
-    for row in Room(load_settings()).learners():
+    for row in RoomAdmin(load_settings()).learners():
         numbers = (str(row[column]) for column in ("under_way", "served", "refused"))
         table.add_row(row["name"], *numbers, "revoked" if row["revoked"] else "")
     out.print(table)
@@ -58,14 +112,14 @@ def learners() -> None:
 @app.command()
 def admit(name: Name) -> None:
     """Give a learner a new key: for a machine of their own, or after `revoke`."""
-    room = Room(load_settings())
+    room = RoomAdmin(load_settings())
     print(f"export SERVEBOOK_ENGINE_URL={room.url} SERVEBOOK_API_KEY={room.admit(name)}")
 
 
 @app.command()
 def revoke(name: Name) -> None:
     """Take a learner's key away: what is under way is broken off, and nothing more is served."""
-    Room(load_settings()).revoke(name)
+    RoomAdmin(load_settings()).revoke(name)
     out.print(f"{name}: revoked; `servebook room admit {name}` lets them in again")
 
 
@@ -79,7 +133,7 @@ def load(
     """
     from servebook.room import load as room_load
 
-    outcome = room_load.run(Room(load_settings()), learners)
+    outcome = room_load.run(RoomAdmin(load_settings()), learners)
     table = Table(
         "", "p50", "p95", "p99", "most", title=f"{learners} learners at once, {outcome.seconds:.0f} s; seconds"
     )

@@ -6,11 +6,11 @@ What passes is not altered, streams included. Neither a key nor a word of what i
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,30 +18,25 @@ import aiohttp
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from servebook.room import asking
+from servebook.room.asking import GENERATING
 from servebook.room.keys import Roll
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
+from servebook.room.usage import Usage
 
 log = logging.getLogger("servebook.room")
 
-TOKEN_IDS = "/inference/v1/generate"
-GENERATING = {
-    "/v1/completions": ("max_tokens",),
-    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
-    "/v1/responses": ("max_output_tokens",),
-    "/v1/messages": ("max_tokens",),
-    TOKEN_IDS: ("max_tokens",),  # in its sampling_params
-}
-"""Where the engine writes, and the fields that say how much: vLLM takes the first one given, and ignores all others."""
 OPEN = {"/health", "/ping", "/version", "/metrics"}
 """What needs no key, as with vLLM on its own machine."""
 RELAYED = {*GENERATING, *OPEN, "/v1/models", "/tokenize", "/detokenize"}
 """What learners reach of vLLM, to the letter. Its other paths are for whoever runs it, or would evade the shares."""
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "host", "content-length", "date", "server"}
-DEFAULT_TOKENS = {"/v1/completions": 16}
-USUAL_TOKENS = 256
-"""Counted where a request does not say how long its answer may be, and the path has no default of its own."""
+READ_HERE = {"accept-encoding", "content-encoding"}
+"""How bodies are packed: the front reads them on their way."""
 BODY_BYTES = 1 << 20
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 60, 120)
+PAGE_SECONDS = 1.0
+"""How old a page may be that is shown without a key: many who ask for it cost the engine's server no more than one."""
 KEEPALIVE_SECONDS = 3
 """Shorter than vLLM's 5, so that a connection is never taken from the pool while vLLM closes it."""
 
@@ -74,53 +69,19 @@ class Metrics:
         Gauge("room_waiting", "Requests that wait.", registry=registry).set_function(lambda: turnstile.waiting)
 
 
-def asked_for(path: str, body: bytes) -> int:
-    """How many tokens a request asks for; 0 for one that the engine will refuse.
-
-    Raises:
-        Refused: 400, it cannot be counted, though vLLM might read it in a way of its own.
-    """
-    try:
-        ask = json.loads(body)
-    except RecursionError:
-        raise Refused(400, "bad_request", "The body is nested too deeply.") from None
-    except ValueError:
-        return 0
-    if path == TOKEN_IDS and isinstance(ask, dict):
-        ask = ask.get("sampling_params")
-    if not isinstance(ask, dict):
-        return 0
-    prompts = prompt if isinstance(prompt := ask.get("prompt"), list) else [prompt]
-    if all(isinstance(part, int) for part in prompts):  # the token ids of one prompt
-        prompts = [prompts]
-    name = next((name for name in GENERATING[path] if ask.get(name) is not None), "")
-    length = whole(name, ask[name]) if name else DEFAULT_TOKENS.get(path, USUAL_TOKENS)
-    answers = 1 if ask.get("n") is None else whole("n", ask["n"])
-    return max(0, length) * max(1, answers) * len(prompts)
-
-
-def whole(name: str, value: object) -> int:
-    """A JSON number as vLLM counts it.
-
-    Raises:
-        Refused: 400, it is not a whole number.
-    """
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return int(value)
-    raise Refused(400, "bad_request", f"{name} must be a whole number.")
-
-
-def error_response(status: int, code: str, message: str, retry_after: int | None = None) -> web.Response:
+def error_response(
+    status: int, code: str, message: str, param: str | None = None, *, retry_after: int | None = None
+) -> web.Response:
     """An error in the shape that OpenAI's clients read."""
     headers = {"Retry-After": str(retry_after)} if retry_after is not None else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    error = {"message": message, "type": code, "param": None, "code": status}
+    error = {"message": message, "type": code, "param": param, "code": status}
     return web.json_response({"error": error}, status=status, headers=headers)
 
 
 def refusal_response(refusal: Refused) -> web.Response:
-    return error_response(refusal.status, refusal.code, refusal.message, refusal.retry_after)
+    return error_response(refusal.status, refusal.code, refusal.message, refusal.param, retry_after=refusal.retry_after)
 
 
 def shown_key(request: web.Request) -> str:
@@ -139,6 +100,8 @@ class Front:
         self.turnstile = Turnstile(limits)
         self.metrics = Metrics(self.turnstile)
         self.learners: dict[str, Learner] = {}
+        self.pages: dict[str, tuple[float, asyncio.Task[web.Response]]] = {}
+        self.context: int | None = None
 
     def app(self) -> web.Application:
         """The front as an application of aiohttp."""
@@ -147,7 +110,7 @@ class Front:
         app.add_routes(
             [
                 web.get("/room/health", self.health),
-                web.get("/room/metrics", self.show_metrics),
+                web.get("/room/metrics", self.instructors(self.show_metrics)),
                 web.get("/room/learners", self.instructors(self.list_learners)),
                 web.put("/room/learners/{name}", self.instructors(self.admit)),
                 web.delete("/room/learners/{name}", self.instructors(self.dismiss)),
@@ -180,11 +143,8 @@ class Front:
             return error_response(404, "not_found", "The room's engine has no such path.")
         name = self.roll.name_of(shown_key(request))
         if name is None:
-            if path in OPEN:
-                try:
-                    return await self.forward(request, b"")
-                except Refused as refusal:
-                    return refusal_response(refusal)
+            if path in OPEN and request.method == "GET":
+                return await self.page(path)
             return error_response(401, "unauthorized", "Send your key of this room as `Authorization: Bearer KEY`.")
         learner = self.learner(name)
         task = asyncio.current_task()
@@ -222,32 +182,50 @@ class Front:
         """Hold a learner's request to their limits, then pass it on."""
         if wait := learner.requests.take(1):
             each = self.limits.learner_requests_per_minute
-            raise Refused(429, "rate_limited", f"That is more than {each} requests a minute. Wait {wait} s.", wait)
+            raise Refused(
+                429, "rate_limited", f"That is more than {each} requests a minute. Wait {wait} s.", retry_after=wait
+            )
         body = await request.read()
         path = request.rel_url.raw_path
         if request.method != "POST" or path not in GENERATING:
             return await self.forward(request, body)
-        tokens = asked_for(path, body)
-        if wait := learner.tokens.take(tokens):
+        ask = asking.read(path, body, await self.context_tokens(), self.limits.learner_places)
+        asked = ask.answers * ask.tokens
+        if wait := learner.tokens.take(asked):
             each = self.limits.learner_tokens_per_minute
-            raise Refused(429, "rate_limited", f"That is more than {each} tokens a minute. Wait {wait} s.", wait)
+            raise Refused(
+                429, "rate_limited", f"That is more than {each} tokens a minute. Wait {wait} s.", retry_after=wait
+            )
         started = time.monotonic()
+        usage = Usage(ask)
         try:
-            async with self.turnstile.place(name):
+            async with self.turnstile.place(name, ask.answers):
                 self.metrics.waited.observe(time.monotonic() - started)
-                response = await self.forward(request, body, started)
+                usage.begun = True
+                response = await self.forward(request, ask.body, usage, started)
         except Refused:
-            learner.tokens.give_back(tokens)
+            usage.refused = True
             raise
-        if response.status >= 400:
-            learner.tokens.give_back(tokens)
+        finally:
+            learner.tokens.give_back(asked - usage.tokens)
         learner.served += 1
         self.metrics.seconds.observe(time.monotonic() - started)
         return response
 
-    async def forward(self, request: web.Request, body: bytes, started: float | None = None) -> web.StreamResponse:
+    async def context_tokens(self) -> int:
+        """The engine's context: no answer is longer. Where it does not say, a minute's share."""
+        if self.context is None:
+            with suppress(aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError):
+                headers = {"Authorization": f"Bearer {self.key}"}
+                async with self.session.get(f"{self.upstream}/v1/models", headers=headers) as answer:
+                    self.context = int((await answer.json())["data"][0]["max_model_len"])
+        return self.context or self.limits.learner_tokens_per_minute
+
+    async def forward(
+        self, request: web.Request, body: bytes, usage: Usage | None = None, started: float | None = None
+    ) -> web.StreamResponse:
         """Relay to vLLM and back, piece by piece as they come; a caller who leaves ends the engine's work too."""
-        headers = {k: v for k, v in request.headers.items() if k.lower() not in HOP_BY_HOP}
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in (HOP_BY_HOP | READ_HERE)}
         headers["Authorization"] = f"Bearer {self.key}"
         try:
             upstream = await self.session.request(
@@ -258,7 +236,7 @@ class Front:
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, TimeoutError):
-            raise Refused(503, "engine_unavailable", "The room's engine cannot be reached.", 5) from None
+            raise Refused(503, "engine_unavailable", "The room's engine cannot be reached.", retry_after=5) from None
         async with upstream:
             response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
             response.headers.extend((k, v) for k, v in upstream.headers.items() if k.lower() not in HOP_BY_HOP)
@@ -266,8 +244,9 @@ class Front:
             await response.prepare(request)
             if started is not None:
                 self.metrics.first.observe(time.monotonic() - started)
+            pieces = upstream.content.iter_any()
             try:
-                async for piece in upstream.content.iter_any():
+                async for piece in usage.read(upstream, pieces) if usage else pieces:
                     await response.write(piece)
             except aiohttp.ClientPayloadError:
                 log.warning("the engine broke off an answer")
@@ -276,6 +255,24 @@ class Front:
                 return response
             await response.write_eof()
         return response
+
+    async def page(self, path: str) -> web.Response:
+        """One of `OPEN` as the engine shows it, at most `PAGE_SECONDS` old."""
+        at, task = self.pages.get(path, (0.0, None))
+        if task is None or (task.done() and time.monotonic() - at > PAGE_SECONDS):
+            task = asyncio.create_task(self.fetch(path))
+            self.pages[path] = time.monotonic(), task
+        page = await asyncio.shield(task)  # who leaves does not end it for the others
+        return web.Response(status=page.status, headers=page.headers, body=page.body)
+
+    async def fetch(self, path: str) -> web.Response:
+        headers = {"Authorization": f"Bearer {self.key}"}
+        try:
+            async with self.session.get(f"{self.upstream}{path}", headers=headers) as answer:
+                kind = {"Content-Type": answer.headers["Content-Type"]} if "Content-Type" in answer.headers else {}
+                return web.Response(status=answer.status, headers=kind, body=await answer.read())
+        except (aiohttp.ClientError, TimeoutError):
+            return error_response(503, "engine_unavailable", "The room's engine cannot be reached.", retry_after=5)
 
     # What the instructor asks for.
 
@@ -314,13 +311,20 @@ class Front:
             key = self.roll.issue(name)
         except ValueError as error:
             return error_response(400, "bad_name", str(error))
+        except OSError as error:
+            return error_response(507, "not_written", f"No key was made: it could not be written ({error.strerror}).")
         log.info("%s has a new key", name)
         return web.json_response({"name": name, "key": key})
 
     async def dismiss(self, request: web.Request) -> web.Response:
         """Revoke a key, now: what its learner has under way is broken off. With `?forget=true` the name goes too."""
         name = request.match_info["name"]
-        done = self.roll.forget(name) if request.query.get("forget") == "true" else self.roll.revoke(name)
+        try:
+            done = self.roll.forget(name) if request.query.get("forget") == "true" else self.roll.revoke(name)
+        except OSError as error:
+            return error_response(
+                507, "not_written", f"The key of {name} still counts: that could not be written ({error.strerror})."
+            )
         if not done:
             return error_response(404, "not_found", f"There is no learner {name}.")
         for task in list(self.learner(name).under_way):
@@ -336,7 +340,7 @@ class Front:
                     return web.json_response({"status": "ready"})
         except (aiohttp.ClientError, TimeoutError):
             pass
-        return error_response(503, "engine_unavailable", "The room's engine cannot be reached.", 5)
+        return error_response(503, "engine_unavailable", "The room's engine cannot be reached.", retry_after=5)
 
     async def show_metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self.metrics.registry), content_type="text/plain")

@@ -1,7 +1,7 @@
 """Keeps JupyterHub and its proxy: `python -m servebook.room.hub --front http://127.0.0.1:8095 …`.
 
 Both run apart, so that learners' desks outlive a hub that is restarted: the proxy goes on, the desks go on, and the
-new hub finds them. A hub or proxy that ends is started again; `room/jupyterhub_config.py` says what the hub does.
+new hub finds them. A hub or proxy that ends is started again; `jupyterhub/jupyterhub_config.py` says what the hub does.
 """
 
 from __future__ import annotations
@@ -14,22 +14,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
+import requests
 import typer
 
 from servebook.checkout import ROOT
 from servebook.errors import ServebookError
-from servebook.launch.supervisor import PR_SET_CHILD_SUBREAPER, children, prctl
+from servebook.launch.processes import adopt_orphans, children
+from servebook.room.admin import join_code
 from servebook.room.desk import make_master
 from servebook.settings import Settings, load_settings
 
 log = logging.getLogger("servebook.room")
 
-CONFIG = ROOT / "room" / "jupyterhub_config.py"
+PROXY = ROOT / "jupyterhub" / "proxy.py"
+PROXY_SECONDS = 600
+"""How long an answer may take: a page waits for its desk to open, 20 s would be too short for a full room."""
+CONFIG = ROOT / "jupyterhub" / "jupyterhub_config.py"
 POLL_SECONDS = 0.2
+ROUTES_SECONDS = 30.0
+"""How long a new proxy is waited for."""
 EARLY_SECONDS = 20.0
 """Whoever ends within this time of its start has a fault that another start would not mend."""
 
@@ -44,6 +52,7 @@ def what_the_config_reads(settings: Settings, front: str, urls: dict[str, str]) 
         "served_name": settings.served_name,
         "front": front,
         "key": settings.key,
+        "open_sign_up": settings.room_open_sign_up,
         "seats": settings.room_seats,
         "memory_gib": settings.room_memory_gib,
         "cpu_seconds": settings.room_cpu_seconds,
@@ -66,14 +75,14 @@ def find_hub(settings: Settings) -> Path:
     return programs
 
 
-def keep(commands: dict[str, list[str]], env: dict[str, str]) -> None:
-    """Run the commands until a signal comes; start again what ends by itself.
+def keep(commands: dict[str, list[str]], env: dict[str, str], restarted: Callable[[str], None]) -> None:
+    """Run the commands until a signal comes; start again what ends by itself, and say so by `restarted(name)`.
 
     Raises:
         ServebookError: one ended right after its start.
     """
     # A hub that dies leaves its desks to us. It finds them again by their process ids, so one that has ended must go.
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     running: dict[str, subprocess.Popen[bytes]] = {}
     started: dict[str, float] = {}
     try:
@@ -89,7 +98,9 @@ def keep(commands: dict[str, list[str]], env: dict[str, str]) -> None:
                 running[name] = subprocess.Popen(command, env=env)
                 started[name] = time.monotonic()
                 log.info("%s is process %d", name, running[name].pid)
-            reap(set(children()) - {child.pid for child in running.values()})
+                if child:
+                    restarted(name)
+            reap(children() - {child.pid for child in running.values()})
             time.sleep(POLL_SECONDS)
     finally:
         for child in running.values():
@@ -103,6 +114,21 @@ def reap(orphans: set[int]) -> None:
     for pid in orphans:
         with suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
+
+
+def renew_routes(name: str, routes_url: str, hub_url: str, key: str) -> None:
+    """A proxy that starts anew knows no desk: have the hub tell it, which by itself it does every five minutes."""
+    if name != "proxy":
+        return
+    headers = {"Authorization": f"token {key}"}
+    deadline = time.monotonic() + ROUTES_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(requests.RequestException):
+            requests.get(routes_url, timeout=1)  # whatever it answers, it is up
+            if requests.post(f"{hub_url}/hub/api/proxy", headers=headers, timeout=5).ok:
+                return
+        time.sleep(POLL_SECONDS / 4)
+    log.warning("the hub did not tell the new proxy its routes within %g s", ROUTES_SECONDS)
 
 
 def main(
@@ -120,6 +146,7 @@ def main(
     folder = settings.state_dir / "room"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     make_master(folder / "master")
+    join_code(settings)
     urls = {
         "public_url": f"http://{host}:{http_port}",
         "routes_url": f"http://127.0.0.1:{routes_port}",
@@ -131,11 +158,13 @@ def main(
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
     }
     proxy = [
-        *(str(programs / "configurable-http-proxy"), "--ip", host, "--port", str(http_port)),
+        *(str(programs / "python"), str(PROXY), "--ip", host, "--port", str(http_port)),
+        *("--proxy-timeout", str(1000 * PROXY_SECONDS)),
         *("--api-ip", "127.0.0.1", "--api-port", str(routes_port), "--log-level", "WARNING"),
         *("--default-target", urls["hub_url"], "--error-target", f"{urls['hub_url']}/hub/error"),
     ]
-    keep({"proxy": proxy, "hub": [str(programs / "jupyterhub"), "--config", str(CONFIG)]}, env)
+    commands = {"proxy": proxy, "hub": [str(programs / "jupyterhub"), "--config", str(CONFIG)]}
+    keep(commands, env, lambda name: renew_routes(name, urls["routes_url"], urls["hub_url"], settings.key or ""))
 
 
 if __name__ == "__main__":

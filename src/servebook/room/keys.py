@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import secrets
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Roll:
 
         Raises:
             ValueError: the name is not one.
+            OSError: it could not be written.
         """
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot name a learner: use letters, digits and . _ @ + -")
@@ -54,7 +56,11 @@ class Roll:
         return key
 
     def revoke(self, name: str) -> bool:
-        """Take a learner's key away; False where there is no such learner."""
+        """Take a learner's key away; False where there is no such learner.
+
+        Raises:
+            OSError: it could not be written, and the key still counts.
+        """
         if name not in self.entries:
             return False
         self._set(name, Entry(None))
@@ -62,23 +68,30 @@ class Roll:
 
     def forget(self, name: str) -> bool:
         """Strike a learner off; False where there is no such learner."""
-        if not self.revoke(name):
+        if name not in self.entries:
             return False
-        del self.entries[name]
-        self._save()
+        self._set(name, None)
         return True
 
-    def _set(self, name: str, entry: Entry) -> None:
-        if (old := self.entries.get(name)) and old.digest:
-            del self._names[old.digest]
-        self.entries[name] = entry
-        if entry.digest:
-            self._names[entry.digest] = name
-        self._save()
+    def _set(self, name: str, entry: Entry | None) -> None:
+        """Written before it counts: what was said to a caller holds after a restart, too.
 
-    def _save(self) -> None:
+        Raises:
+            OSError: it could not be written, and nothing has changed.
+        """
+        entries = {known: kept for known, kept in self.entries.items() if known != name}
+        if entry:
+            entries[name] = entry
+        self._save(entries)
+        self.entries = entries
+        self._names = {kept.digest: known for known, kept in entries.items() if kept.digest}
+
+    def _save(self, entries: dict[str, Entry]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = self.path.with_suffix(".draft")
         draft.touch(mode=0o600)
-        draft.write_text(json.dumps({name: entry.digest for name, entry in self.entries.items()}, indent=1))
+        with draft.open("w") as file:
+            json.dump({name: entry.digest for name, entry in entries.items()}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(self.path)

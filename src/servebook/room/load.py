@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 
-import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from servebook.checkout import ROOT
@@ -25,7 +24,7 @@ from servebook.lab.feedback import Result
 from servebook.lab.handout.blanks import require_solutions
 from servebook.lab.manifest import Lab, load_labs
 from servebook.lab.shell import CellError, LabShell
-from servebook.room.admin import Room
+from servebook.room.admin import RoomAdmin
 
 LABS = ("01_openai_rest", "02_sse_streaming")
 """The labs that need nothing but the room's engine."""
@@ -97,7 +96,7 @@ def do_lab(lab: Lab, url: str, key: str) -> Iterator[Checked]:
         yield Checked(shell.check(exercise.id), time.monotonic() - started)
 
 
-def run(room: Room, learners: int) -> Outcome:
+def run(room: RoomAdmin, learners: int) -> Outcome:
     """Let so many learners, admitted for this run only, do the labs at once."""
     names = [f"load-{number:03}" for number in range(1, learners + 1)]
     keys = [room.admit(name) for name in names]
@@ -105,7 +104,7 @@ def run(room: Room, learners: int) -> Outcome:
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, "openai.resources.chat", "openai.resources.completions"])
     ready = context.Barrier(learners + 1)
-    before = samples(room.url)
+    before = samples(room)
     try:
         with ProcessPoolExecutor(learners, context, initializer=get_ready, initargs=(ready,)) as pool:
             working = [pool.submit(learn, room.url, key) for key in keys]
@@ -116,7 +115,7 @@ def run(room: Room, learners: int) -> Outcome:
     finally:
         for name in names:
             room.forget(name)
-    grown = samples(room.url)
+    grown = samples(room)
     grown.subtract(before)
     return Outcome(learners, seconds, checks, grown)
 
@@ -126,9 +125,9 @@ def get_ready(ready: Barrier) -> None:
     ready.wait(START_SECONDS)
 
 
-def samples(url: str) -> Counter[tuple[str, str]]:
+def samples(room: RoomAdmin) -> Counter[tuple[str, str]]:
     """The front's counters by name and by status or bucket."""
-    page = requests.get(f"{url}/room/metrics", timeout=10).text
+    page = room.metrics()
     found: Counter[tuple[str, str]] = Counter()
     for family in text_string_to_metric_families(page):
         for sample in family.samples:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ def check(
     n: int | None = None,
     prompts: int | None = None,
     stop: str | Sequence[str] | None = None,
-    logit_bias: Mapping[Any, Any] | None = None,
+    logit_bias: Sized | None = None,
     logprobs: int | None = None,
     schema: str | Mapping[str, Any] | bool | None = None,
     regex: str | None = None,
@@ -75,8 +75,8 @@ def check(
 ) -> None:
     """Refuse what goes beyond the limits; what is None is not looked at, and what is malformed is left to the engine.
 
-    `prompts` is how many there are; `logprobs` -1 means the whole vocabulary. `names` says what the caller calls a
-    field, where that is another name: `{"schema": "sampling.json_schema"}`.
+    `prompts` is how many there are; `logprobs` -1 means the whole vocabulary; of `logit_bias` only the size matters.
+    `names` says what the caller calls a field, where that is another name: `{"schema": "sampling.json_schema"}`.
 
     Raises:
         LimitExceeded: with the field, the limit, and a message that has both and repeats nothing of the request.
@@ -85,24 +85,24 @@ def check(
     called = {field: field for field in fields} | dict(names or {})
     for field, value in (("n", n), ("prompts", prompts), ("logprobs", logprobs)):
         most = getattr(limits, field)
-        if value is not None and (value > most or (field == "logprobs" and value < 0)):
+        if isinstance(value, int) and (value > most or (field == "logprobs" and value < 0)):
             raise LimitExceeded(called[field], f"may be {most} at most, got {min(value, FAR_BEYOND)}", most)
-    if stop is not None:
+    if isinstance(stop, str | Sequence):
         strings = [stop] if isinstance(stop, str) else stop
         _count(called["stop"], len(strings), limits.stop, "strings")
         if any(len(string) > limits.stop_chars for string in strings if isinstance(string, str)):
             raise LimitExceeded(
                 called["stop"], f"may have strings of {limits.stop_chars} characters at most", limits.stop_chars
             )
-    if logit_bias is not None:
+    if isinstance(logit_bias, Sized):
         _count(called["logit_bias"], len(logit_bias), limits.logit_bias, "entries")
     if schema is not None:
         _schema(called["schema"], schema, limits)
     for field, text in (("regex", regex), ("grammar", grammar)):
-        if text is not None:
+        if isinstance(text, str):
             _bytes(called[field], text, limits)
             _count(called[field], expansion(text, quotes=field == "grammar"), limits.repeats, "counted repetitions")
-    if choice is not None:
+    if isinstance(choice, Sequence):
         _count(called["choice"], len(choice), limits.enum, "options")
         _bytes(called["choice"], "".join(option for option in choice if isinstance(option, str)), limits)
 

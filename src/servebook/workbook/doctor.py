@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -25,10 +24,14 @@ import psutil
 
 from servebook import launch
 from servebook.checkout import ROOT
-from servebook.engine.arguments import GIB, available_gib, cpu_flags, needed_gib
+from servebook.engine import rust_front
+from servebook.engine.arguments import available_gib, cpu_flags, gpu_gib, needed_gib
+from servebook.engine.gpu import GIB, Card, cards
 from servebook.engine.model import bundled_path, context_limit, is_prepared
 from servebook.errors import ServebookError
-from servebook.launch.supervisor import MARK, can_bind
+from servebook.launch.memory import held_by
+from servebook.launch.processes import KEPT, can_bind
+from servebook.launch.supervisor import connect
 from servebook.settings import BUNDLED_MODEL, Settings, installed_vllm, load_settings
 
 Level = Literal["OK", "WARN", "FAIL"]
@@ -197,23 +200,31 @@ def check_ports(holders: Mapping[tuple[str, int], str] | None, host: str = "127.
     return Finding("OK", "ports", f"{len(holders) - ours} free" + (f", {ours} in use by our servers" if ours else ""))
 
 
-def check_gpu(cards: str | None, device: str, cpu_build: bool) -> Finding:
-    """`cards` are nvidia-smi's lines "name, driver, memory"; None where it does not answer."""
-    if not cards:
+def check_gpu(card: Card | None, held: str, needed_gib: float, device: str, cpu_build: bool) -> Finding:
+    """The card that engines would share, None where no driver answers; `held` says who has what is not free."""
+    if not card:
         if device == "gpu":
             return Finding(
-                "FAIL", "gpu", "asked for, and nvidia-smi does not answer", "Install NVIDIA's driver, or unset DEVICE."
+                "FAIL",
+                "gpu",
+                "asked for, and no driver answers",
+                "Install NVIDIA's driver, or unset SERVEBOOK_DEVICE; CUDA_VISIBLE_DEVICES may hide the card.",
             )
         return Finding("OK", "gpu", "none; the engine runs on the CPU")
-    name, driver, memory = (part.strip() for part in cards.splitlines()[0].split(","))
-    fact = f"{name}, {memory}, driver {driver}"
+    fact = f"{card.name}, {card.free / GIB:.1f} of {card.total / GIB:.1f} GiB free, driver {card.driver}"
     if device == "cpu":
         return Finding("OK", "gpu", f"{fact}; not used, as DEVICE=cpu says")
     if cpu_build:
         level: Level = "FAIL" if device == "gpu" else "WARN"
         return Finding(level, "gpu", f"{fact}; but this is the CPU environment", "Run `make setup DEVICE=gpu`.")
-    if int(driver.split(".")[0]) < DRIVER:
+    if int(card.driver.split(".")[0]) < DRIVER:
         return Finding("FAIL", "gpu", f"{fact}; vLLM's build needs {DRIVER}", "Install a newer driver.")
+    fact += f"; an engine takes {needed_gib:.1f}"
+    if card.total < needed_gib * GIB:
+        return Finding("FAIL", "gpu", fact, "Choose a smaller model, a smaller SERVEBOOK_KV_CACHE_GIB or DEVICE=cpu.")
+    if card.free < needed_gib * GIB:
+        remedy = f"End a server (`servebook down NAME`) or another program. {held}".rstrip()
+        return Finding("WARN", "gpu", fact, remedy)
     return Finding("OK", "gpu", fact)
 
 
@@ -234,6 +245,18 @@ def check_model(settings: Settings, quick: bool) -> Finding:
     except ServebookError as error:
         return Finding("FAIL", "model", str(error).split("\n")[0], error.remedy)
     return Finding("OK", "model", f"{folder}, up to {limit or 'an unknown number of'} tokens")
+
+
+def check_rust_front(file: Path | None) -> Finding:
+    """vLLM's Rust front end is there: installed on a GPU, else fetched."""
+    if file:
+        return Finding("OK", "vllm-rs", str(file))
+    return Finding(
+        "WARN",
+        "vllm-rs",
+        "vLLM's Rust front end is not there (chapters 07, 08)",
+        "Run `python -m servebook.engine.rust_front` (22 MB), or set SERVEBOOK_VLLM_RS_FILE.",
+    )
 
 
 def check_engine_url(url: str | None, problem: ServebookError | None) -> Finding:
@@ -274,7 +297,7 @@ def check_folder(variable: str, folder: Path) -> Finding:
 
 def check_environment(environment: Mapping[str, str]) -> Finding:
     """Misspelt settings, and a proxy between a client and this very machine."""
-    known = {f"SERVEBOOK_{name.upper()}" for name in Settings.model_fields} | {MARK}
+    known = {f"SERVEBOOK_{name.upper()}" for name in Settings.model_fields} | {KEPT}
     unknown = sorted(name for name in environment if name.startswith("SERVEBOOK_") and name not in known)
     if unknown:
         return Finding("WARN", "variables", f"unknown, so without effect: {', '.join(unknown)}", "Correct the name.")
@@ -304,6 +327,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
     weights = bundled_path(settings) if settings.model == BUNDLED_MODEL else Path(settings.model).expanduser()
     lock_file = ROOT / "requirements" / f"{'gpu' if settings.on_gpu else 'cpu'}.txt"
     lock = lock_file.read_text() if lock_file.is_file() else None
+    card = next(iter(cards()), None)
     folders = [
         check_folder("SERVEBOOK_CACHE_DIR", settings.cache_dir),
         check_folder("SERVEBOOK_STATE_DIR", settings.state_dir),
@@ -320,8 +344,15 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
             check_disk(_free(settings.cache_dir, settings.state_dir, Path(sys.prefix))),
             check_shm(shutil.disk_usage("/dev/shm").free),
             check_ports(_port_holders(settings, entries), settings.host),
-            check_gpu(_nvidia_smi(), settings.device, installed_vllm().endswith("+cpu")),
+            check_gpu(
+                card,
+                held_by(card) if card else "",
+                gpu_gib(settings, weights),
+                settings.device,
+                installed_vllm().endswith("+cpu"),
+            ),
             check_model(settings, quick),
+            check_rust_front(rust_front.available(settings, quick)),
             check_engine_url(settings.engine_url, _engine_problem(settings)),
             check_servers(entries, _orphans()),
             check_environment(os.environ),
@@ -386,15 +417,6 @@ def _listeners() -> dict[int, str]:
     return found
 
 
-def _nvidia_smi() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def _engine_problem(settings: Settings) -> ServebookError | None:
     if settings.engine_url:
         try:
@@ -406,13 +428,15 @@ def _engine_problem(settings: Settings) -> ServebookError | None:
 
 def _orphans() -> dict[int, str]:
     """Servers of this user, by any state folder, whose supervisor is gone."""
-    listening = set(re.findall(r"@(servebook-\S+)", Path("/proc/net/unix").read_text()))
     found = {}
     for process in psutil.process_iter():
         try:
-            address = process.environ().get(MARK)
-            if address and address not in listening and process.uids().real == os.getuid():
-                found[process.pid] = " ".join(process.cmdline())[:60]
+            socket = process.environ().get(KEPT)
+            if socket and process.uids().real == os.getuid():
+                if there := connect(Path(socket)):
+                    there.close()
+                else:
+                    found[process.pid] = " ".join(process.cmdline())[:60]
         except psutil.Error:
             continue
     return found

@@ -5,13 +5,13 @@ Every picture is an SVG with alt text in an <img>: JupyterLab strips a bare <svg
 
 from __future__ import annotations
 
+import ast
 import base64
 import html
 import inspect
 import io
 import os
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +27,7 @@ from pygments.lexers import PythonLexer, TextLexer, get_lexer_for_filename
 from pygments.util import ClassNotFound
 
 from servebook.checkout import ROOT
+from servebook.engine.gpu import cards
 from servebook.settings import Settings, load_settings
 
 PACKAGES = {
@@ -50,6 +51,11 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#7030a0", "marker": "P", "linestyle": (0, (1, 1))},
 )
 """One per line of a picture; marker and dash tell them apart in grey too."""
+
+
+GROUND = "background: #f8f8f8; color: #222222; padding: 6px; margin: 0"
+FOLDED_LINES = 60
+"""Source beyond this many lines is folded away until the reader opens it."""
 
 
 class expect_error:
@@ -91,12 +97,22 @@ def _message(error: BaseException) -> str:
 def show(*objects: Any) -> None:
     """Display the source of functions, classes or modules, or the text of files given as `Path`, highlighted.
 
+    A pair `(path, name)` is the function or class of that name in a file that would be slow to import.
+
     Raises:
         FileNotFoundError: a path names no file.
+        StopIteration: a file has nothing of that name.
         TypeError: an object has no Python source.
     """
     for thing in objects:
-        if isinstance(thing, Path):
+        if isinstance(thing, tuple):
+            path, name = thing
+            text = path.read_text(encoding="utf-8")
+            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+            nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
+            first, lines = next(node.lineno for node in nodes if node.name == name), text.splitlines(keepends=True)
+            text = inspect.cleandoc("\n" + "".join(inspect.getblock(lines[first - 1 :])))
+        elif isinstance(thing, Path):
             path, first, text = thing, None, thing.read_text(encoding="utf-8")
         else:
             path = Path(inspect.getsourcefile(inspect.unwrap(thing)) or "")
@@ -109,19 +125,33 @@ def show(*objects: Any) -> None:
             lexer = PythonLexer() if first else get_lexer_for_filename(path.name)
         except ClassNotFound:
             lexer = TextLexer()
-        # Styles inline: a stylesheet would be stripped from an output that is not trusted.
-        code = highlight(text, lexer, HtmlFormatter(noclasses=True, style="default"))
-        caption = f'<div style="font: 13px sans-serif; color: #1f4e79">{html.escape(title)}</div>'
-        display({"text/html": caption + code, "text/plain": f"{title}\n{text}"}, raw=True)
+        # Styles inline: a stylesheet would be stripped from an output that is not trusted. With a ground of its own,
+        # since the colours are made for a light one and JupyterLab's may be dark.
+        code = highlight(text, lexer, HtmlFormatter(noclasses=True, style="default", prestyles=GROUND))
+        caption = f'<span style="font: 13px sans-serif">{html.escape(title)}</span>'
+        if (count := len(text.splitlines())) > FOLDED_LINES:
+            shown = f"<details><summary>{caption} · {count} lines, click to open</summary>{code}</details>"
+        else:
+            shown = f"<div>{caption}</div>{code}"
+        display({"text/html": shown, "text/plain": f"{title}\n{text}"}, raw=True)
 
 
 def wire(data: bytes, limit: int = 512) -> None:
-    """Print raw bytes as they travelled: a line per newline, what is not printable ASCII as `\\xNN`.
+    """Print raw bytes as they travelled.
 
-    At most `limit` bytes are printed, then how many more there were.
+    Text comes as a line per newline, with what is not printable ASCII as `\\xNN`; bytes of a binary protocol as
+    rows of 16 in hexadecimal, with the printable ones beside them. At most `limit` bytes are printed, then how many
+    more there were.
     """
-    for line in data[:limit].splitlines(keepends=True):
-        print(repr(line)[2:-1])
+    part = data[:limit]
+    if set(part) & set(range(32)) - set(b"\t\r\n"):
+        for start in range(0, len(part), 16):
+            row = part[start : start + 16]
+            text = "".join(chr(byte) if 32 <= byte < 127 else "·" for byte in row)
+            print(f"{start:4}  {row.hex(' '):47}  {text}")
+    else:
+        for line in part.splitlines(keepends=True):
+            print(repr(line)[2:-1])
     if len(data) > limit:
         print(f"… and {len(data) - limit} bytes more")
 
@@ -142,7 +172,7 @@ def timeline(streams: Mapping[str, Sequence[float]], title: str = "Arrival of to
     axes.set_yticks(range(len(streams)), list(streams))
     axes.invert_yaxis()
     axes.set_ylim(len(streams) - 0.5, -0.5)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.02 * max((times[-1] for times in streams.values() if times), default=1))
     axes.set_xlabel("seconds since the request was sent (◆ first event)")
     axes.set_title(title)
     rows = (
@@ -178,7 +208,9 @@ def curves(
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    rows = (f"{label}: {values[0]:.3g} at {x[0]:g}, {values[-1]:.3g} at {x[-1]:g}" for label, values in ys.items())
+    rows = (
+        f"{label}: {_figure(values[0])} at {x[0]:g}, {_figure(values[-1])} at {x[-1]:g}" for label, values in ys.items()
+    )
     picture(figure, alt or f"{title}: {ylabel} over {xlabel}. {'; '.join(rows)}.")
 
 
@@ -187,12 +219,17 @@ def bars(values: Mapping[str, float], *, xlabel: str, title: str, alt: str = "")
     figure = Figure(figsize=(8, 0.9 + 0.4 * len(values)), layout="constrained")
     axes = figure.subplots()
     drawn = axes.barh(list(values), list(values.values()), color="#9dc3e6", edgecolor="#1f4e79")
-    axes.bar_label(drawn, fmt="%.3g", padding=4)
+    axes.bar_label(drawn, [_figure(value) for value in values.values()], padding=4)
     axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.set(xlabel=xlabel, title=title)
-    rows = (f"{label} {value:.3g}" for label, value in values.items())
+    rows = (f"{label} {_figure(value)}" for label, value in values.items())
     picture(figure, alt or f"{title}, {xlabel}: {'; '.join(rows)}.")
+
+
+def _figure(value: float) -> str:
+    """Three digits that count, and no power of ten: 0.0586, 23.4, 1,536."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def picture(figure: Figure, alt: str) -> None:
@@ -234,11 +271,7 @@ def _version(package: str) -> str:
 
 
 def _device(settings: Settings) -> str:
-    if not settings.on_gpu:
-        return "cpu"
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    names = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
-    return f"gpu: {names[0]}"
+    return f"gpu: {', '.join(card.name for card in cards()[:1])}" if settings.on_gpu else "cpu"
 
 
 def _cpu() -> str:

@@ -109,6 +109,8 @@ PATHS: dict[str, Path] = {
         Path("kserve-grpc", "KServe: V2 over gRPC", "kserve", v2.grpc_unary, against="rest", streams=False),
         Path("kserve-sse", "KServe: its OpenAI route, SSE", "kserve", kserve_sse),
         Path("vllm-grpc", "vLLM's own gRPC server: token ids", "vllm-grpc", vllm_native_grpc.stream, cannot=("text",)),
+        Path("rust-sse", "vLLM's Rust front end: completion, SSE", "vllm-rs", openai_rest.sse),
+        Path("rust-grpc", "vLLM's Rust front end: vllm.Inference", "vllm-rs", vllm_native_grpc.inference),
     )
 }
 

@@ -15,7 +15,8 @@ from servebook.bench.load import BenchError, Job, Message, Send
 from servebook.bench.paths.openai_rest import check, http_session, sse_events
 from servebook.engine.model import model_path
 from servebook.launch import Server, find_server
-from servebook.launch.servers import Endpoints, http_ok
+from servebook.launch.probes import http_ok
+from servebook.launch.table import Endpoints
 from servebook.settings import Settings
 
 

@@ -1,4 +1,4 @@
-"""vLLM's own gRPC server: it answers with token ids, so that turning them into text is the client's work."""
+"""vLLM's own gRPC servers: Python's answers with token ids, whose text is the client's work; Rust's with text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from tokenizers.decoders import DecodeStream
 from servebook.bench.load import Job, Message, Send
 from servebook.engine.model import model_path
 from servebook.launch import Server
+from servebook.protos.vllm import inference_pb2_grpc
+from servebook.ways.vllm_native_grpc.inference_client import REASONS, request
 
 DEADLINE_SECONDS = 600
 
@@ -42,5 +44,27 @@ async def stream(server: Server) -> AsyncIterator[Send]:
                     last = response.complete
                     # Its own completion_tokens counts the last message only: streaming clients add up.
                     yield Message("", last.finish_reason, last.prompt_tokens, tokens)
+
+        yield send
+
+
+@asynccontextmanager
+async def inference(server: Server) -> AsyncIterator[Send]:
+    """The Rust front end's `vllm.Inference`, text in and out: a first message about the prompt, then one a token."""
+    async with grpc.aio.insecure_channel(server.grpc) as channel:
+        service = inference_pb2_grpc.InferenceStub(channel)
+
+        async def send(job: Job) -> AsyncIterator[Message]:
+            wanted = request(job.prompt, temperature=0, max_tokens=job.max_tokens)
+            prompt_tokens = 0
+            async for response in service.GenerateStream(wanted, timeout=DEADLINE_SECONDS):
+                if response.HasField("prompt_info"):
+                    prompt_tokens = response.prompt_info.num_prompt_tokens
+                for output in response.outputs:
+                    if output.HasField("finish_info"):
+                        end = output.finish_info
+                        yield Message(output.text, REASONS[end.finish_reason], prompt_tokens, end.num_output_tokens)
+                    else:
+                        yield Message(output.text)
 
         yield send

@@ -369,7 +369,10 @@ def check_02_5(submission: Submission) -> None:
                 streamed_text(exchange),
                 got,
                 (got == "" or got is None, "it was never enough: all of the text is returned then"),
-                (lambda got, right: got.endswith(right), "the text of an earlier call is in it: begin with an empty one"),
+                (
+                    lambda got, right: got.endswith(right),
+                    "the text of an earlier call is in it: begin with an empty one",
+                ),
                 otherwise="it was never enough, so nothing ends the stream but its own end: return all of its text",
             )
             continue

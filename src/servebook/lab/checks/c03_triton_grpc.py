@@ -21,10 +21,10 @@ from servebook.lab.dry_run.load import Refused, engine_facts, loaded_config, vll
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.rest import asked_there
 from servebook.lab.submission import Submission
-from servebook.lab.taps import wait_until
 from servebook.lab.taps.grpc import Call, Lost
 from servebook.lab.taps.triton import Stream, TritonTap, is_final, text_of
 from servebook.launch import Server
+from servebook.launch.processes import wait_until
 from servebook.settings import TENSOR_MODEL_NAME
 from servebook.ways.metrics import metric
 from servebook.ways.triton_grpc.client import infer_inputs

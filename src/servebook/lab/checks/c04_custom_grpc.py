@@ -24,10 +24,10 @@ from servebook.lab.learner_server.judge import GATHERED, StreamWatch, own_server
 from servebook.lab.learner_server.run import OwnServer
 from servebook.lab.rest import accepted, context_length, key_of, not_full, reply_of, sends
 from servebook.lab.submission import Causes, Submission
-from servebook.lab.taps import wait_until
 from servebook.lab.taps.http import Tap
 from servebook.lab.taps.sse import streamed_text
 from servebook.launch import Server
+from servebook.launch.processes import wait_until
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
 Field = descriptor_pb2.FieldDescriptorProto

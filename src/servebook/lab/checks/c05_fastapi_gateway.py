@@ -18,9 +18,9 @@ from servebook.lab.learner_server.judge import GATHERED, StreamWatch, own_server
 from servebook.lab.learner_server.run import OwnServer
 from servebook.lab.rest import accepted, reply_of, sends
 from servebook.lab.submission import Submission
-from servebook.lab.taps import wait_until
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import streamed_text
+from servebook.launch.processes import wait_until
 
 ASK = {"message": "Name three colours.", "max_tokens": 11}
 SECONDS = 60

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.rest import NOT_THAT_SERVER, PASS_ON
 from servebook.lab.submission import Causes, Submission
-from servebook.lab.taps import wait_until
 from servebook.lab.taps.grpc import GRACE_SECONDS, Call, Filter, GrpcTap
+from servebook.launch.processes import wait_until
 from servebook.ways.vllm_native_grpc.client import ENGINE, VllmGrpcClient
 
 BROKEN = "\ufffd"

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,8 @@ import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from servebook.errors import LaunchError
-from servebook.launch.child import PR_SET_PDEATHSIG, free_port, libc
+from servebook.launch.child import Child, run_child
+from servebook.launch.processes import free_port
 from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
 
 LOAD_SECONDS = 30
@@ -50,34 +50,23 @@ def loaded_config(repository: Path, name: str) -> Any:
         segments = f"{Path(scratch).name}-"
         command += [f"--backend-config={each},shm-region-prefix-name={segments}" for each in ("vllm", "python")]
         address = next(word for word in command if word.startswith("--grpc-port=")).partition("=")[2]
-        log = Path(scratch) / "log"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command,
-                env=os.environ | tritonserver_env(),
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
-            )
         try:
-            config = _config_once_ready(process, f"127.0.0.1:{address}", name)
+            # Ending in good order takes Triton three seconds, and there is nothing in it to be saved: no grace.
+            with run_child(command, env=tritonserver_env(), grace=0) as triton:
+                config = _config_once_ready(triton, f"127.0.0.1:{address}", name)
+                said = triton.said()
         finally:
-            # Ending in good order takes Triton three seconds, and there is nothing in it to be saved.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             for segment in SHARED_MEMORY.glob(f"{segments}*"):
                 segment.unlink()
         if config is None:
-            raise Refused("\n".join(COMPLAINT.findall(log.read_text())[:2]) or "it never becomes ready")
+            raise Refused("\n".join(COMPLAINT.findall(said)[:2]) or "it never becomes ready")
         return config
 
 
-def _config_once_ready(process: subprocess.Popen[bytes], address: str, name: str) -> Any:
+def _config_once_ready(triton: Child, address: str, name: str) -> Any:
     deadline = time.monotonic() + LOAD_SECONDS
     with triton_grpc.InferenceServerClient(address) as client:
-        while process.poll() is None and time.monotonic() < deadline:
+        while triton.process.poll() is None and time.monotonic() < deadline:
             try:
                 if client.is_server_ready():
                     return client.get_model_config(name).config

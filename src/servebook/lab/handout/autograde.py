@@ -12,15 +12,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import nbformat
-import psutil
 from nbclient.exceptions import DeadKernelError
 from nbconvert.preprocessors import ClearMetadataPreprocessor
 from nbformat.v4 import new_output
@@ -43,7 +41,7 @@ from servebook.lab.feedback import Result
 from servebook.lab.handout import confine
 from servebook.lab.handout.remarks import forget_remarks, remark
 from servebook.lab.manifest import find_exercise
-from servebook.launch import supervisor
+from servebook.launch.processes import end
 
 MARK = "NBGRADER_SUBMISSION"
 """In the environment of a submission's kernel, and so of whatever descends from it: a word of this run alone."""
@@ -111,7 +109,7 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
         finally:
             self.judge.kill()
             self.judge.communicate()
-            for command in end_marked(self.mark):
+            for command in end(f"{MARK}={self.mark}", GRACE_SECONDS):
                 self.log.info("Ended what the submission had started: %s", command)
             shutil.rmtree(self.scratch.parent, ignore_errors=True)
 
@@ -180,36 +178,3 @@ STEPS = [
     CheckCellMetadata,
 ]
 """For `Autograde.autograde_preprocessors`: nbgrader's own, but for the first."""
-
-
-def end_marked(mark: str) -> set[str]:
-    """End every process that carries the mark: SIGTERM, and after a grace time SIGKILL. Return their commands."""
-    deadline = time.monotonic() + GRACE_SECONDS
-    asked: set[psutil.Process] = set()
-    commands: set[str] = set()
-    while left := marked(mark):
-        late = time.monotonic() > deadline
-        for process, environment in left.items():
-            with suppress(psutil.Error):
-                commands.add(" ".join(process.cmdline()))
-                if late:
-                    process.kill()
-                # A server is its supervisor's to end, in order; that one carries our mark too, but not its own.
-                elif process not in asked and supervisor.MARK not in environment:
-                    process.terminate()
-            asked.add(process)
-        if late and time.monotonic() > deadline + supervisor.KILL_SECONDS:
-            break
-        time.sleep(0.05)
-    return commands
-
-
-def marked(mark: str) -> dict[psutil.Process, dict[str, str]]:
-    """The live processes that carry the mark, with their environments."""
-    found = {}
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            environment = process.environ()
-            if environment.get(MARK) == mark:
-                found[process] = environment
-    return found

@@ -30,8 +30,7 @@ from servebook.lab.handout.confine import confine_as_told
 from servebook.lab.judge.wire import Failed, FarFunction, Wire
 from servebook.lab.manifest import find_exercise
 from servebook.lab.submission import waited
-from servebook.launch import serve
-from servebook.launch.servers import SERVERS
+from servebook.launch import SERVERS, serve
 
 KNOWN = {
     f"{kind.__module__}.{kind.__qualname__}": kind

@@ -23,7 +23,7 @@ from google.protobuf.message import Message
 
 from servebook.lab.submission import Foreign
 
-LIST_ITERATOR: type = type(iter([]))
+LIST_ITERATOR: Any = type(iter([]))
 
 
 class Broken(Exception):

@@ -9,30 +9,28 @@ the server's exit code (None while it lives).
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import grpc
-import psutil
 
-from servebook.engine.arguments import engine_env, in_float32
+from servebook.engine.arguments import engine_env, gpu_share, in_float32
 from servebook.engine.model import model_path
-from servebook.launch.supervisor import is_tracker
+from servebook.launch.child import Child, run_child
+from servebook.launch.processes import wait_until
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.settings import load_settings
 from servebook.ways.custom_grpc.client import GrpcClient
 
 AS_IT_COMES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """The engine in a process of its own: vLLM's default for `LLM`, and so what whoever writes this server has."""
+START_SECONDS = 300
 THREADS = 4
 MAX_TOKENS = 12
 PROMPTS = [f"Story {number}. Once upon a time" for number in range(1, 9)]
@@ -63,16 +61,19 @@ class BlockingServicer(llm_pb2_grpc.LLMServiceServicer):
 
 
 def serve() -> None:
-    """Start the engine and both ports, print the addresses, serve until the standard input closes."""
+    """Start the engine and both ports, print the addresses, serve."""
     from vllm import LLM
 
     settings = load_settings()
+    model = model_path(settings)
+    share = gpu_share(settings, model) if settings.on_gpu else None
     llm = LLM(
-        model=str(model_path(settings)),
+        model=str(model),
         max_model_len=settings.max_model_len,
         kv_cache_memory_bytes=settings.kv_cache_gib * 2**30,
         enforce_eager=not settings.on_gpu,
         dtype="float32" if in_float32(settings) else "auto",
+        **({"gpu_memory_utilization": share} if share else {}),
     )
     servers, ports = [], []
     for turn in (threading.Lock(), nullcontext()):
@@ -82,7 +83,7 @@ def serve() -> None:
         server.start()
         servers.append(server)
     print(json.dumps([f"127.0.0.1:{port}" for port in ports]), flush=True)
-    sys.stdin.read()
+    servers[0].wait_for_termination()
 
 
 @dataclass(frozen=True)
@@ -116,19 +117,17 @@ def ask(address: str, clients: int, api_key: str | None = None, timeout: float =
     return Outcome(seconds, tokens / seconds, texts, errors)
 
 
+def addresses(server: Child) -> list[str]:
+    """Where the two ports listen; nothing until they do."""
+    return next((json.loads(line) for line in server.said().splitlines() if line.startswith('["127')), [])
+
+
 def main() -> None:
-    """Start the server, ask, print, and end the server with all that it started."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "servebook.ways.custom_grpc.mistake", "serve"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | engine_env(load_settings()) | AS_IT_COMES,
-        start_new_session=True,
-        text=True,
-    )
-    assert server.stdout
-    try:
-        locked, unlocked = json.loads(next(line for line in server.stdout if line.startswith('["127')))
+    """Start the server, ask, print, and end the server with all that it started, which a crash leaves behind."""
+    command = [sys.executable, "-m", "servebook.ways.custom_grpc.mistake", "serve"]
+    env = engine_env(load_settings()) | AS_IT_COMES
+    with run_child(command, addresses, env=env, seconds=START_SECONDS, grace=0) as server:
+        locked, unlocked = addresses(server)
         result: dict[str, Any] = {"alone": asdict(ask(locked, clients=1))}
         with GrpcClient(locked) as client:
             try:
@@ -137,16 +136,8 @@ def main() -> None:
                 result["stream"] = f"{error.code().name}: {error.details()}"
         result["locked"] = asdict(ask(locked, clients=len(PROMPTS)))
         result["unlocked"] = asdict(ask(unlocked, clients=len(PROMPTS), timeout=15))  # it may hang as well
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(timeout=5)  # if it crashed, its exit code is due now
-        print(json.dumps(result | {"exit": server.poll()}))
-    finally:
-        # The engine's processes too, which a crash leaves behind. Resource trackers free their shared memory, and end.
-        for pid in psutil.pids():
-            with suppress(ProcessLookupError):
-                if os.getpgid(pid) == server.pid and not is_tracker(pid):
-                    os.kill(pid, signal.SIGKILL)
-        server.wait()
+        wait_until(lambda: server.process.poll() is not None, 5)  # if it crashed, its exit code is due now
+        print(json.dumps(result | {"exit": server.process.poll()}))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import resource
+import sys
 import sysconfig
 from pathlib import Path
 from urllib.parse import quote
@@ -17,9 +18,13 @@ from jupyterhub.spawner import SimpleLocalProcessSpawner
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 from tornado.web import HTTPError
 
+here = Path(__file__).parent
+sys.path.insert(0, str(here))
+
+from door import Door  # noqa: E402
+
 c = get_config()  # noqa: F821
 room = json.loads(os.environ.pop("SERVEBOOK_ROOM"))
-here = Path(__file__).parent
 folder = Path(room["folder"])
 python = Path(room["python"])
 
@@ -32,13 +37,14 @@ c.JupyterHub.cleanup_servers = False  # a hub that is restarted finds the desks 
 c.JupyterHub.db_url = f"sqlite:///{folder / 'hub.sqlite'}"
 c.JupyterHub.cookie_secret_file = str(folder / "cookie_secret")
 
-# Who comes in: learners sign up with a name and a password of their own; nobody is an administrator.
-c.JupyterHub.authenticator_class = "native"
-c.NativeAuthenticator.open_signup = True
-c.NativeAuthenticator.minimum_password_length = 8
-c.NativeAuthenticator.allowed_failed_logins = 5
+# Who comes in: learners sign up with the join code and a password of their own; nobody is an administrator.
+c.JupyterHub.authenticator_class = Door
+c.Door.folder = str(folder)
+c.Door.open_sign_up = room["open_sign_up"]
 c.Authenticator.allow_all = True
-c.Authenticator.username_pattern = r"[a-z0-9][a-z0-9._-]{0,31}"
+c.JupyterHub.template_paths = [str(here / "templates")]
+# The proxy stands in between: whom it names as the caller, or a web server before it on this machine, is believed.
+c.JupyterHub.trusted_downstream_ips = ["127.0.0.1"]
 
 # How many: beyond these the hub refuses in words, and its page tries again by itself where that helps.
 c.JupyterHub.active_server_limit = room["seats"]
@@ -65,7 +71,7 @@ c.JupyterHub.load_roles = [
     },
     {
         "name": "instructor",
-        "scopes": ["admin:users", "admin:servers", "access:servers", "list:users", "read:hub", "shutdown"],
+        "scopes": ["admin:users", "admin:servers", "access:servers", "list:users", "read:hub", "proxy", "shutdown"],
         "services": ["instructor"],
     },
 ]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import ssl
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
 from servebook.engine.arguments import engine_argv
+from servebook.engine.rust_front import rust_front
 from servebook.errors import LaunchError
+from servebook.launch.probes import grpc_serving, http_ok, https_ok
 from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback
 
 Endpoints = Mapping[str, str]
 Argv = Callable[[Settings, Path, dict[str, Endpoints]], list[str]]
 Needs = Callable[[Settings], dict[str, Settings]]
+Env = Callable[[Settings, Callable[[str], None]], dict[str, str]]
 
 REPLICA = "vllm-replica-"
 """What the names of the router's engines begin with; their numbers count from 1."""
@@ -37,6 +40,7 @@ class ServerSpec:
     `argv` gives the command; the word `"{http}"` (or another kind of port) stands for the port chosen
     at start; those that are `local` listen on 127.0.0.1 wherever the others do. `ready` asks the server itself.
     `needs` names the instances that must be up before, each with its settings; engines among them start at once.
+    `env` adds to the environment; where it has to fetch something for that, it says so to its second argument.
     One that checks no API key is refused beyond this machine.
     """
 
@@ -49,32 +53,7 @@ class ServerSpec:
     checks_key: bool = True
     local: tuple[str, ...] = ()
     needs: Needs = lambda _: {}
-
-
-def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -> bool:
-    """Whether GET answers 200 with `words` in the body; asked past any proxy, and without a slow import."""
-    connection = HTTPConnection(address, timeout=timeout)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status == 200 and words in response.read()
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def grpc_serving(address: str, timeout: float = 2.0) -> bool:
-    """Whether grpc.health.v1 answers SERVING for the whole server."""
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
-            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-        except grpc.RpcError:
-            return False
+    env: Env = lambda *_: {}
 
 
 def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
@@ -124,6 +103,43 @@ def _vllm_grpc(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list
         *("--host", settings.host, "--port", "{grpc}"),
         *engine_argv(settings, model),
     ]
+
+
+def _vllm_rs(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
+    return [*_vllm(behind(settings), model, needs), "--grpc-port", "{grpc}", *_tls_of_vllm(settings)]
+
+
+def _tls_of_vllm(settings: Settings) -> list[str]:
+    """vLLM's options for the TLS files.
+
+    Raises:
+        LaunchError: they cannot be used. vLLM would find out only when the engine is loaded.
+    """
+    cert, key, authority = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if not (cert or key or authority):
+        return []
+    try:
+        if not (cert and key):
+            raise ValueError("a certificate and its key go together")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(cert, key)
+        if authority:
+            context.load_verify_locations(authority)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        raise LaunchError(
+            f"The TLS files cannot be used: {error}.",
+            "Correct SERVEBOOK_TLS_CERT, SERVEBOOK_TLS_KEY and SERVEBOOK_TLS_CLIENT_CA, or unset all three.",
+        ) from None
+    own = ["--ssl-certfile", str(cert.resolve()), "--ssl-keyfile", str(key.resolve())]
+    return own + (["--ssl-ca-certs", str(authority.resolve()), "--ssl-cert-reqs", "2"] if authority else [])
+
+
+def _rust_env(settings: Settings, say: Callable[[str], None]) -> dict[str, str]:
+    return {
+        "VLLM_USE_RUST_FRONTEND": "1",
+        "VLLM_RUST_FRONTEND_PATH": str(rust_front(settings, say)),
+        "NO_COLOR": "1",  # its part of the log
+    }
 
 
 def behind(settings: Settings) -> Settings:
@@ -249,6 +265,15 @@ SERVERS: dict[str, ServerSpec] = {
             checks_key=False,
         ),
         ServerSpec(
+            name="vllm-rs",
+            about="vLLM's Rust front end: REST and gRPC",
+            ports=("http", "grpc"),
+            argv=_vllm_rs,
+            ready=lambda at: http_ok(at["http"], "/health") or https_ok(at["http"], "/health"),
+            checks_key=False,  # its REST port does, but its gRPC port generates, and even sleeps, for anybody
+            env=_rust_env,
+        ),
+        ServerSpec(
             name="router",
             about="vLLM's router, in front of replicas of vllm",
             ports=("http", "metrics"),
@@ -292,3 +317,8 @@ def find_server(name: str) -> ServerSpec:
         return SERVERS[name]
     except KeyError:
         raise LaunchError(f"There is no server {name!r}.", f"Choose from {', '.join(SERVERS)}.") from None
+
+
+def kind_of(instance: str) -> ServerSpec:
+    """The spec of an instance that the table itself names: a replica is a vllm by another name."""
+    return find_server("vllm" if instance.startswith(REPLICA) else instance)

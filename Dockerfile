@@ -1,0 +1,34 @@
+# The workbook in an image, made by the same `make setup`; for those who have Docker. Nothing here needs it.
+#   docker build -t servebook:0.1.0 .
+#   docker build -t servebook:0.1.0-gpu --build-arg DEVICE=gpu --build-arg BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04 .
+#   docker build -t vllm-router:0.1.17 --target router .
+#   docker run --rm -it --network host --shm-size 1g servebook:0.1.0          (with --gpus all for the other)
+ARG BASE=debian:13-slim
+
+# For kubernetes/router: vLLM's router alone, with the versions of the lock.
+FROM python:3.11-slim AS router
+COPY requirements/cpu.txt /lock.txt
+RUN pip install --no-cache-dir --constraint /lock.txt vllm-router
+USER 1000
+CMD ["python", "-m", "vllm_router.launch_router"]
+
+# What `make setup` takes for granted. A GPU's base image needs nvcc: FlashInfer compiles a module at the first start.
+FROM ${BASE} AS base
+# Versions are the base's: the lock pins all that matters.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates git libatomic1 make python3 python3-pip \
+    && rm -rf /var/lib/apt/lists/*
+# Ubuntu's images have a user 1000 already, and Kubernetes goes by the number.
+RUN getent passwd 1000 > /dev/null || useradd --uid 1000 --no-create-home servebook; \
+    install --directory --owner 1000 /servebook /home/servebook
+USER 1000
+ENV HOME=/home/servebook
+
+FROM base AS servebook
+ARG DEVICE=cpu
+ENV DEVICE=${DEVICE} PATH=/servebook/.venv/bin:$PATH
+WORKDIR /servebook
+COPY --chown=1000 . .
+RUN UV_NO_CACHE=1 make setup
+CMD ["make", "lab"]

@@ -1,0 +1,141 @@
+"""The room's door: learners sign up with the room's join code, a name and a password of their own, then sign in.
+
+On JupyterHub's own base class and its own page, which gets one more field. Passwords are kept as scrypt digests.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import pwd
+import re
+import secrets
+import sqlite3
+import time
+from pathlib import Path
+
+from jupyterhub.auth import Authenticator
+from tornado.web import HTTPError
+from traitlets import Bool, Unicode
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+NAME_RULE = "A name has 1 to 32 letters a to z, digits and . _ - and begins with a letter or digit."
+PASSWORD_CHARS = range(8, 129)
+SCRYPT = {"n": 2**14, "r": 8, "p": 5, "maxmem": 2**26}
+"""OWASP's Password Storage Cheat Sheet: 16 MiB and a tenth of a second of a core for each try."""
+TRIES_PER_MINUTE = 10
+"""Wrong passwords for a name, and wrong codes, from one address."""
+COOKIE = "servebook-door"
+"""What a browser that has signed in shows: its tries are counted apart from those of strangers."""
+REMEMBERED = 4096
+
+
+class Tries:
+    """Wrong tries, each kind by who made it: ten at once, and one more every six seconds."""
+
+    def __init__(self) -> None:
+        self.left: dict[tuple[str, ...], tuple[float, float]] = {}
+        """How many were left, and when."""
+
+    def take(self, who: tuple[str, ...]) -> None:
+        """Count a try as wrong, before anything is compared; refuse who has none left."""
+        now = time.monotonic()
+        left, at = self.left.get(who, (TRIES_PER_MINUTE, now))
+        left = min(TRIES_PER_MINUTE, left + (now - at) * TRIES_PER_MINUTE / 60)
+        if left < 1:
+            seconds = 1 + int((1 - left) * 60 / TRIES_PER_MINUTE)
+            raise HTTPError(429, f"Too many wrong tries from here. Wait {seconds} s.")
+        self.left.pop(who, None)
+        self.left[who] = (left - 1, now)
+        if len(self.left) > REMEMBERED:  # nobody fills the memory: who tried longest ago is forgotten
+            del self.left[next(iter(self.left))]
+
+    def forgive(self, who: tuple[str, ...]) -> None:
+        """It was right."""
+        self.left.pop(who, None)
+
+
+class Door(Authenticator):
+    """Who comes in. `folder` is the room's, only its owner reads it; `join.code` in there is read at each sign-up."""
+
+    folder = Unicode(config=True)
+    open_sign_up = Bool(config=True)
+
+    def __init__(self, **traits: object) -> None:
+        super().__init__(**traits)
+        self.tries = Tries()
+        self.passwords = sqlite3.connect(Path(self.folder) / "passwords.sqlite", isolation_level=None)
+        self.passwords.execute("create table if not exists password (name text primary key, salt blob, digest blob)")
+
+    def validate_username(self, username):
+        """Whether it can name a learner; the hub's API asks this too."""
+        return NAME.fullmatch(username) is not None and username != "root"
+
+    async def authenticate(self, handler, data):
+        """The learner's name, None for a wrong password.
+
+        Raises:
+            HTTPError: 403 for what cannot be, in words; 429 for who tries too often.
+        """
+        raw = handler.request.body_arguments.get("username", [b""])[-1].decode(errors="replace").strip(" ")
+        name = self.normalize_username(raw)
+        if not self.validate_username(name):
+            raise HTTPError(403, NAME_RULE)
+        password, code = data.get("password", ""), data.get("code", "").strip()
+        kept = self.passwords.execute("select salt, digest from password where name = ?", [name]).fetchone()
+        if kept:
+            await self.sign_in(handler, name, password, *kept)
+        else:
+            await self.sign_up(handler, name, password, code)
+        handler.set_secure_cookie(
+            COOKIE, name, httponly=True, samesite="Lax", secure=handler.request.protocol == "https"
+        )
+        return name
+
+    async def sign_in(self, handler, name: str, password: str, salt: bytes, kept: bytes) -> None:
+        known = (handler.get_secure_cookie(COOKIE) or b"").decode() == name
+        who = ("known", name) if known else ("password", handler.request.remote_ip, name)
+        self.tries.take(who)
+        if not hmac.compare_digest(await digest(password, salt), kept):
+            raise HTTPError(403, f"Wrong password for {name}. If you are new here, this name is taken: choose another.")
+        self.tries.forgive(who)
+
+    async def sign_up(self, handler, name: str, password: str, code: str) -> None:
+        who = ("code", handler.request.remote_ip)
+        if not self.open_sign_up:
+            if not code:
+                raise HTTPError(403, f"There is no {name} here yet. The first time, the join code is needed too.")
+            self.tries.take(who)
+            if not hmac.compare_digest(bare(code), bare((Path(self.folder) / "join.code").read_text())):
+                raise HTTPError(403, "That is not the join code of this room.")
+            self.tries.forgive(who)
+        if is_account(name):
+            raise HTTPError(403, f"{name} is an account of this machine. Choose another name.")
+        if len(password) not in PASSWORD_CHARS:
+            raise HTTPError(
+                403, f"A password has {PASSWORD_CHARS[0]} to {PASSWORD_CHARS[-1]} characters. Choose one of your own."
+            )
+        salt = secrets.token_bytes(16)
+        row = [name, salt, await digest(password, salt)]
+        try:
+            self.passwords.execute("insert into password values (?, ?, ?)", row)
+        except sqlite3.IntegrityError:  # somebody took the name in this very moment
+            raise HTTPError(403, f"The name {name} is taken. Choose another.") from None
+        self.log.info("%s signed up", name)
+
+
+async def digest(password: str, salt: bytes) -> bytes:
+    """Not on the hub's loop: it serves everybody else meanwhile."""
+    return await asyncio.to_thread(hashlib.scrypt, password.encode(errors="replace"), salt=salt, **SCRYPT)
+
+
+def bare(code: str) -> bytes:
+    """A join code as it counts: people type small letters, blanks and no dash."""
+    return re.sub(r"[\s-]", "", code).upper().encode()
+
+
+def is_account(name: str) -> bool:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True

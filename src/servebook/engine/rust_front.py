@@ -1,0 +1,131 @@
+"""vLLM's Rust front end: one file of the wheel `vllm`, of the very version that is installed here.
+
+On a GPU that wheel is installed. vLLM's CPU build has no such file: it is taken out of the same wheel (22 of 327 MB),
+once per user: `python -m servebook.engine.rust_front`, and at the first use.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from servebook.errors import LaunchError, ServebookError
+from servebook.settings import Settings, installed_vllm, load_settings
+
+if TYPE_CHECKING:
+    from servebook.engine.wheel import Say
+
+NAME = "vllm-rs"
+ELSEWHERE = (
+    "Check the network and pip's settings, or bring the file from a machine that has it: there run "
+    "`python -m servebook.engine.rust_front FOLDER`, here set SERVEBOOK_VLLM_RS_FILE to FOLDER/vllm-rs."
+)
+
+
+def rust_front(settings: Settings, say: Say) -> Path:
+    """The program, checked; fetched where it is neither installed nor there from an earlier time.
+
+    Raises:
+        LaunchError: it cannot be had, it is of another version than the engine, or it does not run.
+    """
+    file = settings.vllm_rs_file or _installed()
+    if not file:
+        file = cached(settings)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{file.parent}.lock"):
+                if not is_intact(file):
+                    from servebook.engine.wheel import take  # a slow import, needed once per user
+
+                    take("vllm", engine_version(), f"vllm/{NAME}", file.parent, say)
+        except OSError as error:
+            raise LaunchError(
+                f"vLLM's Rust front end cannot be written to {file.parent}: {error.strerror or error}.",
+                "Free some disk space, or set SERVEBOOK_CACHE_DIR to a folder that you can write to.",
+            ) from None
+        except ServebookError as error:
+            raise LaunchError(f"vLLM's Rust front end cannot be fetched. {error}", ELSEWHERE) from None
+    return _of_this_version(file)
+
+
+def available(settings: Settings, quick: bool = False) -> Path | None:
+    """The program where it is there without a network; a fetched one unaltered by its hash, unless `quick`."""
+    file = settings.vllm_rs_file or _installed()
+    if not file:
+        file = cached(settings)
+        if not quick and not is_intact(file):
+            return None
+    return file if file.is_file() else None
+
+
+def cached(settings: Settings) -> Path:
+    """Where the fetched program is, or will be."""
+    return settings.cache_dir / NAME / engine_version() / NAME
+
+
+def engine_version() -> str:
+    """vLLM's version without the build, such as "0.32.0"."""
+    return installed_vllm().partition("+")[0]
+
+
+def is_intact(file: Path) -> bool:
+    """Whether `file` has the hash that its wheel recorded for it."""
+    from servebook.engine.wheel import record_hash
+
+    try:
+        with file.open("rb") as content:
+            return record_hash(content) == file.with_name("RECORD").read_text().strip()
+    except OSError:
+        return False
+
+
+def _installed() -> Path | None:
+    """The program beside the package vllm, where the wheel brought it."""
+    spec = find_spec("vllm")
+    places = spec.submodule_search_locations if spec else None
+    file = Path(places[0]) / NAME if places else None
+    return file if file and file.is_file() else None
+
+
+def _of_this_version(file: Path) -> Path:
+    """`file`, once it has told its version: front and engine speak a protocol that each version may change."""
+    try:
+        done = subprocess.run([file, "--version"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise LaunchError(f"vLLM's Rust front end {file} does not run: {why}.", ELSEWHERE) from None
+    if (said := done.stdout.strip()) != f"{NAME} {engine_version()}":
+        raise LaunchError(
+            f"{file} is {said or 'no vllm-rs'}, and the engine is vLLM {engine_version()}.",
+            "Use the vllm-rs of that version's wheel; where SERVEBOOK_VLLM_RS_FILE is unset it is fetched.",
+        )
+    return file
+
+
+def main() -> int:
+    """Make sure of the program, copy it into the folder that was given, if any, and say where it is."""
+
+    def say(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    try:
+        file = rust_front(load_settings(), say)
+        for folder in map(Path, sys.argv[1:]):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = Path(shutil.copy2(file, folder))
+    except (ServebookError, OSError) as error:
+        print(str(error).replace("\n", " "), file=sys.stderr)
+        return 1
+    print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Carries a plan out: attaches to the servers that are there, starts the others, waits until they answer."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from servebook.engine.model import model_path
+from servebook.errors import LaunchError
+from servebook.launch.display import Progress, progress
+from servebook.launch.elsewhere import ask_elsewhere
+from servebook.launch.files import Files
+from servebook.launch.link import Link, attach, died, spawn
+from servebook.launch.memory import memory_for
+from servebook.launch.plan import Start
+from servebook.launch.supervisor import Description
+from servebook.launch.table import ENGINE_PHASES, Endpoints
+
+POLL_SECONDS = 0.1
+BROKEN_SECONDS = 10.0
+"""How long a server that was ready, and is not, may take to come back: longer than a busy one needs to answer."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A server that is on its way, or was there before (`attached`), and the lease on it."""
+
+    start: Start
+    link: Link
+    there: Description
+    attached: bool
+    display: Progress
+
+
+def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
+    """Start or attach to all servers of the plan; return the last one's description, and a lease on each.
+
+    Raises:
+        LaunchError: one cannot start; what was started for it ends.
+        ModelError: as `model_path`.
+    """
+    at: dict[str, Endpoints] = {}
+    with ExitStack() as leases:
+        kept: list[Kept] = []
+        for wave in waves:
+            with ExitStack() as starting:
+                begun: list[Kept] = []
+                for start in wave:
+                    if start.elsewhere:
+                        at[start.instance] = ask_elsewhere(start.settings)[1]
+                        continue
+                    display = starting.enter_context(progress(start.instance))
+                    one = begin(start, at, display, starting, engines=1 + sum(not other.attached for other in begun))
+                    leases.callback(one.link.close)
+                    begun.append(one)
+                for one in begun:
+                    await_ready(one)
+                    at[one.start.instance] = one.there["endpoints"]
+                kept += begun
+        leases.pop_all()
+    return kept[-1].there, {one.start.files: one.link for one in kept}
+
+
+def begin(start: Start, needs: dict[str, Endpoints], display: Progress, starting: ExitStack, engines: int) -> Kept:
+    """Take a lease on the server that is there, or on a new one; does not wait until it is ready.
+
+    `engines` are those that start together, this one included: memory must be there for all, and what a GPU has is
+    held for them until `starting` is closed.
+    """
+    display.phase("looking for the model")
+    model = model_path(start.settings)
+    order = start.order(model, needs)
+    if lease := attach(order):
+        return Kept(start, *lease, attached=True, display=display)
+    order["env"] |= start.spec.env(start.settings, display.phase)
+    if start.spec.has_engine:
+        starting.enter_context(memory_for(start.settings, model, engines, display.phase))
+    display.phase("importing")
+    return Kept(start, *spawn(order), attached=False, display=display)
+
+
+def await_ready(kept: Kept) -> None:
+    """Wait until the server answers, and say so on the display.
+
+    Raises:
+        LaunchError: it ended, or does not answer in time; the message has the end of its log.
+    """
+    start, there, display = kept.start, kept.there, kept.display
+    name, was_ready = start.instance, there["was_ready"]
+    patience = BROKEN_SECONDS if was_ready else start.settings.start_timeout
+    deadline = time.monotonic() + patience
+    while not start.spec.ready(there["endpoints"]):
+        if not kept.link.alive():
+            raise died(start.files)
+        if time.monotonic() > deadline:
+            late = "was ready and is not any more" if was_ready else f"was not ready within {patience:.0f} s"
+            raise LaunchError(
+                f"{name} {late}. The end of its log:\n{start.files.tail()}",
+                f"`servebook down {name}`, then start it again."
+                if was_ready
+                else "Raise SERVEBOOK_START_TIMEOUT for a large model or a slow disk.",
+            )
+        display.phase(phase(start.files))
+        time.sleep(POLL_SECONDS)
+    kept.link.ask("ready")
+    where = ", ".join(f"{kind} {address}" for kind, address in there["endpoints"].items())
+    moved = [
+        str(port) for kind, port in there["preferred"].items() if not there["endpoints"][kind].endswith(f":{port}")
+    ]
+    taken = f"; port {', '.join(moved)} was taken" if moved else ""
+    display.done(f"{'attached to' if kept.attached else 'ready'}: {where} ({display.elapsed}){taken}")
+
+
+def phase(files: Files) -> str:
+    """What vLLM is doing, by its log."""
+    try:
+        text = files.log.read_text(errors="replace")
+    except OSError:
+        text = ""
+    return next((phase for phase, words in reversed(ENGINE_PHASES.items()) if words in text), "importing")

@@ -1,0 +1,156 @@
+"""A supervisor's client: attach to the server that is there, or start the supervisor of a new one."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+from servebook.errors import LaunchError
+from servebook.launch import supervisor
+from servebook.launch.files import Files
+from servebook.launch.supervisor import EX_IOERR, EX_TEMPFAIL, Description, Op, Order, files_of
+from servebook.settings import is_loopback
+
+SUPERVISOR_SECONDS = 30.0
+"""How long a supervisor may take to listen: a few ms, but where the one before it is still ending its server."""
+STOP_SECONDS = 40.0
+"""Longer than a supervisor's grace times together."""
+
+
+class Link:
+    """A connection to one supervisor; while it is open after `attach`, it is a lease on the server."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.connection.settimeout(STOP_SECONDS)
+
+    @classmethod
+    def open(cls, files: Files) -> Link | None:
+        """Connect to the supervisor of an instance; None where there is none."""
+        connection = supervisor.connect(files.socket)
+        return cls(connection) if connection else None
+
+    def ask(self, op: Op) -> Description | None:
+        """Send one request; None where the supervisor has gone."""
+        try:
+            self.connection.sendall(json.dumps({"op": op}).encode() + b"\n")
+            answer = b""
+            while not answer.endswith(b"\n"):
+                if not (chunk := self.connection.recv(65536)):
+                    return None
+                answer += chunk
+            description: Description = json.loads(answer)
+        except (OSError, ValueError):
+            return None
+        return description
+
+    def alive(self) -> bool:
+        """Whether the supervisor still holds its end."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        return not poll.poll(0)
+
+    def wait_closed(self, seconds: float) -> bool:
+        """Wait until the supervisor, and with it everything that it kept, has gone."""
+        self.connection.settimeout(seconds)
+        with suppress(ConnectionError):
+            try:
+                while self.connection.recv(65536):
+                    pass
+            except TimeoutError:
+                return False
+        return True
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+Lease = tuple[Link, Description]
+
+
+def attach(order: Order) -> Lease | None:
+    """A lease on the server that is there; None where there is none, or none any more.
+
+    Raises:
+        LaunchError: it is not the one that is ordered.
+    """
+    while link := Link.open(files_of(order)):
+        there = link.ask("attach")
+        if there and serves(there, order):
+            return link, there
+        link.close()
+        if there:
+            raise LaunchError(
+                f"{there['name']} is up with other settings (model {there['model']}).",
+                f"End it with `servebook down {there['name']}`, or ask for the settings that it has.",
+            )
+    # It was ending, for example because its kernel was restarted: then it was asked until it had.
+    return None
+
+
+def serves(there: Description, order: Order) -> bool:
+    """Whether the server that is there is the one that is asked for.
+
+    One that was opened to the network on purpose also serves those who ask for it on this machine.
+    """
+    return there["fingerprint"] == order["fingerprint"] and (
+        there["host"] == order["host"] or is_loopback(order["host"])
+    )
+
+
+def spawn(order: Order) -> Lease:
+    """A lease on a new server, or on that of another start that was first.
+
+    Raises:
+        LaunchError: there can be no supervisor, or its server ended at once.
+    """
+    files = files_of(order)
+    try:
+        files.make_folders()
+    except OSError as error:
+        raise unusable(error.filename, str(error.strerror)) from None
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-m", supervisor.__name__],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdin
+    assert process.stderr
+    with suppress(BrokenPipeError), process.stdin as pipe:
+        pipe.write(json.dumps(order).encode())
+    deadline = time.monotonic() + SUPERVISOR_SECONDS
+    with process.stderr as said:
+        while time.monotonic() < deadline:
+            code = process.poll()
+            if lease := attach(order):
+                return lease
+            if code == EX_IOERR:
+                raise unusable(files.state_dir, said.read().decode(errors="replace").strip())
+            if code not in (None, EX_TEMPFAIL):  # TEMPFAIL: another start was first, and is about to listen
+                break
+            time.sleep(0.02)
+    raise died(files)
+
+
+def unusable(folder: object, why: str) -> LaunchError:
+    return LaunchError(
+        f"The state folder {folder} cannot be used: {why}.",
+        "Set SERVEBOOK_STATE_DIR to a folder that you, and only you, can write to.",
+    )
+
+
+def died(files: Files) -> LaunchError:
+    """A server that ended before it was ready: how, and the end of its log."""
+    code = files.read_record().get("exit")
+    how = "" if not isinstance(code, int) else f" (killed by signal {-code})" if code < 0 else f" (exit code {code})"
+    hint = "If memory is short, Linux kills the largest process: see `servebook doctor`. " if code == -9 else ""
+    return LaunchError(
+        f"{files.instance} ended before it was ready{how}. The end of its log:\n{files.tail()}",
+        f"{hint}The whole log: `servebook logs {files.instance}`.",
+    )

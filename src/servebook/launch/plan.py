@@ -1,0 +1,88 @@
+"""What is to be started, before anything is: each server with its settings, in the order of who needs whom."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from servebook.engine.arguments import engine_env
+from servebook.errors import LaunchError
+from servebook.launch.files import Files
+from servebook.launch.supervisor import Order, Owner
+from servebook.launch.table import SERVERS, Endpoints, ServerSpec, behind, kind_of
+from servebook.settings import LOOPBACK, Settings, is_loopback
+
+INSTANCE = re.compile(r"\w[\w.-]{,63}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One server as it is asked for: what it is, with which settings, under which name, and for whom."""
+
+    spec: ServerSpec
+    settings: Settings
+    instance: str
+    owner: Owner
+
+    @property
+    def files(self) -> Files:
+        return Files(self.settings.state_dir, self.instance)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is the engine that SERVEBOOK_ENGINE_URL names, which nobody starts."""
+        return self.instance == "vllm" and bool(self.settings.engine_url)
+
+    def order(self, model: Path, needs: dict[str, Endpoints]) -> Order:
+        """What a supervisor is told, once it is known where the model lies and where the servers that it needs are."""
+        spec, settings = self.spec, self.settings
+        env = engine_env(settings)
+        if settings.key:
+            # In the environment, not in argv: `ps` shows argv to every user of the machine.
+            env |= {"VLLM_API_KEY": settings.key, "SERVEBOOK_API_KEY": settings.key}
+        # Not where it listens, which a lease looks at; and a venv has several names for one Python.
+        what = json.dumps([spec.argv(behind(settings), model, needs)[1:], env])
+        hosts = {kind: LOOPBACK if kind in spec.local else settings.host for kind in spec.ports}
+        return {
+            "name": self.instance,
+            "server": spec.name,
+            "argv": spec.argv(settings, model, needs),
+            "env": env,
+            "host": settings.host,
+            "hosts": hosts,
+            "client_hosts": {kind: {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(at, at) for kind, at in hosts.items()},
+            "ports": {kind: settings.port(spec.name, kind) for kind in spec.ports},
+            "avoid": [settings.port(other.name, kind) for other in SERVERS.values() for kind in other.ports],
+            "model": settings.model_name,
+            "owner": self.owner,
+            "fingerprint": hashlib.sha256(what.encode()).hexdigest()[:16],
+            "state_dir": str(settings.state_dir),
+        }
+
+
+def plan(start: Start) -> list[list[Start]]:
+    """The servers that `start` needs, and at last itself: those of one list may start at once.
+
+    Raises:
+        LaunchError: one of them may not be started so; the message says what to change.
+    """
+    if not INSTANCE.fullmatch(start.instance):
+        raise LaunchError(
+            f"{start.instance!r} cannot name a server.", "Use at most 64 letters, digits, '-', '_' and '.'."
+        )
+    if not start.spec.checks_key and not is_loopback(start.settings.host):
+        raise LaunchError(
+            f"{start.spec.name} checks no API key, so it is not opened to {start.settings.host}.",
+            "Unset SERVEBOOK_HOST; to publish it, put a proxy with TLS and keys in front.",
+        )
+    if start.elsewhere:
+        return [[start]]
+    before = [
+        plan(Start(kind_of(instance), settings, instance, start.owner))
+        for instance, settings in start.spec.needs(start.settings).items()
+    ]
+    return [*(list(chain(*wave)) for wave in zip_longest(*before, fillvalue=())), [start]]

@@ -1,0 +1,49 @@
+"""Whether a server answers: asked past any proxy, and without a slow import."""
+
+from __future__ import annotations
+
+import ssl
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+
+
+def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -> bool:
+    """Whether GET answers 200 with `words` in the body."""
+    connection = HTTPConnection(address, timeout=timeout)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status == 200 and words in response.read()
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def https_ok(address: str, path: str, timeout: float = 2.0) -> bool:
+    """As `http_ok` of a server with TLS, whoever signed its certificate; one that asks for ours (mTLS) is there too."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # with 1.3 a refusal may come, or get lost, after the handshake
+    connection = HTTPSConnection(address, timeout=timeout, context=context)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except ssl.SSLError as error:
+        return error.reason == "SSLV3_ALERT_HANDSHAKE_FAILURE"
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def grpc_serving(address: str, timeout: float = 2.0) -> bool:
+    """Whether grpc.health.v1 answers SERVING for the whole server."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        except grpc.RpcError:
+            return False

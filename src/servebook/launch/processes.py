@@ -1,0 +1,129 @@
+"""Tools for processes and ports, with the standard library only: a supervisor uses them too."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+POLL_SECONDS = 0.05
+KILL_SECONDS = 5.0
+"""How long the kernel may take to end what got SIGKILL."""
+KEPT = "SERVEBOOK_SUPERVISOR"
+"""In the environment of each process that a supervisor started: the path of its socket. An orphan is known by it."""
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def wait_until(condition: Callable[[], T], seconds: float, every: float = POLL_SECONDS) -> T:
+    """Ask until `condition()` is true; return its last value, which is false where time was up first."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(every)
+    return value
+
+
+def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
+    """Let the kernel send `sig` to this process when the thread that started it ends; for a `preexec_fn`."""
+    _libc.prctl(PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant that loses its own."""
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def children() -> set[int]:
+    """The children of this process, adopted and ended ones included."""
+    with suppress(OSError):
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+    return set()
+
+
+def is_tracker(pid: int) -> bool:
+    """Whether this is a resource tracker of Python's: it frees what the killed have left in shared memory, and ends."""
+    return b"resource_tracker" in _read(pid, "cmdline")
+
+
+def marked(mark: str) -> dict[int, str]:
+    """The live processes, but for this one, that have "NAME=value" in their environment, with their command lines.
+
+    Resource trackers are left out. vLLM's processes rename themselves, and keep the mark only with SPT_NOENV=1.
+    """
+    found = {}
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):  # noqa: PTH208  # a third of iterdir's time
+        if pid != os.getpid() and mark.encode() in _read(pid, "environ").split(b"\0") and not is_tracker(pid):
+            found[pid] = _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+    return found
+
+
+def end(mark: str, grace: float) -> set[str]:
+    """End what is `marked`: SIGTERM, and after `grace` seconds SIGKILL, until none is left. Return the command lines.
+
+    A server is its supervisor's to end, in order: until the grace is over, only the supervisor is told.
+    """
+    asked: dict[int, str] = {}
+    deadline = time.monotonic() + grace
+
+    def all_ended() -> bool:
+        left = marked(mark)
+        late = time.monotonic() >= deadline
+        for pid in left:
+            if late:
+                _signal(pid, signal.SIGKILL)
+            elif pid not in asked and f"\0{KEPT}=".encode() not in b"\0" + _read(pid, "environ"):
+                _signal(pid, signal.SIGTERM)
+        asked.update(left)
+        return not left
+
+    wait_until(all_ended, grace + KILL_SECONDS)
+    return set(asked.values())
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port on which nobody listens now."""
+    with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def can_bind(host: str, port: int) -> bool:
+    """Whether a server could listen on `host`:`port` now.
+
+    Raises:
+        OSError: not on any port: `host` is not an address of this machine.
+    """
+    with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return False
+            raise
+    return True
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _signal(pid: int, sig: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, sig)
+
+
+def _read(pid: int, name: str) -> bytes:
+    """A file of the process in /proc; nothing where it has ended, or is another user's."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    return b""

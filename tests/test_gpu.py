@@ -1,0 +1,188 @@
+"""Engines that share a GPU: what each asks for, what is refused, two starts at once. NVML's C functions are faked."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+from nvml import FakeCard, install
+
+from servebook.engine import arguments as engine
+from servebook.engine import gpu
+from servebook.engine.gpu import GIB
+from servebook.errors import LaunchError
+from servebook.launch.memory import memory_for
+from servebook.launch.processes import KEPT
+from servebook.settings import Settings, load_settings
+
+CARDS = {  # total as NVML has it, GiB; how many engines of the bundled model fit where nothing else is there
+    "NVIDIA GeForce RTX 4060": (8.0, 2),
+    "Tesla T4": (15.0, 5),
+    "NVIDIA L4": (22.5, 8),
+    "NVIDIA GeForce RTX 4090": (24.0, 8),
+    "NVIDIA L40S": (45.0, 16),
+    "NVIDIA H100 80GB HBM3": (79.6, 28),
+    "NVIDIA H200": (140.4, 50),
+}
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setattr(engine, "available_gib", lambda: 64.0)  # of the machine: enough for all that starts here
+    return load_settings(device="gpu")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with weights of the bundled model's size."""
+    with (tmp_path / "model.safetensors").open("wb") as weights:
+        weights.truncate(269_060_552)
+    return tmp_path
+
+
+def quiet(phase: str) -> None:
+    raise AssertionError(f"there was nothing to wait for: {phase}")
+
+
+@pytest.mark.parametrize(("name", "total", "engines"), [(name, *row) for name, row in CARDS.items()])
+def test_each_engine_asks_for_what_it_needs(
+    name: str, total: float, engines: int, settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, FakeCard(total, total, name))
+    words = engine.engine_argv(settings, model)
+    share = float(words[words.index("--gpu-memory-utilization") + 1])
+    needed = engine.gpu_gib(settings, model)
+    assert 2.6 < needed < 3.0
+    # What vLLM asks to be free at the start (`request_memory`); a ten-thousandth of the card is what rounding may do.
+    assert share * total == pytest.approx(needed, abs=total / 1e4)
+    assert 0 < share <= 1
+    assert total // needed == engines
+    # The last one that fits is let in, and the next is not.
+    install(monkeypatch, FakeCard(total, total - (engines - 1) * needed, name))
+    with memory_for(settings, model, 1, quiet):
+        pass
+    install(monkeypatch, FakeCard(total, total - engines * needed, name))
+    with (
+        pytest.raises(LaunchError, match=f"needs about {needed:.1f} GiB of GPU memory"),
+        memory_for(settings, model, 1, quiet),
+    ):
+        pass
+
+
+def test_a_model_without_weights_is_reckoned_by_its_shape(tmp_path: Path, settings: Settings) -> None:
+    (tmp_path / "config.json").write_text(
+        """{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "vocab_size": 128256,
+        "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32}"""
+    )
+    assert engine.weights_gib(tmp_path) == pytest.approx(8_030_261_248 * 2 / GIB)
+    assert engine.gpu_gib(settings, tmp_path) == pytest.approx(8_030_261_248 * 2.2 / GIB + 1 + engine.GPU_RUNTIME_GIB)
+
+
+def test_the_refusal_names_who_holds_the_memory(
+    settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEPT, "")
+    install(monkeypatch, FakeCard(8, 1, holders={os.getpid(): 2.5, 2**22: None}))
+    with pytest.raises(LaunchError) as refused, memory_for(settings, model, 1, quiet):
+        pass
+    assert "1.0 of 8.0 GiB are free on NVIDIA L4" in str(refused.value)
+    assert f"(pid {os.getpid()}) 2.5 GiB, a process out of sight (pid {2**22})." in str(refused.value)
+
+
+def test_without_a_card_the_start_is_refused(settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    with pytest.raises(LaunchError, match="No GPU answers"), memory_for(settings, model, 1, quiet):
+        pass
+
+
+def test_engines_of_one_start_count_each_other(
+    settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, FakeCard(8, 6))
+    with (
+        memory_for(settings, model, 1, quiet),
+        memory_for(settings, model, 2, quiet),
+        pytest.raises(LaunchError, match="2 more that started with it"),
+        memory_for(settings, model, 3, quiet),
+    ):
+        pass
+    with memory_for(settings, model, 1, quiet):  # the claims ended with their starts
+        pass
+
+
+def test_two_starts_do_not_count_on_the_same_memory(
+    settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, FakeCard(8, 4))
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def other_start() -> None:
+        with memory_for(settings, model, 1, quiet):
+            theirs.send("claimed")
+            theirs.recv()
+
+    other = context.Process(target=other_start)
+    other.start()
+    try:
+        assert ours.recv() == "claimed"
+        said: list[str] = []
+
+        def wait(phase: str) -> None:
+            if not said:
+                ours.send("end")  # only now does the other start end
+            said.append(phase)
+
+        with memory_for(settings, model, 1, wait):
+            assert "another start has claimed" in said[0]
+    finally:
+        other.join(10)
+    assert other.exitcode == 0
+
+
+def test_a_killed_start_claims_nothing(settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeCard(8, 4))
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def other_start() -> None:
+        with memory_for(settings, model, 1, quiet):
+            theirs.send("claimed")
+            theirs.recv()
+
+    other = context.Process(target=other_start)
+    other.start()
+    assert ours.recv() == "claimed"
+    other.kill()
+    other.join(10)
+    with memory_for(settings, model, 1, quiet):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ["one", "two"]),
+        ("1", ["two"]),
+        ("1,0", ["two", "one"]),
+        ("GPU-22", ["two"]),
+        ("0,7,1", ["one"]),
+        ("", []),
+        ("-1", []),
+    ],
+)
+def test_cuda_visible_devices(visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeCard(8, 8, "one", "GPU-1111"), FakeCard(24, 24, "two", "GPU-2222"))
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [card.name for card in gpu.cards()] == names
+
+
+def test_on_a_cpu_no_card_is_asked(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeCard(8, 0))
+    cpu = load_settings(device="cpu")
+    assert "--gpu-memory-utilization" not in engine.engine_argv(cpu, model)
+    with memory_for(cpu, model, 1, quiet):
+        pass

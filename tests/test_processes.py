@@ -1,0 +1,110 @@
+"""Children and their families, waits and ports: the tools that launch, labs and tests share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from servebook.errors import LaunchError
+from servebook.launch.child import Child, run_child
+from servebook.launch.processes import can_bind, end, free_port, marked, wait_until
+
+FAMILY = """
+import signal, subprocess, sys, time
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True)
+time.sleep(600)
+"""
+MARK = f"SERVEBOOK_TEST_FAMILY={os.getpid()}"
+
+
+def deaf(child: Child) -> bool:
+    return "deaf" in child.said()
+
+
+@pytest.mark.parametrize("grace", [0, 0.5])
+def test_a_child_ends_with_all_that_it_started(grace: float) -> None:
+    with run_child([sys.executable, "-c", FAMILY], deaf, env=dict([MARK.split("=")]), grace=grace):
+        assert len(marked(MARK)) == 2
+    assert marked(MARK) == {}
+
+
+def test_a_child_that_ends_or_never_listens_is_a_message_with_its_output() -> None:
+    with (
+        pytest.raises(LaunchError, match=r"(?s)tiny did not start.*the weights are torn"),
+        run_child([sys.executable, "-c", "print('the weights are torn')"], lambda _: False, name="tiny"),
+    ):
+        pytest.fail("it is not ready")
+    with pytest.raises(LaunchError, match="did not start"), run_child(["sleep", "600"], lambda _: False, seconds=0.1):
+        pytest.fail("it is not ready")
+
+
+def test_a_child_ends_with_its_parent_however_that_ends() -> None:
+    code = (
+        "import sys, time; from servebook.launch.child import run_child\n"
+        f"with run_child(['sleep', '600'], env={dict([MARK.split('=')])}): print('there', flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    with parent:
+        assert parent.stdout.readline() == "there\n"
+        assert len(marked(MARK)) == 1
+        parent.kill()
+    assert wait_until(lambda: not marked(MARK), 10)
+
+
+def test_a_file_beside_the_reader_is_not_run_by_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "random.py").write_text("print('planted', flush=True)")
+    monkeypatch.chdir(tmp_path)
+    with run_child([sys.executable, "-m", "tempfile"], lambda child: child.process.wait() == 0, seconds=30) as child:
+        assert child.said() == ""
+
+
+def test_end_tells_only_the_supervisor_of_a_server_until_the_grace_is_over() -> None:
+    kept = subprocess.Popen(
+        ["sleep", "600"], env=os.environ | dict([MARK.split("=")]) | {"SERVEBOOK_SUPERVISOR": "/nonexistent.sock"}
+    )
+    assert end(MARK, 0.3) == {"sleep 600"}
+    assert kept.wait() == -signal.SIGKILL
+
+
+def test_wait_until_gives_the_value_or_the_last_false_one() -> None:
+    numbers = count()
+    assert wait_until(lambda: next(numbers) == 3 and "three", 10, every=0) == "three"
+    assert wait_until(lambda: [], 0) == []
+
+
+def test_ports() -> None:
+    port = free_port()
+    assert can_bind("127.0.0.1", port)
+    with socket.create_server(("127.0.0.1", port)):
+        assert not can_bind("127.0.0.1", port)
+    assert can_bind("::1", free_port("::1"))
+    with pytest.raises(OSError, match="assign"):
+        can_bind("192.0.2.1", 8000)
+
+
+@pytest.mark.parametrize("module", ["servebook", "servebook.launch.supervisor", "servebook.ways.v2.contract"])
+def test_a_server_and_its_supervisor_do_not_load_the_launcher(module: str) -> None:
+    code = (
+        f"import sys, {module}; print(sorted(sys.modules.keys() & {{'servebook.launch.lifetime', 'pydantic', 'rich'}}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_what_the_package_offers_is_there_when_it_is_asked_for() -> None:
+    import servebook
+    from servebook import launch
+
+    for package in (servebook, launch):
+        assert all(getattr(package, name) for name in package.__all__)
+        with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+            package.nonsense  # noqa: B018

@@ -1,0 +1,548 @@
+"""The front of a room: keys, shares and limits, in front of a stand-in for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from aiohttp import web
+from aiohttp.test_utils import BaseTestServer, TestServer
+from classroom import bearer
+from desk import eventually
+
+from servebook.errors import LaunchError
+from servebook.launch.processes import free_port
+from servebook.launch.table import find_server
+from servebook.room import asking
+from servebook.room.admin import instructors_key
+from servebook.room.front import RELAYED, Front, Learner
+from servebook.room.keys import Roll
+from servebook.room.limits import Bucket, Limits, Refused, Turnstile
+from servebook.settings import Settings, load_settings
+
+KEY = "the-instructors-key"
+
+
+def test_a_key_counts_until_it_is_replaced_or_revoked(tmp_path: Path) -> None:
+    roll = Roll(tmp_path / "keys.json")
+    first = roll.issue("ada")
+    second = roll.issue("ada")
+    other = roll.issue("grace")
+    assert [roll.name_of(key) for key in (first, second, other, "")] == [None, "ada", "grace", None]
+    assert roll.revoke("ada")
+    assert roll.revoked("ada")
+    assert roll.name_of(second) is None
+    again = Roll(tmp_path / "keys.json")
+    assert again.name_of(other) == "grace"
+    assert again.revoked("ada")
+    assert not again.revoke("nobody")
+    assert again.forget("grace")
+    assert again.name_of(other) is None
+    with pytest.raises(ValueError, match="cannot name a learner"):
+        roll.issue("../x")
+
+
+@pytest.mark.parametrize("change", ["revoke", "forget"])
+def test_a_revocation_that_cannot_be_written_is_not_said_to_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    roll = Roll(tmp_path / "keys.json")
+    key = roll.issue("ada")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            getattr(roll, change)("ada")
+    assert roll.name_of(key) == Roll(tmp_path / "keys.json").name_of(key) == "ada"  # now as after a restart
+    getattr(roll, change)("ada")
+    assert roll.name_of(key) is Roll(tmp_path / "keys.json").name_of(key) is None
+
+
+def test_a_bucket_says_how_long_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    bucket = Bucket(per_minute=60)
+    assert bucket.take(50) == 0
+    assert bucket.take(20) == 10
+    now = 10.0
+    assert bucket.take(20) == 0
+    now = 100.0
+    assert bucket.take(180) == 0  # more than it ever holds: when it is full
+    assert bucket.take(1) == 121  # and all of it is made up for
+    bucket.give_back(180)
+    assert bucket.level == 60
+    assert bucket.take(60) == 0
+    bucket.give_back(20)
+    assert bucket.take(20) == 0
+    assert bucket.take(1) == 1
+
+
+CONTEXT = 2048
+
+
+@pytest.mark.parametrize(
+    ("path", "ask", "answers", "tokens"),
+    [
+        ("/v1/completions", {"prompt": "a"}, 1, 16),
+        ("/v1/completions", {"prompt": "a", "max_tokens": None}, 1, CONTEXT),  # vLLM writes to the context's end
+        ("/v1/chat/completions", {"messages": []}, 1, CONTEXT),
+        ("/v1/chat/completions", {"messages": [], "ignore_eos": True}, 1, CONTEXT),
+        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 5, "n": 3}, 6, 5),
+        ("/v1/chat/completions", {"max_completion_tokens": 7, "max_tokens": 100}, 1, 7),
+        ("/v1/completions", {"max_completion_tokens": 7, "max_tokens": 100}, 1, 100),  # the first is chat's alone
+        ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 5}, 1, 5),
+        ("/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 5}, 2, 5),
+        ("/v1/chat/completions", {"prompt": [], "max_tokens": 5}, 1, 5),
+        ("/v1/completions", {"max_tokens": 5.0, "n": -1}, 1, 5),
+        ("/v1/completions", {"max_tokens": -1}, 1, 0),
+        ("/v1/completions", {"max_tokens": 10**9}, 1, CONTEXT),  # what the engine will refuse
+        ("/v1/completions", [], 1, 0),
+        ("/v1/responses", {"max_output_tokens": 9, "max_tokens": 1}, 1, 9),
+        ("/v1/messages", {"max_tokens": 9}, 1, 9),
+        ("/inference/v1/generate", {"max_tokens": 1, "sampling_params": {"max_tokens": 9, "n": 2}}, 2, 9),
+        ("/inference/v1/generate", {"token_ids": [1]}, 1, 0),
+        ("/inference/v1/generate", {"token_ids": [1], "sampling_params": {}}, 1, CONTEXT),
+    ],
+)
+def test_tokens_count_as_asked_for_and_what_is_not_asked_for_as_the_most(
+    path: str, ask: object, answers: int, tokens: int
+) -> None:
+    read = asking.read(path, json.dumps(ask).encode(), CONTEXT, places=16)
+    assert (read.answers, read.tokens) == (answers, tokens)
+
+
+HUGE = {"type": "array", "items": {"type": "integer"}, "minItems": 1_000_000_000}
+SELF = {"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "ask", "field", "limit"),
+    [
+        ("/v1/completions", {"structured_outputs": {"json": HUGE}}, "structured_outputs.json", "256"),
+        ("/v1/completions", {"structured_outputs": {"json": json.dumps(HUGE)}}, "structured_outputs.json", "256"),
+        ("/v1/completions", {"structured_outputs": {"json": SELF}}, "structured_outputs.json", "itself"),
+        ("/v1/completions", {"structured_outputs": {"regex": "(a{99}){99}"}}, "structured_outputs.regex", "256"),
+        ("/v1/completions", {"structured_outputs": {"grammar": "x" * 20_000}}, "structured_outputs.grammar", "16384"),
+        ("/v1/completions", {"structured_outputs": {"choice": ["a"] * 999}}, "structured_outputs.choice", "500"),
+        (
+            "/v1/completions",
+            {"structured_outputs": {"structural_tag": json.dumps({"structures": [{"schema": HUGE}]})}},
+            "structured_outputs.structural_tag",
+            "256",
+        ),
+        ("/v1/completions", {"prompt": ["a"] * 1024}, "prompt", "16"),
+        ("/v1/completions", {"prompt": ["a"] * 4, "n": 5}, "n", "16"),
+        ("/v1/completions", {"n": 4096}, "n", "16"),
+        ("/v1/completions", {"logprobs": 21}, "logprobs", "20"),
+        ("/v1/completions", {"prompt_logprobs": -1}, "prompt_logprobs", "20"),
+        ("/v1/chat/completions", {"top_logprobs": 999}, "top_logprobs", "20"),
+        ("/v1/chat/completions", {"stop": ["a"] * 17}, "stop", "16"),
+        ("/v1/chat/completions", {"stop": "a" * 10**5}, "stop", "256"),
+        ("/v1/chat/completions", {"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "300"),
+        (
+            "/v1/chat/completions",
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": HUGE}}},
+            "response_format",
+            "256",
+        ),
+        (
+            "/v1/chat/completions",
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SELF}}},
+            "response_format.json_schema.schema",
+            "itself",
+        ),
+        (
+            "/v1/chat/completions",
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": HUGE}}], "tool_choice": "required"},
+            "tools",
+            "256",
+        ),
+        ("/v1/responses", {"text": {"format": {"type": "json_schema", "schema": HUGE}}}, "text", "256"),
+        ("/v1/responses", {"background": True}, "background", "false"),
+        ("/v1/messages", {"tools": [{"name": "f", "input_schema": SELF}]}, "tools", "itself"),
+        ("/v1/messages", {"stop_sequences": ["a"] * 17}, "stop_sequences", "16"),
+        ("/v1/messages", {"output_config": {"format": {"schema": HUGE}}}, "output_config", "256"),
+        ("/inference/v1/generate", {"sampling_params": {"n": 4096}}, "n", "16"),
+        (
+            "/inference/v1/generate",
+            {"sampling_params": {"structured_outputs": {"json": HUGE}}},
+            "structured_outputs.json",
+            "256",
+        ),
+    ],
+)
+async def test_what_would_hold_up_everybody_is_refused_by_field_and_limit(
+    engine: tuple[StandIn, str], tmp_path: Path, path: str, ask: object, field: str, limit: str
+) -> None:
+    stand_in, url = engine
+    async with caller(tmp_path, url) as ada:
+        status, answer, _ = await ada.ask("POST", path, ask)
+        assert (status, answer["error"]["param"]) == (400, field)
+        assert field in answer["error"]["message"]
+        assert limit in answer["error"]["message"]
+        assert (await ada.complete(6000))[0] == 200  # it cost nothing
+    assert path not in stand_in.seen or path == "/v1/completions"
+
+
+class StandIn:
+    """In the place of vLLM: notes what reaches it, and answers with `status`."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.status = 200
+
+        self.bodies: list[bytes] = []
+        self.says: Any = {}
+        """Its answer, or the events of a stream."""
+        self.goes_on: asyncio.Event | None = None
+        """What it waits for before its answer ends."""
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        if request.method == "GET" and request.path == "/v1/models":
+            return web.json_response({"data": [{"max_model_len": CONTEXT}]})
+        self.seen.append(request.raw_path)
+        self.bodies.append(await request.read())
+        if not isinstance(self.says, list):
+            if self.goes_on:
+                await self.goes_on.wait()
+            return web.json_response(self.says, status=self.status)
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await stream.prepare(request)
+        for event in self.says:
+            await stream.write(
+                b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n"
+            )
+        if self.goes_on:
+            await self.goes_on.wait()
+        await stream.write_eof()
+        return stream
+
+
+class Caller:
+    """A learner with a key, in front of a front with these limits."""
+
+    def __init__(self, front: BaseTestServer, front_app: Front, key: str) -> None:
+        self.front = front
+        self.front_app = front_app
+        self.key = key
+
+    def state(self) -> Learner:
+        return self.front_app.learner("ada")
+
+    def level(self) -> float:
+        """What is left of a minute's tokens."""
+        return self.state().tokens.level
+
+    def taken(self) -> int:
+        """Places in the engine."""
+        return self.front_app.turnstile.running.total()
+
+    def begin(self, path: str, body: object, timeout: float = 30) -> requests.Response:
+        """Post; the body of the answer is still to be read."""
+        url = str(self.front.make_url(path))
+        return requests.post(url, json=body, headers=bearer(self.key), stream=True, timeout=timeout)
+
+    async def send(self, path: str, body: object) -> requests.Response:
+        """Post, and read the whole answer."""
+
+        def whole() -> requests.Response:
+            answer = self.begin(path, body)
+            assert answer.content is not None
+            return answer
+
+        return await asyncio.to_thread(whole)
+
+    async def ask(self, method: str, path: str, body: object = None, key: str | None = None) -> tuple[int, Any, str]:
+        """Status, JSON and Retry-After of the answer. The path goes out as it is; a body of bytes does, too."""
+
+        def send() -> tuple[int, Any, str]:
+            connection = HTTPConnection("127.0.0.1", self.front.port, timeout=30)
+            raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+            connection.request(method, path, raw, bearer(self.key if key is None else key))
+            with closing(connection), connection.getresponse() as answer:
+                return answer.status, json.loads(answer.read()), answer.headers.get("Retry-After", "")
+
+        return await asyncio.to_thread(send)
+
+    async def counted(self) -> list[str]:
+        """The front's counters of requests."""
+        url, headers = str(self.front.make_url("/room/metrics")), bearer(KEY)
+        page = await asyncio.to_thread(requests.get, url, headers=headers, timeout=10)
+        return [line for line in page.text.splitlines() if line.startswith("room_requests_total")]
+
+    async def complete(self, max_tokens: int) -> tuple[int, Any, str]:
+        return await self.ask("POST", "/v1/completions", {"max_tokens": max_tokens})
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[tuple[StandIn, str]]:
+    stand_in, app = StandIn(), web.Application()
+    app.add_routes([web.route("*", "/{path:.*}", stand_in.answer)])
+    async with TestServer(app) as server:
+        yield stand_in, str(server.make_url(""))
+
+
+@asynccontextmanager
+async def caller(folder: Path, upstream: str, limits: Limits | None = None) -> AsyncIterator[Caller]:
+    roll = Roll(folder / "keys.json")
+    front = Front(upstream, KEY, roll, limits or Limits())
+    async with TestServer(front.app(), handler_cancellation=True) as server:
+        yield Caller(server, front, roll.issue("ada"))
+
+
+async def test_what_the_engine_refused_costs_no_tokens(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    stand_in, url = engine
+    async with caller(tmp_path, url, Limits(learner_tokens_per_minute=CONTEXT)) as ada:
+        stand_in.status = 400
+        assert [(await ada.complete(10**6))[0] for _ in range(3)] == [400] * 3
+        stand_in.status = 200  # and does not say what it came to
+        assert (await ada.complete(10**6))[0] == 200
+        status, _, wait = await ada.complete(CONTEXT // 2)
+        assert status == 429
+        assert 0 < int(wait) <= 30  # not the hours that it would take to make up for a million
+
+
+@pytest.mark.parametrize(("why", "limits"), [("room_full", Limits(waiting=0)), ("engine_unavailable", Limits())])
+async def test_what_the_room_refused_costs_no_tokens(tmp_path: Path, why: str, limits: Limits) -> None:
+    async with caller(tmp_path, f"http://127.0.0.1:{free_port()}", limits) as ada:
+        for _ in range(2):
+            status, answer, _ = await ada.complete(6000)
+            assert (status, answer["error"]["type"]) == (503, why)
+
+
+USAGE = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
+PIECE = {"choices": [{"index": 0, "text": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/v1/completions", {"choices": [{"text": "aaa"}], "usage": USAGE}),
+        ("/v1/responses", {"usage": {"input_tokens": 1, "output_tokens": 7}}),
+        ("/v1/chat/completions", [PIECE, PIECE, {"choices": [], "usage": USAGE}, b"[DONE]"]),
+        ("/v1/responses", [{"type": "response.completed", "response": {"usage": {"output_tokens": 7}}}]),
+        ("/v1/messages", [{"message": {"usage": {"output_tokens": 0}}}, {"usage": {"output_tokens": 7}}]),
+    ],
+)
+async def test_at_its_end_a_request_costs_what_was_written(
+    engine: tuple[StandIn, str], tmp_path: Path, path: str, says: Any
+) -> None:
+    stand_in, url = engine
+    stand_in.says = says
+    async with caller(tmp_path, url) as ada:
+        assert (await ada.send(path, {"stream": isinstance(says, list)})).status_code == 200
+        assert 5990 <= ada.level() <= 5993 + 1  # of 6,000; the bucket fills a little meanwhile
+
+
+async def test_a_stream_has_no_event_that_its_reader_did_not_ask_for(
+    engine: tuple[StandIn, str], tmp_path: Path
+) -> None:
+    stand_in, url = engine
+    last = {"choices": [], "usage": USAGE}
+    stand_in.says = [PIECE, last, b"[DONE]"]
+    raw = [f"data: {json.dumps(event)}\n\n" for event in (PIECE, last)] + ["data: [DONE]\n\n"]
+    async with caller(tmp_path, url) as ada:
+        without = await ada.send("/v1/completions", {"stream": True, "stream_options": {"x": 1}})
+        asked = await ada.send("/v1/completions", {"stream": True, "stream_options": {"include_usage": True}})
+    assert without.text == raw[0] + raw[2]
+    assert asked.text == "".join(raw)
+    assert [json.loads(body)["stream_options"] for body in stand_in.bodies] == [
+        {"x": 1, "include_usage": True},
+        {"include_usage": True},
+    ]
+
+
+async def test_who_leaves_a_stream_pays_for_what_was_written(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    stand_in, url = engine
+    stand_in.says, stand_in.goes_on = [PIECE] * 5, asyncio.Event()
+    async with caller(tmp_path, url) as ada:
+
+        def leave() -> None:
+            with ada.begin("/v1/completions", {"stream": True, "ignore_eos": True, "max_tokens": 1000}) as answer:
+                lines = answer.iter_lines()
+                assert len([next(lines) for _ in range(9)]) == 9
+                assert ada.level() < 5010
+
+        await asyncio.to_thread(leave)
+        await asyncio.to_thread(eventually, lambda: ada.level() > 5900, "the end of what was left")
+        assert ada.level() <= 5995 + 2
+
+
+async def test_who_leaves_before_the_answer_pays_what_was_asked_for(
+    engine: tuple[StandIn, str], tmp_path: Path
+) -> None:
+    stand_in, url = engine
+    stand_in.goes_on = asyncio.Event()
+    async with caller(tmp_path, url, Limits(learner_tokens_per_minute=6000)) as ada:
+
+        def leave() -> None:
+            with pytest.raises(requests.Timeout):
+                ada.begin("/v1/completions", {"max_tokens": 1000}, timeout=0.5)
+
+        await asyncio.to_thread(leave)
+        await asyncio.to_thread(eventually, lambda: not ada.state().under_way, "the end of what was left")
+        assert ada.level() < 5000 + 400
+
+
+async def test_an_answer_takes_a_place(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    stand_in, url = engine
+    stand_in.goes_on = asyncio.Event()
+    async with caller(tmp_path, url, Limits(learner_places=4)) as ada:
+        first = asyncio.create_task(ada.ask("POST", "/v1/completions", {"n": 2, "prompt": ["a", "b"]}))
+        await asyncio.to_thread(eventually, lambda: ada.taken() == 4, "four places taken")
+        second = asyncio.create_task(ada.ask("POST", "/v1/completions", {"n": 3}))
+        await asyncio.to_thread(eventually, lambda: ada.front_app.turnstile.waiting == 1, "the second waits")
+        assert (await ada.ask("POST", "/v1/completions", {"n": 2}))[0] == 429  # 3 of 4 wait already
+        stand_in.goes_on.set()
+        assert [(await task)[0] for task in (first, second)] == [200, 200]
+        assert ada.taken() == 0
+
+
+async def test_pages_without_a_key_cost_the_engine_one_request_a_second(
+    engine: tuple[StandIn, str], tmp_path: Path
+) -> None:
+    stand_in, url = engine
+    async with caller(tmp_path, url) as ada:
+        answers = await asyncio.gather(*(ada.ask("GET", "/metrics", key="") for _ in range(16)))
+        assert [status for status, _, _ in answers] == [200] * 16
+        assert 1 <= len(stand_in.seen) <= 2
+        assert (await ada.ask("GET", "/room/metrics", key=""))[0] == 401
+        assert (await ada.ask("GET", "/room/metrics"))[0] == 401  # a learner's key
+
+
+async def test_paths_that_are_relayed(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    stand_in, url = engine
+    paths = [*RELAYED, "/v1/models?a=%2F..&b=/../x"]
+    async with caller(tmp_path, url, Limits(learner_tokens_per_minute=10**6)) as ada:
+        for path in paths:
+            assert (await ada.ask("POST", path, {}))[0] == 200
+        assert [(await ada.ask("GET", path, key=""))[0] for path in ("/metrics", "/tokenize")] == [200, 401]
+    assert [path.partition("?")[0] for path in stand_in.seen] == [*RELAYED, "/v1/models", "/metrics"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/invocations",
+        "/v1/../invocations",
+        "/v1/%2e%2e/invocations",
+        "/v1/x/../completions",
+        "/v1/./completions",
+        "/v1//completions",
+        "//v1/completions",
+        "/v1/completions/",
+        "/v1/complet%69ons",
+        "/v1/models/../../invocations",
+        "/health/../invocations",
+        "/tokenize/..%2finvocations",
+        "/v1/chat/completions/batch",
+        "/inference/v1/abort_requests",
+    ],
+)
+async def test_no_other_path_reaches_the_engine(engine: tuple[StandIn, str], tmp_path: Path, path: str) -> None:
+    stand_in, url = engine
+    async with caller(tmp_path, url) as ada:
+        status, answer, _ = await ada.ask("POST", path, {"max_tokens": 9})
+    assert (status, answer["error"]["type"]) == (404, "not_found")
+    assert not stand_in.seen
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (b'{"max_tokens": Infinity}', 400, "max_tokens must be a whole number"),
+        (b'{"max_tokens": 1e999}', 400, "max_tokens must be a whole number"),
+        (b'{"max_tokens": NaN}', 400, "max_tokens must be a whole number"),
+        (b'{"max_tokens": "2000.0"}', 400, "max_tokens must be a whole number"),  # vLLM reads 2000
+        (b'{"max_tokens": 5, "n": 0.5}', 400, "n must be a whole number"),
+        (b"[" * 200_000, 400, "nested too deeply"),
+        (b" " * ((1 << 20) + 1), 413, "exceeded"),
+    ],
+)
+async def test_what_cannot_be_counted_is_refused(
+    engine: tuple[StandIn, str], tmp_path: Path, body: bytes, status: int, says: str
+) -> None:
+    stand_in, url = engine
+    async with caller(tmp_path, url) as ada:
+        got, answer, _ = await ada.ask("POST", "/v1/completions", body)
+        assert (got, answer["error"]["code"]) == (status, status)
+        assert answer["error"].keys() == {"message", "type", "param", "code"}
+        assert says in answer["error"]["message"]
+        assert await ada.counted() == [f'room_requests_total{{path="/v1/completions",status="{status}"}} 1.0']
+    assert not stand_in.seen
+
+
+async def test_a_body_that_is_not_what_its_header_says(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    _, url = engine
+    async with caller(tmp_path, url) as ada:
+        target, headers = str(ada.front.make_url("/v1/completions")), bearer(ada.key) | {"Content-Encoding": "gzip"}
+        answer = await asyncio.to_thread(requests.post, target, data=b"not gzip at all", headers=headers, timeout=10)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, "The body cannot be read.")
+
+
+async def hold(turnstile: Turnstile, name: str, entered: list[str], leave: asyncio.Event) -> None:
+    async with turnstile.place(name):
+        entered.append(name)
+        await leave.wait()
+
+
+async def test_free_places_go_round() -> None:
+    turnstile = Turnstile(Limits(places=2, learner_places=4))
+    entered: list[str] = []
+    leave = asyncio.Event()
+    names = ["greedy"] * 6 + ["ada", "grace", "ada"]
+    tasks = [asyncio.create_task(hold(turnstile, name, entered, leave)) for name in names]
+    await asyncio.sleep(0)
+    assert entered == ["greedy", "greedy"]
+    leave.set()
+    await asyncio.gather(*tasks)
+    assert entered[2:5] in (["greedy", "ada", "grace"], ["ada", "grace", "greedy"], ["ada", "greedy", "grace"])
+    assert turnstile.running.total() == 0
+    assert turnstile.waiting == 0
+
+
+async def test_too_many_are_refused_and_leavers_free_their_place() -> None:
+    turnstile = Turnstile(Limits(places=1, waiting=2, patience=0.2, learner_places=1))
+    leave = asyncio.Event()
+    first = asyncio.create_task(hold(turnstile, "ada", [], leave))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(hold(turnstile, "ada", [], leave))
+    third = asyncio.create_task(hold(turnstile, "grace", [], leave))
+    await asyncio.sleep(0)
+    with pytest.raises(Refused) as share:
+        await hold(turnstile, "ada", [], leave)
+    with pytest.raises(Refused) as full:
+        await hold(turnstile, "alan", [], leave)
+    assert (share.value.status, full.value.status) == (429, 503)
+    second.cancel()
+    with pytest.raises(Refused, match=r"within 0\.2 s"):
+        await third
+    assert turnstile.waiting == 0
+    first.cancel()
+    with suppress(asyncio.CancelledError):
+        await first
+    assert turnstile.running.total() == 0
+
+
+def test_the_front_needs_the_instructors_key(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="needs a key"):
+        find_server("room").argv(Settings(state_dir=tmp_path), tmp_path, {"vllm": {"http": "127.0.0.1:8000"}})
+
+
+def test_a_key_that_jupyterhub_would_not_take_is_refused_before_anything_starts() -> None:
+    with pytest.raises(LaunchError, match="8 characters or more; SERVEBOOK_API_KEY has 7"):
+        instructors_key(load_settings(api_key="sevench"))
+    assert instructors_key(load_settings(api_key="eight-ch")) == "eight-ch"
