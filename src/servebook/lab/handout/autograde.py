@@ -10,8 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -40,7 +38,7 @@ from servebook.checkout import ROOT
 from servebook.lab.feedback import Result
 from servebook.lab.handout import confine
 from servebook.lab.handout.remarks import forget_remarks, remark
-from servebook.lab.manifest import find_exercise
+from servebook.lab.judge.process import JudgeProcess
 from servebook.launch.processes import end
 
 MARK = "NBGRADER_SUBMISSION"
@@ -99,7 +97,8 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
             self.allowed = confine.folders(self.folder, Path.cwd(), self.scratch)
         else:
             self.log.warning("This machine has no Landlock: submissions can read all that you can, solutions too")
-        self.judge = self._start_judge()
+        told = {confine.TOLD: json.dumps(self.allowed)} if self.allowed else {}
+        self.judge = JudgeProcess(self.environment | told)
         try:
             executed: tuple[Any, Any] = super().preprocess(nb, resources, km)
             return executed
@@ -107,8 +106,7 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
             remark(resources, "not graded: the submission's kernel died")
             raise
         finally:
-            self.judge.kill()
-            self.judge.communicate()
+            self.judge.end()
             for command in end(f"{MARK}={self.mark}", GRACE_SECONDS):
                 self.log.info("Ended what the submission had started: %s", command)
             shutil.rmtree(self.scratch.parent, ignore_errors=True)
@@ -137,33 +135,15 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
 
     def _judged(self, exercise_id: str, cell: Any, resources: Any, index: int) -> Result:
         """Let the judge ask the kernel."""
-        assert self.judge.stdin
-        assert self.judge.stdout
-        address = str(self.scratch / f"{uuid4().hex[:8]}.sock")
-        question = {"exercise": exercise_id, "folder": str(self.folder), "socket": address}
-        print(json.dumps(question), file=self.judge.stdin, flush=True)
-        self.judge.stdout.readline()  # it listens
+        address = self.scratch / uuid4().hex[:8]
+        self.judge.ask(exercise_id, self.folder, address)
         source = cell.source
-        cell.source = f"from servebook.lab.judge.learner import serve as _serve; _serve({address!r})"
+        cell.source = f"from servebook.lab.judge.learner import serve as _serve; _serve({str(address)!r})"
         try:
             super().preprocess_cell(cell, resources, index)
         finally:
             cell.source = source
-            print(file=self.judge.stdin, flush=True)  # the kernel has answered, or never will
-        told = json.loads(self.judge.stdout.readline())
-        return Result(find_exercise(exercise_id)[1], **told)
-
-    def _start_judge(self) -> subprocess.Popen[str]:
-        told = {confine.TOLD: json.dumps(self.allowed)} if self.allowed else {}
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "servebook.lab.judge"],
-            env=os.environ | self.environment | told,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
+        return self.judge.verdict(exercise_id)
 
 
 SANITIZE_STEPS = [MendStructure, ClearOutput, DeduplicateIds, OverwriteKernelspec, OverwriteCells, CheckCellMetadata]
