@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -358,7 +359,8 @@ def test_a_submissions_server_ends_in_order(
     desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
 ) -> None:
     """By its supervisor, also where it was to outlive its kernel; else `status` would say that it has failed."""
-    paths = f"{TINY.parent}:{os.environ.get('PYTHONPATH', '')}"
+    shutil.copy(TINY, tmp_path)  # a submission cannot read the tests
+    paths = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     for name, value in (desk.env | {"PYTHONPATH": paths, "JUPYTER_PREFER_ENV_PATH": "1"}).items():
         monkeypatch.setenv(name, value)
     code = f"import tiny_server; tiny_server.install()\nfrom servebook import launch\nlaunch.{start}('vllm')"
