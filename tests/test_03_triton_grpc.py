@@ -32,6 +32,7 @@ from servebook.ways.triton_grpc import client as triton_client
 from servebook.ways.triton_grpc.aio_client import TritonClient
 from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
 from servebook.ways.triton_grpc.client import Chunk
+from servebook.workbook.notebook import measure_pace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -417,17 +418,25 @@ async def test_200_random_cancels(triton: Server) -> None:
     assert {role: process.pid for role, process in family(triton).items()} == before
 
 
+def patience(server: Server) -> float:
+    """Seconds in which LONG cannot be done, on an engine of any speed."""
+    return measure_pace(lambda n: triton_client.generate(server.grpc, PROMPT, max_tokens=n, ignore_eos=True)).seconds(
+        LONG["max_tokens"] // 3, at_most=0.5
+    )
+
+
 def test_a_deadline_ends_the_request_on_both_sides(triton: Server) -> None:
     with pytest.raises(InferenceServerException) as error:
-        list(triton_client.stream(triton.grpc, PROMPT, deadline=0.5, **LONG))
+        list(triton_client.stream(triton.grpc, PROMPT, deadline=patience(triton), **LONG))
     assert error.value.status() == "StatusCode.DEADLINE_EXCEEDED"
     wait_until(lambda: running(triton) == 0, "the engine is free")
 
 
 async def test_a_deadline_in_asyncio(triton: Server) -> None:
+    seconds = await asyncio.to_thread(patience, triton)
     async with TritonClient(triton.grpc) as client:
         with pytest.raises(InferenceServerException) as error:
-            await client.generate(PROMPT, deadline=0.5, **LONG)
+            await client.generate(PROMPT, deadline=seconds, **LONG)
     assert error.value.status() == "StatusCode.DEADLINE_EXCEEDED"
     await until(lambda: running(triton) == 0, "the engine is free")
 

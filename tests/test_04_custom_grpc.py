@@ -40,6 +40,7 @@ from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
 from servebook.ways.metrics import metric
+from servebook.workbook.notebook import measure_pace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -224,6 +225,10 @@ async def test_32_streams_neither_mix_nor_skip(aio: GrpcAioClient) -> None:
 # How it refuses
 
 
+REF_LOOP = json.dumps({"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}})
+NAMES: dict[str, Any] = {f"p{number}": {} for number in range(201)}
+
+
 def invalid_requests() -> dict[str, tuple[pb.GenerateRequest, str]]:
     def request(**fields: Any) -> pb.GenerateRequest:
         defaults: dict[str, Any] = {"prompt": "x", "max_tokens": 1}
@@ -250,10 +255,22 @@ def invalid_requests() -> dict[str, tuple[pb.GenerateRequest, str]]:
         "top_k": (sampling(top_k=-1), "sampling.top_k"),
         "empty stop": (sampling(stop=[""]), "sampling.stop"),
         "many stops": (sampling(stop=["x"] * 17), "sampling.stop"),
-        "bad regex": (sampling(regex="("), "sampling.constraint"),
+        "bad regex": (sampling(regex="("), "sampling.regex"),
+        "a regex that fills the status": (sampling(regex="([" * 3500), "sampling.regex"),
+        **{
+            regex: (sampling(regex=regex), "sampling.regex")
+            for regex in ("foo**", r"\p{L}+", "(?P<a>x)", "(?i)a", "a++")
+        },
+        "many copies": (sampling(regex="(a{30}){30}"), "sampling.regex"),
         "long regex": (sampling(regex="x" * 20_000), "sampling.regex"),
-        "bad schema": (sampling(json_schema="{"), "sampling.constraint"),
-        "no choice": (sampling(choice=pb.Choice()), "sampling.constraint"),
+        "bad schema": (sampling(json_schema="{"), "sampling.json_schema"),
+        "a schema for a billion items": (sampling(json_schema='{"minItems": 1000000000}'), "sampling.json_schema"),
+        "a schema for no text": (sampling(json_schema='{"enum": []}'), "sampling.json_schema"),
+        "a $ref to itself": (sampling(json_schema=REF_LOOP), "sampling.json_schema"),
+        "many properties": (sampling(json_schema=json.dumps({"properties": NAMES})), "sampling.json_schema"),
+        "no choice": (sampling(choice=pb.Choice()), "sampling.choice"),
+        "many choices": (sampling(choice=pb.Choice(options=["x"] * 501)), "sampling.choice"),
+        "long stop": (sampling(stop=["x" * 257]), "sampling.stop"),
     }
 
 
@@ -266,6 +283,9 @@ def test_invalid_argument_names_the_field(client: GrpcClient, name: str) -> None
     [violation] = detail(caught.value, error_details_pb2.BadRequest).field_violations
     assert violation.field == field
     assert caught.value.details() == f"{violation.field}: {violation.description}"
+    with pytest.raises(grpc.RpcError) as streamed:
+        list(stub_on(client.channel).StreamGenerate(as_stream(request), timeout=60))
+    assert (streamed.value.code(), streamed.value.details()) == (caught.value.code(), caught.value.details())
 
 
 def test_a_stream_is_refused_like_a_unary_call(client: GrpcClient) -> None:
@@ -297,6 +317,21 @@ def test_the_status_carries_an_id_that_the_log_has_without_the_prompt(
     assert secret not in grpc_server.tail(1000)
 
 
+def as_stream(request: pb.GenerateRequest) -> pb.StreamGenerateRequest:
+    return pb.StreamGenerateRequest.FromString(request.SerializeToString())  # the same fields by the same numbers
+
+
+SCHEMAS = st.recursive(
+    st.sampled_from(["string", "integer", "array", "object", 7]).map(lambda name: {"type": name})
+    | st.dictionaries(st.sampled_from(["minItems", "maxLength", "minimum", "multipleOf"]), st.integers(), max_size=2),
+    lambda inner: (
+        st.fixed_dictionaries({"type": st.just("array"), "items": inner})
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3).map(lambda named: {"properties": named})
+        | st.lists(inner, max_size=2).map(lambda each: {"anyOf": each})
+        | st.just({"$ref": "#"})
+    ),
+    max_leaves=4,
+)
 texts = st.text(max_size=40)
 fields = st.fixed_dictionaries(
     {},
@@ -311,7 +346,12 @@ samplings = st.builds(
     top_k=st.none() | st.integers(-(2**31), 2**31 - 1),
     seed=st.none() | st.integers(-(2**63), 2**63 - 1),
     stop=st.lists(texts, max_size=20),
-    regex=st.none() | texts,
+)
+constraints = st.one_of(
+    st.builds(dict),
+    st.builds(lambda text: {"regex": text}, texts | st.text(alphabet="a(){}[]*+?|\\p19,", max_size=12)),
+    st.builds(lambda schema: {"json_schema": json.dumps(schema)}, SCHEMAS),
+    st.builds(lambda options: {"choice": pb.Choice(options=options)}, st.lists(texts, max_size=4)),
 )
 inputs = st.one_of(
     st.builds(lambda prompt: {"prompt": prompt}, texts),
@@ -326,10 +366,15 @@ inputs = st.one_of(
 @hypothesis_settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(inputs, fields, samplings)
+@given(inputs, fields, samplings, constraints)
 def test_any_request_is_served_or_refused_never_failed(
-    client: GrpcClient, given_input: dict[str, Any], given_fields: dict[str, Any], sampling: pb.Sampling
+    client: GrpcClient,
+    given_input: dict[str, Any],
+    given_fields: dict[str, Any],
+    sampling: pb.Sampling,
+    constraint: dict[str, Any],
 ) -> None:
+    sampling.MergeFrom(pb.Sampling(**constraint))
     request = pb.StreamGenerateRequest(**given_input, **given_fields, sampling=sampling)
     call = stub_on(client.channel).StreamGenerate(request, timeout=60)
     with suppress(grpc.RpcError):
@@ -421,9 +466,12 @@ def test_a_cancel_reaches_the_engine_at_once(client: GrpcClient, grpc_server: la
 
 
 def test_a_deadline_reaches_the_engine_at_once(client: GrpcClient, grpc_server: launch.Server) -> None:
+    # The answer goes on to the end of the context, some 2,000 tokens: no engine is there after 500.
+    pace = measure_pace(lambda n: client.generate("Once", max_tokens=n, sampling=FOREVER))
+    seconds = pace.seconds(500, at_most=5)
     times = []
     for _ in range(3):
-        endless = Endless(client, seconds=5)
+        endless = Endless(client, seconds)
         with pytest.raises(grpc.RpcError) as caught:
             list(endless.call)
         times.append(max(endless.ended_in(grpc_server)))
@@ -648,7 +696,9 @@ def is_refused(client: GrpcClient) -> bool:
 def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient, guarded: launch.Server) -> None:
     watch = health_pb2_grpc.HealthStub(friend.channel).Watch(health_pb2.HealthCheckRequest(), timeout=120)
     assert next(watch).status == SERVING
-    request = pb.StreamGenerateRequest(prompt="Once", max_tokens=60, sampling=FOREVER)
+    pace = measure_pace(lambda n: friend.generate("Once", max_tokens=n, sampling=FOREVER))
+    tokens = pace.tokens(2, at_least=60)  # still under way when the signal comes, and done within the grace time
+    request = pb.StreamGenerateRequest(prompt="Once", max_tokens=tokens, sampling=FOREVER)
     calls = [stub_on(friend.channel).StreamGenerate(request, timeout=60) for _ in range(3)]
     for call in calls:
         next(call)
@@ -660,7 +710,7 @@ def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient,
     for call in calls:
         last = list(call)[-1]
         assert last.is_finished
-        assert last.usage.completion_tokens == 60
+        assert last.usage.completion_tokens == tokens
     _, alive = psutil.wait_procs(family, timeout=IDLE_SECONDS)
     assert not alive
     assert '"event": "stopped"' in guarded.tail(50)

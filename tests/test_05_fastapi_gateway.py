@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -30,11 +29,11 @@ from servebook.launch.processes import free_port
 from servebook.ways.fastapi_gateway.server.app import PAGE, create_app
 from servebook.ways.fastapi_gateway.server.chat import chat_events
 from servebook.ways.fastapi_gateway.server.config import Config
-from servebook.ways.fastapi_gateway.server.disconnect import CancelOnDisconnect
 from servebook.ways.fastapi_gateway.server.engine import Engine
-from servebook.ways.fastapi_gateway.server.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS, BodyLimit
+from servebook.ways.fastapi_gateway.server.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS
 from servebook.ways.fastapi_gateway.server.telemetry import Metrics, Telemetry
 from servebook.ways.metrics import metric
+from servebook.workbook.notebook import measure_pace
 
 GATEWAY = "servebook.ways.fastapi_gateway.server"
 KEY = "only-for-this-test"
@@ -174,6 +173,35 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(gateway: launch.Serve
     assert raw.count(b'data: {"text"') > 2
 
 
+async def test_unicodes_line_ends_keep_an_event_on_one_line(vllm: launch.Server) -> None:
+    words = "one\u2028two\u2029three\u0085four"
+    body = {"messages": [{"role": "user", "content": "Go."}], "structured_outputs": {"choice": [words]}}
+    async with Engine(Config(vllm.url)) as engine:
+        events = chat_events(await engine.call("lines").stream(body), "lines", Metrics())
+        raw = b"".join([event async for event in events]).decode()
+    assert "".join(piece["text"] for piece in texts(raw)) == words
+    assert all(json.loads(line[6:]) for line in raw.splitlines() if line and line != "data: [DONE]")
+
+
+def test_clients_of_other_dialects_are_answered(gateway: launch.Server) -> None:
+    """The middleware that does it has tests of its own (test_asgi.py); here it is in place."""
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA"}
+    for path in ("/chat", "/chat/stream"):
+        answer = requests.post(f"{gateway.url}{path}", json=JAPAN | {"max_tokens": 2}, headers=offer, timeout=60)
+        assert answer.status_code == 200
+        assert path == "/chat" or answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    for path in ("/healthz", "/readyz", "/", "/docs"):
+        answer = requests.head(f"{gateway.url}{path}", timeout=30)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_without_vllms_files_there_is_a_gateway_without_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.ways.fastapi_gateway.server.app.SWAGGER", "moved")
+    paths = {getattr(route, "path", "") for route in create_app(Config("http://127.0.0.1:9")).routes}
+    assert "/docs" not in paths
+    assert "/chat" in paths
+
+
 # What the gateway refuses
 
 BAD_BODIES: dict[str, bytes] = {
@@ -235,22 +263,6 @@ def test_other_refusals(gateway: launch.Server, path: str) -> None:
     assert status(json={"message": "word " * 5_000}) == (400, "too_long")
     assert status(json={"message": "hello", "system": "x" * 300_000}) == (413, "too_large")
     assert status(method="GET") == (405, "http_error")
-
-
-def test_a_body_that_does_not_end_is_given_up(vllm: launch.Server) -> None:
-    async def never() -> Message:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    sent: list[Message] = []
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    app = BodyLimit(create_app(Config(vllm.url)), limit=100, seconds=0.05)
-    scope: Scope = {"type": "http", "method": "POST", "path": "/chat", "headers": [], "state": {"request_id": "slow"}}
-    asyncio.run(app(scope, never, send))
-    assert sent[0]["status"] == 408
 
 
 @pytest.mark.parametrize("headers", [{}, with_key("wrong"), with_key(""), {"Authorization": f"Basic {KEY}"}])
@@ -363,28 +375,6 @@ def test_a_disconnect_aborts_in_the_engine_within_200_ms(
     ask["stream"] = path == "/chat/stream"
     direct = seconds_to_let_go(vllm.url, "/v1/chat/completions", ask, vllm.url)
     assert seconds_to_let_go(gateway.url, path, STORY, vllm.url) - direct < 0.2
-
-
-async def test_a_reader_who_never_reads_counts_as_gone() -> None:
-    cancelled = asyncio.Event()
-
-    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            while True:
-                await send({"type": "http.response.body", "body": b"x", "more_body": True})
-        finally:
-            cancelled.set()
-
-    async def connected() -> Message:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def full(_: Message) -> None:
-        await asyncio.Event().wait()
-
-    async with asyncio.timeout(5):
-        await CancelOnDisconnect(endless, reader_seconds=0.05)({"type": "http"}, connected, full)
-    assert cancelled.is_set()
 
 
 # Units: the application without a socket
@@ -582,8 +572,14 @@ def test_the_engine_killed_under_load_and_back(doomed: launch.Server) -> None:
 def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: launch.Server) -> None:
     """While one caller waits for /chat, the article's gateway answers nobody; ours does."""
 
+    def write(tokens: int) -> None:
+        body = {"model": vllm.model, "prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
+        requests.post(f"{vllm.url}/v1/completions", json=body, timeout=60).raise_for_status()
+
+    long = {"message": STORY["message"], "max_tokens": measure_pace(write).tokens(5, at_least=200)}
+
     def answers_meanwhile(url: str) -> bool:
-        with half_a_request(url, "/chat", {"message": STORY["message"], "max_tokens": 200}) as caller:
+        with half_a_request(url, "/chat", long) as caller:
             until("the engine has the request", lambda: metric(vllm.url, "vllm:num_requests_running") >= 1)
             requests.get(f"{url}/healthz", timeout=60)
             caller.setblocking(False)

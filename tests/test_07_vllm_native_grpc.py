@@ -16,6 +16,7 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from servebook import launch
 from servebook.errors import LaunchError
 from servebook.ways.vllm_native_grpc.client import ENGINE, Piece, VllmGrpcClient
+from servebook.workbook.notebook import measure_pace
 
 PROMPT = "The capital of France is"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -131,8 +132,9 @@ def test_leaving_the_loop_stops_the_engine(client: VllmGrpcClient) -> None:
 
 @engine
 def test_deadline_stops_the_engine(client: VllmGrpcClient) -> None:
+    pace = measure_pace(lambda n: client.generate(PROMPT, max_tokens=n, ignore_eos=True))
     with pytest.raises(grpc.RpcError) as caught:
-        list(client.stream(PROMPT, timeout=2, **ENDLESS))
+        list(client.stream(PROMPT, timeout=pace.seconds(500, at_most=2), **ENDLESS))
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     until(lambda: idle(client), seconds=10)
 

@@ -26,6 +26,7 @@ from servebook.launch.processes import free_port
 from servebook.settings import Settings
 from servebook.ways.metrics import metric
 from servebook.ways.scale_out.client import RouterClient
+from servebook.workbook.notebook import measure_pace
 
 REPLICAS = ["vllm-replica-1", "vllm-replica-2"]
 PROMPT = "The capital of France is"
@@ -235,9 +236,9 @@ def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(
     assert sent_by(client, lambda: [complete(router) for _ in range(4)]) == [2, 2]
 
 
-def end_of_stream(router: launch.Server) -> str:
+def end_of_stream(router: launch.Server, tokens: int) -> str:
     """The last line of a long stream, or the name of the error that cut it."""
-    body = {"model": router.model, "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"model": router.model, "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True}
     try:
         with requests.post(f"{router.url}/v1/completions", json=body, stream=True, timeout=120) as answer:
             *_, last = [line for line in answer.iter_lines() if line]
@@ -256,19 +257,23 @@ def test_a_replica_killed_under_load_loses_no_request_that_has_not_begun(
         """Counts that stay when an answer has ended: a slow look at them misses nothing."""
         return [metric(replica, "vllm:time_to_first_token_seconds_count") for replica in (doomed, other)]
 
+    # All must be at work still when the replica dies, on an engine of any speed.
+    pace = measure_pace(lambda n: complete(router, max_tokens=n, ignore_eos=True))
+    tokens = pace.tokens(3, at_least=32)
+    victim = entry(REPLICAS[0])["pid"]
     first, second = begun()
     with ThreadPoolExecutor(2 * CALLERS + 2) as pool:
-        streams = [pool.submit(end_of_stream, router) for _ in range(2)]
+        streams = [pool.submit(end_of_stream, router, pace.tokens(6, at_least=200)) for _ in range(2)]
         eventually(lambda: begun() == [first + 1, second + 1], "one stream at each replica")
         at_doomed = client.sent(doomed)
-        early = [pool.submit(complete, router, max_tokens=32, ignore_eos=True) for _ in range(CALLERS)]
+        early = [pool.submit(complete, router, max_tokens=tokens, ignore_eos=True) for _ in range(CALLERS)]
         eventually(lambda: client.sent(doomed) == at_doomed + CALLERS / 2, "half of the requests at the replica")
-        os.kill(entry(REPLICAS[0])["pid"], signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
         late = [pool.submit(complete, router) for _ in range(CALLERS)]
         answers = [each.result(timeout=120) for each in early + late]
         assert sorted(each.result(timeout=120) for each in streams) == ["ChunkedEncodingError", "data: [DONE]"]
     assert [answer.status_code for answer in answers] == [200] * (2 * CALLERS)
-    assert [answer.json()["usage"]["completion_tokens"] for answer in answers[:CALLERS]] == [32] * CALLERS
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers[:CALLERS]] == [tokens] * CALLERS
     assert metric(router.metrics, "vllm_router_retries_total") >= CALLERS / 2
     eventually(lambda: client.replicas()[doomed] is False, "the router's health check to see it")
     assert [entry(name)["state"] for name in ["router", *REPLICAS]] == ["ready", "failed", "ready"]

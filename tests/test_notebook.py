@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import grpc
@@ -19,7 +20,18 @@ from servebook import ServebookError
 from servebook.settings import load_settings
 from servebook.ways.metrics import metric
 from servebook.workbook import notebook
-from servebook.workbook.notebook import bars, curves, expect_error, show, timeline, versions, wire
+from servebook.workbook.notebook import (
+    Pace,
+    bars,
+    curves,
+    expect_error,
+    machine_card,
+    measure_pace,
+    show,
+    timeline,
+    versions,
+    wire,
+)
 
 
 @pytest.fixture
@@ -159,3 +171,32 @@ def test_metric_that_is_not_there(page: str) -> None:
         metric(page, "vllm:nothing")
     with pytest.raises(ServebookError, match=r"no metrics at http://127.0.0.1:1/metrics"):
         metric("127.0.0.1:1", "vllm:nothing")
+
+
+@pytest.mark.parametrize(("speed", "asked"), [(20, [4, 32]), (1000, [4, 32, 128, 512]), (300, [4, 32, 128])])
+def test_pace_looks_longer_where_the_engine_is_fast(
+    speed: int, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, said = [0.0], []
+
+    def write(tokens: int) -> None:
+        said.append(tokens)
+        clock[0] += tokens / speed
+
+    monkeypatch.setattr(notebook, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert measure_pace(write).tokens_per_s == pytest.approx(speed)
+    assert said == asked
+
+
+@pytest.mark.parametrize(("speed", "seconds", "tokens"), [(25, 0.5, 96), (500, 0.5, 1500), (20_000, 0.025, 1500)])
+def test_what_is_asked_for_outlasts_the_deadline(speed: float, seconds: float, tokens: int) -> None:
+    pace = Pace(speed)
+    assert pace.seconds(500, at_most=0.5) == seconds
+    assert pace.tokens(3, at_least=96) == tokens
+    assert tokens / speed > seconds
+
+
+def test_the_machine_card_says_where_and_how_fast(displayed: list[dict[str, str]]) -> None:
+    pace = machine_card(lambda tokens: None, load_settings(device="cpu"))
+    assert displayed[0]["text/plain"].startswith("cpu: ")
+    assert displayed[0]["text/plain"].endswith(f"· smollm2 · {pace.tokens_per_s:.0f} tokens/s for one caller")

@@ -1,4 +1,4 @@
-"""The Triton backend's parts that need no engine: requests, responses, files, the server's command."""
+"""The Triton backend's parts that need no engine: arrays, files, the server's command."""
 
 from __future__ import annotations
 
@@ -12,189 +12,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.logprobs import Logprob
-from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind
 
 from servebook.engine.arguments import engine_args, engine_argv
 from servebook.errors import LaunchError
 from servebook.settings import Settings
 from servebook.ways.triton_grpc.backend.files import ModelFilesError, engine_words_as_json, read_engine_args, read_loras
 from servebook.ways.triton_grpc.backend.repository import MODEL_REPOSITORY, render_repository
-from servebook.ways.triton_grpc.backend.request import (
-    BadRequest,
-    GenerateRequest,
-    UnsupportedRequest,
-    parse_request,
-    stream_interval,
-    text_tensor,
-)
-from servebook.ways.triton_grpc.backend.response import Responses
 from servebook.ways.triton_grpc.backend.server import tritonserver_command
-from servebook.ways.v2.contract import INPUTS, OPTIONAL_OUTPUTS
+from servebook.ways.triton_grpc.backend.tensors import arrays, elements
 
 
-def parse(text: Any = b"Hello", parameters: Any = "{}", **inputs: Any) -> GenerateRequest:
-    tensors = {"text_input": np.array([text], dtype=np.object_)}
-    for name, value in inputs.items():
-        tensors[name] = np.array([value], dtype=np.object_ if isinstance(value, bytes) else None)
-    return parse_request(tensors, parameters)
-
-
-def test_a_request_without_options_is_unary_and_echoes() -> None:
-    request = parse()
-    assert (request.prompt, request.stream, request.echo, request.lora_name) == ("Hello", False, True, None)
-    assert request.sampling.output_kind is RequestOutputKind.FINAL_ONLY
-    assert request.sampling.max_tokens == 16  # vLLM's default, as in NVIDIA's container
-    assert request.outputs == frozenset()
-
-
-def test_streaming_never_echoes_and_asks_for_deltas() -> None:
-    assert not parse(stream=True).echo
-    assert not parse(stream=True, exclude_input_in_output=True).echo
-    assert parse(stream=True).sampling.output_kind is RequestOutputKind.DELTA
-    with pytest.raises(BadRequest, match="When streaming, `exclude_input_in_output` = False is not allowed"):
-        parse(stream=True, exclude_input_in_output=False)
-    assert not parse(exclude_input_in_output=True).echo
-
-
-@pytest.mark.parametrize("name", OPTIONAL_OUTPUTS)
-def test_optional_outputs_are_asked_for_by_name(name: str) -> None:
-    assert parse(**{f"return_{name}": True}).outputs == {name}
-    assert parse(**{f"return_{name}": False}).outputs == frozenset()
-    assert f"return_{name}" in {tensor["name"] for tensor in INPUTS}
-
-
-def test_tokens_share_responses_where_there_are_many_streams() -> None:
-    assert [stream_interval(requests) for requests in (1, 3, 4, 6, 8, 32)] == [1, 1, 2, 3, 4, 4]
-
-
-def test_strings_become_what_the_field_is() -> None:
-    values = {"max_tokens": "7", "temperature": "0.5", "ignore_eos": "false", "seed": "3", "logprobs": "2", "top_p": 1}
-    sampling = parse(sampling_parameters=json.dumps(values).encode()).sampling
-    assert (sampling.max_tokens, sampling.temperature, sampling.ignore_eos) == (7, 0.5, False)
-    assert (sampling.seed, sampling.logprobs, sampling.top_p) == (3, 2, 1.0)
-
-
-def test_the_tensor_wins_over_request_parameters_and_null_means_default() -> None:
-    assert parse(parameters='{"max_tokens": 5}').sampling.max_tokens == 5
-    assert parse(parameters='{"max_tokens": 5}', sampling_parameters=b"{}").sampling.max_tokens == 16
-    assert parse(parameters='{"max_tokens": null}').sampling.max_tokens == 16
-
-
-@pytest.mark.parametrize("key", ["structured_outputs", "guided_decoding"])
-@pytest.mark.parametrize("nested", [False, True])
-def test_structured_outputs_come_as_object_or_as_json_within_json(key: str, nested: bool) -> None:
-    choice: Any = {"choice": ["예", "아니요"]}
-    request = parse(parameters=json.dumps({key: json.dumps(choice) if nested else choice}))
-    assert request.sampling.structured_outputs.choice == ["예", "아니요"]
-
-
-BAD_PARAMETERS = [
-    ("{", "sampling_parameters: not JSON"),
-    ("[1]", "sampling_parameters: must be a JSON object, got list"),
-    ('{"temperature": NaN}', "sampling_parameters: not JSON: NaN is not a JSON number"),
-    ('{"temperature": 1e999}', "sampling_parameters: not JSON: 1e999 is not finite"),
-    ('{"seed": 9223372036854775808}', "sampling_parameters: not JSON: 9223372036854775808 does not fit into 64 bits"),
-    ('{"seed": 1' + "0" * 5000 + "}", "sampling_parameters: not JSON: 1000"),
-    ("[" * 100_000, "sampling_parameters: not JSON"),
-    (r'{"stop": "\ud800"}', "sampling_parameters: not JSON"),
-    ('{"temprature": 1}', "sampling_parameters.temprature: vLLM has no such sampling parameter"),
-    ('{"output_kind": 0}', "sampling_parameters.output_kind: vLLM has no such sampling parameter"),
-    ('{"_eos_token_id": 0}', "sampling_parameters._eos_token_id: vLLM has no such sampling parameter"),
-    ('{"temperature": -1}', "sampling_parameters.temperature: temperature must be non-negative"),
-    ('{"max_tokens": "many"}', "sampling_parameters.max_tokens: Input should be a valid integer"),
-    ('{"max_tokens": 1.5}', "sampling_parameters.max_tokens: Input should be a valid integer"),
-    ('{"n": 0}', "sampling_parameters: n must be at least 1"),
-    ('{"stop": [1]}', "sampling_parameters.stop"),
-    ('{"structured_outputs": "{"}', "sampling_parameters: not JSON"),
-    ('{"structured_outputs": {"choice": ["a"], "regex": "b"}}', "one kind of structured outputs"),
-    ('{"lora_name": 7}', "sampling_parameters.lora_name: must be a string"),
-]
-
-
-@pytest.mark.parametrize(("parameters", "reason"), BAD_PARAMETERS, ids=[reason[:60] for _, reason in BAD_PARAMETERS])
-def test_bad_sampling_parameters_are_named(parameters: str, reason: str) -> None:
-    with pytest.raises(BadRequest) as refusal:
-        parse(parameters=parameters)
-    assert reason in str(refusal.value)
-
-
-def test_bad_inputs_are_named() -> None:
-    with pytest.raises(BadRequest, match="text_input: the prompt is empty"):
-        parse(b"")
-    with pytest.raises(BadRequest, match="text_input: not UTF-8"):
-        parse(b"\xff")
-    for name in ("image", "embedding_request"):
-        with pytest.raises(UnsupportedRequest, match=f"{name}: this backend generates text"):
-            parse(**{name: b"x"})
-
-
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=5,
-)
-FIELDS = st.sampled_from(["n", "temperature", "stop", "seed", "logit_bias", "structured_outputs", "extra_args", "x"])
-
-
-@hypothesis.settings(deadline=None)
-@given(st.binary() | st.dictionaries(FIELDS, JSON_VALUES, max_size=3).map(lambda values: json.dumps(values).encode()))
-def test_whatever_comes_is_a_request_or_a_refusal(parameters: bytes) -> None:
-    try:
-        outcome = parse(sampling_parameters=parameters).prompt
-    except BadRequest as refusal:
-        outcome = str(refusal)
-    assert outcome == "Hello" or outcome.startswith("sampling_parameters")
-
-
-def output(*choices: tuple[int, str, list[int], str | None]) -> RequestOutput:
-    completions = [
-        CompletionOutput(index, text, ids, -0.5, [{i: Logprob(-0.5, 1, "x")} for i in ids], finish_reason=reason)
-        for index, text, ids, reason in choices
-    ]
-    finished = all(reason for _, _, _, reason in choices)
-    return RequestOutput("id", None, [1, 2, 3], None, completions, finished)
-
-
-def test_every_response_has_one_element_per_choice_in_order() -> None:
-    flags = {f"return_{name}": True for name in OPTIONAL_OUTPUTS}
-    responses = Responses(parse(stream=True, parameters='{"n": 3, "logprobs": 1}', **flags))
-
-    first = responses.tensors(output((2, "c", [9], None), (0, "가", [7, 8], "stop")))
-    assert list(first["text_output"]) == ["가".encode(), b"", b"c"]
-    assert list(first["finish_reason"]) == [b"stop", b"None", b"None"]
-    assert list(first["num_output_tokens"]) == [2, 0, 1]
-    assert list(first["num_input_tokens"]) == [3]
-    assert [math.isnan(value) for value in first["cumulative_logprob"]] == [False, True, False]
-    assert json.loads(first["logprobs"][2]) == [{"9": {"logprob": -0.5, "rank": 1, "decoded_token": "x"}}]
-    assert first["logprobs"][1] == b"null"
-    assert {name: tensor.dtype for name, tensor in first.items()} == {
-        "text_output": np.object_,
-        "finish_reason": np.object_,
-        "cumulative_logprob": np.float32,
-        "logprobs": np.object_,
-        "num_input_tokens": np.uint32,
-        "num_output_tokens": np.uint32,
+def test_values_become_arrays_of_the_datatypes_that_triton_wants() -> None:
+    values: dict[str, list[Any]] = {
+        "text_output": ["가", ""],
+        "finish_reason": ["stop", "None"],
+        "cumulative_logprob": [-0.5, math.nan],
+        "logprobs": ["null", "[]"],
+        "num_input_tokens": [3],
+        "num_output_tokens": [2, 0],
     }
-
-    second = responses.tensors(output((1, "b", [5], "length")))
-    assert list(second["text_output"]) == [b"", b"b", b""]
-    assert list(second["finish_reason"]) == [b"stop", b"length", b"None"]
-
-
-def test_the_prompt_is_echoed_before_each_choice_and_only_what_was_asked_for_is_sent() -> None:
-    responses = Responses(parse(parameters='{"n": 2}'))
-    tensors = responses.tensors(output((0, " a", [1], "stop"), (1, " b", [2], "stop")))
-    assert {name: list(tensor) for name, tensor in tensors.items()} == {"text_output": [b"Hello a", b"Hello b"]}
-    assert text_tensor([]).shape == (0,)
+    tensors = arrays(values)
+    assert list(tensors["text_output"]) == ["가".encode(), b""]
+    assert {name: (tensor.dtype.type, tensor.shape) for name, tensor in tensors.items()} == {
+        "text_output": (np.object_, (2,)),
+        "finish_reason": (np.object_, (2,)),
+        "cumulative_logprob": (np.float32, (2,)),
+        "logprobs": (np.object_, (2,)),
+        "num_input_tokens": (np.uint32, (1,)),
+        "num_output_tokens": (np.uint32, (2,)),
+    }
+    assert arrays({"text_output": []})["text_output"].shape == (0,)
+    assert elements({"text_input": np.array([b"x"], np.object_), "stream": np.array([True])}) == {
+        "text_input": b"x",
+        "stream": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -211,11 +66,13 @@ def test_words_become_the_arguments_that_vllms_own_parser_reads(words: str) -> N
 
 
 def test_the_launchers_words_become_the_same_arguments(settings: Settings, tmp_path: Path) -> None:
-    assert_read_alike(engine_argv(settings, tmp_path))
+    argv = engine_argv(settings, tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps(engine_words_as_json(argv)))
+    assert_read_alike(argv, read_engine_args(tmp_path))
 
 
-def assert_read_alike(argv: list[str]) -> None:
-    ours, theirs = AsyncEngineArgs(**engine_words_as_json(argv)), engine_args(argv)
+def assert_read_alike(argv: list[str], ours: AsyncEngineArgs | None = None) -> None:
+    ours, theirs = ours or AsyncEngineArgs(**engine_words_as_json(argv)), engine_args(argv)
     for key in engine_words_as_json(argv):
         value = getattr(ours, key)
         assert getattr(theirs, key) in (value, [value]), key  # an option that may repeat is a list there

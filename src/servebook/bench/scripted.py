@@ -21,6 +21,7 @@ from vllm.renderers import renderer_from_config
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from servebook.bench.protocol import SCRIPTED_RATE
 
@@ -30,7 +31,8 @@ SENTENCE = " The quick brown fox jumps over the lazy dog and runs along the rive
 class ScriptedLLM(AsyncLLM):  # type: ignore[misc]
     """What a server sees of `AsyncLLM`, without EngineCore: every request gets the same sentence, over and over.
 
-    All requests step together, as the requests of one batch do in an engine.
+    All requests step together, as the requests of one batch do in an engine, and their outputs wait in vLLM's own
+    queues: those of a reader that is slow, or that takes its time on purpose, are merged there.
     """
 
     def __init__(self, vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> None:
@@ -45,11 +47,13 @@ class ScriptedLLM(AsyncLLM):  # type: ignore[misc]
         tokenizer = self.renderer.get_tokenizer()
         ids = tokenizer.encode(SENTENCE, add_special_tokens=False)
         self.script = [(token, tokenizer.decode([token])) for token in ids]
+        self.running: set[Request] = set()
+        self.stepping: asyncio.Task[None] | None = None
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **_: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Emit `max_tokens` tokens, one an output, as `output_kind` asks: deltas, the text so far, or only the end."""
+        """Emit `max_tokens` tokens as `output_kind` asks: deltas, the text so far, or only the end."""
         if not (isinstance(prompt, dict) and "prompt_token_ids" in prompt):
             prompt = self.input_processor.process_inputs(
                 request_id, prompt, sampling_params, supported_tasks=await self.get_supported_tasks()
@@ -57,19 +61,30 @@ class ScriptedLLM(AsyncLLM):  # type: ignore[misc]
             prompt_ids = prompt.prompt_token_ids
         else:
             prompt_ids = prompt["prompt_token_ids"]
+        request = Request(request_id, prompt_ids, sampling_params)
+        self.running.add(request)
+        if self.stepping is None or self.stepping.done():
+            self.stepping = asyncio.create_task(self.steps())
+        try:
+            finished = False
+            while not finished:
+                output = request.queue.get_nowait() or await request.queue.get()
+                finished = output.finished
+                yield output
+        finally:
+            self.running.discard(request)
+
+    async def steps(self) -> None:
+        """A token for every request, `SCRIPTED_RATE` times a second, until there is none."""
         loop = asyncio.get_running_loop()
-        kind = sampling_params.output_kind
-        count = sampling_params.max_tokens or 16
-        text, ids = "", list[int]()
-        for number in range(count):
-            step = int(loop.time() * SCRIPTED_RATE) + 1
-            await asyncio.sleep(step / SCRIPTED_RATE - loop.time())
-            token, piece = self.script[number % len(self.script)]
-            text, ids = (piece, [token]) if kind == RequestOutputKind.DELTA else (text + piece, [*ids, token])
-            last = number == count - 1
-            if last or kind != RequestOutputKind.FINAL_ONLY:
-                output = CompletionOutput(0, text, ids, None, None, finish_reason="length" if last else None)
-                yield RequestOutput(request_id, None, prompt_ids, None, [output], last)
+        due = loop.time()
+        while self.running:
+            due += 1 / SCRIPTED_RATE
+            await asyncio.sleep(due - loop.time())
+            for request in list(self.running):
+                request.step(self.script)
+                if request.made == request.count:
+                    self.running.discard(request)
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Every request is taken."""
@@ -94,6 +109,33 @@ class ScriptedLLM(AsyncLLM):  # type: ignore[misc]
     def shutdown(self, timeout: float | None = None) -> None:
         if renderer := getattr(self, "renderer", None):
             renderer.shutdown()
+
+
+class Request:
+    """One request and what there is of its answer."""
+
+    def __init__(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> None:
+        self.id, self.prompt_ids, self.kind = request_id, prompt_ids, params.output_kind
+        self.count = params.max_tokens or 16
+        self.interval = params.stream_interval or 1
+        self.queue = RequestOutputCollector(self.kind, request_id)
+        self.made = 0
+        self.text, self.ids = "", list[int]()
+
+    def step(self, script: list[tuple[int, str]]) -> None:
+        """One token more; as in vLLM, the first and the last are never held back by `stream_interval`."""
+        token, piece = script[self.made % len(script)]
+        self.made += 1
+        self.text += piece
+        self.ids.append(token)
+        last = self.made == self.count
+        if not last and (self.kind == RequestOutputKind.FINAL_ONLY or (self.made - 1) % self.interval):
+            return
+        ids = list(self.ids)
+        completion = CompletionOutput(0, self.text, ids, None, None, finish_reason="length" if last else None)
+        self.queue.put(RequestOutput(self.id, None, self.prompt_ids, None, [completion], last))
+        if self.kind == RequestOutputKind.DELTA:
+            self.text, self.ids = "", []
 
 
 def install() -> None:

@@ -12,7 +12,9 @@ import inspect
 import io
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +43,9 @@ PACKAGES = {
     "FastAPI": "fastapi",
 }
 """What `versions` lists: the reader's name and the distribution's."""
+
+PACE_TOKENS, PACE_SECONDS = (32, 128, 512), 0.25
+"""What `measure_pace` has written: more where little takes so little that it is mostly the way there and back."""
 
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#1f4e79", "marker": "o", "linestyle": "-"},
@@ -261,6 +266,45 @@ def versions(settings: Settings | None = None) -> None:
     plain = "\n".join(f"{name}: {value}" for name, value in rows.items())
     table = f"<table><caption>What runs here</caption><tbody>{cells}</tbody></table>"
     display({"text/html": table, "text/plain": plain}, raw=True)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast an engine wrote for one caller a moment ago: sizes and deadlines that hold on a slow machine and a fast.
+
+    `tokens_per_s` is for one request, from its sending to its end.
+    """
+
+    tokens_per_s: float
+
+    def seconds(self, tokens: int, at_most: float) -> float:
+        """What so many tokens take, but no more than `at_most`: a deadline that a longer answer cannot meet."""
+        return min(at_most, tokens / self.tokens_per_s)
+
+    def tokens(self, seconds: float, at_least: int, at_most: int = 1500) -> int:
+        """As many tokens as take so many seconds: an answer long enough to do something in the meantime."""
+        return max(at_least, min(at_most, round(seconds * self.tokens_per_s)))
+
+
+def measure_pace(write: Callable[[int], object]) -> Pace:
+    """Have the engine write some tokens and look at the clock; `write(n)` waits for exactly n tokens."""
+    write(4)  # what only the first request pays for
+    for tokens in PACE_TOKENS:
+        started = time.perf_counter()
+        write(tokens)
+        if (took := time.perf_counter() - started) > PACE_SECONDS:
+            break
+    return Pace(tokens / took)
+
+
+def machine_card(write: Callable[[int], object], settings: Settings | None = None) -> Pace:
+    """Display on what this notebook runs and how fast that writes, as `measure_pace` finds it."""
+    settings = settings or load_settings()
+    pace = measure_pace(write)
+    device = _device(settings) if settings.on_gpu else f"cpu: {_cpu()}, {os.cpu_count()} cores"
+    text = f"{device} · {settings.model_name} · {pace.tokens_per_s:.0f} tokens/s for one caller"
+    display({"text/html": f"<p><b>This machine</b> {html.escape(text)}</p>", "text/plain": text}, raw=True)
+    return pace
 
 
 def _version(package: str) -> str:

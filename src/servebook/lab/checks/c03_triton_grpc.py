@@ -27,8 +27,8 @@ from servebook.launch import Server
 from servebook.launch.processes import wait_until
 from servebook.settings import TENSOR_MODEL_NAME
 from servebook.ways.metrics import metric
+from servebook.ways.triton_grpc.backend.declaration import FLAGS
 from servebook.ways.triton_grpc.client import infer_inputs
-from servebook.ways.v2.contract import FLAGS
 
 MODEL = "short_model"
 

@@ -7,6 +7,8 @@ from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from servebook.ways.refusals import cut, reason
+
 DOMAIN = "servebook"
 RETRY_SECONDS = 1
 
@@ -35,6 +37,7 @@ class Refusal(Exception):
 
 def invalid(field: str, problem: str) -> Refusal:
     """INVALID_ARGUMENT: the request's `field` (a path such as `sampling.top_p`) has to change."""
+    problem = cut(problem)
     violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=problem)
     return Refusal(
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -64,8 +67,18 @@ def engine_dead() -> Refusal:
     return unavailable("ENGINE_DEAD", "The engine of this server has died; the server has to be restarted.")
 
 
-def refusal_for(error: Exception, limit: int, call_id: str) -> Refusal:
-    """What the client gets for any error of a call; INTERNAL where it is nobody's expected one."""
+def no_text(constraint: str) -> Refusal:
+    """The engine could not end the text: no token fits the `constraint`, or it gave the request up by itself."""
+    if constraint:
+        return invalid(constraint, "the engine found no token that it allows")
+    return unavailable("ENGINE_ABORTED", "The engine gave this request up.")
+
+
+def refusal_for(error: Exception, limit: int, call_id: str, constraint: str) -> Refusal:
+    """What the client gets for any error of a call; INTERNAL where it is nobody's expected one.
+
+    `constraint` is the request's field that says which form the text must have.
+    """
     if isinstance(error, Refusal):
         return error
     # Not before this point: while the engine starts, another thread imports vLLM and whoever wants it has to wait.
@@ -76,7 +89,7 @@ def refusal_for(error: Exception, limit: int, call_id: str) -> Refusal:
         case EngineDeadError():
             return engine_dead()
         case VLLMClientError():  # what is left for the engine to check: whether the regex, schema or choice compiles
-            return invalid("sampling.constraint", str(error))
+            return invalid(constraint or "sampling", reason(error))
         case GracefulHTTPError():  # vLLM's own limits (--max-num-queued-reqs)
             return queue_full(limit)
         case _:

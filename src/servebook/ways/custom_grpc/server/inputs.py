@@ -13,17 +13,16 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 
 from servebook.protos.llm.v1.llm_pb2 import GenerateRequest, Sampling, StreamGenerateRequest
 from servebook.ways.custom_grpc.server.errors import invalid
+from servebook.ways.limits import LimitExceeded, Limits, check
 
 Request = GenerateRequest | StreamGenerateRequest
 
 CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
 MAX_TEMPERATURE = 2
 """As in vLLM."""
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
-"""Every stop string is searched for after every token, for all calls in the same process."""
-MAX_PATTERN_BYTES = 16384
-"""For a regex, a JSON Schema or a choice: compiling one takes time from everybody."""
+LIMITS = Limits()
+CONSTRAINTS = {"regex": "regex", "json_schema": "schema", "choice": "choice"}
+"""The kinds of constraint, and the limits that hold for each."""
 
 
 class Inputs:
@@ -88,6 +87,7 @@ class Inputs:
             raise invalid("temperature", f"must be from 0 to {MAX_TEMPERATURE}, got {request.temperature}")
         if request.sampling.top_k < 0:
             raise invalid("sampling.top_k", f"must be 0 (all tokens) or more, got {request.sampling.top_k}")
+        check_limits(request.sampling)
         said: dict[str, Any] = {"temperature": request.temperature} if request.HasField("temperature") else {}
         sampling = request.sampling
         said |= {name: getattr(sampling, name) for name in ("top_p", "top_k", "seed") if sampling.HasField(name)}
@@ -95,7 +95,7 @@ class Inputs:
             return SamplingParams(
                 **{**self.defaults, **said},
                 max_tokens=max_tokens,
-                stop=stop_strings(sampling),
+                stop=list(sampling.stop),
                 ignore_eos=sampling.ignore_eos,
                 structured_outputs=constraint(sampling),
                 output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
@@ -106,32 +106,31 @@ class Inputs:
             raise invalid(f"sampling.{field}" if field else "sampling", error.args[0]) from error
 
 
-def stop_strings(sampling: Sampling) -> list[str]:
-    """The stop strings.
+def check_limits(sampling: Sampling) -> None:
+    """Refuse what would keep the engine from everybody else.
 
     Raises:
-        Refusal: too many, too long, or an empty one.
+        Refusal: a field is beyond its limit, or a stop string is empty.
     """
-    if len(sampling.stop) > MAX_STOPS or any(not 1 <= len(stop) <= MAX_STOP_CHARS for stop in sampling.stop):
-        raise invalid("sampling.stop", f"at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_CHARS} characters")
-    return list(sampling.stop)
+    if "" in sampling.stop:
+        raise invalid("sampling.stop", "a string to stop at must not be empty")
+    kind = sampling.WhichOneof("constraint")
+    asked: dict[str, Any] = {CONSTRAINTS[kind]: written(sampling)} if kind else {}
+    names = {limit: f"sampling.{field}" for field, limit in {"stop": "stop", **CONSTRAINTS}.items()}
+    try:
+        check(LIMITS, stop=sampling.stop, names=names, **asked)
+    except LimitExceeded as error:
+        raise invalid(error.field, str(error.args[0])) from None
 
 
 def constraint(sampling: Sampling) -> StructuredOutputsParams | None:
-    """The form that the text must have, None where any will do.
-
-    Raises:
-        Refusal: it takes more than `MAX_PATTERN_BYTES`.
-    """
+    """The form that the text must have, None where any will do."""
     kind = sampling.WhichOneof("constraint")
-    if kind and sampling.ByteSize() > MAX_PATTERN_BYTES:
-        raise invalid(f"sampling.{kind}", f"too long; sampling may take {MAX_PATTERN_BYTES} bytes")
-    match kind:
-        case "regex":
-            return StructuredOutputsParams(regex=sampling.regex)
-        case "json_schema":
-            return StructuredOutputsParams(json=sampling.json_schema)
-        case "choice":
-            return StructuredOutputsParams(choice=list(sampling.choice.options))
-        case _:
-            return None
+    return StructuredOutputsParams(**{"json" if kind == "json_schema" else kind: written(sampling)}) if kind else None
+
+
+def written(sampling: Sampling) -> str | list[str]:
+    """The constraint's text, or its choices."""
+    if sampling.HasField("choice"):
+        return list(sampling.choice.options)
+    return sampling.regex or sampling.json_schema

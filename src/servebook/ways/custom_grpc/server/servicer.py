@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,7 +11,7 @@ import grpc
 
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.ways.custom_grpc.server.calls import Call, Calls
-from servebook.ways.custom_grpc.server.errors import engine_dead, unavailable
+from servebook.ways.custom_grpc.server.errors import engine_dead, no_text, unavailable
 
 if TYPE_CHECKING:
     from vllm.inputs.engine import EngineInput
@@ -73,7 +74,7 @@ class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
                     call.completion_tokens = len(completion.token_ids)
                     response.text = completion.text
                     response.token_ids.extend(completion.token_ids)
-                    response.finish_reason = finish_reason(completion.finish_reason)
+                    response.finish_reason = finish_reason(completion.finish_reason, call)
                     response.usage.prompt_tokens = call.prompt_tokens
                     response.usage.completion_tokens = call.completion_tokens
         return response
@@ -98,7 +99,7 @@ class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
                     )
                     if output.finished:
                         message.is_finished = True
-                        message.finish_reason = finish_reason(completion.finish_reason)
+                        message.finish_reason = finish_reason(completion.finish_reason, call)
                         message.usage.prompt_tokens = call.prompt_tokens
                         message.usage.completion_tokens = call.completion_tokens
                     if not sequence:
@@ -106,6 +107,8 @@ class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
                     # Waits while the reader is slow. The engine does not: what comes meanwhile merges into one output.
                     await context.write(message)
                     sequence += 1
+                    if hold := self.calls.hold_seconds(call, len(token_ids)):
+                        await asyncio.sleep(hold)  # many readers: fewer messages, with more tokens in each
 
     async def start(self, request: Request, call: Call, stream: bool) -> AsyncGenerator[RequestOutput, None]:
         """Check the request, and hand it to the engine; nothing is computed before the first `async for`.
@@ -119,17 +122,19 @@ class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
             raise engine_dead()
         prompt = await self.inputs.prompt(request)
         call.prompt_tokens = len(prompt["prompt_token_ids"])
+        call.constraint = f"sampling.{kind}" if (kind := request.sampling.WhichOneof("constraint")) else ""
         params = self.inputs.params(request, call.prompt_tokens, stream)
+        call.max_tokens = params.max_tokens or 0
         return self.engine.generate(prompt, params, call.id)
 
 
-def finish_reason(word: str | None) -> llm_pb2.FinishReason:
+def finish_reason(word: str | None, call: Call) -> llm_pb2.FinishReason:
     """vLLM's word as the enum's value.
 
     Raises:
-        Refusal: the engine ended the request by itself ("abort", "error"), as it does when it shuts down.
+        Refusal: the engine ended the request by itself ("abort", "error"): no success, whatever text there was.
     """
     try:
         return FINISH_REASONS[word or ""]
     except KeyError:
-        raise unavailable("ENGINE_ABORTED", "The engine gave this request up.") from None
+        raise no_text(call.constraint if word == "error" else "") from None

@@ -9,6 +9,7 @@ import typer
 import uvicorn
 
 from servebook.settings import load_settings
+from servebook.ways.asgi import Protocol
 from servebook.ways.fastapi_gateway.server.app import create_app
 from servebook.ways.fastapi_gateway.server.config import Config
 
@@ -25,7 +26,13 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     config = Config(upstream, settings.key, max_concurrent=max_concurrent, cors_origins=tuple(cors_origin or ()))
     uvicorn.run(
-        create_app(config), host=host, port=http_port, access_log=False, timeout_graceful_shutdown=5, loop="uvloop"
+        create_app(config),
+        host=host,
+        port=http_port,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        loop="uvloop",
+        http=Protocol,
     )
 
 

@@ -14,12 +14,12 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 
+from servebook.ways.asgi import BodyLimit, CancelOnDisconnect, HeadAsGet
 from servebook.ways.fastapi_gateway.server import chat
 from servebook.ways.fastapi_gateway.server.config import Config
-from servebook.ways.fastapi_gateway.server.disconnect import CancelOnDisconnect
 from servebook.ways.fastapi_gateway.server.engine import Engine
-from servebook.ways.fastapi_gateway.server.errors import GatewayError, add_error_handlers, documented
-from servebook.ways.fastapi_gateway.server.limits import BodyLimit, Slots
+from servebook.ways.fastapi_gateway.server.errors import GatewayError, add_error_handlers, body_refused, documented
+from servebook.ways.fastapi_gateway.server.limits import Slots
 from servebook.ways.fastapi_gateway.server.telemetry import Metrics, Telemetry
 
 PAGE = Path(__file__).with_name("page")
@@ -56,7 +56,8 @@ def create_app(config: Config) -> FastAPI:
     add_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(CancelOnDisconnect, reader_seconds=config.reader_seconds)
-    app.add_middleware(BodyLimit, limit=config.max_body_bytes)
+    app.add_middleware(BodyLimit, limit=config.max_body_bytes, refuse=body_refused)
+    app.add_middleware(HeadAsGet)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["POST"], allow_headers=["*"]
@@ -95,9 +96,10 @@ def add_page(app: FastAPI) -> None:
         return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": PAGE_POLICY})
 
     spec = find_spec("vllm")  # not an import: that would load torch
-    if spec is None or spec.origin is None:
-        return
-    app.mount("/swagger", StaticFiles(directory=Path(spec.origin).parents[1] / SWAGGER))
+    files = Path(spec.origin).parents[1] / SWAGGER if spec and spec.origin else None
+    if not files or not files.is_dir():
+        return  # without documentation rather than without a gateway: vLLM may move its files
+    app.mount("/swagger", StaticFiles(directory=files))
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:

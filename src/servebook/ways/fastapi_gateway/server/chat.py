@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
+from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from servebook.ways.asgi import LINE_ENDS
 from servebook.ways.fastapi_gateway.server.auth import require_key
 from servebook.ways.fastapi_gateway.server.engine import Engine, EngineCall
 from servebook.ways.fastapi_gateway.server.errors import GatewayError, documented, error_body
@@ -100,10 +102,6 @@ async def chat(request: Request, ask: ChatRequest, call: Call) -> ChatResponse:
     return ChatResponse(response=choice["message"]["content"] or "", finish_reason=choice["finish_reason"], usage=usage)
 
 
-class EventStream(StreamingResponse):
-    media_type = "text/event-stream"
-
-
 EVENT = {
     "type": "object",
     "required": ["data"],
@@ -124,11 +122,11 @@ data: [DONE]
 
 @router.post(
     "/chat/stream",
-    response_class=EventStream,
+    response_class=StreamingResponse,  # for the documentation; EventSourceResponse here would want a generator
     responses=documented(400, 401, 408, 413, 422, 502, 503, 504)
     | {200: {"content": {"text/event-stream": {"schema": EVENT, "example": STREAM_EXAMPLE}}}},
 )
-async def chat_stream(request: Request, ask: ChatRequest, call: Call) -> EventStream:
+async def chat_stream(request: Request, ask: ChatRequest, call: Call) -> EventSourceResponse:
     """Answer a message as server-sent events, closed by `data: [DONE]`.
 
     The last event before it has an empty text, the finish reason and the usage. What goes wrong after the
@@ -136,7 +134,7 @@ async def chat_stream(request: Request, ask: ChatRequest, call: Call) -> EventSt
     """
     chunks = await call.stream(ask.for_engine())  # before the 200: a refusal still gets its own status
     events = chat_events(chunks, request.state.request_id, request.app.state.metrics)
-    return EventStream(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    return EventSourceResponse(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
 
 async def chat_events(chunks: AsyncIterator[dict[str, Any]], request_id: str, metrics: Metrics) -> AsyncIterator[bytes]:
@@ -159,13 +157,12 @@ async def chat_events(chunks: AsyncIterator[dict[str, Any]], request_id: str, me
         yield event(error_body(error, request_id), name="error")
         return
     yield event(last)
-    yield b"data: [DONE]\n\n"
+    yield format_sse_event(data_str="[DONE]")
 
 
 to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def event(data: dict[str, Any], name: str = "") -> bytes:
-    """One server-sent event. JSON escapes line breaks, so that the data are always one line."""
-    head = f"event: {name}\n" if name else ""
-    return f"{head}data: {to_json(data)}\n\n".encode()
+def event(data: dict[str, Any], name: str | None = None) -> bytes:
+    """One server-sent event, its data on one line for every client: JSON escapes the line breaks, and we Unicode's."""
+    return format_sse_event(data_str=to_json(data).translate(LINE_ENDS), event=name)

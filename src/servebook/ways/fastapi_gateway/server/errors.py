@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Scope
 
 
 class ErrorDetail(BaseModel):
@@ -46,6 +47,11 @@ def error_response(request: Request, error: GatewayError) -> JSONResponse:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error, request.state.request_id), error.status, headers)
+
+
+def body_refused(scope: Scope, status: int, reason: str) -> ASGIApp:
+    """What `asgi.BodyLimit` answers to a body that is too long, or comes too slowly."""
+    return error_response(Request(scope), GatewayError(status, {408: "slow_request", 413: "too_large"}[status], reason))
 
 
 def describe(error: RequestValidationError) -> str:

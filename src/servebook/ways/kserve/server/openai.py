@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,9 +16,14 @@ from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine import protocol as serve_protocol
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMValidationError
 from vllm.renderers import chat_utils
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
+
+from servebook.ways.asgi import LINE_ENDS
+from servebook.ways.limits import LimitExceeded, check
+from servebook.ways.v2.request import LIMITS, check_limits
 
 # KServe 0.21 was built for vLLM 0.24 and looks for these two modules where they were then. Without them its
 # import fails, and the server leaves the OpenAI endpoints out with one line in its log.
@@ -56,12 +61,31 @@ class OpenAIAnswers(OpenAIGenerativeModel):  # type: ignore[misc]
     async def create_completion(
         self, request: CompletionRequest, raw_request: Request, context: dict[str, Any] | None = None
     ) -> AsyncGenerator[str, None] | Any:
-        return await self.completions.create_completion(request, raw_request)
+        return await guarded(self.completions.create_completion, request, raw_request)
 
     async def create_chat_completion(
         self, request: ChatCompletionRequest, raw_request: Request, context: dict[str, Any] | None = None
     ) -> AsyncGenerator[str, None] | Any:
-        return await self.chat.create_chat_completion(request, raw_request)
+        return await guarded(self.chat.create_chat_completion, request, raw_request)
+
+
+async def guarded(answer: Callable[[Any, Request], Awaitable[Any]], request: Any, raw_request: Request) -> Any:
+    """Let `answer` have a request that is within the limits, and keep a stream's events one line each.
+
+    Raises:
+        VLLMValidationError: it is beyond a limit.
+    """
+    prompt = getattr(request, "prompt", None)
+    is_list = isinstance(prompt, list) and not all(isinstance(part, int) for part in prompt)  # token ids are one prompt
+    try:
+        check(LIMITS, prompts=len(prompt or ()) if is_list else 1, names={"prompts": "prompt"})
+        check_limits(request.to_sampling_params(1, {}))
+    except LimitExceeded as error:
+        raise VLLMValidationError(str(error), parameter=error.field) from None
+    answered = await answer(request, raw_request)
+    if isinstance(answered, AsyncGenerator):
+        return (event.translate(LINE_ENDS) async for event in answered)
+    return answered
 
 
 async def vllm_error(_: Request, error: Exception) -> JSONResponse:

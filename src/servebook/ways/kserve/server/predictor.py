@@ -14,7 +14,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from servebook.ways.kserve.server.openai import OpenAIAnswers
-from servebook.ways.kserve.server.tensors import INPUTS, OUTPUTS, TextRequest, read_request, write_outputs
+from servebook.ways.kserve.server.tensors import check_counts, elements, parameters_of, tensors
+from servebook.ways.v2.contract import INPUTS, OUTPUTS, BadRequest, GaveUp
+from servebook.ways.v2.request import GenerateRequest, read_request, refused
+from servebook.ways.v2.response import Responses
+
+ONE_ANSWER = "the Open Inference Protocol has one response to a request; stream through /openai/v1/completions instead"
 
 
 class EngineDown(ModelNotReady):  # type: ignore[misc]
@@ -59,40 +64,47 @@ class Predictor(Model, OpenAIAnswers):  # type: ignore[misc]
         A cancelled call cancels this coroutine, and leaving `generate` aborts the request in the engine.
 
         Raises:
-            InvalidInput: a tensor does not fit, or the prompt is too long; the message names the tensor.
-            EngineDown: the engine has died.
+            InvalidInput: a tensor does not fit, or is beyond a limit; the message names it.
+            EngineDown: the engine has died, or gave the request up.
         """
         if not isinstance(payload, InferRequest):
             raise InvalidInput(f"this model speaks the V2 protocol: POST /v2/models/{self.name}/infer")
-        asked = read_request(payload)
-        outputs = write_outputs(asked, await self.generate(asked))
-        if payload.request_outputs:
-            wanted = [output.name for output in payload.request_outputs]
-            if missing := sorted(set(wanted) - {output.name for output in outputs}):
-                raise InvalidInput(
-                    f"output {', '.join(missing)} is unknown, or was not asked for by its return_ tensor"
-                )
-            outputs = [output for output in outputs if output.name in wanted]
+        try:
+            check_counts(payload)
+            request = read_request(elements(payload), parameters_of(payload))
+            if request.stream or request.lora_name:
+                field = "stream" if request.stream else "sampling_parameters.lora_name"
+                raise BadRequest(field, ONE_ANSWER if request.stream else "this model has no adapters")
+            values = Responses(request).values(await self.generate(request))
+            if unknown := [each.name for each in payload.request_outputs or () if each.name not in values]:
+                raise BadRequest("outputs", f"{unknown[0]} is unknown, or was not asked for by its return_ tensor")
+        except BadRequest as error:
+            raise InvalidInput(str(error)) from None
+        except GaveUp as error:
+            raise EngineDown(self.name, str(error)) from None
+        for output in payload.request_outputs or ():  # KServe forgets what holds for all outputs where some are listed
+            output.parameters = {"binary_data": payload.use_binary_outputs} | (output.parameters or {})
+        wanted = {output.name for output in payload.request_outputs or ()} or values.keys()
         return InferResponse(
             response_id=payload.id or str(uuid.uuid4()),
             model_name=self.name,
-            infer_outputs=outputs,
+            infer_outputs=tensors({name: values[name] for name in values if name in wanted}),
             use_binary_outputs=payload.use_binary_outputs,
             requested_outputs=payload.request_outputs,
         )
 
-    async def generate(self, asked: TextRequest) -> RequestOutput:
+    async def generate(self, request: GenerateRequest) -> RequestOutput:
         """The engine's one final output."""
         try:
-            prompt = parse_model_prompt(self.llm.model_config, asked.text_input)
+            prompt = parse_model_prompt(self.llm.model_config, request.prompt)
             (tokens,) = await self.llm.renderer.render_cmpl_async([prompt])
         except VLLMClientError as error:
-            raise InvalidInput(f"tensor text_input: {error}") from None
+            raise refused("text_input", error) from None
         try:
-            async for output in self.llm.generate(tokens, asked.sampling_parameters, str(uuid.uuid4())):
+            async for output in self.llm.generate(tokens, request.sampling, str(uuid.uuid4())):
                 final = output
         except VLLMClientError as error:
-            raise InvalidInput(f"tensor sampling_parameters: {error}") from None
+            raise refused("sampling_parameters", error, request) from None
         except EngineDeadError:
             raise EngineDown(self.name, "Its engine has died; restart the server.") from None
         return final

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from kserve import InferRequest, ModelServer
 from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER
-from kserve.errors import InvalidInput
+from kserve.errors import InvalidInput, ModelNotFound
 from kserve.model_server import app
 from kserve.protocol.dataplane import DataPlane
 from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc
@@ -22,84 +22,117 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest
 from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor
 from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.grpc.servicer import InferenceServicer
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.exceptions import VLLMError
 
+from servebook.ways.asgi import BodyLimit, CancelOnDisconnect, HeadAsGet, Protocol
 from servebook.ways.kserve.server.openai import vllm_error
 from servebook.ways.kserve.server.predictor import Predictor
-from servebook.ways.kserve.server.tensors import check_description
+from servebook.ways.refusals import cut
+from servebook.ways.v2.contract import BadRequest, check_description
 
 MAX_MESSAGE_BYTES = 8 * 2**20
 """The largest gRPC message taken or sent, as in KServe's own server."""
 
+MAX_BODY_BYTES = 2**20
+"""The largest HTTP body taken: KServe's parser goes through one at 20 MB/s, and holds up everybody meanwhile."""
+
 GRACE_SECONDS = 5
 
+VERSION = "1"
+"""Of the model, as in Triton's model repository."""
 
-class CancelOnDisconnect:
-    """ASGI middleware: a caller who hangs up cancels the handler.
-
-    FastAPI lets a handler that does not stream run to its end, and with it the engine.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        received: asyncio.Queue[Message] = asyncio.Queue(maxsize=1)  # one, so that a slow reader still slows the sender
-
-        async def listen() -> None:
-            message: Message = {"type": ""}
-            while message["type"] != "http.disconnect":
-                message = await receive()
-                await received.put(message)
-
-        handler = asyncio.ensure_future(self.app(scope, received.get, send))
-        listener = asyncio.create_task(listen())
-        try:
-            await asyncio.wait({handler, listener}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            listener.cancel()
-            hung_up = not handler.done()
-            if hung_up:
-                handler.cancel()
-        try:
-            await handler
-        except asyncio.CancelledError:
-            if not hung_up:
-                raise
+NO_LOADING = "this server loads its one model at its start, and keeps it"
 
 
 class NamedDataPlane(DataPlane):  # type: ignore[misc]
     """KServe's data plane; ready only while its models are, and a bad binary body is the caller's error."""
 
     async def ready(self) -> bool:
-        return all([await model.healthy() for model in self.model_registry.get_models().values()])
+        models = self.model_registry.get_models().values()
+        return bool(models) and all([await model.healthy() for model in models])
 
     def decode_inference_request(self, body: Any, headers: dict[str, str], model_name: str) -> InferRequest:
         names = "?"
         try:
             if isinstance(body, bytes):
                 described = json.loads(body[: int(headers[INFERENCE_CONTENT_LENGTH_HEADER])])["inputs"]
-                names = ", ".join(tensor["name"] for tensor in described)
+                names = cut(", ".join(tensor["name"] for tensor in described), 80)
                 for tensor in described:
                     check_description(tensor["name"], tensor["datatype"], tensor["shape"])
             return super().decode_inference_request(body, headers, model_name)
+        except BadRequest as error:
+            raise InvalidInput(str(error)) from None
         except InvalidInput:
             raise
         except Exception as error:  # whatever reading, slicing, unpacking and reshaping the bytes may raise
-            raise InvalidInput(f"tensor {names}: the binary data does not fit its description ({error!r})") from error
+            raise InvalidInput(f"{names}: the binary data does not fit its description ({error!r})") from error
 
 
 class NamedServicer(InferenceServicer):  # type: ignore[misc]
-    """KServe's servicer, which checks datatype and shape before decoding, so that errors name the tensor."""
+    """KServe's servicer with one version of each model, none to load, and errors that name the tensor."""
 
     @classmethod
     def validate_grpc_request(cls, request: ModelInferRequest) -> None:
+        """Check version, datatypes and shapes before anything is decoded."""
+        check_version(request.model_name, request.model_version)
         super().validate_grpc_request(request)
         for tensor in request.inputs:
-            check_description(tensor.name, tensor.datatype, list(tensor.shape))
+            try:
+                check_description(tensor.name, tensor.datatype, list(tensor.shape))
+            except BadRequest as error:
+                raise InvalidInput(str(error)) from None
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        check_version(request.name, request.version)
+        return await super().ModelReady(request, context)
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        check_version(request.name, request.version)
+        return await super().ModelMetadata(request, context)
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, NO_LOADING)
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, NO_LOADING)
+
+
+def check_version(model: str, version: str) -> None:
+    """Refuse a version that is not served.
+
+    Raises:
+        ModelNotFound: it is not the one that there is.
+    """
+    if version not in ("", VERSION):
+        raise ModelNotFound(f"{model}, version {cut(version, 20)}")
+
+
+class V2Paths:
+    """ASGI middleware: a model's one version has the paths of the model; models cannot be unloaded by strangers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path.startswith("/v2/repository/"):
+            await refuse(scope, HTTPStatus.NOT_FOUND, NO_LOADING)(scope, receive, send)
+            return
+        if versioned := re.match(r"(/v2/models/([^/]+))/versions/([^/]+)(/.*)?$", path):
+            model, name, version, rest = versioned.groups("")
+            try:
+                check_version(name, version)
+            except ModelNotFound as error:
+                await refuse(scope, HTTPStatus.NOT_FOUND, error.reason)(scope, receive, send)
+                return
+            scope = {**scope, "path": model + rest, "raw_path": (model + rest).encode()}
+        await self.app(scope, receive, send)
+
+
+def refuse(_: Scope, status: int, reason: str) -> ASGIApp:
+    """An error in KServe's shape."""
+    return JSONResponse({"error": reason}, status)
 
 
 class BoundGRPCServer(GRPCServer):  # type: ignore[misc]
@@ -138,12 +171,17 @@ class BoundModelServer(ModelServer):  # type: ignore[misc]
         self.host = host
         self.grpc_port = grpc_port
         self.dataplane = NamedDataPlane(model_registry=self.registered_models)
+        # The last one added is the outermost.
         app.add_middleware(CancelOnDisconnect)
+        app.add_middleware(BodyLimit, limit=MAX_BODY_BYTES, refuse=refuse)
+        app.add_middleware(V2Paths)
+        app.add_middleware(HeadAsGet)
         app.add_exception_handler(RequestValidationError, malformed_request)
         app.add_exception_handler(VLLMError, vllm_error)
 
     async def _serve(self) -> None:
         self._rest_server.config.host = self.host
+        self._rest_server.config.http = Protocol
         self._grpc_server = BoundGRPCServer(
             self.host,
             self.grpc_port,
@@ -164,7 +202,7 @@ async def malformed_request(request: Request, error: Exception) -> JSONResponse:
     where = [part for part in problem["loc"] if part not in ("body", "InferenceRequest")]
     match where:
         case ["inputs", int(index), *inside] if name := _name(error.body, index):
-            place = " ".join(["tensor", name, *map(str, inside)])
+            place = ".".join([name, *map(str, inside)])
         case _:
             place = ".".join(map(str, where))
     return JSONResponse({"error": f"{place}: {problem['msg']}"}, status_code=HTTPStatus.BAD_REQUEST)

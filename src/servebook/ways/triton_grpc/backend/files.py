@@ -35,6 +35,11 @@ def read_engine_args(folder: Path) -> AsyncEngineArgs:
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ModelFilesError(f"{ENGINE_ARGS}: vLLM {__version__} has no engine argument {key!r}{hint}")
+    # An option that is an object is a config in vLLM, as its own parser makes it.
+    makers = {field.name: field.default_factory for field in dataclasses.fields(AsyncEngineArgs)}
+    for key, value in values.items():
+        if isinstance(value, dict) and callable(make := makers[key]) and dataclasses.is_dataclass(make()):
+            values[key] = dataclasses.replace(make(), **value)
     return AsyncEngineArgs(**values)
 
 

@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 # The stub's interpreter is an isolated one: it ignores PYTHONPATH.
 sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
-from servebook.ways.v2.contract import FLAGS, INPUTS, OUTPUTS  # noqa: E402
+from servebook.ways.triton_grpc.backend.declaration import FLAGS, INPUTS, OUTPUTS  # noqa: E402
 
 if TYPE_CHECKING:
     from servebook.ways.triton_grpc.backend.engine import Engine

@@ -1,0 +1,144 @@
+"""Lessons in which time matters, from the notebooks' own cells, at 20 and at 20,000 tokens a second."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from servebook import launch
+from servebook.bench.protocol import serve_scripted
+from servebook.launch.child import child_server
+from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from servebook.settings import Settings
+from servebook.ways.custom_grpc.aio_client import GrpcAioClient
+from servebook.ways.custom_grpc.client import GrpcClient
+from servebook.ways.metrics import metric
+from servebook.workbook.gate import NOTEBOOKS
+from servebook.workbook.notebook import expect_error, machine_card, measure_pace
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+
+ENDLESS = llm_pb2.Sampling(ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=[20, 20_000], ids=lambda rate: f"{rate} tokens/s")
+def fronts(
+    request: pytest.FixtureRequest, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SimpleNamespace]:
+    """vLLM's server and our own gRPC server, each around the scripted source at one speed."""
+    here = settings.model_copy(update={"state_dir": tmp_path_factory.mktemp("any-speed"), "engine_url": None})
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setenv("SERVEBOOK_SCRIPTED_RATE", str(request.param))
+        vllm, own = pool.map(lambda name: serve_scripted(name, here), ("vllm", "grpc"))
+    yield SimpleNamespace(vllm=vllm, grpc=own, settings=here)
+    for server in (vllm, own):
+        server.stop()
+
+
+async def run(stem: str, ids: list[str], space: dict[str, Any]) -> None:
+    """Execute cells of a notebook, as a kernel would, on the names in `space`."""
+    (notebook,) = NOTEBOOKS.glob(f"{stem}_*.ipynb")
+    cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"]}
+    for name in ids:
+        code = compile(cells[name], f"{stem} {name}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        result = eval(code, space)
+        if inspect.isawaitable(result):
+            await result
+
+
+def open_calls(server: launch.Server) -> float:
+    return metric(server.metrics, "servebook_grpc_open_calls")
+
+
+def names_of_04(fronts: SimpleNamespace, client: GrpcClient) -> dict[str, Any]:
+    """What the cells of chapter 04 use. The scripted source has no count of requests; the server's stands for it."""
+    return {
+        "server": fronts.grpc,
+        "settings": fronts.settings,
+        "client": client,
+        "metric": lambda *_: open_calls(fronts.grpc),
+        **{"grpc": grpc, "time": time, "llm_pb2": llm_pb2, "GrpcAioClient": GrpcAioClient, "aclosing": aclosing},
+        **{"expect_error": expect_error, "machine_card": machine_card},
+    }
+
+
+async def test_a_deadline_is_missed_and_a_cancel_is_noticed(
+    fronts: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with GrpcClient(fronts.grpc.grpc) as client:
+        space = names_of_04(fronts, client)
+        await run("04", ["s8-card"], space)
+        capsys.readouterr()
+        await run("04", ["s8-deadline-run", "s8-cancel-run"], space)
+    assert capsys.readouterr().out.splitlines() == [
+        "_InactiveRpcError: DEADLINE_EXCEEDED: Deadline Exceeded",
+        "0",
+        "3 False 0",
+    ]
+
+
+async def test_a_short_request_overtakes_a_long_one_and_patience_ends(
+    fronts: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at: dict[str, Any] = {"base_url": f"{fronts.vllm.url}/v1", "api_key": "dummy"}
+    space = {
+        "vllm": fronts.vllm,
+        "settings": fronts.settings,
+        "client": OpenAI(**at),
+        "aclient": AsyncOpenAI(**at),
+        **{"asyncio": asyncio, "time": time, "openai": openai, "OpenAI": OpenAI},
+        **{"expect_error": expect_error, "machine_card": machine_card},
+    }
+    await run("01", ["s5-write", "s5-card"], space)
+    capsys.readouterr()
+    await run("01", ["s5-overtake", "s6-down-run"], space)
+    assert capsys.readouterr().out.splitlines() == [
+        "['short, came later', 'long, first to come']",
+        "APIConnectionError: Connection error.",
+        "APITimeoutError: Request timed out.",
+    ]
+
+
+async def test_a_full_house_refuses(fronts: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    def write(tokens: int) -> None:
+        body = {"model": fronts.vllm.model, "prompt": "Once", "max_tokens": tokens}
+        httpx.post(f"{fronts.vllm.url}/v1/completions", json=body, timeout=60).raise_for_status()
+
+    space = {
+        "vllm": fronts.vllm,
+        "pace": measure_pace(write),
+        "STORY": {"message": "Tell me a long story."},
+        "GATEWAY": "servebook.ways.fastapi_gateway.server",
+        **{"headers": {}, "env": {}, "asyncio": asyncio, "httpx": httpx, "child_server": child_server},
+    }
+    await run("05", ["s7-busy"], space)
+    assert capsys.readouterr().out == "[200, 200, 503, 503, 503, 503]\n"
+
+
+def test_a_slow_reader_loses_nothing_and_holds_up_nobody(fronts: SimpleNamespace) -> None:
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64)]  # a small window: soon full
+    with GrpcClient(fronts.grpc.grpc) as client, grpc.insecure_channel(fronts.grpc.grpc, options) as channel:
+        pace = measure_pace(lambda tokens: client.generate("Once", max_tokens=tokens, sampling=ENDLESS))
+        wanted = pace.tokens(2, at_least=30)
+        request = llm_pb2.StreamGenerateRequest(prompt="Once", max_tokens=wanted, sampling=ENDLESS)
+        call: Any = llm_pb2_grpc.LLMServiceStub(channel).StreamGenerate(request, timeout=120)
+        pieces = [next(call)]
+        # Asked later for as much, another one has it while the first is not read.
+        assert client.generate("Once", max_tokens=wanted, sampling=ENDLESS).usage.completion_tokens == wanted
+        pieces += call
+    assert sum(len(piece.token_ids) for piece in pieces) == pieces[-1].usage.completion_tokens == wanted
+    assert [piece.sequence for piece in pieces] == list(range(len(pieces)))

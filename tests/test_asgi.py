@@ -1,0 +1,180 @@
+"""What stands around our HTTP applications, on a real socket: other dialects, HEAD, bodies, callers who leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from itertools import pairwise
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from starlette.types import Message, Receive, Scope, Send
+
+from servebook.ways.asgi import LINE_ENDS, BodyLimit, CancelOnDisconnect, HeadAsGet, Protocol
+
+H2C = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
+WEBSOCKET = "Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"
+
+
+def refuse(_: Scope, status: int, reason: str) -> JSONResponse:
+    return JSONResponse({"error": reason}, status)
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """A small application behind all that is tested here."""
+    app = FastAPI()
+
+    @app.post("/echo")
+    async def echo(request: Request) -> dict[str, str]:
+        return {"body": (await request.body()).decode()}
+
+    @app.get("/alive")
+    async def alive() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/stream")
+    async def stream() -> StreamingResponse:
+        async def pieces() -> AsyncIterator[bytes]:
+            for piece in (b"one ", b"two ", b"three"):
+                yield piece
+
+        return StreamingResponse(pieces(), media_type="text/event-stream")
+
+    app.add_middleware(CancelOnDisconnect)
+    app.add_middleware(BodyLimit, limit=100, refuse=refuse, seconds=5)
+    app.add_middleware(HeadAsGet)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=Protocol, log_level="error"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield int(listener.getsockname()[1])
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def talk(port: int, *packets: bytes) -> tuple[str, dict[str, str], bytes]:
+    """Send packets one by one; the status line, the headers and all that comes until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for packet in packets:
+            connection.sendall(packet)
+        got = b""
+        while piece := connection.recv(4096):
+            got += piece
+    head, _, body = got.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    return status, dict(line.lower().split(": ", 1) for line in lines), body
+
+
+def post(body: bytes, headers: str = "", version: str = "1.1") -> bytes:
+    return f"POST /echo HTTP/{version}\r\nHost: x\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+LAST = post(b"last", "Connection: close\r\n")
+
+
+@pytest.mark.parametrize("offer", ["", H2C, WEBSOCKET, H2C.replace("Upgrade, HTTP2-Settings", "upgrade")])
+@pytest.mark.parametrize("cuts", [[], [10], [-5], [30, -7], [-1]])
+def test_an_offer_to_upgrade_is_answered_as_if_it_were_not_there(port: int, offer: str, cuts: list[int]) -> None:
+    whole = post(b"hello there", offer)
+    places = [0, *(cut % len(whole) for cut in cuts), len(whole)]
+    packets = [whole[start:end] for start, end in pairwise(places)]
+    status, _, rest = talk(port, *packets, LAST)
+    assert status == "HTTP/1.1 200 OK"
+    first, _, second = rest.partition(b"HTTP/1.1 200 OK")
+    assert json.loads(first) == {"body": "hello there"}
+    assert second.endswith(b'{"body":"last"}'), "the connection serves the next request too"
+
+
+def test_an_offer_with_a_chunked_body_and_without_any(port: int) -> None:
+    chunked = f"POST /echo HTTP/1.1\r\nHost: x\r\n{H2C}Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n".encode()
+    assert b'{"body":"hi"}' in talk(port, chunked, LAST)[2]
+    assert b'{"status":"alive"}' in talk(port, f"GET /alive HTTP/1.1\r\nHost: x\r\n{H2C}\r\n".encode(), LAST)[2]
+
+
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(st.binary(max_size=100))
+def test_any_body_with_an_offer_arrives_as_it_is(port: int, body: bytes) -> None:
+    text = body.decode(errors="replace")[:30].encode()
+    _, _, answer = talk(port, post(text, H2C), LAST)
+    assert json.loads(answer.partition(b"HTTP/1.1 200 OK")[0]) == {"body": text.decode()}
+
+
+def test_http_1_0_gets_no_chunks(port: int) -> None:
+    status, headers, body = talk(port, b"GET /stream HTTP/1.0\r\n\r\n")
+    assert (status, body) == ("HTTP/1.1 200 OK", b"one two three")
+    assert "transfer-encoding" not in headers
+    assert headers["connection"] == "close"
+    assert headers["content-type"] == "text/event-stream; charset=utf-8"
+    _, headers, body = talk(port, post(b"x", version="1.0"))
+    assert (headers["content-length"], body) == (str(len(body)), b'{"body":"x"}')
+    assert talk(port, b"GET /nowhere HTTP/1.0\r\n\r\n")[0] == "HTTP/1.1 404 Not Found"
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_head_is_get_without_a_body(port: int, version: str) -> None:
+    for path, status in (("/alive", "200 OK"), ("/stream", "200 OK"), ("/echo", "405 Method Not Allowed")):
+        got = talk(port, f"HEAD {path} HTTP/{version}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        assert (got[0], got[2]) == (f"HTTP/1.1 {status}", b"")
+
+
+def test_a_body_beyond_the_limit_is_refused(port: int) -> None:
+    status, _, body = talk(port, post(b"x" * 101, "Connection: close\r\n"))
+    assert (status, json.loads(body)) == (
+        "HTTP/1.1 413 Request Entity Too Large",
+        {"error": "The request's body is longer than 100 bytes."},
+    )
+
+
+async def never() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def test_a_body_that_does_not_end_is_given_up() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def unreachable(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError
+
+    app = BodyLimit(unreachable, limit=100, refuse=refuse, seconds=0.05)
+    await app({"type": "http", "method": "POST", "path": "/", "headers": []}, never, send)
+    assert sent[0]["status"] == 408
+
+
+async def test_a_reader_who_never_reads_counts_as_gone() -> None:
+    cancelled = asyncio.Event()
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        finally:
+            cancelled.set()
+
+    async def full(_: Message) -> None:
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(5):
+        await CancelOnDisconnect(endless, reader_seconds=0.05)({"type": "http"}, never, full)
+    assert cancelled.is_set()
+
+
+@given(st.text())
+def test_escaped_line_ends_are_the_same_text_on_one_line(text: str) -> None:
+    data = json.dumps({"text": text}, ensure_ascii=False).translate(LINE_ENDS)
+    assert json.loads(data) == {"text": text}
+    assert len(data.splitlines()) == 1
