@@ -132,7 +132,7 @@ def reply_of(exchange: Exchange) -> str:
         exchange.done.wait(60)
         return streamed_text(exchange)
     choice = answer_to(exchange)["choices"][0]
-    return str(choice["message"]["content"] or "") if "message" in choice else text_of(choice)
+    return str(choice["message"]["content"] or "") if "chat" in exchange.path else text_of(choice)
 
 
 def sends(exchange: Exchange, causes: Mapping[str, str] | None = None, **fields: Any) -> None:
