@@ -91,6 +91,7 @@ STATUS = {
     404: "no handler at this path",
     405: "the handler is there, but not for POST",
     422: "the handler does not take the body that is sent: {message, max_tokens}",
+    499: "a caller who waits gets the whole answer: stop only for one who has left",
     500: "the handler raised: its error is the last line under `got`",
 }
 
