@@ -17,8 +17,8 @@ from jupyterhub.auth import Authenticator
 from tornado.web import HTTPError
 from traitlets import Bool, Unicode
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
-NAME_RULE = "A name has 1 to 32 letters a to z, digits and . _ - and begins with a letter or digit."
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,26}")  # behind `room-` it is a Unix user's
+NAME_RULE = "A name has 1 to 27 letters a to z, digits, _ and -, and begins with a letter or digit."
 PASSWORD_CHARS = range(8, 129)
 SCRYPT = {"n": 2**14, "r": 8, "p": 5, "maxmem": 2**26}
 """OWASP's Password Storage Cheat Sheet: 16 MiB and a tenth of a second of a core for each try."""
@@ -59,6 +59,7 @@ class Door(Authenticator):
 
     folder = Unicode(config=True)
     open_sign_up = Bool(config=True)
+    secure = Bool(config=True)
 
     def __init__(self, **traits: object) -> None:
         super().__init__(**traits)
@@ -86,9 +87,7 @@ class Door(Authenticator):
             await self.sign_in(handler, name, password, *kept)
         else:
             await self.sign_up(handler, name, password, code)
-        handler.set_secure_cookie(
-            COOKIE, name, httponly=True, samesite="Lax", secure=handler.request.protocol == "https"
-        )
+        handler.set_secure_cookie(COOKIE, name, httponly=True, samesite="Lax", secure=self.secure)
         return name
 
     async def sign_in(self, handler, name: str, password: str, salt: bytes, kept: bytes) -> None:

@@ -102,7 +102,7 @@ class Door:
     def __init__(self, hub: str, address: str = "127.0.0.1") -> None:
         self.hub = hub
         self.browser = requests.Session()
-        self.browser.mount("http://", Address(address))
+        self.browser.mount("https://", Address(address))
 
     def sign_in(self, name: str, password: str, code: str = "") -> tuple[int, str]:
         """Status, and what the page says; 302 is the way to the desk."""

@@ -33,6 +33,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from servebook import launch, serve
+from servebook.engine.quiet_compiler import LOWEST_PRIORITY
 from servebook.protos.llm.v1 import llm_pb2 as pb
 from servebook.protos.llm.v1 import llm_pb2_grpc
 from servebook.settings import Settings
@@ -209,6 +210,19 @@ def test_constraints_hold(client: GrpcClient) -> None:
     digits = client.generate("A year:", sampling=pb.Sampling(regex=r"(19|20)\d\d"))
     assert len(digits.text) == 4
     assert digits.text.isdecimal()
+
+
+def test_compiling_a_constraint_yields_to_those_who_wait_for_tokens(
+    client: GrpcClient, grpc_server: launch.Server
+) -> None:
+    """The threads that compiled stay, at the lowest priority; those that write tokens have the usual one."""
+    client.generate("Two letters:", sampling=pb.Sampling(regex="[a-z]{2}"))
+    family = psutil.Process(grpc_server.pid).children(recursive=True)
+    [core] = [process for process in family if process.name().startswith("VLLM::EngineCor")]
+    stats = [path.read_text().rpartition(")")[2].split() for path in Path(f"/proc/{core.pid}/task").glob("*/stat")]
+    priorities = [int(fields[16]) for fields in stats]
+    assert priorities.count(LOWEST_PRIORITY) >= 1
+    assert core.nice() == psutil.Process(grpc_server.pid).nice() < LOWEST_PRIORITY
 
 
 async def test_32_streams_neither_mix_nor_skip(aio: GrpcAioClient) -> None:

@@ -84,5 +84,18 @@ def test_an_image_gets_no_secret_and_no_environment_of_this_machine() -> None:
 
 def test_the_workflow_is_yaml_with_the_jobs() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
-    assert workflow["jobs"].keys() == {"cpu", "images", "gpu"}
+    assert workflow["jobs"].keys() == {"cpu", "images", "gpu", "gpu-image"}
     assert workflow["permissions"] == {"contents": "read"}
+
+
+def test_the_parts_of_the_gpu_job_are_all_tests() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    parts = workflow["jobs"]["gpu"]["strategy"]["matrix"]["part"]
+    words = set(re.findall(r"test_\w+", " ".join(parts)))
+
+    def selects(part: str, name: str) -> bool:
+        """As `pytest -k` reads it, for the file's name alone."""
+        return bool(eval(part, {word: word in name for word in words}))
+
+    for file in (ROOT / "tests").glob("test_*.py"):
+        assert sum(selects(part, file.stem) for part in parts) == 1, file.stem

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import psutil
 import pytest
+from vllm.v1.structured_output import StructuredOutputManager
 
 from servebook.engine import arguments as engine
 from servebook.engine.model import model_path
+from servebook.engine.quiet_compiler import LOWEST_PRIORITY, register
 from servebook.errors import LaunchError
 from servebook.settings import Settings, load_settings
 
@@ -128,3 +133,19 @@ def test_memory(cpu: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_gpus_engine_builds_no_sampler(gpu: Settings) -> None:
     assert engine.engine_env(gpu)["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+
+
+def test_grammars_compile_at_the_lowest_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In vLLM's pool of threads for this, and not where it has none and compiles in the engine's own thread."""
+
+    def priority(*_: object) -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    monkeypatch.setattr(StructuredOutputManager, "_create_grammar", priority)
+    register()
+    compile_grammar = StructuredOutputManager._create_grammar
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(compile_grammar, None, None).result() == LOWEST_PRIORITY
+    assert compile_grammar(None, None) == priority() < LOWEST_PRIORITY
+    names = {point.value for point in entry_points(group="vllm.general_plugins")}
+    assert "servebook.engine.quiet_compiler:register" in names, "`make setup` tells vLLM of it"

@@ -38,3 +38,18 @@ def test_a_whole_run_with_too_few_tests_fails(tmp_path: Path, floor: int, words:
 
 def test_this_run_has_the_floor(pytestconfig: pytest.Config) -> None:
     assert pytestconfig.pluginmanager.has_plugin("floor")
+
+
+def test_a_run_says_where_its_seconds_went(tmp_path: Path) -> None:
+    (tmp_path / "test_one.py").write_text("import time\n\n\ndef test_slow():\n    time.sleep(1)\n")
+    (tmp_path / "test_two.py").write_text("def test_quick():\n    pass\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "seconds"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    table = done.stdout.partition("seconds by file")[2]
+    assert "1  test_one.py\n" in table
+    assert "test_two.py" not in table

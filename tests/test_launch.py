@@ -217,7 +217,7 @@ def test_a_front_takes_the_engine_that_was_opened_on_purpose(desk: Desk) -> None
     assert desk.status() == engine
 
 
-@pytest.mark.parametrize(("name", "behind"), [("gateway", "vllm"), ("room", "vllm"), ("hub", "room")])
+@pytest.mark.parametrize(("name", "behind"), [("gateway", "vllm"), ("front", "vllm"), ("hub", "front")])
 def test_needs_stay_on_this_machine(name: str, behind: str) -> None:
     settings = load_settings(host="0.0.0.0", api_key=KEY, model="of-mine")
     assert find_server(name).needs(settings) == {behind: settings.model_copy(update={"host": "127.0.0.1"})}
@@ -232,7 +232,7 @@ def test_needs_stay_on_this_machine(name: str, behind: str) -> None:
 )
 def test_ports_that_are_never_opened(name: str, addresses: dict[str, str], tmp_path: Path) -> None:
     settings = load_settings(host="192.0.2.1", api_key=KEY, state_dir=tmp_path)
-    at: dict[str, Endpoints] = {"room": {"http": "127.0.0.1:8095"}}
+    at: dict[str, Endpoints] = {"front": {"http": "127.0.0.1:8095"}}
     order = Start(find_server(name), settings, name, "cli").order(tmp_path, at)
     assert order["hosts"] == order["client_hosts"] == addresses
 

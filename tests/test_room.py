@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import signal
 import stat
 import subprocess
@@ -18,15 +19,19 @@ import pytest
 import requests
 from classroom import Door, Kernel, LearnersDesk, answer_of, bearer
 from desk import eventually
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, expect
 
 from servebook.checkout import ROOT
 from servebook.launch import Server
 from servebook.launch.processes import free_port
+from servebook.room import tls
+from servebook.room.hub import why_not_apart
+from servebook.settings import load_settings
 
 KEY = "the-instructors-key"
 LAB = "01_openai_rest"
 CPU_SECONDS = 18
+PROCESSES = 300
 
 
 class Room:
@@ -34,18 +39,23 @@ class Room:
 
     def __init__(self, folder: Path, engine: str) -> None:
         self.folder = folder
-        self.url = f"http://127.0.0.1:{free_port()}"
+        self.url = f"https://127.0.0.1:{free_port()}"
+        cert, secret = folder.with_name("room.pem"), folder.with_name("room.key")
+        tls.make(cert, secret, "127.0.0.1")
         self.front = f"http://127.0.0.1:{free_port()}"
         settings = {
             "state_dir": str(folder),
             "engine_url": engine,
             "api_key": KEY,
             "hub_http_port": self.url.rpartition(":")[2],
-            "room_http_port": self.front.rpartition(":")[2],
+            "front_http_port": self.front.rpartition(":")[2],
             "hub_routes_port": str(free_port()),
             "hub_api_port": str(free_port()),
             "room_cpu_seconds": str(CPU_SECONDS),
             "room_memory_gib": "2",
+            "room_processes": str(PROCESSES),
+            "room_tls_cert": str(cert),
+            "room_tls_key": str(secret),
         }
         self.env = os.environ | {f"SERVEBOOK_{name.upper()}": value for name, value in settings.items()}
         self.output = folder.with_suffix(".log")
@@ -96,13 +106,19 @@ CLI = [sys.executable, "-c", "from servebook.cli import main; main()"]
 
 @pytest.fixture(scope="module")
 def room(vllm: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room]:
+    accounts = {account.pw_name for account in pwd.getpwall()}
     room = Room(tmp_path_factory.mktemp("room") / "state", vllm.url)
     try:
-        eventually(room.opened, "the room", seconds=60)
-        yield room
+        with pytest.MonkeyPatch.context() as browsers:  # they know the room's certificate, and no other
+            for variable in ("REQUESTS_CA_BUNDLE", "WEBSOCKET_CLIENT_CA_BUNDLE"):
+                browsers.setenv(variable, str(room.folder.with_name("room.pem")))
+            eventually(room.opened, "the room", seconds=120)
+            yield room
     finally:
         room.process.send_signal(signal.SIGINT)
         room.process.wait(60)
+        for name in {account.pw_name for account in pwd.getpwall()} - accounts:
+            subprocess.run(["userdel", name], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +139,13 @@ def kernels(room: Room) -> dict[str, Kernel]:
         return dict(zip(names, pool.map(sit_down, names), strict=True))
 
 
+@pytest.fixture
+def apart(room: Room) -> None:
+    """Skips, and says why, where desks cannot be kept apart."""
+    if why := why_not_apart(load_settings(state_dir=room.folder)):
+        pytest.skip(f"desks cannot be kept apart here: {why}")
+
+
 def solve(kernel: Kernel) -> None:
     """Do the first exercise and have it checked."""
     kernel.run(answer_of(ROOT / "solutions", LAB, "01-1"))
@@ -131,7 +154,7 @@ def solve(kernel: Kernel) -> None:
 
 def test_names_that_are_none_are_refused_with_the_rule(room: Room) -> None:
     door = Door(room.url)
-    rule = "A name has 1 to 32 letters a to z, digits and . _ - and begins with a letter or digit."
+    rule = "A name has 1 to 27 letters a to z, digits, _ and -, and begins with a letter or digit."
     for name in ("x\n", "root", "a" * 60, "../x", "-x", "x y", "", "ñ"):
         assert door.sign_in(name, "long enough", room.code()) == (403, rule), name
     assert door.sign_in("daemon", "long enough", room.code())[1].startswith("daemon is an account of this machine.")
@@ -174,7 +197,8 @@ def test_a_password_that_was_forgotten_is_chosen_anew_and_a_new_code_replaces_th
 
 
 @pytest.mark.browser
-def test_a_browser_signs_up_by_the_pictures_address_and_finds_the_first_notebook(room: Room, page: Page) -> None:
+def test_a_browser_signs_up_by_the_pictures_address_and_finds_the_first_notebook(room: Room, chromium: Browser) -> None:
+    page = chromium.new_page(ignore_https_errors=True)
     page.goto(f"{room.url}/hub/login#{room.code()}")
     expect(page.get_by_label("Join code")).to_have_value(room.code())
     page.get_by_label("Username").fill("hedy")
@@ -210,9 +234,9 @@ def test_three_learners_run_the_first_notebook_and_pass_an_exercise(room: Room, 
     assert {row["name"] for row in rows if row["served"] > 2} == set(kernels)
     kept = room.folder / "room" / "keys.json"
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    for text in (kept.read_text(), room.log("room"), room.log("hub"), room.output.read_text()):
+    for text in (kept.read_text(), room.log("front"), room.log("hub"), room.output.read_text()):
         assert not any(key in text for key in [*keys, KEY])
-    assert "capital of Japan" not in room.log("room")
+    assert "capital of Japan" not in room.log("front")
     assert "instructor's notes" not in json.dumps(kernels["ada"].desk.notebook("notebooks/00_start_here.ipynb"))
 
 
@@ -260,6 +284,58 @@ def test_a_notebook_that_never_ends_is_ended(kernels: dict[str, Kernel]) -> None
 
 def test_too_much_memory_is_an_error_of_that_cell_only(kernels: dict[str, Kernel]) -> None:
     assert "MemoryError" in kernels["alan"].run("try: bytearray(3 << 30)\nexcept MemoryError as e: print(repr(e))")
+    solve(kernels["alan"])
+
+
+SEEN = """
+import json, os
+def readable(path):
+    try:
+        return bool(os.listdir(path) if os.path.isdir(path) else open(path, "rb").read(1))
+    except OSError:
+        return False
+def refused(act):
+    try:
+        act()
+    except OSError as error:
+        return type(error).__name__
+shm = os.statvfs("/dev/shm")
+print(json.dumps({
+    "uid": os.getuid(),
+    "read": [path for path in PATHS if readable(path)],
+    "environ": refused(lambda: open(f"/proc/{HUB}/environ").read()),
+    "kill": refused(lambda: os.kill(HUB, 0)),
+    "write": refused(lambda: open(f"{ROOT}/src/planted.py", "w")),
+    "shm": shm.f_blocks * shm.f_frsize,
+}))
+"""
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_desk_sees_neither_the_instructors_files_nor_anothers(room: Room, kernels: dict[str, Kernel]) -> None:
+    within = room.folder / "room"
+    mine = within / "desks" / "ada"
+    secrets = [within / name for name in ("keys.json", "passwords.sqlite", "join.code", "hub.sqlite", "cookie_secret")]
+    assert all(path.exists() for path in secrets)
+    others = [within / "desks" / "alan", ROOT / "solutions", ROOT / "tests", ROOT / ".git", room.folder / "logs"]
+    paths = [str(path) for path in (*secrets, *others, mine, ROOT / "labs")]
+    asked = SEEN.replace("PATHS", repr(paths)).replace("HUB", str(room.hub().pid)).replace("ROOT", str(ROOT))
+    seen = json.loads(kernels["ada"].run(asked))
+    assert seen["read"] == paths[-2:]
+    assert (seen["environ"], seen["kill"], seen["write"]) == ("PermissionError", "PermissionError", "OSError")
+    assert seen["shm"] <= 2 << 30
+    assert len({seen["uid"], os.getuid(), int(kernels["alan"].run("import os; print(os.getuid())"))}) == 3
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_desk_that_forks_without_end_stops_at_its_limit(kernels: dict[str, Kernel]) -> None:
+    told = kernels["ada"].run(
+        "import subprocess\nmany = []\ntry:\n    while True: many.append(subprocess.Popen(['sleep', '600']))\n"
+        "except OSError as error: print(len(many), type(error).__name__)\n"
+        "for one in many: one.kill()\nfor one in many: one.wait()"
+    )
+    assert int(told.split()[0]) < PROCESSES
+    assert told.split()[1] == "BlockingIOError"
     solve(kernels["alan"])
 
 
@@ -329,6 +405,7 @@ def test_learners_at_once_pass_every_check_of_labs_01_and_02(room: Room) -> None
 def test_closing_a_desk_ends_all_of_it(room: Room, kernels: dict[str, Kernel]) -> None:
     home = room.folder / "room" / "desks" / "alan"
     assert room.family(home)
+    kernels["alan"].run("import subprocess; subprocess.Popen(['sleep', '601'], start_new_session=True)")
     kernels["alan"].desk.close()
     eventually(lambda: not room.family(home), "the end of every process of a desk")
 

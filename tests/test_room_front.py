@@ -6,6 +6,9 @@ import asyncio
 import errno
 import json
 import os
+import re
+import signal
+import stat
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing, suppress
@@ -15,15 +18,18 @@ from typing import Any
 
 import pytest
 import requests
+import tiny_server
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestServer
 from classroom import bearer
 from desk import eventually
 
+from servebook import launch
 from servebook.errors import LaunchError
+from servebook.lab.manifest import load_labs
 from servebook.launch.processes import free_port
-from servebook.launch.table import find_server
-from servebook.room import asking
+from servebook.launch.table import SERVERS, find_server
+from servebook.room import asking, cli, collect, hub, tls
 from servebook.room.admin import instructors_key
 from servebook.room.front import RELAYED, Front, Learner
 from servebook.room.keys import Roll
@@ -539,10 +545,90 @@ async def test_too_many_are_refused_and_leavers_free_their_place() -> None:
 
 def test_the_front_needs_the_instructors_key(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="needs a key"):
-        find_server("room").argv(Settings(state_dir=tmp_path), tmp_path, {"vllm": {"http": "127.0.0.1:8000"}})
+        find_server("front").argv(Settings(state_dir=tmp_path), tmp_path, {"vllm": {"http": "127.0.0.1:8000"}})
 
 
 def test_a_key_that_jupyterhub_would_not_take_is_refused_before_anything_starts() -> None:
     with pytest.raises(LaunchError, match="8 characters or more; SERVEBOOK_API_KEY has 7"):
         instructors_key(load_settings(api_key="sevench"))
     assert instructors_key(load_settings(api_key="eight-ch")) == "eight-ch"
+
+
+OPENED = {"host": "0.0.0.0", "api_key": "instructors-key"}
+
+
+def test_a_room_whose_desks_are_not_apart_is_opened_only_when_all_are_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    settings = load_settings(state_dir=tmp_path, **OPENED)
+    with pytest.raises(LaunchError, match=r"cannot be kept apart here \(the room does not run as root\)"):
+        hub.require_safe(settings)
+    hub.require_safe(load_settings(state_dir=tmp_path, room={"trusted": True}, **OPENED))
+    hub.require_safe(load_settings(state_dir=tmp_path))
+
+
+def test_an_opened_room_has_a_certificate_of_its_own_for_its_address(tmp_path: Path) -> None:
+    assert tls.files(load_settings(state_dir=tmp_path)) is None
+    assert tls.address(load_settings(state_dir=tmp_path), 8100) == "http://127.0.0.1:8100"
+    first = load_settings(state_dir=tmp_path, **OPENED | {"host": "192.0.2.7"})
+    files = tls.files(first)
+    assert files
+    assert tls.address(first, 8100) == "https://192.0.2.7:8100"
+    assert stat.S_IMODE(files[1].stat().st_mode) == 0o600
+    kept = tls.fingerprint(files[0])
+    assert re.fullmatch(r"([0-9A-F]{2}:){31}[0-9A-F]{2}", kept)
+    tls.files(first)
+    assert tls.fingerprint(files[0]) == kept  # who compared it once need not do so again
+    tls.files(load_settings(state_dir=tmp_path, **OPENED | {"host": "room.example.org"}))
+    assert tls.fingerprint(files[0]) != kept
+    given = load_settings(state_dir=tmp_path, room={"tls_cert": files[0], "tls_key": files[1], "url": "https://x/"})
+    assert tls.files(given) == files
+    assert tls.address(given, 8100) == "https://x"
+
+
+@pytest.mark.lifetime
+def test_an_engine_that_dies_is_brought_back_where_the_front_looks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SERVERS, "vllm", SERVERS["vllm"])
+    tiny_server.install()
+    settings = load_settings(state_dir=tmp_path, api_key=KEY, vllm_http_port=free_port(), front_http_port=free_port())
+    front = launch.serve("front", settings=settings)
+    try:
+        engine = cli.state_of("vllm", settings)
+        assert engine["pid"]
+        os.kill(engine["pid"], signal.SIGKILL)
+        eventually(lambda: not cli.state_of("vllm", settings)["pid"], "the end of the engine")
+        assert requests.get(f"{front.url}/room/health", timeout=5).status_code == 503
+        cli.bring_back(engine, settings)
+        assert requests.get(f"{front.url}/room/health", timeout=5).status_code == 200
+        assert cli.state_of("vllm", settings)["endpoints"] == engine["endpoints"]
+        assert "The engine has ended, and is started again." in capsys.readouterr().out
+    finally:
+        for name in ("front", "vllm"):
+            launch.down(name, settings)
+
+
+def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_path: Path) -> None:
+    desks, submitted, secret = tmp_path / "desks", tmp_path / "submitted", tmp_path / "secret"
+    secret.write_text("the instructor's")
+    lab, other, piped, long, foldered = (each.stem for each in load_labs()[:5])
+    for name in ("ada", "mallory"):
+        for stem in (lab, other, piped, long):
+            (desks / name / "labs" / stem).mkdir(parents=True)
+        (desks / name / "labs" / lab / f"{lab}.ipynb").write_text(f"by {name}")
+        (desks / name / "labs" / lab / "foreign.sh").write_text("")
+    mallorys = desks / "mallory" / "labs"
+    (mallorys / other / f"{other}.ipynb").symlink_to(secret)
+    os.mkfifo(mallorys / piped / f"{piped}.ipynb")
+    (mallorys / long / f"{long}.ipynb").write_bytes(b"x" * (1 + (20 << 20)))
+    (mallorys / foldered).symlink_to(tmp_path)
+    (desks / "link").symlink_to(desks / "ada")
+    ada, mallory = collect.collect(desks, submitted)
+    assert (ada.learner, ada.labs, ada.left) == ("ada", [lab], {})
+    assert (mallory.learner, mallory.labs) == ("mallory", [lab])
+    assert mallory.left.keys() == {other, piped, long, foldered}
+    assert mallory.left[piped] == "it is no file"
+    files = {str(path.relative_to(submitted)): path.read_text() for path in submitted.rglob("*") if path.is_file()}
+    assert files == {f"{name}/{lab}/{lab}.ipynb": f"by {name}" for name in ("ada", "mallory")}

@@ -47,7 +47,7 @@ def test_the_documented_default_ports() -> None:
         "vllm_rs_grpc_port": 50053,
         "router_http_port": 8090,
         "router_metrics_port": 8091,
-        "room_http_port": 8095,
+        "front_http_port": 8095,
         "hub_http_port": 8100,
         "hub_routes_port": 8101,
         "hub_api_port": 8102,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from platformdirs import user_cache_path, user_state_path
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -31,6 +31,36 @@ TENSOR_MODEL_NAME = "vllm_model"
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
+class RoomSettings(BaseModel):
+    """A room of learners: `SERVEBOOK_ROOM_…`, or the table `[room]` of servebook.toml.
+
+    `env` is the environment of JupyterHub, `url` the address that learners type where it is not this machine's own,
+    `open_sign_up` whether they come in without a join code, `trusted` whether a room whose desks are not kept apart
+    may be opened beyond this machine. The TLS files (PEM) are the proxy's; without them an opened room makes its own.
+    `seats` are desks at a time, `places` answers that the engine writes at a time, of all and of one learner; a
+    learner's share is per minute. What a learner's process may take: memory in GiB, processor seconds, seconds
+    without a sign of life; `processes` (threads are counted too) is for a desk as a whole.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    env: Path = Path(sys.prefix) / "room"
+    url: str = ""
+    open_sign_up: bool = False
+    trusted: bool = False
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    seats: int = Field(default=40, ge=1)
+    places: int = Field(default=64, ge=1)
+    learner_places: int = Field(default=16, ge=1)
+    requests_per_minute: int = Field(default=120, ge=1)
+    tokens_per_minute: int = Field(default=6000, ge=1)
+    memory_gib: float = Field(default=4, gt=0)
+    cpu_seconds: int = Field(default=3600, ge=1)
+    idle_seconds: int = Field(default=3600, ge=1)
+    processes: int = Field(default=1024, ge=64)
+
+
 class Settings(BaseSettings):
     """Everything that a reader may change, with its default.
 
@@ -38,14 +68,13 @@ class Settings(BaseSettings):
     Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the servers `grpc` and `vllm-rs`.
     `vllm_rs_file` is the program of vLLM's Rust front end, where it is neither installed nor to be fetched. `cores` are
     those that an engine computes on, such as `0,1` ("": those that it may use); `router` deals them out to its
-    replicas. `room_…` is for a room of learners: the environment of JupyterHub, whether learners
-    sign up without a join code, how many may be there, how many
-    requests the engine takes at a time, of all and of one learner, a learner's share per minute, and what a learner's
-    process may take: memory, processor time, and time without a sign of life.
+    replicas.
     """
 
     model_config = SettingsConfigDict(
         env_prefix="SERVEBOOK_",
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
         env_ignore_empty=True,
         extra="forbid",
         validate_default=True,
@@ -71,16 +100,7 @@ class Settings(BaseSettings):
     cache_dir: Path = user_cache_path("servebook")
     state_dir: Path = user_state_path("servebook")
 
-    room_env: Path = Path(sys.prefix) / "room"
-    room_open_sign_up: bool = False
-    room_seats: int = Field(default=40, ge=1)
-    room_places: int = Field(default=64, ge=1)
-    room_learner_places: int = Field(default=16, ge=1)
-    room_requests_per_minute: int = Field(default=120, ge=1)
-    room_tokens_per_minute: int = Field(default=6000, ge=1)
-    room_memory_gib: float = Field(default=4, gt=0)
-    room_cpu_seconds: int = Field(default=3600, ge=1)
-    room_idle_seconds: int = Field(default=3600, ge=1)
+    room: RoomSettings = Field(default_factory=RoomSettings)
 
     vllm_http_port: Port = 8000
     triton_grpc_port: Port = 8001
@@ -96,7 +116,7 @@ class Settings(BaseSettings):
     vllm_rs_grpc_port: Port = 50053
     router_http_port: Port = 8090
     router_metrics_port: Port = 8091
-    room_http_port: Port = 8095
+    front_http_port: Port = 8095
     hub_http_port: Port = 8100
     hub_routes_port: Port = 8101
     hub_api_port: Port = 8102
@@ -206,7 +226,8 @@ def load_settings(**overrides: Any) -> Settings:
         raise ServebookError(f"{settings_file()} cannot be read: {error}.", "Correct it, or remove it.") from None
     except ValidationError as error:
         problems = "; ".join(
-            (f"SERVEBOOK_{str(e['loc'][0]).upper()}: " if e["loc"] else "") + e["msg"].removeprefix("Value error, ")
+            (f"SERVEBOOK_{'_'.join(map(str, e['loc'])).upper()}: " if e["loc"] else "")
+            + e["msg"].removeprefix("Value error, ")
             for e in error.errors()
         )
         raise ServebookError(

@@ -188,10 +188,10 @@ def _router(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[st
     ]
 
 
-def _room(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
+def _front(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
     if not settings.key:
         raise LaunchError(
-            "room needs a key of the instructor's, which learners do not get.",
+            "front needs a key of the instructor's, which learners do not get.",
             "Set SERVEBOOK_API_KEY, or start the whole room with `servebook room start`, which makes one.",
         )
     upstream = needs["vllm"]["http"]
@@ -199,16 +199,16 @@ def _room(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]
         *(sys.executable, "-m", "servebook.room", "--host", settings.host, "--http-port", "{http}"),
         *("--upstream", upstream if "://" in upstream else f"http://{upstream}"),
         *("--roll", str(settings.state_dir / "room" / "keys.json")),
-        *("--places", str(settings.room_places), "--learner-places", str(settings.room_learner_places)),
-        *("--requests-per-minute", str(settings.room_requests_per_minute)),
-        *("--tokens-per-minute", str(settings.room_tokens_per_minute)),
+        *("--places", str(settings.room.places), "--learner-places", str(settings.room.learner_places)),
+        *("--requests-per-minute", str(settings.room.requests_per_minute)),
+        *("--tokens-per-minute", str(settings.room.tokens_per_minute)),
     ]
 
 
 def _hub(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
     return [
         *(sys.executable, "-m", "servebook.room.hub", "--host", settings.host),
-        *("--front", f"http://{needs['room']['http']}"),
+        *("--front", f"http://{needs['front']['http']}"),
         *("--http-port", "{http}", "--routes-port", "{routes}", "--api-port", "{api}"),
     ]
 
@@ -284,10 +284,10 @@ SERVERS: dict[str, ServerSpec] = {
             needs=_replicas,
         ),
         ServerSpec(
-            name="room",
+            name="front",
             about="a room's front to vllm: a key and a share for each learner",
             ports=("http",),
-            argv=_room,
+            argv=_front,
             ready=lambda at: http_ok(at["http"], "/room/health"),
             has_engine=False,
             needs=lambda settings: {"vllm": behind(settings)},
@@ -299,9 +299,12 @@ SERVERS: dict[str, ServerSpec] = {
             argv=_hub,
             local=("routes", "api"),
             # The hub itself first: until it is there, the proxy would fill the log with its errors.
-            ready=lambda at: http_ok(at["api"], "/hub/health") and http_ok(at["http"], "/hub/health"),
+            ready=lambda at: (
+                http_ok(at["api"], "/hub/health")
+                and (https_ok(at["http"], "/hub/health") or http_ok(at["http"], "/hub/health"))
+            ),
             has_engine=False,
-            needs=lambda settings: {"room": behind(settings)},
+            needs=lambda settings: {"front": behind(settings)},
         ),
     )
 }

@@ -73,7 +73,7 @@ class RoomAdmin:
 
     def __init__(self, settings: Settings) -> None:
         self.key = instructors_key(settings)
-        entry = next(entry for entry in launch.status(settings) if entry["name"] == "room")
+        entry = next(entry for entry in launch.status(settings) if entry["name"] == "front")
         if entry["state"] != "ready":
             raise ServebookError(f"The room is {entry['state']}.", "Start it with `servebook room start`.")
         self.url = f"http://{entry['endpoints']['http']}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 import subprocess
 import time
 from typing import Annotated
@@ -11,10 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from servebook import launch
+from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
 from servebook.launch.states import Status
 from servebook.launch.table import behind
+from servebook.room import collect as hand_in
 from servebook.room.admin import RoomAdmin, forget_password, instructors_key, join_code
+from servebook.room.hub import require_safe, why_not_apart
+from servebook.room.tls import address, files, fingerprint
 from servebook.settings import Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, help="A room of learners: JupyterHub, and one engine with a key for each.")
@@ -31,14 +37,20 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A learner.")]
 
 
 @app.command()
-def start() -> None:
+def start(
+    trusted: Annotated[bool, typer.Option(help="Open the room even if desks cannot be kept apart.")] = False,
+) -> None:
     """Start engine, front and JupyterHub, and keep them until Ctrl-C; then everything ends, desks included."""
     settings = load_settings(api_key=instructors_key(load_settings()))
+    if trusted:
+        settings = settings.model_copy(update={"room": settings.room.model_copy(update={"trusted": True})})
+        os.environ["SERVEBOOK_ROOM_TRUSTED"] = "true"  # the hub reads its settings itself
+    require_safe(settings)
     up_before = {entry["name"] for entry in launch.status(settings) if entry["pid"]}
     hub = launch.serve("hub", settings=settings)
     engine = state_of("vllm", settings)
-    show_door(settings, hub.url)
-    out.print(f"{settings.room_seats} seats. Ctrl-C ends the room.")
+    show_door(settings, hub.url.rpartition(":")[2])
+    out.print(f"{settings.room.seats} seats. Ctrl-C ends the room.")
     try:
         # Not its state: a hub that is being restarted does not answer for a while, and the room goes on.
         while state_of("hub", settings)["pid"]:
@@ -47,7 +59,7 @@ def start() -> None:
             time.sleep(1)
         raise LaunchError("JupyterHub has ended.", "See `servebook logs hub`.")
     finally:
-        for name in ("hub", "room", "vllm"):
+        for name in ("hub", "front", "vllm"):
             if name not in up_before:
                 launch.down(name, settings)
 
@@ -60,7 +72,7 @@ def state_of(name: str, settings: Settings) -> Status:
 def bring_back(engine: Status, settings: Settings) -> None:
     """Start the engine again, where the front looks for it; requests that were under way have been refused."""
     when = time.strftime("%H:%M:%S")
-    out.print(f"{when} The engine has ended, and is started again. `servebook logs room` says who asked last.")
+    out.print(f"{when} The engine has ended, and is started again. `servebook logs front` says who asked last.")
     port = int(engine["endpoints"]["http"].rpartition(":")[2])
     try:
         launch.serve("vllm", settings=behind(settings).model_copy(update={"vllm_http_port": port}))
@@ -68,15 +80,25 @@ def bring_back(engine: Status, settings: Settings) -> None:
         out.print(f"{error}\nThe room stays open without an engine; the next try is in a moment.", markup=False)
 
 
-def show_door(settings: Settings, url: str) -> None:
-    """Print the address, the join code, and a picture that has both for a telephone or tablet."""
-    if settings.room_open_sign_up:
-        out.print(f"Learners sign up at {url} — without a code: whoever reaches the address gets a desk.")
-        return
-    code = join_code(settings)
-    picture = [str(settings.room_env / "bin" / "segno"), "--compact", "--error", "L", f"{url}/hub/login#{code}"]
-    print(subprocess.run(picture, capture_output=True, text=True, check=False).stdout)
-    out.print(f"Learners sign up at {url} with the join code {code}.")
+def show_door(settings: Settings, port: str) -> None:
+    """Print the address, the join code, a picture that has both for a telephone or tablet, and what that gives away."""
+    url = address(settings, port)
+    if settings.room.open_sign_up:
+        out.print(f"Learners sign up at {url} without a code: whoever reaches that address gets a desk.")
+    else:
+        code = join_code(settings)
+        picture = [str(settings.room.env / "bin" / "segno"), "--compact", "--error", "L", f"{url}/hub/login#{code}"]
+        print(subprocess.run(picture, capture_output=True, text=True, check=False).stdout)
+        out.print(f"Learners sign up at {url} with the join code {code}.")
+    if tls := files(settings):
+        out.print(f"Its certificate's SHA-256 fingerprint, to compare in the browser: {fingerprint(tls[0])}")
+    if why := why_not_apart(settings):
+        out.print(
+            f"A desk is a shell on this machine as {getpass.getuser()}, whom you are too ({why}): "
+            "let in only those whom you trust with your files."
+        )
+    else:
+        out.print("A desk is a shell on this machine, as a user of its own that sees neither your files nor others'.")
 
 
 @app.command()
@@ -88,7 +110,7 @@ def code(new: Annotated[bool, typer.Option(help="The old one counts no more.")] 
     entry = next(entry for entry in launch.status(settings) if entry["name"] == "hub")
     if entry["state"] == "stopped":
         raise ServebookError("The room is not up.", "Start it with `servebook room start`.")
-    show_door(settings, f"http://{entry['endpoints']['http']}")
+    show_door(settings, entry["endpoints"]["http"].rpartition(":")[2])
 
 
 @app.command()
@@ -121,6 +143,19 @@ def revoke(name: Name) -> None:
     """Take a learner's key away: what is under way is broken off, and nothing more is served."""
     RoomAdmin(load_settings()).revoke(name)
     out.print(f"{name}: revoked; `servebook room admit {name}` lets them in again")
+
+
+@app.command()
+def collect() -> None:
+    """Copy what learners wrote in the labs to nbgrader's `submitted/`; docs/instructor.md has what follows."""
+    desks, submitted = load_settings().state_dir / "room" / "desks", ROOT / "submitted"
+    if not desks.is_dir():
+        raise ServebookError("There are no desks yet.", "Start a room with `servebook room start`.")
+    for row in hand_in.collect(desks, submitted):
+        out.print(f"{row.learner}: {len(row.labs)} labs")
+        for lab, why in row.left.items():
+            out.print(f"  {lab} was left: {why}", markup=False)
+    out.print(f"in {submitted}; now `nbgrader autograde LAB` for each lab")
 
 
 @app.command()

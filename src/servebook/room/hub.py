@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,17 +24,20 @@ import requests
 import typer
 
 from servebook.checkout import ROOT
-from servebook.errors import ServebookError
+from servebook.errors import LaunchError, ServebookError
 from servebook.launch.processes import adopt_orphans, children
 from servebook.room.admin import join_code
 from servebook.room.desk import make_master
-from servebook.settings import Settings, load_settings
+from servebook.room.tls import files
+from servebook.settings import Settings, is_loopback, load_settings
 
 log = logging.getLogger("servebook.room")
 
+NOBODY = 65534
+SEEN = ("src", "jupyter", "jupyterhub", "labs", "notebooks", "protos", "triton", "shims", "docs", "pyproject.toml")
+"""What a desk sees of the checkout."""
+ENTER = ROOT / "jupyterhub" / "enter_desk.py"
 PROXY = ROOT / "jupyterhub" / "proxy.py"
-PROXY_SECONDS = 600
-"""How long an answer may take: a page waits for its desk to open, 20 s would be too short for a full room."""
 CONFIG = ROOT / "jupyterhub" / "jupyterhub_config.py"
 POLL_SECONDS = 0.2
 ROUTES_SECONDS = 30.0
@@ -44,6 +48,9 @@ EARLY_SECONDS = 20.0
 
 def what_the_config_reads(settings: Settings, front: str, urls: dict[str, str]) -> dict[str, Any]:
     """The room as the hub's configuration gets it: that runs in the hub's environment, where servebook is not."""
+    room = settings.room
+    if why := why_not_apart(settings):
+        log.warning("all desks run as one user: %s", why)
     return {
         "folder": str(settings.state_dir / "room"),
         "python": sys.executable,
@@ -52,13 +59,68 @@ def what_the_config_reads(settings: Settings, front: str, urls: dict[str, str]) 
         "served_name": settings.served_name,
         "front": front,
         "key": settings.key,
-        "open_sign_up": settings.room_open_sign_up,
-        "seats": settings.room_seats,
-        "memory_gib": settings.room_memory_gib,
-        "cpu_seconds": settings.room_cpu_seconds,
-        "idle_seconds": settings.room_idle_seconds,
+        "open_sign_up": room.open_sign_up,
+        "secure": urls["public_url"].startswith("https") or room.url.startswith("https"),
+        "seats": room.seats,
+        "idle_seconds": room.idle_seconds,
+        "limits": limits(settings),
+        "apart": None if why else view(settings),
         **urls,
     }
+
+
+def limits(settings: Settings) -> dict[str, int]:
+    """What the processes of a desk may take, as `enter_desk.py` reads it."""
+    room = settings.room
+    memory = int(room.memory_gib * 2**30)
+    return {"memory_bytes": memory, "cpu_seconds": room.cpu_seconds, "processes": room.processes}
+
+
+def view(settings: Settings) -> dict[str, Any]:
+    """What a desk that is kept apart sees of the instructor's files, as `enter_desk.py` reads it.
+
+    Not the solutions, the key in servebook.toml, or git; the environments and the model are read-only.
+    """
+    python, master = Path(sys.executable), settings.state_dir / "room" / "master"
+    seen = [*(ROOT / name for name in SEEN), python.parents[1], settings.room.env, Path(sys.base_prefix), master]
+    seen.append(settings.cache_dir / "models")
+    return {
+        "shown": sorted({str(path) for path in seen if path.exists()}),
+        "covers": [str(path) for path in (ROOT, settings.state_dir, Path.home()) if path.parts[1:]],
+        "cache": str(settings.cache_dir),
+    }
+
+
+def why_not_apart(settings: Settings) -> str:
+    """Why desks cannot be users of their own here, "" where they can: tried, as a user who owns nothing."""
+    if os.getuid() != 0:
+        return "the room does not run as root"
+    if not shutil.which("useradd"):
+        return "there is no useradd"
+    for folder in (settings.cache_dir, settings.state_dir):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for file in filter(Path.is_file, (settings.cache_dir / "models").rglob("*")):
+        file.chmod(file.stat().st_mode | 0o444)  # weights are written for their owner alone
+    where = limits(settings) | view(settings) | {"home": str(ROOT / "labs"), "uid": NOBODY, "gid": NOBODY}
+    command = [sys.executable, "-I", str(ENTER), json.dumps(where), sys.executable, "-P", "-c", "import servebook.lab"]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    return tried.stderr.strip().rpartition("\n")[2] if tried.returncode else ""
+
+
+def require_safe(settings: Settings) -> None:
+    """Refuse to open a room beyond this machine in which every learner is the instructor's user.
+
+    Raises:
+        LaunchError: and why desks are not kept apart.
+    """
+    if is_loopback(settings.host) or settings.room.trusted:
+        return
+    if why := why_not_apart(settings):
+        raise LaunchError(
+            f"Desks cannot be kept apart here ({why}), so whoever has the join code could read your files and keys.",
+            "Run the room as root of a machine or container made for it; or, if you trust everybody in the room, "
+            "`servebook room start --trusted`.",
+        )
 
 
 def find_hub(settings: Settings) -> Path:
@@ -67,9 +129,9 @@ def find_hub(settings: Settings) -> Path:
     Raises:
         ServebookError: it has not been made, or this is not the instructor's repository.
     """
-    programs = settings.room_env / "bin"
+    programs = settings.room.env / "bin"
     if not (programs / "jupyterhub").is_file():
-        raise ServebookError(f"There is no JupyterHub in {settings.room_env}.", "Run `make room`, which installs it.")
+        raise ServebookError(f"There is no JupyterHub in {settings.room.env}.", "Run `make room`, which installs it.")
     if not CONFIG.is_file():
         raise ServebookError(f"There is no {CONFIG}.", "Run this in the instructor's repository.")
     return programs
@@ -145,24 +207,29 @@ def main(
     programs = find_hub(settings)
     folder = settings.state_dir / "room"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    require_safe(settings)
     make_master(folder / "master")
     join_code(settings)
+    tls = files(settings)
     urls = {
-        "public_url": f"http://{host}:{http_port}",
+        "public_url": f"{'https' if tls else 'http'}://{host}:{http_port}",
         "routes_url": f"http://127.0.0.1:{routes_port}",
         "hub_url": f"http://127.0.0.1:{api_port}",
     }
     env = os.environ | {
         "CONFIGPROXY_AUTH_TOKEN": secrets.token_hex(32),
-        "SERVEBOOK_ROOM": json.dumps(what_the_config_reads(settings, front, urls)),
+        "SERVEBOOK_HUB_CONFIG": json.dumps(what_the_config_reads(settings, front, urls)),
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
     }
-    proxy = [
-        *(str(programs / "python"), str(PROXY), "--ip", host, "--port", str(http_port)),
-        *("--proxy-timeout", str(1000 * PROXY_SECONDS)),
-        *("--api-ip", "127.0.0.1", "--api-port", str(routes_port), "--log-level", "WARNING"),
-        *("--default-target", urls["hub_url"], "--error-target", f"{urls['hub_url']}/hub/error"),
-    ]
+    options = {
+        "host": host,
+        "port": http_port,
+        "routes_port": routes_port,
+        "hub_url": urls["hub_url"],
+        "cert": str(tls[0]) if tls else "",
+        "cert_key": str(tls[1]) if tls else "",
+    }
+    proxy = [str(programs / "python"), str(PROXY), json.dumps(options)]
     commands = {"proxy": proxy, "hub": [str(programs / "jupyterhub"), "--config", str(CONFIG)]}
     keep(commands, env, lambda name: renew_routes(name, urls["routes_url"], urls["hub_url"], settings.key or ""))
 

@@ -1,0 +1,136 @@
+"""A learner's desk: a folder, a key of the room's front, and a JupyterLab as a local process of its own user."""
+
+import asyncio
+import json
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote
+
+from jupyterhub.spawner import LocalProcessSpawner
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError
+from tornado.web import HTTPError
+from traitlets import Dict
+
+here = Path(__file__).parent
+
+
+class DeskSpawner(LocalProcessSpawner):
+    """JupyterHub's spawner of local processes, with the room's limits; `room` is what `servebook.room.hub` says.
+
+    Where the room keeps desks apart, each is a Unix user of its own, `room-NAME`, which stays with its files.
+    """
+
+    room = Dict(config=True)
+
+    @property
+    def home(self) -> Path:
+        return Path(self.room["folder"]) / "desks" / self.user.name
+
+    @property
+    def account(self) -> str:
+        return f"room-{self.user.name}"
+
+    def where(self) -> dict:
+        """What `enter_desk.py` reads."""
+        where = self.room["limits"] | {"home": str(self.home)}
+        if not self.room["apart"]:
+            return where
+        user = pwd.getpwnam(self.account)
+        return where | self.room["apart"] | {"uid": user.pw_uid, "gid": user.pw_gid}
+
+    def entering(self, command: list[str]) -> list[str]:
+        """The command, at this desk."""
+        return [sys.executable, "-I", str(here / "enter_desk.py"), json.dumps(self.where()), *command]
+
+    def make_preexec_fn(self, name):
+        """Nothing: `enter_desk.py` does it, in a process of its own."""
+        return lambda: None
+
+    def user_env(self, env):
+        account = self.account if self.room["apart"] else pwd.getpwuid(os.getuid()).pw_name
+        env |= {"USER": account, "LOGNAME": account, "HOME": str(self.home), "SHELL": "/bin/bash"}
+        return env
+
+    def make_home(self) -> None:
+        """The folder, and the user whose it is."""
+        self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not self.room["apart"]:
+            return
+        if not account_exists(self.account):
+            words = ["--no-create-home", "--home-dir", str(self.home), "--shell", "/bin/bash", "--user-group"]
+            subprocess.run(["useradd", *words, self.account], check=True, capture_output=True, text=True)
+        user = pwd.getpwnam(self.account)
+        if self.home.stat().st_uid != user.pw_uid:
+            subprocess.run(["chown", "-R", "-h", f"{user.pw_uid}:{user.pw_gid}", str(self.home)], check=True)
+
+    async def key(self) -> str:
+        """A new key from the room's front; a learner whose key was revoked gets no desk either."""
+        try:
+            answer = await AsyncHTTPClient().fetch(
+                f"{self.room['front']}/room/learners/{quote(self.user.name)}",
+                method="PUT",
+                body="",
+                headers={"Authorization": f"Bearer {self.room['key']}"},
+            )
+        except HTTPClientError as error:
+            if error.code == 403:
+                raise HTTPError(403, f"The instructor has revoked the key of {self.user.name}.") from None
+            raise
+        return json.loads(answer.body)["key"]
+
+    async def lay_out(self) -> None:
+        """Put notebooks and labs on the desk, as its user; what is there already stays."""
+        master = str(Path(self.room["folder"]) / "master")
+        command = self.entering([self.room["python"], "-P", "-m", "servebook.room.desk", master, str(self.home)])
+        child = await asyncio.create_subprocess_exec(*command, env=self.get_env())
+        if await child.wait():
+            raise HTTPError(500, "Your desk could not be laid out; the hub's log says why.")
+
+    async def start(self):
+        self.environment = self.environment | {"SERVEBOOK_API_KEY": await self.key()}
+        try:
+            await asyncio.to_thread(self.make_home)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.log.error("No desk for %s: %s %s", self.user.name, error, getattr(error, "stderr", ""))
+            raise HTTPError(500, "Your desk could not be made; the hub's log says why.") from None
+        await self.lay_out()
+        single_user = [str(here / "singleuser.py"), sysconfig.get_path("purelib")]
+        self.cmd = self.entering([self.room["python"], "-P", *single_user])
+        return await super().start()
+
+    async def stop(self, now=False):
+        await super().stop(now)
+        if self.room["apart"] and account_exists(self.account):
+            await asyncio.to_thread(end_all, pwd.getpwnam(self.account).pw_uid)
+
+
+def end_all(uid: int) -> None:
+    """End every process of this user, those that left their session included."""
+    while mine := [path for path in Path("/proc").glob("[0-9]*") if owned(path, uid)]:
+        for path in mine:
+            with suppress(ProcessLookupError):
+                os.kill(int(path.name), signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def owned(path: Path, uid: int) -> bool:
+    """Whether this is a live process of that user."""
+    try:
+        return path.stat().st_uid == uid and ") Z " not in (path / "stat").read_text()
+    except OSError:
+        return False
+
+
+def account_exists(name: str) -> bool:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True
