@@ -1,4 +1,4 @@
-"""Chapter 7: vLLM's own gRPC server, which speaks token ids, and the REST endpoint beside it."""
+"""Chapter 7: vLLM's own gRPC server in Python, which speaks token ids, and REST's endpoint that does the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 
 from servebook import launch
 from servebook.errors import LaunchError
-from servebook.ways.vllm_native_grpc.client import ENGINE, Piece, VllmGrpcClient
+from servebook.ways.client import Answer
+from servebook.ways.vllm_native_grpc.client import ENGINE, VllmGrpcClient
 from servebook.workbook.notebook import measure_pace
 
 PROMPT = "The capital of France is"
@@ -53,7 +54,7 @@ def until(happened: Callable[[], bool], seconds: float = 20) -> None:
 def test_greedy_text_and_ids_are_those_of_rest(client: VllmGrpcClient, rest_choice: dict[str, Any]) -> None:
     assert client.tokenizer.encode(PROMPT).ids == rest_choice["prompt_token_ids"]
     answer = client.generate(PROMPT, **GREEDY)
-    assert answer == Piece(rest_choice["token_ids"], rest_choice["text"], "length")
+    assert answer == Answer(rest_choice["text"], 12, 5, "length", tuple(rest_choice["token_ids"]))
 
 
 @engine
@@ -237,7 +238,7 @@ def test_rest_token_endpoint_gives_the_same_ids(
 
 @engine
 def test_one_client_serves_many_threads(client: VllmGrpcClient, rest_choice: dict[str, Any]) -> None:
-    answers: list[Piece] = []
+    answers: list[Answer] = []
     threads = [threading.Thread(target=lambda: answers.append(client.generate(PROMPT, **GREEDY))) for _ in range(4)]
     for thread in threads:
         thread.start()

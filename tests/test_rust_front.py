@@ -17,7 +17,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 
-from servebook.engine.rust_front import available, cached, engine_version, is_intact, rust_front
+from servebook.engine.rust_front import available, bring, cached, engine_version, is_intact, rust_front
 from servebook.engine.wheel import record_hash
 from servebook.errors import LaunchError
 from servebook.settings import Settings, load_settings
@@ -212,7 +212,21 @@ def test_the_command_brings_it_into_a_folder(tmp_path: Path) -> None:
     env = os.environ | {"SERVEBOOK_VLLM_RS_FILE": str(own)}
     done = subprocess.run([*command, str(tmp_path / "bag")], env=env, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()).read_bytes() == own.read_bytes()
+    assert is_intact(tmp_path / "bag/vllm-rs")
     own.write_bytes(program("0.31.0"))
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "is vllm-rs 0.31.0" in done.stderr
+
+
+def test_a_machine_without_a_network_takes_it_from_that_folder(
+    here: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    (tmp_path / "vllm-rs").write_bytes(program(engine_version()))
+    (tmp_path / "vllm-rs").chmod(0o755)
+    with pytest.raises(FileNotFoundError):
+        bring(tmp_path, here)
+    (tmp_path / "RECORD").write_text(record_hash(BytesIO(program(engine_version()))))
+    bring(tmp_path, here)
+    assert rust_front(here, silent) == cached(here)

@@ -55,12 +55,17 @@ def up(
     replicas: Annotated[
         int | None, typer.Option(min=1, help="How many engines stand behind `router`.", show_default="2")
     ] = None,
+    fronts: Annotated[
+        int | None, typer.Option(min=1, max=64, help="How many processes of `grpc` share an engine.", show_default="1")
+    ] = None,
 ) -> None:
     """Start servers and leave them running; one that is up already is left as it is."""
     if replicas and "router" not in names:
         raise typer.BadParameter("--replicas is for `router`")
+    if fronts and "grpc" not in names:
+        raise typer.BadParameter("--fronts is for `grpc`")
     for name in names:
-        launch.up(name, replicas=replicas)
+        launch.up(name, replicas=replicas, fronts=fronts)
 
 
 @app.command()

@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     Memory is in GiB, time in seconds, lengths in tokens. The TLS files (PEM) are for the servers `grpc` and `vllm-rs`.
     `vllm_rs_file` is the program of vLLM's Rust front end, where it is neither installed nor to be fetched. `cores` are
     those that an engine computes on, such as `0,1` ("": those that it may use); `router` deals them out to its
-    replicas.
+    replicas. `fronts` are processes of `grpc` that share its port and its engine.
     """
 
     model_config = SettingsConfigDict(
@@ -95,6 +95,7 @@ class Settings(BaseSettings):
     cores: str = Field(default="", pattern=r"^(\d+(,\d+)*)?$")
     engine_args: str = ""
     replicas: int = Field(default=2, ge=1)
+    fronts: int = Field(default=1, ge=1, le=64)
     router_policy: Literal["round_robin", "cache_aware", "random", "power_of_two", "consistent_hash"] = "round_robin"
     start_timeout: float = Field(default=300, gt=0)
     cache_dir: Path = user_cache_path("servebook")

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 RUNTIME_GIB = 1.4
 """Memory of a server and its engine beyond weights and KV cache (measured: 1.2 to 1.3 GiB on CPU)."""
 HOST_GIB = 3.0
-"""Memory of the machine that a server with its engine on a GPU takes, whatever the model."""
+"""Memory of the machine for a server with its engine on a GPU, whatever the model: an estimate, not measured yet."""
 GPU_RUNTIME_GIB = 1.5
 """GPU memory beyond weights and KV cache: CUDA's context, kernels, graphs and activations (measured with the bundled
 model on one H200: 1.05 to 1.45 GiB)."""
 GPU_ACTIVATIONS = 0.1
-"""What a larger model's activations add to that, for each byte of its weights."""
+"""What a larger model's activations add to that, for each byte of its weights: an estimate, not measured yet."""
 SEQUENCES, BATCHED_TOKENS = 256, 2048
 """Of one step on a GPU. vLLM's own defaults depend on the card and on the kind of server; memory and the comparison of
 servers must depend on neither."""

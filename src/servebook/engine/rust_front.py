@@ -6,12 +6,13 @@ once per user: `python -m servebook.engine.rust_front`, and at the first use.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 NAME = "vllm-rs"
 ELSEWHERE = (
     "Check the network and pip's settings, or bring the file from a machine that has it: there run "
-    "`python -m servebook.engine.rust_front FOLDER`, here set SERVEBOOK_VLLM_RS_FILE to FOLDER/vllm-rs."
+    "`python -m servebook.engine.rust_front FOLDER`, here the same with --from FOLDER (or set SERVEBOOK_VLLM_RS_FILE)."
 )
 
 
@@ -76,13 +77,17 @@ def engine_version() -> str:
 
 def is_intact(file: Path) -> bool:
     """Whether `file` has the hash that its wheel recorded for it."""
-    from servebook.engine.wheel import record_hash
-
     try:
         with file.open("rb") as content:
-            return record_hash(content) == file.with_name("RECORD").read_text().strip()
+            return _hash(content) == file.with_name("RECORD").read_text().strip()
     except OSError:
         return False
+
+
+def _hash(content: IO[bytes]) -> str:
+    from servebook.engine.wheel import record_hash  # a slow import
+
+    return record_hash(content)
 
 
 def _installed() -> Path | None:
@@ -108,18 +113,39 @@ def _of_this_version(file: Path) -> Path:
     return file
 
 
+def bring(folder: Path, settings: Settings) -> None:
+    """Take the program and its hash from `folder`, which another machine filled, to where a fetched one lies.
+
+    Raises:
+        OSError: they are not in there, or the cache cannot be written.
+    """
+    target = cached(settings).parent
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("RECORD", NAME):
+        draft = Path(shutil.copy2(folder / name, target / f".{name}"))
+        draft.replace(target / name)
+
+
 def main() -> int:
-    """Make sure of the program, copy it into the folder that was given, if any, and say where it is."""
+    """`[--from FOLDER] [FOLDER]`: make sure of the program, put a copy into a folder, and say where it is."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--from", type=Path, dest="source", help="take it from this folder, without a network")
+    parser.add_argument("folder", type=Path, nargs="?", help="put a copy of it, and its hash, there")
+    words, settings = parser.parse_args(), load_settings()
 
     def say(text: str) -> None:
         if sys.stderr.isatty():
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     try:
-        file = rust_front(load_settings(), say)
-        for folder in map(Path, sys.argv[1:]):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = Path(shutil.copy2(file, folder))
+        if words.source and not _installed():
+            bring(words.source, settings)
+        file = rust_front(settings, say)
+        if words.folder:
+            words.folder.mkdir(parents=True, exist_ok=True)
+            with file.open("rb") as content:
+                (words.folder / "RECORD").write_text(f"{_hash(content)}\n")
+            file = Path(shutil.copy2(file, words.folder / NAME))
     except (ServebookError, OSError) as error:
         print(str(error).replace("\n", " "), file=sys.stderr)
         return 1

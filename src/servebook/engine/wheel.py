@@ -133,3 +133,8 @@ def _copy(source: Reader, target: IO[bytes], size: int, what: str, say: Say) -> 
 
 def _name(url: str) -> str:
     return urlsplit(url).path.rsplit("/", 1)[-1]
+
+
+if __name__ == "__main__":  # python -m servebook.engine.wheel PACKAGE VERSION MEMBER FOLDER
+    _package, _version, _member, _folder = sys.argv[1:]
+    print(take(_package, _version, _member, Path(_folder), lambda _: None))

@@ -85,6 +85,7 @@ def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[
     return [
         *_module("custom_grpc.server", "grpc", "metrics")(settings, model, needs),
         *(word for name, file in files.items() if file for word in (f"--tls-{name}", str(file.resolve()))),
+        *(["--fronts", str(settings.fronts)] if settings.fronts > 1 else []),
     ]
 
 

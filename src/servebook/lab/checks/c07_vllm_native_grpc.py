@@ -1,4 +1,4 @@
-"""Checks of lab 07: who is there, token ids in and out, text out of ids, and a request that is aborted."""
+"""Checks of lab 07: who is there, token ids in and out, text out of ids, a request that is aborted; and text alone."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ from servebook.lab.rest import NOT_THAT_SERVER, PASS_ON
 from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.grpc import GRACE_SECONDS, Call, Filter, GrpcTap
 from servebook.launch.processes import wait_until
+from servebook.protos.vllm import inference_pb2 as text_pb
+from servebook.protos.vllm.inference_pb2_grpc import InferenceStub
 from servebook.ways.vllm_native_grpc.client import ENGINE, VllmGrpcClient
+from servebook.ways.vllm_native_grpc.inference_client import REASONS
 
 BROKEN = "\ufffd"
 """What a decoder writes in place of bytes that are no character."""
 KOREAN = "안녕하세요, 세계 👋"
+CHAT = "<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n<|im_start|>assistant\n"
+"""Every CPU's arithmetic ends this answer early."""
 READ_ON = "ids that come after the abort were generated, too: read on to the end of the stream"
 STATUS_CAUSES = {
     grpc.StatusCode.INVALID_ARGUMENT: "the server read the request and refused it: its message names the field",
@@ -279,10 +284,8 @@ def _same(right: dict[str, Any], got: Any) -> None:
 def check_07_2(submission: Submission) -> None:
     """One answer that its limit ends, one that ends by itself, in messages of one and of two tokens."""
     ask, tokenizer = submission.function("ask"), tokenizer_of(submission.server("vllm-grpc").grpc)
-    # Every CPU's arithmetic ends this answer early.
-    chat = "<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n<|im_start|>assistant\n"
     with tapped(submission, limited(joined, 80)) as (tap, stub):
-        for prompt, max_tokens in (("The capital of France is", 7), (chat, 60)):
+        for prompt, max_tokens in (("The capital of France is", 7), (CHAT, 60)):
             given = tokenizer.encode(prompt).ids
             limit = asks(given, max_tokens)
             got, call = through(tap, submission, "Generate", ask, stub, tokenizer, prompt, max_tokens, asks=limit)
@@ -591,3 +594,129 @@ def _judge_abort(tap: GrpcTap, call: Call) -> None:
         f"finish_reason {reason} after {len(ids_of(call))} ids",
         "abort while the stream runs, not after it",
     )
+
+
+@contextmanager
+def text_tap(submission: Submission, filter: Filter | None = None) -> Iterator[tuple[GrpcTap, InferenceStub]]:
+    """A tap in front of the Rust front end, and a stub that goes through it."""
+    with GrpcTap(submission.server("vllm-rs").grpc, filter) as tap, grpc.insecure_channel(tap.address) as channel:
+        yield tap, InferenceStub(channel)
+
+
+def asks_text(prompt: str, max_tokens: int | None = None) -> Callable[[Call], None]:
+    """A judge of vllm.Inference's request: this text, greedy, and this limit where there is one."""
+
+    def judge(call: Call) -> None:
+        request = text_pb.GenerateRequest.FromString(call.requests[0]) if call.requests else text_pb.GenerateRequest()
+        require(request.text == prompt, f"text {prompt!r}", f"text {request.text!r}", "send the prompt as it stands")
+        temperature = request.temperature if request.HasField("temperature") else None
+        greedy = "greedy is temperature 0, and unset is not 0: it is the model's default"
+        require(temperature == 0, "temperature 0", f"temperature {temperature}", greedy)
+        limit = request.stopping.max_new_tokens
+        require(
+            max_tokens is None or limit == max_tokens,
+            f"stopping with max_new_tokens {max_tokens}",
+            f"max_new_tokens {limit}",
+            "nothing sets a limit for you here: 0 or unset goes on to the end of the context",
+        )
+
+    return judge
+
+
+def check_07_6(submission: Submission) -> None:
+    """An answer that its limit ends, and one that ends by itself; pieces of two tokens, and shown as they come."""
+    stream_answer = submission.function("stream_answer")
+    shown: list[str] = []
+    early = threading.Event()
+
+    def merged(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
+        """Every two messages with text become one, as for a slow reader; the fifth waits for the first to be shown."""
+        held = text_pb.GenerateResponse()
+        for number, raw in enumerate(messages):
+            message = text_pb.GenerateResponse.FromString(raw)
+            if call.method != "GenerateStream" or not message.outputs:
+                yield raw
+                continue
+            if held.outputs:
+                message.outputs[0].text = held.outputs[0].text + message.outputs[0].text
+                message.outputs[0].num_tokens += held.outputs[0].num_tokens
+            held = text_pb.GenerateResponse()
+            if number % 2 and not message.outputs[0].HasField("finish_info"):
+                held = message
+                continue
+            if number == 4 and wait_until(lambda: bool(shown), 3):
+                early.set()
+            yield message.SerializeToString()
+
+    with text_tap(submission, merged) as (tap, stub):
+        for prompt, max_tokens in (("The capital of France is", 7), (CHAT, 60)):
+            shown.clear()
+            limit = asks_text(prompt, max_tokens)
+            show = shown.append
+            got, call = through(
+                tap, submission, "GenerateStream", stream_answer, stub, prompt, max_tokens, show, asks=limit
+            )
+            first, *rest = [text_pb.GenerateResponse.FromString(message) for message in call.responses]
+            outputs = [output for message in rest for output in message.outputs]
+            right = {
+                "prompt_tokens": first.prompt_info.num_prompt_tokens,
+                "completion_tokens": outputs[-1].finish_info.num_output_tokens,
+                "finish_reason": REASONS[outputs[-1].finish_info.finish_reason],
+            }
+            text = "".join(output.text for output in outputs)
+            judge(
+                text,
+                "".join(piece for piece in shown if isinstance(piece, str)),
+                (not shown, "nothing was shown: call show with each piece"),
+                otherwise="each message has only what is new: hand its text on as it is, once",
+                expected=f"{text!r} shown",
+            )
+            named = isinstance(got, dict) and got.keys() == right.keys()
+            require(named, right, got, "return a dict with these three names")
+            causes = {
+                "prompt_tokens": "the first message, which comes before any text, has it in prompt_info",
+                "completion_tokens": "num_tokens counts the tokens of its own message, and a message may have several: "
+                "finish_info has num_output_tokens, of the whole answer",
+                "finish_reason": "the last output says it in finish_info.finish_reason, as a number of the enum: "
+                'translate it to "length" or "stop"',
+            }
+            for name, value in right.items():
+                require(got[name] == value, f"{name}: {value!r}", f"{name}: {got[name]!r}", causes[name])
+    require(
+        early.is_set(),
+        "the first piece shown while the engine is still writing",
+        "the first piece only at the end",
+        "everything is gathered first: call show inside the loop over the call",
+    )
+
+
+def check_07_7(submission: Submission) -> None:
+    """Labels that the model would never write by itself, and a deadline."""
+    classify = submission.function("classify")
+    with text_tap(submission) as (tap, stub):
+        for prompt, labels in (
+            ("Is 'wonderful' praise or blame? It is ", ["praise", "blame"]),
+            ("The capital of France is", ["zinc-40", "칭찬", "x y z"]),
+        ):
+            free = asks_text(prompt)
+            got, call = through(tap, submission, "Generate", classify, stub, prompt, labels, asks=free)
+            decoding = text_pb.GenerateRequest.FromString(call.requests[0]).decoding
+            require(
+                list(decoding.choice.choices) == labels,
+                f"decoding with choice {labels}",
+                f"decoding with {str(decoding).strip() or 'no constraint'}",
+                "the server is to allow nothing else: decoding=text_pb.Decoding(choice=text_pb.Choice(choices=…))",
+            )
+            text = text_pb.GenerateResponse.FromString(call.responses[0]).outputs[0].text
+            judge(
+                text,
+                got,
+                (isinstance(got, int), "return the label itself, not its place"),
+                otherwise="return the text of the first output, as it is: a label, whole",
+            )
+            require(
+                call.timeout is not None and call.timeout < 31,  # on the wire it is rounded up
+                "a deadline of at most 30 seconds",
+                "none" if call.timeout is None else f"{call.timeout:.0f} seconds",
+                "gRPC has no deadline by itself: give the call timeout=30",
+            )

@@ -29,6 +29,8 @@ class Call:
 
     method: str
     """The last part of the path: "Generate" of "/vllm.grpc.engine.VllmEngine/Generate"."""
+    timeout: float | None = None
+    """The seconds that the caller gave it; None: no deadline."""
     requests: list[bytes] = field(default_factory=list)
     responses: list[bytes] = field(default_factory=list)
     """What the server has sent so far."""
@@ -106,7 +108,7 @@ class GrpcTap:
                     yield message
 
         left = context.time_remaining()
-        timeout = left if left is not None and left < FOREVER else None
+        call.timeout = timeout = left if left is not None and left < FOREVER else None
         metadata = tuple((key, value) for key, value in context.invocation_metadata() if key != "user-agent")
         ask = self._upstream.stream_stream(path, None, None)
         upstream: Any = ask(asked(), timeout=timeout, metadata=metadata)

@@ -1,1 +1,1 @@
-"""Chapter 07: a client of vLLM's own gRPC server."""
+"""Chapter 07: clients of vLLM's own gRPC servers, the Rust front end (text) and the one in Python (token ids)."""

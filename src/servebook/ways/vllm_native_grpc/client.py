@@ -1,4 +1,4 @@
-"""A client of vLLM's own gRPC server, which takes and gives token ids: the text is this side's work."""
+"""A client of vLLM's own gRPC server in Python, which takes and gives token ids: the text is this side's work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,20 +17,10 @@ from smg_grpc_proto.generated import common_pb2
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from servebook.ways.client import Answer, Piece
+
 ENGINE = "vllm.grpc.engine.VllmEngine"
 """The name under which health answers for the engine; "" is the process."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New token ids, and the text that they complete: "" where a character still lacks bytes.
-
-    `finish_reason` is "" until the last piece.
-    """
-
-    token_ids: list[int]
-    text: str
-    finish_reason: str = ""
 
 
 class VllmGrpcClient:
@@ -79,16 +68,18 @@ class VllmGrpcClient:
         decoder = DecodeStream(skip_special_tokens=True)
         for message in self.stream_ids(self.tokenizer.encode(prompt).ids, **options):
             if message.HasField("chunk"):
-                ids = list(message.chunk.token_ids)
-                yield Piece(ids, "".join(decoder.step(self.tokenizer, each) or "" for each in ids))
+                ids = tuple(message.chunk.token_ids)
+                text = "".join(decoder.step(self.tokenizer, each) or "" for each in ids)
+                yield Piece(text, len(ids), token_ids=ids)
             else:
-                yield Piece([], "", message.complete.finish_reason)
+                yield Piece("", finish_reason=message.complete.finish_reason)
 
-    def generate(self, prompt: str, **options: Any) -> Piece:
+    def generate(self, prompt: str, **options: Any) -> Answer:
         """The whole answer."""
         pieces = list(self.stream(prompt, **options))
-        ids = [each for piece in pieces for each in piece.token_ids]
-        return Piece(ids, "".join(piece.text for piece in pieces), pieces[-1].finish_reason)
+        ids = tuple(each for piece in pieces for each in piece.token_ids)
+        text, prompt_tokens = "".join(piece.text for piece in pieces), len(self.tokenizer.encode(prompt).ids)
+        return Answer(text, len(ids), prompt_tokens, pieces[-1].finish_reason or "", ids)
 
     def abort(self, *request_ids: str) -> None:
         """Stop requests by their ids, whoever began them: the server asks for no right to do so."""

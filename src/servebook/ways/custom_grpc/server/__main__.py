@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from servebook.ways.custom_grpc.server.inputs import Inputs
 
 WATCH_SECONDS = 0.2
+MAX_FRONTS = 64
 
 log = logging.getLogger("servebook.ways.custom_grpc.server")
 
@@ -50,6 +52,7 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--grpc-port", type=int, default=50051)
     parser.add_argument("--metrics-port", type=int, default=9051, help="Prometheus, plain HTTP, on 127.0.0.1 only")
     parser.add_argument("--max-calls", type=int, default=512, help="open calls; more get RESOURCE_EXHAUSTED")
+    parser.add_argument("--fronts", type=int, default=1, help="processes that share the port and the engine")
     parser.add_argument("--grace", type=float, default=8.0, help="seconds that open calls have after SIGTERM")
     parser.add_argument("--tls-cert", type=Path, help="PEM; clients must then use TLS")
     parser.add_argument("--tls-key", type=Path, help="PEM")
@@ -57,6 +60,8 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     ours, engine_words = parser.parse_known_args(argv)
     if (ours.tls_cert is None) != (ours.tls_key is None) or (ours.tls_client_ca and not ours.tls_cert):
         parser.error("--tls-cert and --tls-key go together, and --tls-client-ca needs both")
+    if not 1 <= ours.fronts <= MAX_FRONTS:
+        parser.error(f"--fronts must be from 1 to {MAX_FRONTS}, got {ours.fronts}")
     ours.key = load_settings().key
     if not is_loopback(ours.host) and not (ours.tls_cert and ours.key):
         parser.error(
@@ -73,12 +78,11 @@ def start_engine(words: list[str]) -> tuple[AsyncLLM, Inputs]:
     from servebook.ways.custom_grpc.server.inputs import Inputs
 
     engine = AsyncLLM.from_engine_args(engine_args(words))
-    model = engine.model_config
-    return engine, Inputs(engine.renderer, model.max_model_len, model.get_diff_sampling_param())
+    return engine, Inputs.of(engine)
 
 
-async def serve(options: argparse.Namespace, engine_words: list[str]) -> None:
-    """Open the port, start the engine, serve until SIGTERM or SIGINT, drain, stop.
+async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM, Inputs]]) -> None:
+    """Open the port, start the engine by `start` in a thread, serve until SIGTERM or SIGINT, drain, stop.
 
     Raises:
         LaunchError: the port is taken or a TLS file does not serve.
@@ -91,14 +95,16 @@ async def serve(options: argparse.Namespace, engine_words: list[str]) -> None:
     calls, health = Calls(options.max_calls), Health()
     servicer = LLMServicer(calls)
     tls = Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
-    server = make_server(f"{options.host}:{options.grpc_port}", servicer, health, options.key, tls)
+    shared = options.fronts > 1
+    server = make_server(f"{options.host}:{options.grpc_port}", servicer, health, options.key, tls, shared)
     await health.say(serving=False)
-    metrics.watch_tasks()
-    start_http_server(options.metrics_port, LOOPBACK)  # it asks for no key: not for the network
+    if not shared:  # else the process that keeps the fronts adds their figures up
+        metrics.watch_tasks()
+        start_http_server(options.metrics_port, LOOPBACK)  # it asks for no key: not for the network
     await server.start()
     log.info("listening", extra={"fields": {"host": options.host, "port": options.grpc_port, "tls": tls is not None}})
 
-    starting = asyncio.create_task(asyncio.to_thread(start_engine, engine_words))
+    starting = asyncio.create_task(asyncio.to_thread(start))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -109,6 +115,7 @@ async def serve(options: argparse.Namespace, engine_words: list[str]) -> None:
         os._exit(0)
     engine, inputs = await starting
     try:
+        await engine.get_supported_tasks()  # the first answer of the engine: from here on its death is noticed, too
         servicer.attach(engine, inputs)
         gc.collect()
         gc.freeze()  # what the start left is not searched again and again
@@ -142,18 +149,28 @@ async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health) -> None:
             continue
 
 
-def main() -> None:
-    """Run the server; exit code 1 with one line if it cannot start."""
-    options, engine_words = read_arguments(sys.argv[1:])
+def set_up_log() -> None:
+    """One JSON object a line, on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+def main() -> None:
+    """Run the server; exit code 1 with one line if it cannot start."""
+    options, engine_words = read_arguments(sys.argv[1:])
+    set_up_log()
     # A fork of a process in which gRPC's threads run may hang.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     try:
-        uvloop.run(serve(options, engine_words))
+        if options.fronts > 1:
+            from servebook.ways.custom_grpc.server.fronts import Fronts
+
+            Fronts(options, engine_words).run()
+        else:
+            uvloop.run(serve(options, lambda: start_engine(engine_words)))
     except ServebookError as error:
         sys.exit(f"servebook.ways.custom_grpc.server: {error}")
 

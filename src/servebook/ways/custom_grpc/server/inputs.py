@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import EngineInput
@@ -14,6 +14,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from servebook.protos.llm.v1.llm_pb2 import GenerateRequest, Sampling, StreamGenerateRequest
 from servebook.ways.custom_grpc.server.errors import invalid
 from servebook.ways.limits import LimitExceeded, Limits, check
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 Request = GenerateRequest | StreamGenerateRequest
 
@@ -36,6 +39,12 @@ class Inputs:
         self.renderer = renderer
         self.max_model_len = max_model_len
         self.defaults = defaults
+
+    @classmethod
+    def of(cls, engine: AsyncLLM) -> Inputs:
+        """For the model of `engine`."""
+        model = engine.model_config
+        return cls(engine.renderer, model.max_model_len, model.get_diff_sampling_param())
 
     async def prompt(self, request: Request) -> EngineInput:
         """Tokenize, on vLLM's thread pool: a long text must not hold up the other calls.

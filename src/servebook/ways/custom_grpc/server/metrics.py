@@ -8,8 +8,10 @@ from prometheus_client import Counter, Gauge, Histogram
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
-SERVING = Gauge("servebook_grpc_serving", "1 while health says SERVING, else 0")
-OPEN_CALLS = Gauge("servebook_grpc_open_calls", "Calls that were admitted and have not ended")
+SERVING = Gauge("servebook_grpc_serving", "1 while health says SERVING, else 0", multiprocess_mode="livemax")
+OPEN_CALLS = Gauge(
+    "servebook_grpc_open_calls", "Calls that were admitted and have not ended", multiprocess_mode="livesum"
+)
 TASKS = Gauge("servebook_grpc_asyncio_tasks", "Tasks on the event loop: without calls, always the same few")
 CALLS = Counter("servebook_grpc_calls", "Calls that ended", ["method", "code"])
 TOKENS = Counter("servebook_grpc_tokens", "Tokens of calls that ended", ["kind"])

@@ -21,8 +21,6 @@ MAX_MESSAGE_BYTES = 4 * 2**20
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Else a second server on the same port would start, and get some of the calls.
-    ("grpc.so_reuseport", 0),
     # Notice a client that vanished without a word (a dropped network) within 30 s.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -66,14 +64,21 @@ class Health:
 
 
 def make_server(
-    address: str, servicer: llm_pb2_grpc.LLMServiceServicer, health: Health, key: str | None, tls: Tls | None
+    address: str,
+    servicer: llm_pb2_grpc.LLMServiceServicer,
+    health: Health,
+    key: str | None,
+    tls: Tls | None,
+    shared: bool = False,
 ) -> grpc.aio.Server:
-    """A server bound to `address` ("host:port"), not started yet.
+    """A server bound to `address` ("host:port"), not started yet; others may listen there too if it is `shared`.
 
     Raises:
         LaunchError: the port is taken, or a TLS file cannot be read or used.
     """
-    server = grpc.aio.server(interceptors=[KeyInterceptor(key)] if key else [], options=OPTIONS)
+    # gRPC's default is to share: a second server would start unnoticed, and get some of the calls.
+    options = [*OPTIONS, ("grpc.so_reuseport", int(shared))]
+    server = grpc.aio.server(interceptors=[KeyInterceptor(key)] if key else [], options=options)
     llm_pb2_grpc.add_LLMServiceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     reflection.enable_server_reflection((SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server)

@@ -1,0 +1,196 @@
+"""Several fronts of the gRPC server over one engine: one port, one page of metrics, and one front may die."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import requests
+from desk import Desk
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from servebook import launch, serve
+from servebook.protos.llm.v1 import llm_pb2 as pb
+from servebook.protos.llm.v1 import llm_pb2_grpc
+
+pytestmark = pytest.mark.timeout(600)
+
+FRONTS = 2
+LONG = pb.StreamGenerateRequest(prompt="Once", max_tokens=400, sampling=pb.Sampling(ignore_eos=True))
+SHORT = pb.GenerateRequest(prompt="Once", max_tokens=5, sampling=pb.Sampling(ignore_eos=True))
+BACK_SECONDS = 3.0
+IDLE_SECONDS = 60
+
+
+def eventually(condition: Callable[[], bool], seconds: float, what: str) -> float:
+    """Poll until `condition` holds; return how many seconds it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+def figure(server: launch.Server, *begins: str) -> float:
+    """The sum of the metrics whose lines begin with any of these."""
+    lines = requests.get(f"http://{server.metrics}/metrics", timeout=10).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(begins))
+
+
+def listening(server: launch.Server) -> set[int]:
+    """The processes that take connections on the server's port."""
+    port = int(server.grpc.rsplit(":", 1)[1])
+    family = [process for process in psutil.Process(server.pid).children(recursive=True) if process.is_running()]
+    return {
+        process.pid
+        for process in family
+        if any(at.laddr.port == port and at.status == psutil.CONN_LISTEN for at in process.connections("tcp"))
+    }
+
+
+def front_of(server: launch.Server, channel: grpc.Channel, known: dict[int, int]) -> int:
+    """The process that a fresh channel is connected to: the one that has one connection more than it had before."""
+    grpc.channel_ready_future(channel).result(timeout=20)
+    now = connections(server)
+    [pid] = [pid for pid, count in now.items() if count > known.get(pid, 0)]
+    known.update(now)
+    return pid
+
+
+def connections(server: launch.Server) -> dict[int, int]:
+    port = int(server.grpc.rsplit(":", 1)[1])
+    return {
+        pid: sum(
+            at.laddr.port == port and at.status == psutil.CONN_ESTABLISHED
+            for at in psutil.Process(pid).connections("tcp")
+        )
+        for pid in listening(server)
+    }
+
+
+def own_channel(server: launch.Server) -> grpc.Channel:
+    """A channel with a connection of its own: gRPC's channels to one address share one otherwise."""
+    return grpc.insecure_channel(server.grpc, [("grpc.use_local_subchannel_pool", 1)])
+
+
+def stub_on(channel: grpc.Channel) -> Any:
+    return llm_pb2_grpc.LLMServiceStub(channel)
+
+
+def a_channel_to_each(server: launch.Server, stack: ExitStack) -> dict[int, grpc.Channel]:
+    """By the front's process. The kernel chooses, so it takes some channels until each front has one."""
+    found: dict[int, grpc.Channel] = {}
+    known = connections(server)
+    for _ in range(40):
+        channel = stack.enter_context(own_channel(server))
+        found.setdefault(front_of(server, channel, known), channel)
+        if len(found) == FRONTS:
+            return found
+    raise AssertionError(f"40 connections went to {len(found)} of {FRONTS} fronts")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[launch.Server]:
+    server = serve("grpc", instance="grpc-fronts", fronts=FRONTS)
+    eventually(lambda: len(listening(server)) == FRONTS, 20, "all fronts listening")
+    yield server
+    server.stop()
+
+
+@pytest.mark.engine
+def test_each_front_serves_and_their_figures_add_up(server: launch.Server) -> None:
+    completed = 'servebook_grpc_tokens_total{kind="completion"}'
+    before = figure(server, completed)
+    with ExitStack() as stack:
+        channels = a_channel_to_each(server, stack)
+        answers = [stub_on(channel).Generate(SHORT, timeout=60) for channel in channels.values()]
+    assert [answer.usage.completion_tokens for answer in answers] == [5] * FRONTS
+    assert figure(server, completed) - before == 5 * FRONTS
+    assert figure(server, "servebook_grpc_fronts ") == FRONTS
+    assert figure(server, "servebook_grpc_open_calls ") == 0
+
+
+@pytest.mark.engine
+def test_a_killed_front_costs_its_own_streams_and_is_back_soon(server: launch.Server) -> None:
+    with ExitStack() as stack:
+        channels = a_channel_to_each(server, stack)
+        streams = {pid: stub_on(channel).StreamGenerate(LONG, timeout=120) for pid, channel in channels.items()}
+        pieces = {pid: [next(stream)] for pid, stream in streams.items()}
+        doomed, other = streams
+        psutil.Process(doomed).kill()
+        with pytest.raises(grpc.RpcError) as caught:
+            list(streams[doomed])
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        running = "vllm:num_requests_running"
+        eventually(lambda: len(listening(server) - {doomed}) == FRONTS, BACK_SECONDS, "a new front in its place")
+        eventually(lambda: figure(server, running) <= 1, IDLE_SECONDS, "the engine has let go of its request")
+        pieces[other] += streams[other]
+        assert sum(len(piece.token_ids) for piece in pieces[other]) == pieces[other][-1].usage.completion_tokens == 400
+        new = a_channel_to_each(server, stack)
+        assert doomed not in new
+        for channel in new.values():
+            assert stub_on(channel).Generate(SHORT, timeout=60).usage.completion_tokens == 5
+    assert figure(server, "servebook_grpc_fronts ") == FRONTS
+
+
+@pytest.mark.engine
+def test_a_dead_engine_is_told_by_every_front(server: launch.Server) -> None:
+    """The last test of this server."""
+    with ExitStack() as stack:
+        channels = a_channel_to_each(server, stack)
+        streams = [stub_on(channel).StreamGenerate(LONG, timeout=60) for channel in channels.values()]
+        for stream in streams:
+            next(stream)
+        [core] = [each for each in psutil.Process(server.pid).children() if "EngineCore" in each.name()]
+        core.kill()
+        killed = time.monotonic()
+        for stream in streams:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(stream)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert reason(caught.value) == "ENGINE_DEAD"
+        for channel in channels.values():
+            with pytest.raises(grpc.RpcError) as caught:
+                stub_on(channel).Generate(SHORT, timeout=10)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert reason(caught.value) == "ENGINE_DEAD"
+        assert time.monotonic() - killed < 2
+        assert len(listening(server)) == FRONTS, "they stay to say so"
+
+
+def reason(error: Any) -> str:
+    status = rpc_status.from_call(error)
+    assert status is not None, error
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    return str(info.reason)
+
+
+def test_a_port_that_is_taken_is_refused_before_the_engine_starts() -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "servebook.ways.custom_grpc.server", "--fronts", "2", "--grpc-port", port]
+        ended = subprocess.run([*command, "--model", "none"], capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 1
+    assert f"Cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["grpc", "--fronts", "0"], "or equal to 1"), (["vllm", "--fronts", "2"], "--fronts is for `grpc`")],
+)
+def test_fronts_that_make_no_sense(desk: Desk, words: list[str], says: str) -> None:
+    assert says in desk.run("up", *words, expect=2)
