@@ -372,7 +372,7 @@ def _judge_pieces(pieces: list[str], stream: Stream, early: bool) -> None:
         "".join(pieces),
         (bool(pieces) and pieces[-1] == right, "each piece has all the text so far: yield only what is new"),
         (
-            lambda got, _: not got and not texts[0],
+            lambda got, _: not got and not texts[0] and len(pieces) < 2,
             "an empty piece is not the end: the text may be held back. triton_final_response says when it ends",
         ),
         (

@@ -52,6 +52,7 @@ def folders(submission: Path, course: Path, scratch: Path) -> dict[str, list[str
     own = [submission, scratch, Path("/dev"), Path("/proc"), settings.state_dir, settings.cache_dir]
     for name in (".cache", ".config", ".ipython", ".jupyter", ".triton"):
         own += around(home / name, hidden)
+    own += around(Path("/tmp"), hidden)  # Triton's stub unpacks there, whatever TMPDIR says
     own.append(Path(jupyter_runtime_dir()))
     return {"read": [*map(str, [*around(Path("/"), hidden), *given])], "write": [*map(str, own)]}
 
