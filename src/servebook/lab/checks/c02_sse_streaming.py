@@ -46,9 +46,9 @@ BOTH = "a line may end in \\r\\n: take both off"
 ALLOWED: list[tuple[str, list[bytes], list[str], str]] = [
     ("line ends of CR LF", [b"data: one\r\n\r\ndata: two\r\n\r\n"], ["one", "two"], BOTH),
     (
-        "a cut between CR and LF",
-        [b"data: one\r", b"\n\r", b"\ndata: two\r\n", b"\r\n"],
-        ["one", "two"],
+        "cuts between CR and LF",
+        [b"data: one\r", b"\ndata: two\r\n\r", b"\n"],
+        ["one\ntwo"],
         "a cut may go between \\r and \\n: a line is whole when its \\n has come, and not before",
     ),
     (
@@ -248,7 +248,12 @@ def check_02_3(submission: Submission) -> None:
             ttft, total = (float(value) for value in got)
         except (TypeError, ValueError):
             raise NotYet(right, got, "return two numbers: seconds to the first token, seconds in all") from None
-        on_time = _near(ttft, first) and _near(total, whole)
+        lag = exchange.started - asked_at[0]  # somewhere in between the learner's clock was taken
+
+        def fits(got: float, right: float, lag: float = lag) -> bool:
+            return right - lag - TOLERANCE < got < right + TOLERANCE
+
+        on_time = fits(ttft, first) and fits(total, whole)
         if on_time or max(lateness) < 0.02:
             break  # else this machine was too busy to time anything on it: once more
     else:
@@ -267,7 +272,7 @@ def check_02_3(submission: Submission) -> None:
         ),
         (_near(ttft, exchange.marks["text"] - begun), late),
         otherwise="take the clock before the call, and at the first text",
-        fits=_near,
+        fits=fits,
         expected=right,
         shown=shown,
     )
@@ -278,7 +283,7 @@ def check_02_3(submission: Submission) -> None:
         (_near(total, whole - first), "the whole time begins at the asking, not at the first token"),
         (_near(total, first), "the total ends when the stream has ended: read it to its end"),
         otherwise="the total ends when the stream has ended, and begins where the first time begins",
-        fits=_near,
+        fits=fits,
         expected=right,
         shown=shown,
     )

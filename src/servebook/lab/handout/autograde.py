@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -100,12 +101,14 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
         told = {confine.TOLD: json.dumps(self.allowed)} if self.allowed else {}
         self.judge = JudgeProcess(self.environment | told)
         try:
+            tempfile.tempdir = str(self.scratch)  # for the file that tells the kernel its sockets
             executed: tuple[Any, Any] = super().preprocess(nb, resources, km)
             return executed
         except DeadKernelError:
             remark(resources, "not graded: the submission's kernel died")
             raise
         finally:
+            tempfile.tempdir = None
             self.judge.end()
             for command in end(f"{MARK}={self.mark}", GRACE_SECONDS):
                 self.log.info("Ended what the submission had started: %s", command)
@@ -124,7 +127,7 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
             return executed
         result = self._judged(check[1], cell, resources, index)
         if result.state == "stuck":
-            remark(resources, f"the check of {check[1]} could not run: {result.got}")
+            remark(resources, f"the check of {check[1]} could not run: {result.got.partition(chr(10))[0]}")
         text = result.render()
         cell.outputs = [
             new_output("stream", name="stdout", text=text)
