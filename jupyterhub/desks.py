@@ -24,7 +24,8 @@ here = Path(__file__).parent
 class DeskSpawner(LocalProcessSpawner):
     """JupyterHub's spawner of local processes, with the room's limits; `room` is what `servebook.room.hub` says.
 
-    Where the room keeps desks apart, each is a Unix user of its own, `room-NAME`, which stays with its files.
+    Where the room keeps desks apart, each is a Unix user of its own, `roomNNNN-NAME`, which stays with its files; the
+    number is the room's, so that two on a machine do not share users.
     """
 
     room = Dict(config=True)
@@ -35,7 +36,7 @@ class DeskSpawner(LocalProcessSpawner):
 
     @property
     def account(self) -> str:
-        return f"room-{self.user.name}"
+        return f"{self.room['apart']['accounts']}-{self.user.name}"
 
     def where(self) -> dict:
         """What `enter_desk.py` reads."""

@@ -17,8 +17,8 @@ from jupyterhub.auth import Authenticator
 from tornado.web import HTTPError
 from traitlets import Bool, Unicode
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,26}")  # behind `room-` it is a Unix user's
-NAME_RULE = "A name has 1 to 27 letters a to z, digits, _ and -, and begins with a letter or digit."
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,22}")  # behind `roomNNNN-` it is a Unix user's
+NAME_RULE = "A name has 1 to 23 letters a to z, digits, _ and -, and begins with a letter or digit."
 PASSWORD_CHARS = range(8, 129)
 SCRYPT = {"n": 2**14, "r": 8, "p": 5, "maxmem": 2**26}
 """OWASP's Password Storage Cheat Sheet: 16 MiB and a tenth of a second of a core for each try."""

@@ -67,7 +67,7 @@ def test_any_text_survives_the_way_there_and_back(vllm: Server) -> None:
 @pytest.mark.engine
 def test_opened_to_the_network_it_asks_for_the_key_everywhere() -> None:
     """The whole server, where `test_engine_key.py` has its middleware alone."""
-    server = serve("vllm", instance="vllm-open", host="0.0.0.0", api_key="sk-1", max_model_len=256)
+    server = serve("vllm", instance="vllm-open", host="0.0.0.0", api_key="sk-of-this-test", max_model_len=256)
     hello = {"model": server.model, "prompt": "Hello", "max_tokens": 1}
     try:
         for path in ("/v1/completions", "/invocations", "/tokenize"):

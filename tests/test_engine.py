@@ -33,9 +33,12 @@ def gpu() -> Settings:
     return load_settings(device="gpu")
 
 
-def test_cpu_runs_eager_and_gpu_compiles(cpu: Settings, gpu: Settings) -> None:
+def test_cpu_runs_eager_and_gpu_captures_graphs(cpu: Settings, gpu: Settings) -> None:
     assert "--enforce-eager" in engine.engine_argv(cpu, Path("/m"))
-    assert "--enforce-eager" not in engine.engine_argv(gpu, Path("/m"))
+    words = engine.engine_argv(gpu, Path("/m"))
+    assert "--enforce-eager" not in words
+    config = engine.engine_args(words).compilation_config
+    assert (config.mode, config.cudagraph_mode.name) == (0, "FULL_DECODE_ONLY"), "graphs, and no torch.compile"
 
 
 @pytest.mark.parametrize(

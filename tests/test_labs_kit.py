@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,9 @@ import nbformat
 import psutil
 import pytest
 from desk import TINY, Desk, eventually
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
 from nbgrader.api import Gradebook
 from nbgrader.converters import Autograde
@@ -35,7 +39,8 @@ from servebook.lab.handout import autograde
 from servebook.lab.handout.blanks import student_notebook
 from servebook.lab.handout.bundle import write_bundle
 from servebook.lab.manifest import Lab, find_exercise, load_labs
-from servebook.lab.shell import LabShell, exercise_of
+from servebook.lab.record import Store
+from servebook.lab.shell import LabShell, exercise_of, read_notebook
 from servebook.launch.processes import free_port
 
 LABS = [pytest.param(lab, id=lab.stem) for lab in load_labs()]
@@ -285,6 +290,66 @@ def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) 
                 assert "instructor" not in cell.metadata.get("tags", []), path
                 assert cell.source not in solved
     assert "is not empty" in learner("release", bundle, code=1).stderr
+
+
+def test_bundle_holds_only_what_git_tracks(tmp_path: Path) -> None:
+    """Keys, grades and links may lie in the repository, and in each folder that is copied."""
+    root = tmp_path / "root"
+    for name in ("notebooks", "solutions/01_openai_rest", "src"):
+        (root / name).mkdir(parents=True)
+    for name in ("README.md", "src/ours.py"):
+        (root / name).write_text("tracked")
+    (root / "src/link").symlink_to("/etc/passwd")
+    for lab in load_labs():
+        (root / "solutions" / lab.path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "solutions" / lab.path, root / "solutions" / lab.path)
+    with pytest.raises(ServebookError, match="Git does not say"):
+        write_bundle(tmp_path / "bundle", root)
+    for words in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", root, *words], check=True)
+    for name in ("servebook.toml", "src/servebook.toml", "notebooks/grades.csv", "src/.git-credentials"):
+        (root / name).write_text("secret")
+    shutil.rmtree(tmp_path / "bundle", ignore_errors=True)
+    write_bundle(tmp_path / "bundle", root)
+    files = {str(file.relative_to(tmp_path / "bundle")) for file in (tmp_path / "bundle").rglob("*") if file.is_file()}
+    assert {file for file in files if not file.startswith("labs/")} == {"README.md", "src/ours.py"}
+
+
+@pytest.mark.parametrize("target", ["", "dist", "notebooks/../dist", "solutions"])
+def test_a_bundle_is_not_written_into_the_repository(target: str) -> None:
+    with pytest.raises(ServebookError, match="lies in the repository"):
+        write_bundle(ROOT / target)
+    assert not (ROOT / "dist").exists()
+
+
+def test_notebooks_without_cell_ids(learner: Run, tmp_path: Path) -> None:
+    """As Colab and old versions of Jupyter save them."""
+    learner("labs", "init", tmp_path / "course")
+    path = tmp_path / "course" / next(lab.path for lab in load_labs() if lab.stem == "01_openai_rest")
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        del cell["id"]
+    notebook["nbformat_minor"] = 4
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    ids = [cell.id for cell in read_notebook(path).cells]
+    assert ids == [cell.id for cell in nbformat.read(ROOT / "labs" / "01_openai_rest" / path.name, as_version=4).cells]
+    learner("labs", "reset", "01.2")
+    assert [cell.id for cell in nbformat.read(path, as_version=4).cells] == ids
+
+
+@given(st.binary() | st.text().map(str.encode))
+@hypothesis_settings(max_examples=50, deadline=None)
+def test_a_record_of_any_content_is_kept_aside(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SERVEBOOK_STATE_DIR", folder)
+        file = Path(folder, "labs.json")
+        file.write_bytes(content)
+        with Store() as progress:
+            assert progress.records == {}
+            progress.of("01.1").attempts = 1
+        with Store() as progress:
+            assert progress.of("01.1").attempts == 1
+        assert file.with_suffix(".unreadable").read_bytes() == content
 
 
 def test_bundle_has_every_file_that_it_names(tmp_path: Path) -> None:

@@ -20,12 +20,17 @@ import psutil
 import pytest
 import requests
 from desk import TINY, Desk, eventually
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from jupyter_client.manager import KernelManager
 
 from servebook import launch
 from servebook.bench.resources import is_engine
 from servebook.errors import LaunchError
 from servebook.launch import find_server, supervisor
+from servebook.launch.files import Files
+from servebook.launch.link import died, root_cause
 from servebook.launch.plan import Start
 from servebook.launch.processes import free_port
 from servebook.launch.table import Endpoints
@@ -425,6 +430,170 @@ def test_no_engine_at_the_given_url(desk: Desk) -> None:
     with pytest.raises(LaunchError, match="404"):
         launch.serve("vllm", settings=desk.settings, engine_url=f"http://{desk.status()['endpoints']['http']}")
     assert "runs elsewhere" in desk.run("up", "vllm", expect=1, engine_url=url)
+
+
+# --- machines of others -------------------------------------------------------------------------------------------
+
+
+def test_what_was_left_in_the_shell_or_lies_in_the_folder_reaches_no_server(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubernetes' VLLM_PORT, another engine's key, a strict reader of warnings, and a learner's own random.py."""
+    for module in ("random", "http", "socket"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('planted')")
+    monkeypatch.chdir(tmp_path)
+    desk.env |= {"VLLM_PORT": "tcp://10.0.0.1:8000", "VLLM_API_KEY": "another-engine's", "PYTHONWARNINGS": "error"}
+    desk.env |= {"TMPDIR": str(tmp_path / ("x" * 90)), "HF_HOME": "/dev/null/hf", "PYTHONSAFEPATH": "1"}
+    (tmp_path / ("x" * 90)).mkdir()
+    desk.run("up", "vllm")
+    env = psutil.Process(desk.status()["pid"]).environ()
+    assert not {"VLLM_PORT", "VLLM_API_KEY", "PYTHONWARNINGS"} & env.keys()
+    assert (env["TMPDIR"], env["PYTHONSAFEPATH"], env["PYTHONUTF8"]) == ("/tmp", "1", "1")
+    assert env["HF_HOME"] == str(desk.settings.cache_dir / "hf_home")
+
+
+def test_a_state_folder_deeper_than_a_sockets_name_may_be(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / ("a" * 100) / ("b" * 100), free_port())
+    try:
+        desk.run("up", "vllm")
+        assert desk.status()["state"] == "ready"
+        assert (desk.folder / "servers/vllm.sock").is_socket()
+    finally:
+        desk.close()
+
+
+def test_an_ipv6_address(desk: Desk) -> None:
+    desk.run("up", "vllm", host="::1")
+    entry = desk.status()
+    assert entry["endpoints"]["http"].startswith("[::1]:")
+    assert entry["state"] == "ready"
+    assert requests.get(f"http://{entry['endpoints']['http']}/health", timeout=10).status_code == 200
+    assert {at for at, _ in listening(entry["pid"])} == {"::1"}
+
+
+def test_few_open_files(desk: Desk) -> None:
+    """The soft limit is raised for a server as far as it goes; a hard limit that is too low is named."""
+    for hard, code in (("", 0), ("ulimit -n 64; ", 1)):
+        command = f"{hard}ulimit -S -n 64; exec {sys.executable} {TINY} cli up vllm"
+        done = subprocess.run(["bash", "-c", command], env=desk.env, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        if code:
+            assert "A process may open 64 files here" in done.stderr
+            assert "ulimit -n" in done.stderr
+        else:
+            pid = desk.status()["pid"]
+            assert psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE)[0] >= 1024
+            desk.run("down", "vllm")
+
+
+def test_a_state_folder_that_is_a_file(desk: Desk, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for command in (["up", "vllm"], ["labs", "list"]):
+        assert "SERVEBOOK_STATE_DIR" in desk.run(*command, expect=1, state_dir=str(file))
+    assert "was not running" in desk.run("down", "vllm", state_dir=str(file))
+
+
+def test_a_working_folder_that_was_removed(desk: Desk, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    command = f"mkdir {gone}; cd {gone}; rmdir {gone}; {sys.executable} {TINY} cli "
+    for words in ("up vllm", "labs list", "down vllm"):
+        done = subprocess.run(["bash", "-c", command + words], env=desk.env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "locale", [{"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}]
+)
+def test_a_terminal_that_knows_ascii_only(desk: Desk, locale: dict[str, str]) -> None:
+    desk.env |= locale
+    for words in (["labs", "list"], ["labs", "hint", "01.1"], ["--help"]):
+        assert desk.run(*words)
+    desk.run("doctor", expect=None)
+
+
+def test_what_a_log_sends_to_a_terminal_is_shown_and_not_obeyed(desk: Desk) -> None:
+    log = desk.folder / "logs/vllm.log"
+    log.parent.mkdir(parents=True)
+    log.write_bytes("caf\u00e9\x1b]0;owned\x07 \x9b2J \u202egnp\n\ttab\r50 %\n".encode() + b"\xff")
+    text = desk.run("logs", "vllm")
+    assert text == "caf\u00e9\\x1b]0;owned\\x07 \\x9b2J \\u202egnp\n\ttab\n50 %\n\ufffd\n"
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", ".hidden", "a/b", "a\nb", "x" * 65, "", "é"])
+def test_names_lead_nowhere_else(name: str, tmp_path: Path) -> None:
+    settings = load_settings(state_dir=tmp_path / "state")
+    for use in (launch.down, lambda name, settings: launch.serve("vllm", instance=name or "/", settings=settings)):
+        with pytest.raises(LaunchError, match="cannot name a server"):
+            use(name, settings)
+
+
+def test_logs_takes_names_only(desk: Desk) -> None:
+    (desk.folder.parent / "outside.log").write_text("secret")
+    text = desk.run("logs", "../../outside", expect=1)
+    assert "'../../outside' cannot name a server" in text
+
+
+VLLMS = """
+(APIServer pid=1) INFO 11-26 [utils.py:1] initialized
+(EngineCore pid=2) WARNING 11-26 [a.py:1] Failed to import: ImportError: libcuda.so is missing
+(EngineCore pid=2) ERROR 11-26 [core.py:9] Traceback (most recent call last):
+(EngineCore pid=2) ERROR 11-26 [core.py:9]   File "core.py", line 9, in run
+(EngineCore pid=2) ERROR 11-26 [core.py:9] ValueError: invalid literal for int() with base 10: 'tcp://10.0.0.1'
+Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (VLLMS, "ValueError: invalid literal for int() with base 10: 'tcp://10.0.0.1'"),
+        ("Traceback (most recent call last):\ntorch.OutOfMemoryError: CUDA out of memory. Tried", "torch.OutOfMemory"),
+        ("servebook: Triton takes no folder\n", "Triton takes no folder"),
+        ("all is well\n", ""),
+    ],
+)
+def test_the_first_exception_is_the_cause(log: str, cause: str) -> None:
+    assert root_cause(log).startswith(cause)
+    assert bool(root_cause(log)) is bool(cause)
+
+
+def test_the_cause_stands_before_the_log_and_what_to_do_after_it(tmp_path: Path) -> None:
+    files = Files(tmp_path, "vllm")
+    files.make_folders()
+    files.log.write_text(
+        "\n".join(["OSError: [Errno 28] No space left on device", *map(str, range(99)), "RuntimeError: x"])
+    )
+    first, *_, last = str(died(files)).splitlines()
+    assert first == "vllm ended before it was ready: OSError: [Errno 28] No space left on device"
+    assert "Free some disk space" in last
+    assert "servebook logs vllm" in last
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), lambda inner: st.lists(inner))
+
+
+@given(
+    st.binary()
+    | st.dictionaries(st.sampled_from(["model", "owner", "log", "exit", "state"]) | st.text(), JSON).map(
+        lambda record: json.dumps(record).encode()
+    )
+)
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_a_record_of_any_content(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        files = Files(Path(folder), "vllm")
+        files.make_folders()
+        files.record.write_bytes(content)
+        files.record.with_name("a name.json").write_bytes(content)
+        (entry, *others) = launch.status(load_settings(state_dir=folder))
+        assert entry["state"] in ("failed", "stopped")
+        assert entry["pid"] is None
+        assert all(isinstance(entry[key], str | None) for key in ("model", "owner", "log"))
+        assert {other["state"] for other in others} == {"stopped"}
+        assert "servebook logs vllm" in str(died(files))
 
 
 # --- what the person sees -----------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def solve(kernel: Kernel) -> None:
 
 def test_names_that_are_none_are_refused_with_the_rule(room: Room) -> None:
     door = Door(room.url)
-    rule = "A name has 1 to 27 letters a to z, digits, _ and -, and begins with a letter or digit."
+    rule = "A name has 1 to 23 letters a to z, digits, _ and -, and begins with a letter or digit."
     for name in ("x\n", "root", "a" * 60, "../x", "-x", "x y", "", "ñ"):
         assert door.sign_in(name, "long enough", room.code()) == (403, rule), name
     assert door.sign_in("daemon", "long enough", room.code())[1].startswith("daemon is an account of this machine.")
@@ -303,9 +303,9 @@ shm = os.statvfs("/dev/shm")
 print(json.dumps({
     "uid": os.getuid(),
     "read": [path for path in PATHS if readable(path)],
-    "environ": refused(lambda: open(f"/proc/{HUB}/environ").read()),
+    "environ": refused(lambda: open("/proc/HUB/environ").read()),
     "kill": refused(lambda: os.kill(HUB, 0)),
-    "write": refused(lambda: open(f"{ROOT}/src/planted.py", "w")),
+    "write": refused(lambda: open("ROOT/src/planted.py", "w")),
     "shm": shm.f_blocks * shm.f_frsize,
 }))
 """
@@ -405,6 +405,7 @@ def test_learners_at_once_pass_every_check_of_labs_01_and_02(room: Room) -> None
 def test_closing_a_desk_ends_all_of_it(room: Room, kernels: dict[str, Kernel]) -> None:
     home = room.folder / "room" / "desks" / "alan"
     assert room.family(home)
+    kernels["alan"].reconnect()  # the tests before have killed its way there
     kernels["alan"].run("import subprocess; subprocess.Popen(['sleep', '601'], start_new_session=True)")
     kernels["alan"].desk.close()
     eventually(lambda: not room.family(home), "the end of every process of a desk")

@@ -548,9 +548,7 @@ def test_the_front_needs_the_instructors_key(tmp_path: Path) -> None:
         find_server("front").argv(Settings(state_dir=tmp_path), tmp_path, {"vllm": {"http": "127.0.0.1:8000"}})
 
 
-def test_a_key_that_jupyterhub_would_not_take_is_refused_before_anything_starts() -> None:
-    with pytest.raises(LaunchError, match="8 characters or more; SERVEBOOK_API_KEY has 7"):
-        instructors_key(load_settings(api_key="sevench"))
+def test_the_instructors_key_is_the_one_that_is_set() -> None:
     assert instructors_key(load_settings(api_key="eight-ch")) == "eight-ch"
 
 

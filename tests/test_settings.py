@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from servebook import settings as module
 from servebook.errors import ServebookError
@@ -150,3 +157,92 @@ def test_on_gpu(monkeypatch: pytest.MonkeyPatch, device: str, driver: bool, vllm
 )
 def test_is_loopback(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
+
+
+# --- whom settings are taken from ---------------------------------------------------------------------------------
+
+
+def planted(folder: Path) -> Path:
+    file = folder / "servebook.toml"
+    file.write_text('engine_url = "http://attacker.example"\nengine_args = "--trust-remote-code"\n')
+    return file
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to act as another user")
+@pytest.mark.parametrize("above", [0, 1, 3])
+def test_a_settings_file_of_another_user_is_refused_by_name(
+    above: int, bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = bare / "shared" / "a" / "b" / "c"
+    work.mkdir(parents=True)
+    file = planted([work, *work.parents][above])
+    os.chown(file, 65534, 65534)
+    monkeypatch.chdir(work)
+    with pytest.raises(ServebookError, match=f"{re.escape(str(file))} is not read.*belongs to"):
+        load_settings()
+
+
+@pytest.mark.parametrize(("place", "mode"), [("file", 0o666), ("file", 0o622), ("folder", 0o777), ("folder", 0o757)])
+def test_a_settings_file_that_others_may_write_is_refused_by_name(place: str, mode: int, bare: Path) -> None:
+    file = planted(bare)
+    (file if place == "file" else bare).chmod(mode)
+    with pytest.raises(ServebookError, match=f"{re.escape(str(file))} is not read.*may write to it"):
+        load_settings()
+    bare.chmod(0o1777)  # as /tmp: nobody can put another in its place
+    file.chmod(0o644)
+    assert load_settings().engine_url == "http://attacker.example"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to act as another user")
+def test_a_link_to_another_users_file_is_refused_too(bare: Path) -> None:
+    theirs = planted(bare)
+    theirs = theirs.rename(bare / "theirs")
+    os.chown(theirs, 65534, 65534)
+    (bare / "servebook.toml").symlink_to(theirs)
+    with pytest.raises(ServebookError, match="is not read"):
+        load_settings()
+
+
+def test_a_key_that_others_may_read_is_refused(bare: Path) -> None:
+    file = bare / "servebook.toml"
+    file.write_text('api_key = "of-this-test"\n')
+    file.chmod(0o644)
+    with pytest.raises(ServebookError, match="others may read it"):
+        load_settings()
+    file.chmod(0o600)
+    assert load_settings().key == "of-this-test"
+    (bare / "server.key").write_text("")
+    (bare / "server.key").chmod(0o604)
+    with pytest.raises(ServebookError, match="SERVEBOOK_TLS_KEY: others may read"):
+        load_settings(tls_key=bare / "server.key")
+
+
+@pytest.mark.parametrize(
+    "key", ["pä-key-of-mine", "~", "sevench", "with\nnewline", "with\ttab-in-it", " in-spaces ", "😀" * 8]
+)
+def test_keys_that_nobody_could_use_or_anybody_guess(key: str) -> None:
+    with pytest.raises(ServebookError, match="at least 8 characters, all of them printable ASCII") as refusal:
+        load_settings(api_key=key)
+    assert key not in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", ["eight-ch", "sk-" + 60 * "x", "with a space", "!\"#$%&'()"])
+def test_keys_that_do(key: str) -> None:
+    assert load_settings(api_key=key).key == key
+
+
+def test_a_working_folder_that_was_removed(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = bare / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert load_settings().model == "bundled"
+
+
+@given(st.text() | st.binary().map(lambda content: content.decode("latin-1")))
+@hypothesis_settings(max_examples=50, deadline=None)
+def test_a_settings_file_of_any_content_is_read_or_refused(content: str) -> None:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("servebook.toml").write_bytes(content.encode("utf-8", "surrogatepass"))
+        with contextlib.suppress(ServebookError):
+            load_settings()

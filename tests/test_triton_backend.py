@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +18,18 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import requests
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from servebook.engine.arguments import engine_args, engine_argv
 from servebook.errors import LaunchError
+from servebook.launch.child import run_child
+from servebook.launch.probes import http_ok
+from servebook.launch.processes import free_port
 from servebook.settings import Settings
 from servebook.ways.triton_grpc.backend.files import ModelFilesError, engine_words_as_json, read_engine_args, read_loras
 from servebook.ways.triton_grpc.backend.repository import MODEL_REPOSITORY, render_repository
-from servebook.ways.triton_grpc.backend.server import tritonserver_command
+from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
 from servebook.ways.triton_grpc.backend.tensors import arrays, elements
 
 
@@ -65,8 +72,9 @@ def test_words_become_the_arguments_that_vllms_own_parser_reads(words: str) -> N
     assert_read_alike(shlex.split(words))
 
 
-def test_the_launchers_words_become_the_same_arguments(settings: Settings, tmp_path: Path) -> None:
-    argv = engine_argv(settings, tmp_path)
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_launchers_words_become_the_same_arguments(device: str, settings: Settings, tmp_path: Path) -> None:
+    argv = engine_argv(settings.model_copy(update={"device": device}), tmp_path)
     (tmp_path / "model.json").write_text(json.dumps(engine_words_as_json(argv)))
     assert_read_alike(argv, read_engine_args(tmp_path))
 
@@ -199,3 +207,79 @@ def test_a_stub_that_ends_as_it_should_harms_nobody(word: bytes) -> None:
     for process in (engine, stub, server):
         process.kill()
     server.wait(10)
+
+
+# --- a real server without a model --------------------------------------------------------------------------------
+
+
+def load_by_raw_http2(port: int, key: bytes) -> bytes:
+    """Ask for the load of a model over gRPC with a header that no client's library would send; what comes back."""
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+    headers = {
+        **{b":method": b"POST", b":scheme": b"http", b":path": b"/inference.GRPCInferenceService/RepositoryModelLoad"},
+        **{b":authority": b"x", b"content-type": b"application/grpc", b"te": b"trailers", key: b"x"},
+    }
+    block = b"".join(b"\0" + bytes([len(n)]) + n + bytes([len(v)]) + v for n, v in headers.items())
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(10)
+        hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
+        connection.sendall(hello + frame(1, 4, 1, block) + frame(0, 1, 1, b"\0\0\0\0\x03\x12\x01x"))
+        answer = b""
+        while b"grpc-message" not in answer and (more := connection.recv(4096)):
+            answer += more
+    return answer
+
+
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_nobody_can_use_what_everybody_can_read_in_proc(shared_memory: bool, tmp_path: Path) -> None:
+    """Model control, traces, the log and shared memory lead to code or files; other users know the command line."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    grpc_port, port, metrics_port = free_port(), free_port(), free_port()
+    command = tritonserver_command(
+        repository,
+        tmp_path,
+        grpc_port=grpc_port,
+        http_port=port,
+        metrics_port=metrics_port,
+        shared_memory=shared_memory,
+    )
+    paths = {"repository/index", "repository/models/x/load", "repository/models/x/unload", "trace/setting", "logging"}
+    region = "systemsharedmemory/region/a/register"
+    ready = f"127.0.0.1:{port}", "/v2/health/ready"
+    with run_child(command, lambda _: http_ok(*ready), env=tritonserver_env()) as triton:
+        words = Path(f"/proc/{triton.process.pid}/cmdline").read_bytes()
+        (name, value) = next(iter(set(re.findall(rb":([^:=\0]+)=([^\0]*)", words))))
+        for header in ({}, {"servebook-admin": "x"}):
+            codes = {
+                path: requests.post(f"http://127.0.0.1:{port}/v2/{path}", json={}, headers=header).status_code
+                for path in paths | {region}
+            }
+            assert {path for path, code in codes.items() if code == 403} == paths | (
+                set() if shared_memory else {region}
+            )
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.settimeout(10)
+            connection.sendall(
+                b"POST /v2/repository/models/x/load HTTP/1.1\r\nHost: x\r\n"
+                + name
+                + b": "
+                + value
+                + b"\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+            )
+            assert b"poll from model repository" not in connection.recv(4096)
+        for key in (name, name.replace(b"\n", b"")):
+            answer = load_by_raw_http2(grpc_port, b"triton-grpc-protocol-" + key)
+            assert b"poll from model repository" not in answer
+        assert http_ok(*ready)
+
+
+@pytest.mark.parametrize("place", ["josé-서울", "ü"])
+def test_a_folder_that_triton_cannot_read_is_named(place: str, tmp_path: Path) -> None:
+    repository = tmp_path / place / "repository"
+    repository.mkdir(parents=True)
+    with pytest.raises(LaunchError, match=f"ASCII.*{place}"):
+        tritonserver_command(repository, tmp_path, grpc_port=1, http_port=2, metrics_port=3)

@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,6 +65,7 @@ def serve_http(words: list[str]) -> None:
     signal.signal(signal.SIGTERM, end)
     subprocess.Popen([sys.executable, "-c", CHILD, DEAF_GRANDCHILD if args.deaf else GRANDCHILD])
     time.sleep(args.delay)
+    ThreadingHTTPServer.address_family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with ThreadingHTTPServer((args.host, args.port), Handler) as server:
         server.serve_forever()
 

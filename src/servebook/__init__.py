@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from servebook.environment import reach_loopback_directly
 from servebook.lazy import lazily
 
 if TYPE_CHECKING:
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from servebook.settings import Settings, load_settings
 
 __all__ = ["ServebookError", "Settings", "load_settings", "serve"]
+
+reach_loopback_directly()  # before any client of ours, or of a library, looks for a proxy
 
 __getattr__ = lazily(
     __name__,

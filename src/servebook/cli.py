@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import locale
+import os
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
@@ -130,6 +134,14 @@ app.command()(bench)
 
 def main() -> None:
     """Run a command; an expected error is a message and exit code 1, never a traceback."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower() != "utf-8":
+        # Files are UTF-8 wherever this runs; the terminal is what it is.
+        os.environ["PYTHONIOENCODING"] = sys.stdout.encoding
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    warnings.simplefilter("ignore")  # they are for who writes Python, and PYTHONWARNINGS=error makes them fatal
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no ✓ shows a ?
     try:
         app(standalone_mode=True)
     except ServebookError as error:

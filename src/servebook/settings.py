@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import tomllib
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,10 +22,13 @@ from pydantic_settings import (
 )
 
 from servebook.errors import ServebookError
+from servebook.trust import not_only_mine, others_may_read
 
 FILE_NAME = "servebook.toml"
 LOOPBACK = "127.0.0.1"
 BUNDLED_MODEL = "bundled"
+KEY_CHARACTERS = 8
+"""The least that an API key has: what is shorter is guessed. JupyterHub asks for as many."""
 TENSOR_MODEL_NAME = "vllm_model"
 """The model's name in Triton and KServe, as the article's model repository has it."""
 
@@ -131,7 +135,11 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=settings_file())
+        file = settings_file()
+        toml = TomlConfigSettingsSource(settings_cls, toml_file=file)
+        if file:
+            require_trusted(file, holds_key="api_key" in toml.toml_data)
+        return init_settings, env_settings, toml
 
     @field_validator("cache_dir", "state_dir")
     @classmethod
@@ -149,8 +157,19 @@ class Settings(BaseSettings):
 
     @field_validator("api_key")
     @classmethod
-    def _no_blank_key(cls, key: SecretStr | None) -> SecretStr | None:
-        return key if key and key.get_secret_value() else None
+    def _usable_key(cls, key: SecretStr | None) -> SecretStr | None:
+        text = key.get_secret_value() if key else ""
+        printable = text.isascii() and text.isprintable() and text == text.strip()  # all that a header can carry
+        if text and not (printable and len(text) >= KEY_CHARACTERS):
+            raise ValueError(f"a key has at least {KEY_CHARACTERS} characters, all of them printable ASCII")
+        return key if text else None
+
+    @field_validator("tls_key")
+    @classmethod
+    def _private_key(cls, file: Path | None) -> Path | None:
+        if file and file.is_file() and others_may_read(file):
+            raise ValueError(f"others may read {file}: `chmod 600 {file}`")
+        return file
 
     @field_validator("engine_args")
     @classmethod
@@ -201,8 +220,36 @@ def installed_vllm() -> str:
 
 def settings_file(start: Path | None = None) -> Path | None:
     """The nearest `servebook.toml` from `start` (default: the working folder) upwards: notebooks run in folders."""
-    start = start or Path.cwd()
-    return next((file for folder in (start, *start.parents) if (file := folder / FILE_NAME).is_file()), None)
+    try:
+        start = start or Path.cwd()
+    except FileNotFoundError:  # the folder was removed, and nothing lies in it
+        return None
+    for folder in (start, *start.parents):
+        with suppress(PermissionError):  # what this user may not see is not his
+            if (folder / FILE_NAME).is_file():
+                return folder / FILE_NAME
+    return None
+
+
+def require_trusted(file: Path, holds_key: bool) -> None:
+    """Refuse settings that another user may have written: they say where requests and the key go.
+
+    Raises:
+        ServebookError: who else may write the file or its folder, or read the key in it.
+    """
+    for place in (file, file.resolve(), file.parent):
+        if why := not_only_mine(place):
+            raise ServebookError(
+                f"{file} is not read, because others could have written it: {place}: {why}.",
+                f"Look into it, then make it yours (`chown`, `chmod go-w`), or remove {file}.",
+            )
+    if holds_key and others_may_read(file):
+        raise ServebookError(f"{file} holds a key, and others may read it.", f"`chmod 600 {file}`")
+
+
+def in_address(host: str) -> str:
+    """`host` as it stands before a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def is_loopback(host: str) -> bool:
@@ -223,8 +270,12 @@ def load_settings(**overrides: Any) -> Settings:
     """
     try:
         return Settings(**{k: v for k, v in overrides.items() if v not in (None, "")})
-    except (tomllib.TOMLDecodeError, OSError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ServebookError(f"{settings_file()} cannot be read: {error}.", "Correct it, or remove it.") from None
+    except OSError as error:
+        raise ServebookError(
+            f"The settings cannot be read: {error}.", "Correct or remove that file; work in a folder that is there."
+        ) from None
     except ValidationError as error:
         problems = "; ".join(
             (f"SERVEBOOK_{'_'.join(map(str, e['loc'])).upper()}: " if e["loc"] else "")

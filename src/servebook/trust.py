@@ -29,6 +29,16 @@ def not_only_mine(path: Path) -> str:
     return ""
 
 
+def others_may_read(path: Path) -> bool:
+    """Whether users beside the owner may read a file.
+
+    Raises:
+        OSError: there is no such file, or it cannot be looked at.
+    """
+    found = path.stat()
+    return bool(found.st_mode & stat.S_IROTH or (found.st_mode & stat.S_IRGRP and not _is_private(found.st_gid)))
+
+
 def _is_private(gid: int) -> bool:
     """Whether it is this user's own group, as Debian and others make one for each user."""
     try:

@@ -51,7 +51,7 @@ def bench(
         print(json.dumps(Results.model_json_schema(), indent=2))
         return
     if as_report:
-        Path("BENCHMARKS.md").write_text(markdown(stored()))
+        Path("BENCHMARKS.md").write_text(markdown(stored()), encoding="utf-8")
         console.print("BENCHMARKS.md is written.")
         return
     plan = FULL if full else QUICK

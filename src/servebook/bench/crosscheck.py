@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from servebook.bench.paths import find_path
 from servebook.bench.stats import Summary, summarize
 from servebook.engine.arguments import engine_env
 from servebook.engine.model import model_path
+from servebook.environment import child_environment
 from servebook.launch import Server
 
 
@@ -87,4 +87,4 @@ async def _vllm_bench(server: Server, jobs: list[Job], concurrency: int) -> dict
 
 def _environment(server: Server) -> dict[str, str]:
     key = {"OPENAI_API_KEY": server.settings.key} if server.settings.key else {}
-    return os.environ | engine_env(server.settings) | key
+    return child_environment() | engine_env(server.settings) | key

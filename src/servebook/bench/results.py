@@ -90,7 +90,7 @@ def load_results(path: Path) -> Results:
         BenchError: it is not there, or no file of this format.
     """
     try:
-        return Results.model_validate_json(path.read_text())
+        return Results.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BenchError(
             f"{path} cannot be read: {error.strerror}.", "Name a file that `servebook bench` wrote."
@@ -125,7 +125,7 @@ def now() -> datetime:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.machine()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())

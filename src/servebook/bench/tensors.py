@@ -75,7 +75,7 @@ def identity_server(name: str, settings: Settings) -> Server:
     def argv(settings: Settings, _: Path, __: dict[str, Endpoints]) -> list[str]:
         module = "servebook.ways.triton_grpc.backend" if name == "triton" else "servebook.bench.identity_kserve"
         ports = [word for kind in spec.ports for word in (f"--{kind}-port", f"{{{kind}}}")]
-        repository = ["--model-repository", str(_repository(settings))] if name == "triton" else []
+        repository = ["--shared-memory", "--model-repository", str(_repository(settings))] if name == "triton" else []
         return [sys.executable, "-m", module, "--host", settings.host, *ports, *repository]
 
     made = replace(spec, argv=argv, has_engine=False, ready=lambda at: http_ok(at["http"], "/v2/models/identity/ready"))

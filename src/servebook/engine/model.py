@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from servebook.environment import child_environment
 from servebook.errors import ModelError
 from servebook.settings import BUNDLED_MODEL, Settings
 
@@ -61,7 +61,7 @@ def model_path(settings: Settings) -> Path:
         if not is_prepared(folder, quick=True):
             # In a process of its own, so that a notebook's kernel need not load torch.
             command = [sys.executable, "-P", "-m", "servebook.engine.prepare"]
-            env = os.environ | {"SERVEBOOK_CACHE_DIR": str(settings.cache_dir)}
+            env = child_environment() | {"SERVEBOOK_CACHE_DIR": str(settings.cache_dir)}
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"The model's preparation ended with {done.returncode}."]

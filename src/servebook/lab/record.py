@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
+from servebook.errors import ServebookError
 from servebook.settings import load_settings
 
 
@@ -38,16 +41,33 @@ class Store:
         self.lock = FileLock(self.path.with_suffix(".lock"))
 
     def __enter__(self) -> Progress:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock.acquire()
-        try:
-            self.progress = Progress.model_validate_json(self.path.read_text())
-        except (OSError, ValidationError):  # none yet, or not ours: progress is not worth an error
-            self.progress = Progress()
+        with self._state_folder():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+            try:
+                self.progress = Progress.model_validate_json(self.path.read_bytes())
+            except FileNotFoundError:
+                self.progress = Progress()
+            except ValidationError:  # cut off, or edited by hand: it is kept for whoever can read it
+                self.path.replace(self.path.with_suffix(".unreadable"))
+                self.progress = Progress()
         return self.progress
 
     def __exit__(self, *_: object) -> None:
         draft = self.path.with_suffix(".draft")
-        draft.write_text(self.progress.model_dump_json(indent=1))
-        draft.replace(self.path)
-        self.lock.release()
+        try:
+            with self._state_folder():
+                draft.write_text(self.progress.model_dump_json(indent=1), encoding="utf-8")
+                draft.replace(self.path)
+        finally:
+            self.lock.release()
+
+    @contextmanager
+    def _state_folder(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ServebookError(
+                f"Progress cannot be kept in {self.path.parent}: {error.strerror}.",
+                "Set SERVEBOOK_STATE_DIR to a folder that you can write to.",
+            ) from None

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from uuid import uuid4
 
 import nbformat
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from traitlets.config import Config
 
+from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab.checking import evaluate
 from servebook.lab.feedback import Result
@@ -38,10 +40,22 @@ def read_notebook(path: Path) -> Any:
         ServebookError: it is no notebook, because it was cut off or edited by hand.
     """
     try:
-        return nbformat.read(path, as_version=4)
+        notebook = nbformat.read(path, as_version=4)
     except Exception as error:  # nbformat's errors have nothing in common
         reason = str(error).partition("\n")[0]
         raise ServebookError(f"{path} cannot be read as a notebook: {reason}", again(path)) from None
+    if any("id" not in cell for cell in notebook.cells):
+        _restore_ids(notebook, ROOT / "labs" / path.parent.name / path.name)
+    return notebook
+
+
+def _restore_ids(notebook: Any, blank: Path) -> None:
+    """Give back the cells' ids, which Colab and old versions of Jupyter do not save."""
+    known = {cell.source: cell.id for cell in nbformat.read(blank, as_version=4).cells} if blank.is_file() else {}
+    for cell in notebook.cells:
+        graded = cell.metadata.get("nbgrader", {}).get("grade_id")
+        cell.id = graded or known.get(cell.source) or uuid4().hex[:8]
+    notebook.nbformat_minor = 5
 
 
 def again(path: Path) -> str:

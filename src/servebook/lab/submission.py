@@ -224,7 +224,7 @@ def waited_for_a_core(thread: threading.Thread) -> float:
 def waited(account: Path) -> float:
     """The same by the kernel's account of a thread."""
     try:
-        return int(account.read_text().split()[1]) / 1e9
+        return int(account.read_text(encoding="utf-8").split()[1]) / 1e9
     except (OSError, IndexError):  # it has ended, or this kernel keeps no such account
         return 0.0
 

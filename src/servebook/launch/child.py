@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
+from servebook.environment import child_environment
 from servebook.errors import LaunchError
 from servebook.launch.probes import http_ok
 from servebook.launch.processes import die_with_parent, end, free_port, wait_until
@@ -57,7 +58,7 @@ def run_child(
         process = subprocess.Popen(
             words,
             # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
-            env=os.environ | (env or {}) | {"PYTHONSAFEPATH": "1", "SPT_NOENV": "1"} | dict([mark.split("=")]),
+            env=child_environment() | (env or {}) | {"SPT_NOENV": "1"} | dict([mark.split("=")]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

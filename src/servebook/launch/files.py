@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from servebook.errors import LaunchError
 from servebook.trust import not_only_mine
 
 TAIL_LINES = 15
+NAME = re.compile(r"\w[\w.-]{,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one instance in the state folder."""
+    """The files of one instance in the state folder.
+
+    Raises:
+        LaunchError: the instance's name could lead out of that folder.
+    """
 
     state_dir: Path
     instance: str
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.instance):
+            raise LaunchError(
+                f"{self.instance!r} cannot name a server.", "Use at most 64 letters, digits, '-', '_' and '.'."
+            )
 
     @property
     def log(self) -> Path:
@@ -59,8 +72,20 @@ class Files:
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
-    """The last lines of a log file, "" where there is none."""
+    """The last lines of a log file as they may be shown, "" where there is none."""
+    return visible("\n".join(read_log(log).splitlines()[-lines:]))
+
+
+def read_log(log: Path) -> str:
+    """A log file's text, "" where there is none."""
     try:
-        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+        return log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def visible(text: str) -> str:
+    """`text` with its control characters written out: a log may hold what callers sent, and a terminal would obey."""
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode() for each in text
+    )

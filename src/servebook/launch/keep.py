@@ -10,7 +10,7 @@ from servebook.engine.model import model_path
 from servebook.errors import LaunchError
 from servebook.launch.display import Progress, progress
 from servebook.launch.elsewhere import ask_elsewhere
-from servebook.launch.files import Files
+from servebook.launch.files import Files, read_log
 from servebook.launch.link import Link, attach, died, spawn
 from servebook.launch.memory import memory_for
 from servebook.launch.plan import Start
@@ -114,8 +114,5 @@ def await_ready(kept: Kept) -> None:
 
 def phase(files: Files) -> str:
     """What vLLM is doing, by its log."""
-    try:
-        text = files.log.read_text(errors="replace")
-    except OSError:
-        text = ""
-    return next((phase for phase, words in reversed(ENGINE_PHASES.items()) if words in text), "importing")
+    text = read_log(files.log)
+    return next((phase for words, phase in reversed(ENGINE_PHASES.items()) if words in text), "importing")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -12,12 +15,14 @@ from contextlib import suppress
 
 from servebook.errors import LaunchError
 from servebook.launch import supervisor
-from servebook.launch.files import Files
+from servebook.launch.files import Files, read_log, visible
 from servebook.launch.supervisor import EX_IOERR, EX_TEMPFAIL, Description, Op, Order, files_of
 from servebook.settings import is_loopback
 
 SUPERVISOR_SECONDS = 30.0
 """How long a supervisor may take to listen: a few ms, but where the one before it is still ending its server."""
+OPEN_FILES = 1024
+"""What an engine takes (its libraries, a few sockets for each process) and some hundreds of callers."""
 STOP_SECONDS = 40.0
 """Longer than a supervisor's grace times together."""
 
@@ -110,6 +115,11 @@ def spawn(order: Order) -> Lease:
         LaunchError: there can be no supervisor, or its server ended at once.
     """
     files = files_of(order)
+    if (most := resource.getrlimit(resource.RLIMIT_NOFILE)[1]) < OPEN_FILES:
+        raise LaunchError(
+            f"A process may open {most} files here, and a server needs {OPEN_FILES}.",
+            f"Raise the limit (`ulimit -n {OPEN_FILES}`, or in a container --ulimit nofile={OPEN_FILES}).",
+        )
     try:
         files.make_folders()
     except OSError as error:
@@ -149,8 +159,37 @@ def died(files: Files) -> LaunchError:
     """A server that ended before it was ready: how, and the end of its log."""
     code = files.read_record().get("exit")
     how = "" if not isinstance(code, int) else f" (killed by signal {-code})" if code < 0 else f" (exit code {code})"
-    hint = "If memory is short, Linux kills the largest process: see `servebook doctor`. " if code == -9 else ""
+    cause = root_cause(read_log(files.log))
+    hint = next((f"{remedy} " for words, remedy in REMEDIES.items() if words in cause.lower()), "")
+    if code == -signal.SIGKILL:
+        hint = "If memory is short, Linux kills the largest process: see `servebook doctor`. "
     return LaunchError(
-        f"{files.instance} ended before it was ready{how}. The end of its log:\n{files.tail()}",
+        f"{files.instance} ended before it was ready{how}{': ' if cause else '.'}{visible(cause)}\n"
+        f"The end of its log:\n{files.tail()}",
         f"{hint}The whole log: `servebook logs {files.instance}`.",
     )
+
+
+REMEDIES = {
+    "cuda out of memory": "End another program that uses the GPU (`nvidia-smi`).",
+    "free memory on device": "End another program that uses the GPU (`nvidia-smi`).",
+    "no space left on device": "Free some disk space (`servebook doctor` says where).",
+    "too many open files": "Raise the limit of open files (`ulimit -n 4096`).",
+    "address already in use": "End the program that has the port, or choose another one.",
+    "permission denied": "Let this user write there, or set another folder.",
+    "read-only file system": "Set another folder.",
+    "unrecognized arguments": "Correct SERVEBOOK_ENGINE_ARGS.",
+}
+"""What to do about a cause that holds these words."""
+RAISED = re.compile(
+    r"""^(?:\(\S+\ pid=\d+\)\ )?(?:(?:ERROR|CRITICAL)\ [^\]]*\]\ )?
+    (?:servebook:\ )?(?P<cause>(?<=servebook:\ ).+|[\w.]*(?:Error|Exception)\b:\ .+|[\w.\ ]+:\ error:\ .+)$""",
+    re.M | re.X,
+)
+"""The line of a traceback that names the exception, also where vLLM puts a process and a place before it."""
+
+
+def root_cause(log: str) -> str:
+    """The first exception in a log, which those after it follow from; "" where there is none."""
+    found = RAISED.search(log)
+    return found["cause"].strip() if found else ""

@@ -89,7 +89,7 @@ def _one_at_a_time(card: Card) -> Iterator[None]:
 
 def _claims(card: Card) -> list[tuple[int, int]]:
     """Process and bytes of every claim on `card`."""
-    matches = map(CLAIM.search, Path("/proc/net/unix").read_text().splitlines())
+    matches = map(CLAIM.search, Path("/proc/net/unix").read_text(encoding="utf-8").splitlines())
     return [(int(match["pid"]), int(match["mib"]) * 2**20) for match in matches if match and match["card"] == card.uuid]
 
 

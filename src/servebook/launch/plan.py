@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
 from servebook.engine.arguments import engine_env
+from servebook.environment import child_environment, writable_homes
 from servebook.errors import LaunchError
 from servebook.launch.files import Files
 from servebook.launch.supervisor import Order, Owner
 from servebook.launch.table import SERVERS, Endpoints, ServerSpec, behind, kind_of
-from servebook.settings import LOOPBACK, Settings, is_loopback
+from servebook.settings import LOOPBACK, Settings, in_address, is_loopback
 
-INSTANCE = re.compile(r"\w[\w.-]{,63}", re.ASCII)
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Where a client on this machine reaches a server that listens on all its addresses."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Start:
     settings: Settings
     instance: str
     owner: Owner
+
+    def __post_init__(self) -> None:
+        Files(self.settings.state_dir, self.instance)  # refuses a name that could lead elsewhere
 
     @property
     def files(self) -> Files:
@@ -40,7 +44,7 @@ class Start:
     def order(self, model: Path, needs: dict[str, Endpoints]) -> Order:
         """What a supervisor is told, once it is known where the model lies and where the servers that it needs are."""
         spec, settings = self.spec, self.settings
-        env = engine_env(settings)
+        env = engine_env(settings) | writable_homes(settings.cache_dir)
         if settings.key:
             # In the environment, not in argv: `ps` shows argv to every user of the machine.
             env |= {"VLLM_API_KEY": settings.key, "SERVEBOOK_API_KEY": settings.key}
@@ -51,10 +55,12 @@ class Start:
             "name": self.instance,
             "server": spec.name,
             "argv": spec.argv(settings, model, needs),
-            "env": env,
+            "env": child_environment() | env,
             "host": settings.host,
             "hosts": hosts,
-            "client_hosts": {kind: {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(at, at) for kind, at in hosts.items()},
+            "client_hosts": {
+                kind: in_address({"0.0.0.0": LOOPBACK, "::": "::1"}.get(at, at)) for kind, at in hosts.items()
+            },
             "ports": {kind: settings.port(spec.name, kind) for kind in spec.ports},
             "avoid": [settings.port(other.name, kind) for other in SERVERS.values() for kind in other.ports],
             "model": settings.model_name,
@@ -70,10 +76,6 @@ def plan(start: Start) -> list[list[Start]]:
     Raises:
         LaunchError: one of them may not be started so; the message says what to change.
     """
-    if not INSTANCE.fullmatch(start.instance):
-        raise LaunchError(
-            f"{start.instance!r} cannot name a server.", "Use at most 64 letters, digits, '-', '_' and '.'."
-        )
     if not start.spec.checks_key and not is_loopback(start.settings.host):
         raise LaunchError(
             f"{start.spec.name} checks no API key, so it is not opened to {start.settings.host}.",

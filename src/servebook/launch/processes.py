@@ -45,7 +45,7 @@ def adopt_orphans() -> None:
 def children() -> set[int]:
     """The children of this process, adopted and ended ones included."""
     with suppress(OSError):
-        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()))
     return set()
 
 

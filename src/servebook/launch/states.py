@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-from servebook.launch.files import Files
+from servebook.launch.files import NAME, Files
 from servebook.launch.link import Link
 from servebook.launch.table import SERVERS, find_server
 from servebook.settings import Settings, load_settings
@@ -26,7 +26,8 @@ def status(settings: Settings | None = None) -> list[Status]:
     """Every known server's state, as `servebook status --json` prints it."""
     settings = settings or load_settings()
     files = [Files(settings.state_dir, name) for name in SERVERS]
-    found = {file.stem for file in files[0].record.parent.glob("*") if file.suffix in (".json", ".sock")}
+    on_disk = {file.stem for file in files[0].record.parent.glob("*") if file.suffix in (".json", ".sock")}
+    found = set(filter(NAME.fullmatch, on_disk))
     others = [status_of(Files(settings.state_dir, name), settings) for name in sorted(found - SERVERS.keys())]
     return [*(status_of(each, settings) for each in files), *(each for each in others if each["state"] != "stopped")]
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -48,6 +49,7 @@ from servebook.launch.processes import (
 EX_IOERR, EX_TEMPFAIL = 74, 75
 FIRST_LEASE_SECONDS = 15.0
 """How long a server without an owner waits for its first lease (its starter may have died)."""
+OPEN_FILES = 65536
 TERM_SECONDS = 15.0
 """Grace time of the server itself."""
 STARTING_SECONDS = 3.0
@@ -61,9 +63,10 @@ Op = Literal["info", "attach", "ready", "keep", "stop"]
 
 
 class Order(TypedDict):
-    """What a supervisor is told to keep; `{http}` in `argv` (or another kind) stands for the port that it chooses.
+    """What a supervisor is told to keep, with the server's whole environment.
 
-    `hosts` are where the ports listen, `client_hosts` how clients write them. `avoid` are other servers' ports.
+    `{http}` in `argv` (or another kind) stands for the port that it chooses. `hosts` are where the ports listen,
+    `client_hosts` how clients write them. `avoid` are other servers' ports.
     """
 
     name: str
@@ -258,7 +261,7 @@ class Supervisor:
         words = {f"{{{kind}}}": str(port) for kind, port in self.ports.items()}
         argv = [words.get(word, word) for word in self.order["argv"]]
         # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
-        env = os.environ | self.order["env"] | {KEPT: str(self.files.socket), "SPT_NOENV": "1"}
+        env = self.order["env"] | {KEPT: str(self.files.socket), "SPT_NOENV": "1"}
         return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def describe(self) -> Description:
@@ -376,6 +379,9 @@ def main() -> int:
     Exits with EX_TEMPFAIL if the server has a supervisor already, with EX_IOERR if there can be no socket or log.
     """
     order: Order = json.load(sys.stdin)
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The server's too: an engine and its callers take many. And no more: some programs look at every one that may be.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, OPEN_FILES)), most))
     files = files_of(order)
     try:
         listener = claim(files.socket)

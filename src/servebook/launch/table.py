@@ -25,12 +25,15 @@ REPLICA = "vllm-replica-"
 """What the names of the router's engines begin with; their numbers count from 1."""
 
 ENGINE_PHASES = {
-    "starting the engine": "Initializing a V1 LLM engine",
-    "loading weights": "Starting to load model",
-    "warming up": "Loading weights took",
-    "opening the port": "init engine",
+    "Initializing a V1 LLM engine": "starting the engine",
+    "Starting to load model": "loading weights",
+    "Loading model from scratch": "loading weights",  # the same on a GPU
+    "Loading weights took": "warming up",
+    "JIT kernel warmup starting": "building kernels: long only the first time on a machine",
+    "Capturing CUDA graphs": "capturing graphs",
+    "init engine": "opening the port",
 }
-"""What a reader sees while waiting, and the words in vLLM's log that begin it."""
+"""The words in vLLM's log that begin a phase, in their order, and what a reader sees from then on."""
 
 
 @dataclass(frozen=True)

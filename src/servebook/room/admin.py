@@ -12,27 +12,16 @@ from urllib.parse import quote
 import requests
 
 from servebook import launch
-from servebook.errors import LaunchError, ServebookError
+from servebook.errors import ServebookError
 from servebook.settings import Settings
 
-KEY_LENGTH = 8
-"""The shortest token that JupyterHub takes for a service."""
 CODE_LETTERS = "ABCDEFGHJKMNPQRSTUVWXYZ23456789"
 """Those that nobody mistakes for another: eight of them are 40 bits."""
 
 
 def instructors_key(settings: Settings) -> str:
-    """SERVEBOOK_API_KEY, or else a key that is made once and kept in the state folder.
-
-    Raises:
-        LaunchError: it is too short.
-    """
+    """SERVEBOOK_API_KEY, or else a key that is made once and kept in the state folder."""
     if settings.key:
-        if len(settings.key) < KEY_LENGTH:
-            raise LaunchError(
-                f"A room's key needs {KEY_LENGTH} characters or more; SERVEBOOK_API_KEY has {len(settings.key)}.",
-                "Choose a longer one, or unset it: a key is made then.",
-            )
         return settings.key
     path = settings.state_dir / "room" / "instructor.key"
     if not path.exists():

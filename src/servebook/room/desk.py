@@ -15,12 +15,11 @@ from servebook.lab.record import Store
 
 def make_master(master: Path) -> None:
     """Put what every learner gets into `master`: the notebooks without instructor's notes, and the labs."""
-    from servebook.lab.handout.bundle import LEFTOVERS, clean_notebooks
+    from servebook.lab.handout.bundle import clean_notebooks, copy_tracked
 
     if master.exists():
         shutil.rmtree(master)
-    for folder in ("notebooks", "labs"):
-        shutil.copytree(ROOT / folder, master / folder, ignore=LEFTOVERS)
+    copy_tracked(ROOT, ["notebooks", "labs"], master)
     clean_notebooks(master / "notebooks")
 
 

@@ -6,6 +6,7 @@ new hub finds them. A hub or proxy that ends is started again; `jupyterhub/jupyt
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -34,7 +35,7 @@ from servebook.settings import Settings, is_loopback, load_settings
 log = logging.getLogger("servebook.room")
 
 NOBODY = 65534
-SEEN = ("src", "jupyter", "jupyterhub", "labs", "notebooks", "protos", "triton", "shims", "docs", "pyproject.toml")
+SEEN = ("src", "jupyter", "jupyterhub", "labs", "notebooks", "protos", "triton", "shims", "docs", "requirements")
 """What a desk sees of the checkout."""
 ENTER = ROOT / "jupyterhub" / "enter_desk.py"
 PROXY = ROOT / "jupyterhub" / "proxy.py"
@@ -83,11 +84,13 @@ def view(settings: Settings) -> dict[str, Any]:
     """
     python, master = Path(sys.executable), settings.state_dir / "room" / "master"
     seen = [*(ROOT / name for name in SEEN), python.parents[1], settings.room.env, Path(sys.base_prefix), master]
-    seen.append(settings.cache_dir / "models")
+    if settings.cache_dir.is_dir():
+        seen += [path for path in settings.cache_dir.iterdir() if path.name != "vllm"]  # which its engine writes
     return {
         "shown": sorted({str(path) for path in seen if path.exists()}),
         "covers": [str(path) for path in (ROOT, settings.state_dir, Path.home()) if path.parts[1:]],
         "cache": str(settings.cache_dir),
+        "accounts": f"room{hashlib.sha256(str(settings.state_dir).encode()).hexdigest()[:4]}",
     }
 
 
@@ -99,7 +102,7 @@ def why_not_apart(settings: Settings) -> str:
         return "there is no useradd"
     for folder in (settings.cache_dir, settings.state_dir):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for file in filter(Path.is_file, (settings.cache_dir / "models").rglob("*")):
+    for file in filter(Path.is_file, settings.cache_dir.rglob("*")):
         file.chmod(file.stat().st_mode | 0o444)  # weights are written for their owner alone
     where = limits(settings) | view(settings) | {"home": str(ROOT / "labs"), "uid": NOBODY, "gid": NOBODY}
     command = [sys.executable, "-I", str(ENTER), json.dumps(where), sys.executable, "-P", "-c", "import servebook.lab"]

@@ -30,7 +30,7 @@ class Roll:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.entries = {name: Entry(kept) for name, kept in known.items()}
         self._names = {entry.digest: name for name, entry in self.entries.items() if entry.digest}
 

@@ -10,6 +10,7 @@ import html
 import os
 import platform
 import re
+import resource
 import shutil
 import sys
 import sysconfig
@@ -25,10 +26,19 @@ import psutil
 from servebook import launch
 from servebook.checkout import ROOT
 from servebook.engine import rust_front
-from servebook.engine.arguments import available_gib, cpu_flags, gpu_gib, needed_gib
+from servebook.engine.arguments import available_gib, cpu_flags, cpu_quota, gpu_gib, needed_gib
 from servebook.engine.gpu import GIB, Card, cards
 from servebook.engine.model import bundled_path, context_limit, is_prepared
+from servebook.environment import (
+    GIVEN,
+    LOOPBACK_NAMES,
+    PROXIES,
+    short_tmpdir,
+    unwelcome,
+    writable_homes,
+)
 from servebook.errors import ServebookError
+from servebook.launch.link import OPEN_FILES
 from servebook.launch.memory import held_by
 from servebook.launch.processes import KEPT, can_bind
 from servebook.launch.supervisor import connect
@@ -139,12 +149,16 @@ def check_libpython(library: Path | None) -> Finding:
     )
 
 
-def check_cpu(flags: set[str], cores: int, on_gpu: bool) -> Finding:
+def check_cpu(flags: set[str], cores: int, on_gpu: bool, quota: float | None = None) -> Finding:
     """vLLM's CPU build has kernels for AVX2, AVX-512 and AMX."""
     best = next((name for flag, name in _SIMD.items() if flag in flags), None)
     if best is None and not on_gpu:
         return Finding(
             "FAIL", "cpu", "no AVX2, which vLLM's CPU build needs", "Use a processor of 2014 or later, or a GPU."
+        )
+    if quota is not None and quota < min(cores, 2) and not on_gpu:
+        return Finding(
+            "WARN", "cpu", f"{best}, the time of {quota:g} of {cores} cores", "Give the container 2 cores (--cpus 2)."
         )
     if cores < 2 and not on_gpu:
         return Finding("WARN", "cpu", f"{best}, one core", "Expect everything to take twice as long as it says.")
@@ -295,22 +309,79 @@ def check_folder(variable: str, folder: Path) -> Finding:
     return Finding("OK", name, str(folder))
 
 
-def check_environment(environment: Mapping[str, str]) -> Finding:
-    """Misspelt settings, and a proxy between a client and this very machine."""
+def check_environment(environment: Mapping[str, str], cache_dir: Path = Path("/tmp")) -> Finding:
+    """Misspelt settings, what servers do not get or get otherwise, and a proxy before this very machine."""
     known = {f"SERVEBOOK_{name.upper()}" for name in Settings.model_fields} | {KEPT}
     unknown = sorted(name for name in environment if name.startswith("SERVEBOOK_") and name not in known)
-    if unknown:
-        return Finding("WARN", "variables", f"unknown, so without effect: {', '.join(unknown)}", "Correct the name.")
-    lower = {name.lower(): value for name, value in environment.items()}
-    local = lower.get("no_proxy", "").split(",")
-    if "http_proxy" in lower and not {"127.0.0.1", "localhost", "*"} & {word.strip() for word in local}:
+    found = [
+        (f"unknown, so without effect: {', '.join(unknown)}" if unknown else "", "Correct the name."),
+        (
+            "; ".join(f"{name} is kept from servers: {why}" for name, why in unwelcome(environment).items()),
+            f"unset {' '.join(unwelcome(environment))}",
+        ),
+        (
+            "; ".join(f"{name} cannot be written to" for name in writable_homes(cache_dir, environment)),
+            "Servers use folders below SERVEBOOK_CACHE_DIR in their place; set these to folders of yours.",
+        ),
+        (
+            "TMPDIR is too long for sockets, so servers use /tmp" if short_tmpdir(environment) else "",
+            "export TMPDIR=/tmp before JupyterLab starts: kernels have sockets too.",
+        ),
+        (
+            proxied(environment),
+            f"export no_proxy={','.join(LOOPBACK_NAMES)} NO_PROXY={','.join(LOOPBACK_NAMES)}",
+        ),
+    ]
+    if wrong := [(fact, remedy) for fact, remedy in found if fact]:
+        return Finding("WARN", "variables", *("; ".join(parts) for parts in zip(*wrong, strict=True)))
+    return Finding("OK", "variables", "nothing unknown, no proxy in the way")
+
+
+def proxied(environment: Mapping[str, str]) -> str:
+    """Which proxy would get requests to this very machine, and from whom; "" where none would.
+
+    Servers and clients of the workbook go past it by themselves; curl and other programs do as they are told.
+    """
+    names = [each for name in PROXIES for each in (name, name.upper()) if environment.get(each)]
+    if not names:
+        return ""
+
+    def excepts(variable: str) -> bool:
+        return bool({"127.0.0.1", "*"} & {word.strip() for word in environment.get(variable, "").split(",")})
+
+    if not excepts("no_proxy") and not excepts("NO_PROXY"):
+        return f"{', '.join(names)} set without an exception for this machine"
+    if not excepts("no_proxy"):
+        return f"{', '.join(names)} set, and the exception for this machine in NO_PROXY only: gRPC reads small letters"
+    return ""
+
+
+def check_files(most: int) -> Finding:
+    """How many files a process may open; a server is given as many as the hard limit allows."""
+    if most >= OPEN_FILES:
+        return Finding("OK", "files", f"a process may open {most}")
+    return Finding(
+        "FAIL", "files", f"a process may open {most}, a server needs {OPEN_FILES}", f"ulimit -n {OPEN_FILES}"
+    )
+
+
+def check_place(environment: Path, folders: Iterable[Path]) -> Finding:
+    """Letters that some part of the workbook cannot have in a path."""
+    if ":" in str(environment):
         return Finding(
             "WARN",
-            "variables",
-            "http_proxy is set without an exception for this machine",
-            "export NO_PROXY=127.0.0.1,localhost",
+            "place",
+            f"the loader cannot be told of {environment}, which has a colon: engines run at half the speed",
+            "Move the clone.",
         )
-    return Finding("OK", "variables", "nothing unknown, no proxy in the way")
+    if other := [str(folder) for folder in (environment, *folders) if not str(folder).isascii()]:
+        return Finding(
+            "WARN",
+            "place",
+            f"Triton takes no other letters than ASCII's: {', '.join(other)} (chapters 03, 08)",
+            "Move the clone, or set SERVEBOOK_STATE_DIR and SERVEBOOK_CACHE_DIR.",
+        )
+    return Finding("OK", "place", str(environment))
 
 
 def check_browser(path: str | None) -> Finding:
@@ -338,7 +409,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
             check_lock(lock, {name: _installed(name) for name, _ in pins(lock or "")}),
             check_glibc(platform.libc_ver()),
             check_libpython(_libpython()),
-            check_cpu(cpu_flags(), len(os.sched_getaffinity(0)), settings.on_gpu),
+            check_cpu(cpu_flags(), len(os.sched_getaffinity(0)), settings.on_gpu, cpu_quota()),
             check_memory(psutil.virtual_memory().total / GIB, available_gib(), needed_gib(settings, weights)),
             *folders,
             check_disk(_free(settings.cache_dir, settings.state_dir, Path(sys.prefix))),
@@ -355,7 +426,9 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
             check_rust_front(rust_front.available(settings, quick)),
             check_engine_url(settings.engine_url, _engine_problem(settings)),
             check_servers(entries, _orphans()),
-            check_environment(os.environ),
+            check_environment(GIVEN, settings.cache_dir),
+            check_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+            check_place(Path(sys.prefix), [settings.state_dir, settings.cache_dir]),
         ]
     )
     if not quick:

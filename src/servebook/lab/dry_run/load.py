@@ -7,7 +7,6 @@ reads the engine arguments and makes its own configuration of them.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any
 import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
+from servebook.environment import child_environment
 from servebook.errors import LaunchError
 from servebook.launch.child import Child, run_child
 from servebook.launch.processes import free_port
@@ -104,7 +104,7 @@ def vllm_process() -> subprocess.Popen[str]:
     """A process that has vLLM imported, which takes seconds, and keeps it for the next check. Ends with this one."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "servebook.lab.dry_run.engine_facts"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=child_environment() | {"HF_HUB_OFFLINE": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -19,28 +22,53 @@ BUNDLE = (
 """What a student's machine needs; tests hold answers, `docs` is the instructor's, and labs are made anew."""
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#]+)[^)]*\)")
 """A relative link in Markdown: its words, and the file. Not a picture."""
-LEFTOVERS = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.egg-info", ".*_cache")
 
 
 def write_bundle(target: Path, root: Path = ROOT) -> None:
     """Copy to `target` what students get: the workbook, with neither solutions nor an instructor's notes.
 
+    Only what Git tracks is copied: beside it may lie keys, grades and anything else.
+
     Raises:
-        ServebookError: `target` is not empty, or there are no solutions to make the labs from.
+        ServebookError: `target` is not empty or lies in the repository, this is no clone, or there are no solutions to
+            make the labs from.
     """
     require_solutions(root)
-    if target.exists() and any(target.iterdir()):
+    if target.resolve().is_relative_to(root.resolve()):
+        raise ServebookError(f"{target} lies in the repository.", "Name a folder outside of it.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ServebookError(f"{target} is not empty.", "Name a new folder.")
     target.mkdir(parents=True, exist_ok=True)
-    for name in BUNDLE:
-        if (root / name).is_dir():
-            shutil.copytree(root / name, target / name, ignore=LEFTOVERS)
-        elif (root / name).is_file():
-            shutil.copy2(root / name, target / name)
+    copy_tracked(root, BUNDLE, target)
     write_labs(target / "labs", root)
     clean_notebooks(target / "notebooks")
     for path in target.glob("*.md"):
-        path.write_text(without_dead_links(path.read_text(), target))
+        path.write_text(without_dead_links(path.read_text(encoding="utf-8"), target))
+
+
+def copy_tracked(root: Path, names: Iterable[str], target: Path) -> None:
+    """Copy to `target` the files, links left out, that Git tracks below `names`.
+
+    Raises:
+        ServebookError: Git does not know this folder.
+    """
+    # A hook, or a shell in one, may point Git elsewhere.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(root), "ls-files", "-z", "--", *names]
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, encoding="utf-8", check=True)
+    except FileNotFoundError:
+        raise ServebookError(
+            "Git, which knows what belongs to the workbook, is not installed.", "Install it."
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise ServebookError(
+            f"Git does not say what belongs to the workbook: {error.stderr.strip()}", "Run this in a clone of yours."
+        ) from None
+    for name in filter(None, done.stdout.split("\0")):
+        if (root / name).is_file() and not (root / name).is_symlink():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, target / name)
 
 
 def clean_notebooks(folder: Path) -> None:

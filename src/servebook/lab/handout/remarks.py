@@ -25,7 +25,7 @@ COLUMNS = (
 def remarks() -> dict[str, dict[str, list[str]]]:
     """All remarks so far."""
     try:
-        found: dict[str, dict[str, list[str]]] = json.loads(FILE.read_text())
+        found: dict[str, dict[str, list[str]]] = json.loads(FILE.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found
@@ -49,7 +49,7 @@ def remark(resources: Any, text: str) -> None:
 
 def _write(everything: dict[str, dict[str, list[str]]]) -> None:
     draft = FILE.with_suffix(".draft")
-    draft.write_text(json.dumps(everything, indent=1, ensure_ascii=False))
+    draft.write_text(json.dumps(everything, indent=1, ensure_ascii=False), encoding="utf-8")
     draft.replace(FILE)
 
 
@@ -59,7 +59,7 @@ class GradesWithRemarks(ExportPlugin):  # type: ignore[misc]
     def export(self, gradebook: Gradebook) -> None:
         """Write the file."""
         noted = remarks()
-        with Path(self.to or "grades.csv").open("w", newline="") as file:
+        with Path(self.to or "grades.csv").open("w", newline="", encoding="utf-8") as file:
             rows = csv.DictWriter(file, COLUMNS, restval="")
             rows.writeheader()
             for assignment in gradebook.assignments:

@@ -67,7 +67,7 @@ def written(submission: Submission, file: str) -> Path:
     path = Path(file)
     if not path.is_file():
         raise NotYet(f"the file {file}", "none", "run the cell that writes it (its first line is %%writefile)")
-    if f'raise NotImplementedError("{submission.exercise.id}")' in path.read_text():
+    if f'raise NotImplementedError("{submission.exercise.id}")' in path.read_text(encoding="utf-8"):
         raise StillOpen
     return path
 

@@ -63,7 +63,7 @@ class OwnServer:
         now = time.monotonic()
         with suppress(OSError):
             accounts = Path(f"/proc/{self.child.process.pid}/task").glob("*/schedstat")
-            spent = sum(int(number) for each in accounts for number in each.read_text().split()[:2])
+            spent = sum(int(number) for each in accounts for number in each.read_text(encoding="utf-8").split()[:2])
             if not self.looked or spent - self.spent > 2e7 * max(1, now - self.looked):  # beyond a beat now and then
                 self.busy_at = now
             self.spent, self.looked = spent, now

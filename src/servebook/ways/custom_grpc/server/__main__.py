@@ -20,7 +20,7 @@ from prometheus_client import start_http_server
 
 from servebook.engine.arguments import engine_args
 from servebook.errors import ServebookError
-from servebook.settings import LOOPBACK, is_loopback, load_settings
+from servebook.settings import LOOPBACK, in_address, is_loopback, load_settings
 from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.calls import Calls
 from servebook.ways.custom_grpc.server.servicer import LLMServicer
@@ -96,7 +96,8 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
     servicer = LLMServicer(calls)
     tls = Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
     shared = options.fronts > 1
-    server = make_server(f"{options.host}:{options.grpc_port}", servicer, health, options.key, tls, shared)
+    address = f"{in_address(options.host)}:{options.grpc_port}"
+    server = make_server(address, servicer, health, options.key, tls, shared)
     await health.say(serving=False)
     if not shared:  # else the process that keeps the fronts adds their figures up
         metrics.watch_tasks()

@@ -25,6 +25,7 @@ from kserve.protocol.grpc.servicer import InferenceServicer
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.exceptions import VLLMError
 
+from servebook.settings import in_address
 from servebook.ways.asgi import BodyLimit, CancelOnDisconnect, HeadAsGet, Protocol
 from servebook.ways.kserve.server.openai import vllm_error
 from servebook.ways.kserve.server.predictor import Predictor
@@ -154,7 +155,7 @@ class BoundGRPCServer(GRPCServer):  # type: ignore[misc]
         )
         servicer = NamedServicer(self._data_plane, self._model_repository_extension)
         grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, self._server)
-        self._server.add_insecure_port(f"{self.host}:{self._port}")
+        self._server.add_insecure_port(f"{in_address(self.host)}:{self._port}")
         await self._server.start()
         await self._server.wait_for_termination()
 

@@ -26,9 +26,12 @@ def main() -> None:
     parser.add_argument("--metrics-port", type=int, default=8002)
     parser.add_argument("--http-port", type=int, default=8003)
     parser.add_argument("--model-repository", type=Path, help="serve this one as it is, without vLLM's words")
+    parser.add_argument("--shared-memory", action="store_true", help="let clients have their tensors there")
     options, engine_words = parser.parse_known_args()
     if options.model_repository and engine_words:
         parser.error(f"{engine_words[0]}: with --model-repository, engine arguments belong into its model.json")
+    if other := next((word for word in engine_words if not word.isascii()), ""):
+        parser.error(f"Triton reads ASCII only, and this is not: {other} (set SERVEBOOK_CACHE_DIR or SERVEBOOK_MODEL)")
     settings = load_settings()
     scratch = settings.state_dir / "triton"
     try:
@@ -40,6 +43,7 @@ def main() -> None:
             http_port=options.http_port,
             metrics_port=options.metrics_port,
             gpu=settings.on_gpu,
+            shared_memory=options.shared_memory,
         )
     except (ServebookError, ModelFilesError) as error:
         sys.exit(f"servebook: {error}")

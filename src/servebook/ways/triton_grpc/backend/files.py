@@ -39,7 +39,7 @@ def read_engine_args(folder: Path) -> AsyncEngineArgs:
     makers = {field.name: field.default_factory for field in dataclasses.fields(AsyncEngineArgs)}
     for key, value in values.items():
         if isinstance(value, dict) and callable(make := makers[key]) and dataclasses.is_dataclass(make()):
-            values[key] = dataclasses.replace(make(), **value)
+            values[key] = type(make())(**value)
     return AsyncEngineArgs(**values)
 
 

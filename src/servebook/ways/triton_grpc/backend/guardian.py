@@ -53,7 +53,7 @@ def start_guardian(death_seconds: float = DEATH_SECONDS) -> Guardian:
 
 def shared_memory() -> set[str]:
     """Triton's regions in /dev/shm that this process has mapped."""
-    maps = Path("/proc/self/maps").read_text().splitlines()
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     return {line.split()[-1] for line in maps if "_backend_shm_region_" in line}
 
 
@@ -80,6 +80,7 @@ def hear(seconds: float | None) -> bytes:
 
 def main() -> None:
     """Wait for the stub's end; unless it said "done", end it, its engine and its server."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who ends the whole family must not end this one first
     server = os.pidfd_open(int(sys.argv[1]))  # not the bare id, which the kernel may give to another process
     word = hear(None)
     if word == DYING:

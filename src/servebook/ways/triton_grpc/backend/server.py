@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import os
-import secrets
 import shutil
 import sys
 import sysconfig
@@ -12,7 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from servebook.errors import LaunchError
-from servebook.settings import is_loopback
+from servebook.settings import in_address, is_loopback
+
+LOCKED = ("model-repository", "trace", "logging")
+NOBODY = "no\nbody"
+"""The header that opens what is locked. Every user of the machine can read it in /proc, so it is one that cannot be
+sent: a line ends a header in HTTP/1.1, and Triton's HTTP/2 refuses the name."""
 
 
 def tritonserver_command(
@@ -24,11 +28,12 @@ def tritonserver_command(
     metrics_port: int,
     host: str = "127.0.0.1",
     gpu: bool = False,
+    shared_memory: bool = False,
 ) -> list[str]:
     """The words that start Triton with every model of `repository`; run them with `tritonserver_env()`.
 
     `scratch` is a folder of your own that may be kept from run to run: the backends are laid out there.
-    Both backends are at hand, `vllm` (ours) and `python`.
+    Both backends are at hand, `vllm` (ours) and `python`. With `shared_memory` clients may have their tensors there.
 
     Raises:
         LaunchError: Triton is not installed, there is no such repository, or `host` is not of this machine.
@@ -38,18 +43,25 @@ def tritonserver_command(
             f"Triton knows no API keys, so it is not opened to the network ({host}).",
             "Leave SERVEBOOK_HOST at 127.0.0.1, and reach it from elsewhere through an SSH tunnel.",
         )
+    for place in (repository, scratch, _tritonserver(), Path(sys.executable)):
+        if not str(place).isascii():
+            raise LaunchError(
+                f"Triton takes no folder with other letters than ASCII's, and this is one: {place}.",
+                "Set SERVEBOOK_STATE_DIR and SERVEBOOK_CACHE_DIR to other folders, or move the clone.",
+            )
     if not repository.is_dir():
         raise LaunchError(f"There is no model repository {repository}.", "Name a folder that holds model folders.")
-    # Loading a model means running its code. A model can be unloaded by its own backend (that needs the
-    # mode "explicit"), but nobody may load one over the network: the header's value is told to no one.
-    locked = f"model-repository:servebook-admin={secrets.token_hex(16)}"
+    # To load a model is to run its code, and through shared memory one reaches Triton's own. A model can be unloaded by
+    # its own backend (that needs the mode "explicit"), but nobody may ask for any of it over the network.
+    locked = f"{','.join([*LOCKED, *([] if shared_memory else ['shared-memory'])])}:{NOBODY}=x"
     return [
         str(_tritonserver() / "bin/tritonserver"),
         f"--model-repository={repository}",
         "--model-control-mode=explicit",
         "--load-model=*",
         f"--backend-directory={lay_out_backends(scratch / 'backends')}",
-        *(f"--{kind}-address={host}" for kind in ("grpc", "http", "metrics")),
+        f"--grpc-address={in_address(host)}",
+        *(f"--{kind}-address={host if ':' not in host else f'ipv6:{host}'}" for kind in ("http", "metrics")),
         *(f"--grpc-port={grpc_port}", f"--http-port={http_port}", f"--metrics-port={metrics_port}"),
         *(f"--grpc-restricted-protocol={locked}", f"--http-restricted-api={locked}"),
         *([] if gpu else ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]),
