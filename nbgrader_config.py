@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jupyter_core.paths import jupyter_runtime_dir
 
-from servebook.lab.handout import autograde, blanks
+from servebook.lab.handout import autograde, blanks, remarks
 
 c = get_config()  # type: ignore[name-defined]  # noqa: F821
 
@@ -18,6 +18,8 @@ c.CourseDirectory.release_directory = "labs"
 c.CourseDirectory.ignore = [".ipynb_checkpoints", "__pycache__", "*.py", "*.proto"]  # files that solutions write
 c.GenerateAssignment.preprocessors = blanks.STEPS
 c.Autograde.autograde_preprocessors = autograde.STEPS
+c.Autograde.sanitize_preprocessors = autograde.SANITIZE_STEPS
+c.ExportApp.plugin_class = remarks.GradesWithRemarks
 
 # Plain TCP would open a student's kernel to every user of this machine. The sockets' place has to be absolute:
 # the kernel works in the folder of the submission, its manager in this one.

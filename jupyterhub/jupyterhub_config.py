@@ -92,4 +92,5 @@ c.Spawner.environment = {
     "SERVEBOOK_ENGINE_URL": room["front"],
     "SERVEBOOK_MODEL": room["model"],
     "SERVEBOOK_SERVED_NAME": room["served_name"],
+    "SERVEBOOK_JUDGE_APART": "1",  # checks are made by a process of its own
 }

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import nbformat
 import pytest
+from nbgrader.utils import determine_grade
 from proofs import ROOT, Proof, Prover, prover
 from pydantic import BaseModel, ConfigDict
 
+from servebook.lab.handout.autograde import ExecuteAndEnd
 from servebook.lab.manifest import Exercise, Lab, exercises, load_labs
-from servebook.workbook import gate as notebook_gate
 
 REGION = re.compile(r"(.*?\n|)( *)(?:// )?### BEGIN SOLUTION.*?### END SOLUTION\n?(.*)", re.DOTALL)
 
@@ -114,15 +115,18 @@ def servers(lab: Lab, request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("servers")
 @pytest.mark.parametrize("lab", LABS)
-def test_solution_passes_in_a_kernel(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The notebook as a whole, through the gate; a check that fails stops it there."""
-    monkeypatch.setenv("NBGRADER_EXECUTION", "validate")
-    # A copy: some answers write files beside their notebook.
-    copy = tmp_path / f"{lab.stem}.ipynb"
-    copy.write_bytes((ROOT / "solutions" / lab.path).read_bytes())
-    assert not notebook_gate.run(copy).problem
+def test_solution_earns_all_points_when_graded(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notebook as a whole, in a kernel that is confined, judged from outside."""
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    notebook = nbformat.read(ROOT / "solutions" / lab.path, as_version=4)
+    graded, _ = ExecuteAndEnd(timeout=150).preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
+    errors = [output.evalue for cell in graded.cells for output in cell.get("outputs", []) if "evalue" in output]
+    assert not errors
+    checks = {cell.id: determine_grade(cell)[0] for cell in graded.cells if cell.id.endswith("-check")}
+    assert checks == {f"{exercise.cell}-check": exercise.points for exercise in lab.exercises}
 
 
 @pytest.mark.engine
@@ -157,8 +161,8 @@ def test_other_right_answer_is_accepted(lab: Lab, exercise: Exercise, answer: An
 @pytest.mark.parametrize(("lab", "exercise"), EXERCISES)
 def test_enough_answers_are_tried(exercise: Exercise, lab: Lab) -> None:
     tried = answers(lab.stem)[exercise.id]
-    assert len({answer.name for answer in tried.wrong if answer.cause}) >= 4
-    assert len({answer.name for answer in tried.right}) >= 2
+    assert len({answer.name for answer in tried.wrong if answer.cause}) >= 6
+    assert len({answer.name for answer in tried.right}) >= 3
 
 
 def test_no_answer_is_orphaned() -> None:

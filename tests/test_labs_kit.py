@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import json
 import os
 import re
@@ -423,7 +424,8 @@ def test_a_submissions_server_ends_in_order(
     desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
 ) -> None:
     """By its supervisor, also where it was to outlive its kernel; else `status` would say that it has failed."""
-    paths = f"{TINY.parent}:{os.environ.get('PYTHONPATH', '')}"
+    shutil.copy(TINY, tmp_path)  # a submission cannot read the tests
+    paths = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     for name, value in (desk.env | {"PYTHONPATH": paths, "JUPYTER_PREFER_ENV_PATH": "1"}).items():
         monkeypatch.setenv(name, value)
     code = f"import tiny_server; tiny_server.install()\nfrom servebook import launch\nlaunch.{start}('vllm')"
@@ -449,20 +451,61 @@ def nbgrader(course: Path, *words: str, code: int = 0) -> str:
     return done.stderr
 
 
-def submit(course: Path, student: str, answers: dict[str, str]) -> None:
-    """Hand in the released notebook with some cells filled in, by cell id."""
+def submit(course: Path, student: str, answers: dict[str, str], lost: tuple[str, ...] = (), name: str = STEM) -> None:
+    """Hand in the released notebook with some cells filled in, by cell id; `lost` ones are gone, or but bare."""
     notebook = nbformat.read(course / "labs" / STEM / f"{STEM}.ipynb", as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if cell.id not in lost]
     for cell in notebook.cells:
         cell.source = answers.get(cell.id, cell.source)
-    path = course / "submitted" / student / STEM / f"{STEM}.ipynb"
+        if f"{cell.id} bare" in lost:
+            cell.metadata = {}
+    path = course / "submitted" / student / STEM / f"{name}.ipynb"
     path.parent.mkdir(parents=True)
     nbformat.write(notebook, path)
+
+
+TAKES_OVER = """
+import os, sys, servebook.lab.checking, servebook.lab.judge.learner
+from servebook.checkout import ROOT
+from servebook.lab.feedback import Result
+os.environ.pop("NBGRADER_EXECUTION", None)
+check = lambda exercise_id: None
+servebook.lab.checking.evaluate = lambda exercise_id, names: Result(None, "passed")
+servebook.lab.checking.check = check
+class Equal(str):
+    __eq__ = __ne__ = lambda self, other: True
+    __hash__ = None
+complete = lambda *args: Equal()
+"""
+READS = """
+import json
+found = []
+for folder in (ROOT, ROOT.parent, here):
+    for path in folder.glob("solutions/01_openai_rest/*.ipynb"):
+        try:
+            found.append(path.read_text())
+        except OSError as error:
+            print(type(error).__name__)
+for text in found:
+    for cell in json.loads(text)["cells"]:
+        if str(cell["id"]).endswith("-answer"):
+            exec("".join(cell["source"]), globals())
+"""
+LOOKS = """
+def account(answer):
+    frame = sys._getframe()
+    while frame:
+        if "right" in frame.f_locals:
+            return frame.f_locals["right"]
+        frame = frame.f_back
+    return Equal(), Equal(), True
+"""
 
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, tmp_path: Path) -> None:
-    """One perfect, one partial and one empty submission get their points, whatever a fourth and fifth do."""
+    """One perfect, one partial and one empty submission get their points, whatever others do, or have lost."""
     for name in (f"solutions/{STEM}/{STEM}.ipynb", "nbgrader_config.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
@@ -481,26 +524,42 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, tmp_path: Pa
     # A locked cell that was altered is put back before autograde.
     submit(tmp_path, "partial", {k: v for k, v in perfect.items() if k in some} | {"01-5-check": "pass"})
     submit(tmp_path, "perfect", perfect)
+    here = f"from pathlib import Path\nhere = Path({str(tmp_path)!r})\n"
+    submit(tmp_path, "cheats", {"01-1-answer": TAKES_OVER, "01-2-answer": LOOKS, "01-3-answer": here + READS})
+    submit(tmp_path, "renamed", perfect, name="my lab")
+    submit(tmp_path, "torn", perfect, lost=("setup", "01-2-check bare", "01-4-check"))
     said = nbgrader(tmp_path, "autograde", STEM, "--Execute.timeout=20", code=1)
-    assert re.findall(r"error processing assignment '\w+' for student '(\w+)'", said) == ["crashes"]
+    assert re.findall(r"error processing assignment '\w+' for student '(\w+)'", said) == ["crashes", "renamed"]
     assert len(re.findall(r"Ended what the submission had started: .* left behind", said)) == 2
     nbgrader(tmp_path, "generate_feedback", STEM)
 
     with Gradebook(f"sqlite:///{tmp_path}/gradebook.db", "servebook") as gradebook:
         scores = {
             student: gradebook.find_submission(STEM, student).score
-            for student in ("empty", "hangs", "partial", "perfect")
+            for student in ("cheats", "empty", "hangs", "partial", "perfect", "torn")
         }
         worth = gradebook.find_assignment(STEM).max_score
     lab, _ = find_exercise("01.1")
     points = {exercise.id: exercise.points for exercise in lab.exercises}
     assert worth == lab.points
     assert scores == {
+        "cheats": 0,
+        "torn": lab.points,
         "empty": 0,
         "hangs": points["01.2"],
         "partial": points["01.1"] + points["01.4"],
         "perfect": lab.points,
     }
+    nbgrader(tmp_path, "export")
+    with (tmp_path / "grades.csv").open(newline="") as file:
+        rows = {row["student_id"]: (row["score"], row["remark"]) for row in csv.DictReader(file)}
+    assert rows["perfect"] == (str(float(lab.points)), "")
+    assert rows["empty"] == ("0.0", "")
+    assert rows["crashes"] == ("", "not graded: the submission's kernel died")
+    assert rows["renamed"] == ("", f"not graded: there is no {STEM}.ipynb, but my lab.ipynb")
+    assert "the cell setup was missing, and was put back as it was handed out" in rows["torn"][1]
+    assert "the cell 01-2-check had lost its metadata" in rows["torn"][1]
+    assert "the cell 01-4-check was missing" in rows["torn"][1]
     feedback = (tmp_path / "feedback" / "partial" / STEM / f"{STEM}.html").read_text()
     assert "NotPassed: ○ 01.5" in feedback
     assert "Traceback (most recent call last)" not in feedback

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 from servebook.lab.feedback import NotPassed, NotYet, Result, StillOpen
+from servebook.lab.judge import process
 from servebook.lab.manifest import Exercise, find_exercise
 from servebook.lab.record import Store
 from servebook.lab.submission import CheckFunction, Submission
@@ -23,7 +25,11 @@ def check(exercise_id: str) -> None:
         ServebookError: there is no such exercise.
         NotPassed: the check failed, and nbgrader is grading or validating.
     """
-    result = evaluate(exercise_id, sys._getframe(1).f_globals)
+    namespace = sys._getframe(1).f_globals
+    if process.APART in os.environ:
+        result = process.judged_apart(exercise_id, namespace)
+    else:
+        result = evaluate(exercise_id, namespace)
     grading = "NBGRADER_EXECUTION" in os.environ
     text = result.render("" if grading else remember(result))
     if grading and not result.passed:
@@ -48,7 +54,7 @@ def next_hint(exercise_id: str) -> str:
     return "\n".join([*lines, f"({left} more)" if left else "(that was the last one)"])
 
 
-def evaluate(exercise_id: str, namespace: dict[str, Any]) -> Result:
+def evaluate(exercise_id: str, namespace: Mapping[str, Any]) -> Result:
     """Run the check of an exercise on the names in `namespace`; whatever happens becomes a Result.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +66,33 @@ def require(condition: bool, expected: Any, got: Any, cause: str) -> None:
     """Raise NotYet unless `condition` holds."""
     if not condition:
         raise NotYet(expected, got, cause)
+
+
+Known = tuple[bool | Callable[[Any, Any], Any], str]
+"""A known mistake: whether it was made, or a function of (got, right) that says so; and the cause to name."""
+
+
+def judge(
+    right: Any, got: Any, *known: Known, otherwise: str, expected: Any = None, shown: Any = None, fits: Any = None
+) -> None:
+    """Raise NotYet unless `got` is `right`; its cause is the first of the known mistakes that was made.
+
+    `fits(got, right)` says whether it is right where equality does not; `expected` and `shown` replace `right` and
+    `got` in the feedback. A function that stumbles over a `got` of an odd type does not hold.
+    """
+    if _holds(fits or (lambda got, right: got == right), got, right):
+        return
+    cause = next((cause for mistake, cause in known if _holds(mistake, got, right)), otherwise)
+    raise NotYet(right if expected is None else expected, got if shown is None else shown, cause)
+
+
+def _holds(condition: bool | Callable[[Any, Any], Any], got: Any, right: Any) -> bool:
+    if not callable(condition):
+        return condition
+    try:
+        return bool(condition(got, right))
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+        return False
 
 
 def shorten(value: Any) -> str:

@@ -69,7 +69,7 @@ class Manifest(BaseModel):
 @cache
 def load_labs() -> tuple[Lab, ...]:
     """All labs in the order of the chapters."""
-    text = files("servebook.lab").joinpath("manifest.toml").read_text()
+    text = files("servebook.lab").joinpath("manifest.toml").read_text(encoding="utf-8")
     return Manifest.model_validate(tomllib.loads(text)).labs
 
 

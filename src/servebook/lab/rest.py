@@ -8,19 +8,21 @@ from typing import Any
 import requests
 
 from servebook.errors import ServebookError
-from servebook.lab.feedback import NotYet, require
-from servebook.lab.submission import Submission
+from servebook.lab.feedback import NotYet, judge, require
+from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Exchange, Tap
+from servebook.lab.taps.sse import streamed_text, text_of
 from servebook.launch import Server
 
 STATUS_CAUSES = {
     401: "the key did not arrive: send the header Authorization with `Bearer `, then the key",
     404: "there is no such path, or no such model: both come out of the arguments",
     400: "the server read the request and refused it: its message names the field",
-    405: "the path is there, but not for this method: POST it",
     415: "the body is not marked as JSON: requests does that with json=…",
     422: "the body is not the JSON that this path wants",
 }
+NOT_THAT_SERVER = "the answer does not come from that server: use the url or the client that your function is given"
+PASS_ON = "pass on what your function is given, do not fix it in the code"
 
 
 def key_of(server: Server) -> str:
@@ -29,34 +31,42 @@ def key_of(server: Server) -> str:
 
 
 def through(
-    tap: Tap,
-    submission: Submission,
-    action: Callable[[], Any],
-    causes: Mapping[type[BaseException], str] | None = None,
+    tap: Tap, submission: Submission, function: Callable[..., Any], *args: Any, causes: Causes | None = None
 ) -> tuple[Any, list[Exchange]]:
-    """Run the learner's code against the tap; return its result and the requests that it made.
+    """Call the learner's function against the tap; return its result and the requests that it made.
 
     Raises:
         NotYet: no request came, the server refused one, or the code raised.
     """
     before = len(tap.exchanges)
     try:
-        result = submission.run(action, causes, tap.busy)
+        result = submission.call(function, *args, causes=causes, busy=tap.busy)
     except NotYet:
         # The server's own words say more than the error that followed from them.
         for exchange in tap.exchanges[before:]:
             accepted(exchange)
         raise
     made = tap.exchanges[before:]
-    require(
-        bool(made),
-        "a request to the server that was handed in",
-        f"no request, and the result {result!r}"[:200],
-        "the answer does not come from that server: use the url or the client that your function is given",
-    )
+    asked_there(made, f"no request, and the result {result!r}"[:200])
     for exchange in made:
         accepted(exchange)
     return result, made
+
+
+def asked_there(made: list[Any], got: Any, what: str = "a request to the server that was handed in") -> None:
+    """Require that the learner's code made any requests at all."""
+    require(bool(made), what, got, NOT_THAT_SERVER)
+
+
+def asked(made: list[Exchange], path: str, cause: str) -> Exchange:
+    """The last request to `path`; a look at another one, such as /health, does no harm.
+
+    Raises:
+        NotYet: there is none, for this cause.
+    """
+    found = [exchange for exchange in made if exchange.path.split("?")[0] == path]
+    require(bool(found), f"POST {path}", f"{made[-1].method} {made[-1].path}", cause)
+    return found[-1]
 
 
 def accepted(exchange: Exchange) -> None:
@@ -70,10 +80,13 @@ def accepted(exchange: Exchange) -> None:
     if exchange.status >= 400:
         # vLLM says 400 where the standard has 415.
         status = 415 if b"Media Type" in exchange.answer else exchange.status
+        right_method = "POST" if exchange.method == "GET" else "GET"
         raise NotYet(
             f"{exchange.method} that the server accepts",
             f"{exchange.method} {exchange.path} → {exchange.status} {exchange.answer.decode(errors='replace')[:200]}",
-            STATUS_CAUSES.get(status, "the server refused the request"),
+            f"the path is there, but not for this method: {right_method} it"
+            if status == 405
+            else STATUS_CAUSES.get(status, "the server refused the request"),
         )
 
 
@@ -113,15 +126,27 @@ def answer_to(exchange: Exchange) -> Any:
     return answer
 
 
-def sends(exchange: Exchange, causes: Mapping[str, str], **fields: Any) -> None:
+def reply_of(exchange: Exchange) -> str:
+    """The text that the engine answered with, whole or as a stream."""
+    if isinstance(exchange.body, dict) and exchange.body.get("stream"):
+        exchange.done.wait(60)
+        return streamed_text(exchange)
+    choice = answer_to(exchange)["choices"][0]
+    return str(choice["message"]["content"] or "") if "chat" in exchange.path else text_of(choice)
+
+
+def sends(exchange: Exchange, causes: Mapping[str, str] | None = None, **fields: Any) -> None:
     """Require `fields` in the request's JSON; `causes` explains by name why one may be missing or other."""
     body = exchange.body if isinstance(exchange.body, dict) else {}
+    if "chat" in exchange.path and "max_completion_tokens" in body:  # today's name for the same
+        body = {"max_tokens": body["max_completion_tokens"], **body}
     for name, value in fields.items():
-        require(
-            body.get(name) == value,
-            f"{name} = {value!r} in the request's JSON",
-            f"{name} = {body[name]!r}" if name in body else f"no {name}; it holds {', '.join(body) or 'nothing'}",
-            causes.get(name, "pass on what your function is given, do not fix it in the code"),
+        judge(
+            value,
+            body.get(name),
+            otherwise=(causes or {}).get(name, PASS_ON),
+            expected=f"{name} = {value!r} in the request's JSON",
+            shown=f"{name} = {body[name]!r}" if name in body else f"no {name}; it holds {', '.join(body) or 'nothing'}",
         )
 
 

@@ -8,11 +8,14 @@ import inspect
 import linecache
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from servebook.lab.feedback import NotYet, StillOpen
+from google.protobuf.message import Message
+
+from servebook.lab.feedback import NotYet, StillOpen, shorten
 from servebook.lab.manifest import Exercise
 from servebook.launch import Server
 
@@ -20,6 +23,80 @@ IDLE_SECONDS = 4.0
 """How long a learner's code may run while no server works for it; its waits for a busy core do not count."""
 LIMIT_SECONDS = 100.0
 """How long it may run at most. nbgrader's limit for a cell is longer, so that a check ends first."""
+
+
+Causes = Mapping[Any, str]
+"""What an error of a learner's code most likely comes from, by its class."""
+
+
+class Foreign:
+    """Stands for a result of a type that no check asks for; it equals nothing."""
+
+    def __init__(self, shown: str) -> None:
+        self.shown = shown
+
+    def __repr__(self) -> str:
+        return self.shown
+
+
+def plain(value: Any) -> Any:
+    """A result by its value: numbers, text, bytes and containers as Python's own, iterators still lazy.
+
+    Whatever else it is becomes Foreign, but for messages and tensors, which some exercises are about.
+    """
+    if value is None or isinstance(value, bool | Foreign):
+        return value
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return plain(value.item())
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, bytes | bytearray):
+        return bytes(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        kept = [plain(each) for each in value]
+        return tuple(kept) if isinstance(value, tuple) else set(kept) if isinstance(value, Set) else kept
+    if isinstance(value, Mapping):
+        return {plain(key): plain(each) for key, each in value.items()}
+    if isinstance(value, Iterator):
+        return Pieces(value)
+    if isinstance(value, Message) or type(value).__name__ == "InferInput":
+        return value
+    return Foreign(shorten(value))
+
+
+class Pieces(Iterator[Any]):
+    """What a learner's generator yields, each piece by its value."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self.source = source
+
+    def __next__(self) -> Any:
+        return plain(next(self.source))
+
+    def close(self) -> None:
+        """End the generator, as a reader does who leaves."""
+        if close := getattr(self.source, "close", None):
+            close()
+
+
+class Function:
+    """A learner's function, for checks to call; what it returns comes by its value."""
+
+    def __init__(self, found: Callable[..., Any], awaited: bool = False) -> None:
+        self.found = found
+        self.awaited = awaited
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        async def call() -> Any:
+            try:
+                return await self.found(*args, **kwargs)
+            finally:
+                for each in args:
+                    if inspect.iscoroutinefunction(getattr(each, "close", None)):
+                        await each.close()  # clients belong to the loop that they were used in
+
+        return plain(asyncio.run(call()) if self.awaited else self.found(*args, **kwargs))
 
 
 class OverTime(Exception):
@@ -33,8 +110,8 @@ class Submission:
         self.exercise = exercise
         self.namespace = namespace
 
-    def function(self, name: str) -> Callable[..., Any]:
-        """The learner's function or class of that name."""
+    def function(self, name: str, awaited: bool = False) -> Callable[..., Any]:
+        """The learner's function of that name; a coroutine function is to be `awaited`."""
         found = self.namespace.get(name)
         if not callable(found):
             raise NotYet(
@@ -42,7 +119,10 @@ class Submission:
                 "nothing of that name" if found is None else f"{name} = {found!r}",
                 "its cell has not run in this session, or the name was changed",
             )
-        return found  # type: ignore[no-any-return]
+        if hasattr(found, "awaited"):  # a judge's: it asks the learner's session
+            found.awaited = awaited
+            return found  # type: ignore[no-any-return]
+        return Function(found, awaited)
 
     def server(self, name: str) -> Server:
         """The server that the notebook's setup cell put into the variable of that name."""
@@ -55,13 +135,23 @@ class Submission:
             )
         return found
 
+    def call(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        causes: Causes | None = None,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> Any:
+        """`run`, for a call of the learner's function with these arguments."""
+        return self.run(partial(function, *args), causes, busy)
+
     def run(
         self,
         action: Callable[[], Any],
-        causes: Mapping[type[BaseException], str] | None = None,
+        causes: Causes | None = None,
         busy: Callable[[], bool] = lambda: False,
     ) -> Any:
-        """Return what `action`, which calls the learner's code, returns; a coroutine is awaited.
+        """Return what `action`, which calls the learner's code, returns.
 
         It runs in a thread of its own, so that neither a hanging call nor the notebook's event loop is in the way.
         Time that a server takes, while `busy` says so, is not held against the learner.
@@ -75,8 +165,7 @@ class Submission:
 
         def target() -> None:
             try:
-                value = action()
-                outcome.append(asyncio.run(_await(value)) if inspect.isawaitable(value) else value)
+                outcome.append(action())
             except BaseException as error:
                 failure.append(error)
 
@@ -84,12 +173,14 @@ class Submission:
         thread.start()
         started, idle = time.monotonic(), 0.0
         while thread.is_alive() and idle < IDLE_SECONDS:
-            looked, had_waited = time.monotonic(), waited_for_a_core(thread)
+            looked, had_waited = time.monotonic(), self.waited(thread)
             thread.join(0.1)
-            idle += time.monotonic() - looked - (waited_for_a_core(thread) - had_waited)
+            idle += time.monotonic() - looked - (self.waited(thread) - had_waited)
             if busy() and time.monotonic() - started < LIMIT_SECONDS:
                 idle = 0.0
         if thread.is_alive():
+            if abort := getattr(self.namespace, "abort", None):
+                abort()
             # A loop in Python ends by this; a call that blocks in C lives on until its socket is closed.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(OverTime))
             raise NotYet(
@@ -101,7 +192,12 @@ class Submission:
             self.explain(failure[0], causes or {})
         return outcome[0]
 
-    def explain(self, error: BaseException, causes: Mapping[type[BaseException], str]) -> None:
+    def waited(self, thread: threading.Thread) -> float:
+        """Seconds that the learner's code has waited for a core: this thread, or the session that it asks."""
+        elsewhere = getattr(self.namespace, "waited", None)
+        return waited_for_a_core(thread) + (elsewhere() if elsewhere else 0.0)
+
+    def explain(self, error: BaseException, causes: Causes) -> None:
         """Turn an error of the learner's code into feedback.
 
         Raises:
@@ -113,19 +209,24 @@ class Submission:
         if isinstance(error, NotImplementedError) and error.args == (self.exercise.id,):
             raise StillOpen
         cause = next((text for kind, text in causes.items() if isinstance(error, kind)), "your code raised this error")
-        raise NotYet("no error", f"{type(error).__name__}: {str(error)[:300]}{where(error)}", cause)
+        raise NotYet(
+            "no error",
+            f"{type(error).__name__}: {str(error)[:300]}{getattr(error, 'place', '') or where(error)}",
+            cause,
+        ) from error
 
 
 def waited_for_a_core(thread: threading.Thread) -> float:
     """Seconds in all that a thread of this process was ready to run and had no core, by /proc/…/schedstat."""
+    return waited(Path(f"/proc/self/task/{thread.native_id}/schedstat"))
+
+
+def waited(account: Path) -> float:
+    """The same by the kernel's account of a thread."""
     try:
-        return int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text(encoding="utf-8").split()[1]) / 1e9
+        return int(account.read_text(encoding="utf-8").split()[1]) / 1e9
     except (OSError, IndexError):  # it has ended, or this kernel keeps no such account
         return 0.0
-
-
-async def _await(value: Any) -> Any:
-    return await value
 
 
 def where(error: BaseException) -> str:

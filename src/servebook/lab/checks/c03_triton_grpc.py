@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import queue
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tritonclient.grpc as triton_grpc
+from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor
 
 from servebook.engine.model import model_path
 from servebook.lab.dry_run.load import Refused, engine_facts, loaded_config, vllm_process
-from servebook.lab.feedback import NotYet, require
+from servebook.lab.feedback import NotYet, judge, require
+from servebook.lab.rest import asked_there
 from servebook.lab.submission import Submission
-from servebook.lab.taps.grpc import Lost
-from servebook.lab.taps.triton import Stream, TritonTap, is_final, text_of, wait_until
+from servebook.lab.taps.grpc import Call, Lost
+from servebook.lab.taps.triton import Stream, TritonTap, is_final, text_of
 from servebook.launch import Server
+from servebook.launch.processes import wait_until
 from servebook.settings import TENSOR_MODEL_NAME
 from servebook.ways.metrics import metric
 from servebook.ways.triton_grpc.backend.declaration import FLAGS
@@ -40,53 +45,46 @@ def client_of(tap: TritonTap) -> Iterator[Any]:
 
 
 def check_03_1(submission: Submission) -> None:
-    """Names, types and the decoupled policy, as this server says; an unknown model is None, other errors pass."""
+    """Names, types and the decoupled policy, as a server says; an unknown model is None, other errors pass."""
     describe, triton = submission.function("describe"), submission.server("triton")
     vllm_process()  # has a few minutes now, until 03.2 needs it
     with triton_grpc.InferenceServerClient(triton.grpc) as client:
         inputs = client.get_model_config(TENSOR_MODEL_NAME).config.input
         types = {output.name: output.datatype for output in client.get_model_metadata(TENSOR_MODEL_NAME).outputs}
+    keys = {"required", "outputs", "decoupled"}
     with TritonTap(triton.grpc) as tap, triton_grpc.InferenceServerClient(tap.address) as client:
-        got = submission.run(lambda: describe(client, TENSOR_MODEL_NAME))
-        require(
-            bool(tap.calls),
-            "a question to the server that was handed in",
-            got,
-            "the answer does not come from that server: use the client that your function is given",
+        got = submission.call(describe, client, TENSOR_MODEL_NAME)
+        asked_there(tap.calls, got, "a question to the server that was handed in")
+        named = isinstance(got, dict) and got.keys() == keys
+        require(named, "a dict with required, outputs and decoupled", got, "return exactly these three keys")
+        judge(
+            [entry.name for entry in inputs if not entry.optional],
+            got["required"],
+            (isinstance(got["required"], str), "a list of names, even where it is one"),
+            otherwise="only the configuration says which inputs are optional: see every entry of config.input",
+            shown=f"required: {got['required']}",
+            fits=lambda got, right: isinstance(got, list | tuple | set) and sorted(got) == sorted(right),
         )
-        require(
-            isinstance(got, dict) and got.keys() == {"required", "outputs", "decoupled"},
-            "a dict with required, outputs and decoupled",
-            got,
-            "return exactly these three keys",
+        judge(
+            types,
+            got["outputs"],
+            (
+                lambda got, _: any(str(value).startswith("TYPE_") for value in got.values()),
+                "TYPE_STRING is the configuration's word; a client needs the metadata's, BYTES",
+            ),
+            (
+                lambda got, _: any(isinstance(value, int) for value in got.values()),
+                "the configuration has its types as numbers; the metadata has the words that a client needs",
+            ),
+            otherwise="the name and the datatype of every output, as a dict",
         )
-        right = [entry.name for entry in inputs if not entry.optional]
-        got_required = sorted(got["required"]) if isinstance(got["required"], list | tuple | set) else got["required"]
-        require(
-            got_required == right,
-            f"required: {right}",
-            f"required: {got_required}",
-            "only the configuration says which inputs are optional: every entry of config.input has that field",
-        )
-        cause = "the name and the datatype of every output, as a dict"
-        if isinstance(got["outputs"], dict) and any(
-            str(value).startswith("TYPE_") for value in got["outputs"].values()
-        ):
-            cause = "TYPE_STRING is the configuration's word; a client needs the metadata's, BYTES"
-        elif isinstance(got["outputs"], dict) and any(isinstance(value, int) for value in got["outputs"].values()):
-            cause = "the configuration has its types as numbers; the metadata has the words that a client needs"
-        require(got["outputs"] == types, types, got["outputs"], cause)
-        require(
-            got["decoupled"] is True and bool(tap.of("ModelConfig")),
-            "decoupled: True, from this model's configuration",
-            f"decoupled: {got['decoupled']}, after {', '.join(call.method for call in tap.calls)}",
-            "the policy stands in the configuration: model_transaction_policy.decoupled",
-        )
-        got = submission.run(
-            lambda: describe(client, "no_such_model"),
-            {InferenceServerException: "for a model that is not there the server answers NOT_FOUND: that is None"},
-        )
+        _judge_policy(tap, got, True)
+        absent = "for a model that is not there the server answers NOT_FOUND: that is None"
+        got = submission.call(describe, client, "no_such_model", causes={InferenceServerException: absent})
         require(got is None, "None for a model that is not there", got, "ask the server, and return what it says")
+    with TritonTap(triton.grpc, alter=_coupled) as tap, triton_grpc.InferenceServerClient(tap.address) as client:
+        got = submission.call(describe, client, TENSOR_MODEL_NAME)
+        _judge_policy(tap, got if isinstance(got, dict) else {}, False)
     with triton_grpc.InferenceServerClient(tap.address) as client:  # nobody listens there any more
 
         def outcome() -> Any:
@@ -104,6 +102,25 @@ def check_03_1(submission: Submission) -> None:
         )
 
 
+def _coupled(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
+    """A filter: the configuration of a model that has one response to each request."""
+    for message in messages:
+        if call.method == "ModelConfig":
+            answer = service_pb2.ModelConfigResponse.FromString(message)
+            answer.config.model_transaction_policy.decoupled = False
+            message = answer.SerializeToString()
+        yield message
+
+
+def _judge_policy(tap: TritonTap, got: dict[str, Any], right: bool) -> None:
+    require(
+        got.get("decoupled") is right and bool(tap.of("ModelConfig")),
+        f"decoupled: {right}, from this model's configuration",
+        f"decoupled: {got.get('decoupled')}, after {', '.join(call.method for call in tap.calls)}",
+        "the policy stands in the configuration: model_transaction_policy.decoupled",
+    )
+
+
 def check_03_2(submission: Submission) -> None:
     """Triton loads the repository, and vLLM makes the wanted configuration of it."""
     write_repository, triton = submission.function("write_repository"), submission.server("triton")
@@ -116,7 +133,12 @@ def check_03_2(submission: Submission) -> None:
         elsewhere.mkdir()
         for file in Path(model_path(triton.settings)).iterdir():
             (elsewhere / file.name).symlink_to(file)
-        submission.run(lambda: write_repository(repository, elsewhere))
+        there = "the folder is there already: make folders with parents=True, or one after the other"
+        causes = {
+            FileNotFoundError: "the folder of the model is not there yet: mkdir(parents=True)",
+            FileExistsError: there,
+        }
+        submission.call(write_repository, repository, elsewhere, causes=causes)
         _judge_repository(repository, elsewhere)
 
 
@@ -138,10 +160,16 @@ def _judge_repository(repository: Path, weights: Path) -> None:
         "Triton hands these on and nobody reads them: engine arguments belong into 1/model.json",
     )
     groups = [(type(config.instance_group[0]).Kind.Name(group.kind), group.count) for group in config.instance_group]
-    cause = "the engine decides where it runs, not Triton: kind: KIND_MODEL"
-    if sum(count for _, count in groups) != 1:
-        cause = "each instance is an engine of its own with weights of its own: one is enough, it batches"
-    require(groups == [("KIND_MODEL", 1)], "one instance, KIND_MODEL", groups, cause)
+    judge(
+        [("KIND_MODEL", 1)],
+        groups,
+        (
+            sum(count for _, count in groups) != 1,
+            "each instance is an engine of its own with weights of its own: one is enough, it batches",
+        ),
+        otherwise="the engine decides where it runs, not Triton: kind: KIND_MODEL",
+        expected="one instance, KIND_MODEL",
+    )
     try:
         facts = engine_facts(repository / MODEL / "1")
     except Refused as refusal:
@@ -204,23 +232,32 @@ def check_03_3(submission: Submission) -> None:
             finally:
                 client.stop_stream()
 
-        submission.run(send, busy=tap.busy)
+        kinds = "inputs_for returns a list of InferInput"
+        submission.run(send, {TypeError: kinds, AttributeError: kinds}, tap.busy)
+        require(bool(tap.streams and tap.streams[0].requests), "a list of InferInput", "nothing was sent", kinds)
         (request,) = tap.streams[0].requests
+    require(bool(answers), "an answer", "none", "the server sent nothing for these inputs")
     answer, *more = answers
     if isinstance(answer, InferenceServerException):
         raise NotYet("a request that the server accepts", answer.message(), _why_refused(answer.message()))
     content = request_content(request)
     require(not more, "one answer", f"{len(answers)} responses", "that is a stream: leave the input stream away here")
-    got = content.get("text_input")
-    require(got == prompt, prompt, got, "text_input is the prompt that your function is given, encoded as UTF-8")
+    judge(
+        prompt,
+        content.get("text_input"),
+        otherwise="text_input is the prompt that your function is given, encoded as UTF-8",
+    )
     try:
         sent = json.loads(content.get("sampling_parameters", "{}"))
     except ValueError:
         sent = content["sampling_parameters"]
-    cause = "all that your function is given by name goes into sampling_parameters, as one JSON object"
-    require(sent == sampling, sampling, sent, cause)
-    response = answer.get_response()
-    names = {output.name for output in response.outputs}
+    judge(
+        sampling,
+        sent,
+        (sent == {}, "the sampling parameters that your function is given are left away"),
+        otherwise="all that your function is given by name goes into sampling_parameters, as one JSON object",
+    )
+    names = {output.name for output in answer.get_response().outputs}
     require(
         {"finish_reason", "num_output_tokens"} <= names,
         "the outputs finish_reason and num_output_tokens",
@@ -255,6 +292,8 @@ def check_03_4(submission: Submission) -> None:
 
     def watch(response: Any, stream: Stream) -> None:
         """Hold the last response back until its reader has had text; or be gone after the third."""
+        if mode == "whole" and len(stream.responses) == 2 and first_read.wait(3):
+            time.sleep(SILENCE_SECONDS)
         if mode == "whole" and is_final(response) and first_read.wait(3):
             early.set()
         if mode == "broken" and len(stream.responses) == 3:
@@ -278,18 +317,19 @@ def check_03_4(submission: Submission) -> None:
     with TritonTap(triton.grpc, watch) as tap, client_of(tap) as client:
         # While the text might be the beginning of the stop string, vLLM keeps it back: the first deltas are empty.
         held = infer_inputs(prompt, stream=True, max_tokens=20, temperature=0, ignore_eos=True, stop=["#" * 12])
-        causes: Mapping[type[BaseException], str] = {
+        causes: dict[Any, str] = {
             TimeoutError: "nothing comes after the last response: triton_final_response says which one that is"
         }
+        causes[queue.Empty] = (
+            "silence is not the end of an answer: triton_final_response says which response is the last"
+        )
         pieces = submission.run(lambda: read(held), causes, tap.busy)
         require(bool(tap.streams), "a request over a stream", pieces, "the text does not come from the server")
         _judge_pieces(pieces, tap.streams[0], early.is_set())
 
         mode = "refused"
         wrong = infer_inputs(prompt, stream=True, temperature=-1)
-        silent: Mapping[type[BaseException], str] = {
-            TimeoutError: "on an error the callback gets error=…, and result=None: hand both on to your loop"
-        }
+        silent = {TimeoutError: "on an error the callback gets error=…, and result=None: hand both on to your loop"}
         got = submission.run(lambda: outcome(wrong), silent, tap.busy)
         if isinstance(got, InferenceServerException) and "already running" in str(got):
             raise NotYet(
@@ -325,19 +365,27 @@ def _judge_pieces(pieces: list[str], stream: Stream, early: bool) -> None:
         "as_numpy gives an array of bytes: take its first element, and decode it",
     )
     whole = wait_until(lambda: bool(stream.responses) and is_final(stream.responses[-1]), 3)
-    right, got = stream.text + ("" if whole else " …"), "".join(pieces)
-    if got != right:
-        texts = [text_of(response) for response in stream.responses]
-        cause = "the text of each response, once, in order"
-        if pieces and pieces[-1] == right:
-            cause = "each piece has all the text so far: yield only what is new"
-        elif not got and not texts[0]:
-            cause = "an empty piece is not the end: the text may be held back. triton_final_response says when it ends"
-        elif whole and len(pieces) >= len(texts) - 1 and right.startswith(got):
-            cause = "the last response has text too: yield it before you end"
-        elif right.startswith(got):
-            cause = "neither silence nor a count says that an answer has ended: triton_final_response does"
-        raise NotYet(right, got or "no text", cause)
+    texts = [text_of(response) for response in stream.responses]
+    right = stream.text + ("" if whole else " …")
+    judge(
+        right,
+        "".join(pieces),
+        (bool(pieces) and pieces[-1] == right, "each piece has all the text so far: yield only what is new"),
+        (
+            lambda got, _: not got and not texts[0] and len(pieces) < 2,
+            "an empty piece is not the end: the text may be held back. triton_final_response says when it ends",
+        ),
+        (
+            lambda got, right: whole and len(pieces) >= len(texts) - 1 and right.startswith(got),
+            "the last response has text too: yield it before you end",
+        ),
+        (
+            lambda got, right: right.startswith(got),
+            "neither silence nor a count says that an answer has ended: triton_final_response does",
+        ),
+        otherwise="the text of each response, once, in order",
+        shown="".join(pieces) or "no text",
+    )
     require(
         early,
         "the first text while the engine is still writing",
@@ -346,6 +394,8 @@ def _judge_pieces(pieces: list[str], stream: Stream, early: bool) -> None:
     )
 
 
+SILENCE_SECONDS = 1.6
+"""How long an engine falls silent in the midst of a stream: longer than anybody waits at a guess."""
 LATE = 60
 """Responses that come after it was enough: two seconds of them, and nobody leaves that late by accident."""
 
@@ -402,10 +452,12 @@ def check_03_5(submission: Submission) -> None:
         pieces = [text_of(response) for response in stream.responses]
         texts = ["".join(pieces[:count]) for count in range(len(pieces) + 1)]
         right = next(filter(is_enough, texts), texts[-1])
-        cause = "return the text up to the piece with which it was enough, that one too"
-        if isinstance(got, str) and len(got) > len(right):
-            cause = "nothing is added after it was enough"
-        require(got == right, right, got, cause)
+        judge(
+            right,
+            got,
+            (lambda got, right: len(got) > len(right), "nothing is added after it was enough"),
+            otherwise="return the text up to the piece with which it was enough, that one too",
+        )
 
 
 def running(triton: Server) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import socket
 import subprocess
@@ -18,20 +19,26 @@ import grpc
 import requests
 from google.protobuf import descriptor_pb2
 
-from servebook.lab.feedback import NotYet, StillOpen, require
-from servebook.lab.learner_server.judge import StreamWatch, blank, own_server
+from servebook.lab.feedback import NotYet, judge, require
+from servebook.lab.learner_server.judge import GATHERED, StreamWatch, own_server, written
 from servebook.lab.learner_server.run import OwnServer
-from servebook.lab.rest import accepted, answer_to, context_length, key_of, not_full, sends
-from servebook.lab.submission import Submission
+from servebook.lab.rest import accepted, context_length, key_of, not_full, reply_of, sends
+from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Tap
 from servebook.lab.taps.sse import streamed_text
 from servebook.launch import Server
+from servebook.launch.processes import wait_until
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
 Field = descriptor_pb2.FieldDescriptorProto
-INTEGERS = {Field.TYPE_INT32, Field.TYPE_INT64, Field.TYPE_UINT32, Field.TYPE_UINT64}
+INTEGERS = {
+    getattr(Field, f"TYPE_{name}{bits}") for name in ("INT", "UINT", "SINT", "FIXED", "SFIXED") for bits in (32, 64)
+}
+WRAPPERS = {f".google.protobuf.{name}Value" for name in ("Int32", "Int64", "UInt32", "UInt64")}
+"""Messages of the standard library that hold one whole number, and know whether it was given."""
 SECONDS = 60
 """For one call; the engine of a full room is slow."""
+FROM_ENGINE = "the text does not come from the engine"
 
 
 def compiled(proto: Path) -> descriptor_pb2.FileDescriptorProto:
@@ -40,23 +47,30 @@ def compiled(proto: Path) -> descriptor_pb2.FileDescriptorProto:
     Raises:
         NotYet: protoc refuses it.
     """
+    standard = importlib.resources.files("grpc_tools") / "_proto"
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out.binpb"
-        words = ["-I", str(proto.parent.resolve()), f"--descriptor_set_out={out}", str(proto.resolve())]
-        done = subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *words], capture_output=True, text=True)
+        argv = ["-I", str(proto.parent.resolve()), "-I", str(standard), f"--descriptor_set_out={out}"]
+        argv = [sys.executable, "-P", "-m", "grpc_tools.protoc", *argv, str(proto.resolve())]
+        done = subprocess.run(argv, capture_output=True, text=True)
         if done.returncode:
             raise NotYet("a file that protoc takes", done.stderr.strip()[-300:], "protoc names the line and its fault")
         return descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file[0]
 
 
+def is_whole_number(field: descriptor_pb2.FieldDescriptorProto) -> bool:
+    """Whether a field holds a whole number, as itself or in a wrapper."""
+    return field.type in INTEGERS or field.type_name in WRAPPERS
+
+
+def has_presence(field: descriptor_pb2.FieldDescriptorProto) -> bool:
+    """Whether a field of proto3 tells zero from nothing: optional, one of several, or a message."""
+    return field.HasField("oneof_index") or field.type == Field.TYPE_MESSAGE
+
+
 def check_04_1(submission: Submission) -> None:
     """Old fields stay, the new ones are new, and what is gone is reserved."""
-    file = Path("lab.proto")
-    if not file.is_file():
-        raise NotYet("the file lab.proto", "none", "run the cell that writes it (its first line is %%writefile)")
-    if blank(submission) in file.read_text(encoding="utf-8"):
-        raise StillOpen
-    proto = compiled(file)
+    proto = compiled(written(submission, "lab.proto"))
     messages = {message.name: message for message in proto.message_type}
     methods = [(m.name, m.server_streaming) for service in proto.service for m in service.method]
     require(
@@ -73,56 +87,69 @@ def check_04_1(submission: Submission) -> None:
     ]
     for message, number, name, kind in kept:
         require(message in messages, f"message {message}", sorted(messages), "messages keep their names")
-        at = {field.number: field for field in messages[message].field}
-        field = at.get(number)
+        field = {field.number: field for field in messages[message].field}.get(number)
         require(
             field is not None and (field.name, field.type, field.label) == (name, kind, Field.LABEL_OPTIONAL),
             f"{message}: {name} = {number}, as it was",
             f"{field.name} = {number}, changed" if field else f"nothing with the number {number}",
             "old clients send this number with this type: neither ever changes",
         )
-    request = {field.name: field for field in messages["GenerateRequest"].field}
+    asked = messages["GenerateRequest"]
+    request = {field.name: field for field in asked.field}
     seed = request.get("seed")
     require(seed is not None, "a field seed in GenerateRequest", sorted(request), "the new field is missing")
     assert seed
-    require(
-        seed.number != 3,
-        "seed with a number that was never given out",
-        "seed = 3",
-        "3 was temperature's: the temperature that an old client sends would be read as a seed",
-    )
-    require(seed.type in INTEGERS, "seed as a whole number", seed, "a seed is a whole number: int64")
-    require(
-        seed.proto3_optional,
-        "a seed of 0 told apart from no seed",
-        "a plain field: both look the same",
-        "put optional in front: then HasField knows",
-    )
-    require(
-        "temperature" not in request,
-        "GenerateRequest without temperature",
-        "it is still there",
-        "take the field out, and keep its number and name from being used again",
-    )
-    reserved = messages["GenerateRequest"]
-    require(
-        any(span.start <= 3 < span.end for span in reserved.reserved_range),
-        "the number 3 reserved",
-        "it may be given out again",
-        "whoever adds a field next year sees a free 3: write reserved 3;",
-    )
-    require(
-        "temperature" in reserved.reserved_name,
-        'the name "temperature" reserved',
-        "it may be used again",
-        'JSON and code go by names: write reserved "temperature"; too',
-    )
+    gone = any(span.start <= 3 < span.end for span in asked.reserved_range)
+    needs = [
+        (
+            seed.number != 3,
+            "seed with a number that was never given out",
+            "seed = 3",
+            "3 was temperature's: the temperature that an old client sends would be read as a seed",
+        ),
+        (
+            is_whole_number(seed) and seed.label != Field.LABEL_REPEATED,
+            "seed as a whole number",
+            seed,
+            "a seed is one whole number: int64",
+        ),
+        (
+            has_presence(seed),
+            "a seed of 0 told apart from no seed",
+            "a plain field: both look the same",
+            "put optional in front: then HasField knows",
+        ),
+        (
+            "temperature" not in request,
+            "GenerateRequest without temperature",
+            "it is still there",
+            "take the field out, and keep its number and name from being used again",
+        ),
+        (
+            gone,
+            "the number 3 reserved",
+            "it may be given out again",
+            "whoever adds a field next year sees a free 3: write reserved 3;",
+        ),
+        (
+            "temperature" in asked.reserved_name,
+            'the name "temperature" reserved',
+            "it may be used again",
+            'JSON and code go by names: write reserved "temperature"; too',
+        ),
+    ]
+    for need in needs:
+        require(*need)
     new = [field for field in messages["Token"].field if field.number not in (1, 2)]
-    require(
-        any(field.type in INTEGERS and field.label == Field.LABEL_REPEATED for field in new),
-        "token ids in Token: several whole numbers",
-        [f"{field.name} = {field.number}" for field in new],
-        "a piece of text may hold several tokens: a repeated field",
+    several = [field for field in new if field.type in INTEGERS and field.label == Field.LABEL_REPEATED]
+    judge(
+        True,
+        bool(several),
+        (any(is_whole_number(field) for field in new), "a piece of text may hold several tokens: a repeated field"),
+        (not new, "the new field is missing in Token"),
+        otherwise="token ids are whole numbers: a repeated field of an integer type",
+        expected="token ids in Token: several whole numbers",
+        shown=[f"{field.name} = {field.number}" for field in new],
     )
 
 
@@ -137,52 +164,68 @@ def failed(error: grpc.RpcError, method: str) -> NotYet:
     """Feedback for a call that should have gone well."""
     code, details = error.code(), error.details() or ""
     cause = {
-        grpc.StatusCode.UNKNOWN: "the handler raised: its error stands above",
+        grpc.StatusCode.UNKNOWN: "the handler raised: its error is the last line under `got`",
         grpc.StatusCode.UNIMPLEMENTED: f"the class has no method {method} of its own",
         grpc.StatusCode.DEADLINE_EXCEEDED: "the handler never ends",
+        grpc.StatusCode.CANCELLED: "the handler ended its own call",
     }.get(code, "this call was in order")
     return NotYet(f"{method} ends with OK", f"{code.name}: {details[:200]}", cause)
 
 
 def check_04_2(submission: Submission) -> None:
-    """Messages as they come, numbered, the last one marked; a cancelled call stops the engine."""
+    """Messages as they come, numbered, the last one marked; others are served meanwhile; a cancelled call stops."""
     vllm = submission.server("vllm")
     watch = StreamWatch()
+    watch.go_on.clear()
 
     with (
         Tap(vllm.url, watch.hold) as tap,
         own_server(submission, "service.py", tap, vllm) as server,
         calling(server) as stub,
     ):
-        request = llm_pb2.StreamGenerateRequest(prompt="Once upon a time", max_tokens=11)
-        messages = []
-        try:
+
+        def read(request: Any, messages: list[Any]) -> bool:
+            """Read a stream, and ask for another one beside it; whether that was served meanwhile."""
+            beside = True
             for message in stub.StreamGenerate(request, timeout=SECONDS):
                 messages.append(message)
                 watch.first_read.set()
-        except grpc.RpcError as error:
+                if len(messages) == 1:
+                    wait_until(lambda: watch.early.is_set() or not tap.busy(), 8)
+                    beside = watch.early.is_set() and _served(stub)
+                    watch.go_on.set()
+            return beside
+
+        request = llm_pb2.StreamGenerateRequest(prompt="Once upon a time", max_tokens=11)
+        messages: list[Any] = []
+        try:
+            beside = submission.run(
+                lambda: read(request, messages),
+                {TimeoutError: "the handler neither sends a message nor ends"},
+                lambda: tap.busy() or server.working(),
+            )
+        except NotYet as fault:
             for exchange in tap.exchanges:
                 accepted(exchange)
-            raise failed(error, "StreamGenerate") from None
+            error = fault.__cause__
+            raise failed(error, "StreamGenerate") if isinstance(error, grpc.RpcError) else fault from None
         shown = [f"{m.sequence}: {m.text!r}{' finished' if m.is_finished else ''}" for m in messages]
-        require(bool(tap.exchanges), "a request to the engine", shown, "the text does not come from the engine")
+        require(bool(tap.exchanges), "a request to the engine", shown, FROM_ENGINE)
         exchange = tap.exchanges[0]
         accepted(exchange)
-        sends(
-            exchange,
-            {"stream": "the engine must stream too: stream=True"},
-            stream=True,
-            prompt=request.prompt,
-            max_tokens=request.max_tokens,
+        engine = {"stream": "the engine must stream too: stream=True"}
+        sends(exchange, engine, stream=True, prompt=request.prompt, max_tokens=request.max_tokens)
+        judge(
+            streamed_text(exchange),
+            "".join(message.text for message in messages),
+            (not messages, "no message was sent: yield each one, or await context.write(…)"),
+            (
+                lambda _, right: messages[-1].text == right,
+                "each message has all the text so far: send only what is new",
+            ),
+            (lambda got, right: right.startswith(got), "the last chunk has text too: send it before you end"),
+            otherwise="the text of each chunk goes into one message, once",
         )
-        right, got = streamed_text(exchange), "".join(message.text for message in messages)
-        if got != right:
-            cause = "the text of each chunk goes into one message, once"
-            if messages and messages[-1].text == right:
-                cause = "each message has all the text so far: send only what is new"
-            elif right.startswith(got):
-                cause = "the last chunk has text too: send it before you end"
-            raise NotYet(right, got, cause)
         finished = [message.is_finished for message in messages]
         require(
             finished[-1] and not any(finished[:-1]),
@@ -195,21 +238,19 @@ def check_04_2(submission: Submission) -> None:
         require(
             messages[-1].finish_reason == llm_pb2.FINISH_REASON_LENGTH,
             "finish_reason FINISH_REASON_LENGTH in the last message (max_tokens ended it)",
-            llm_pb2.FinishReason.Name(messages[-1].finish_reason),
+            messages[-1].finish_reason,
             'the engine says why: "length" or "stop" in the finish_reason of its last chunk',
         )
         numbers = [message.sequence for message in messages]
+        right = list(range(len(messages)))
+        require(numbers == right, "sequence 0, 1, 2 … without gaps", numbers, "number the messages, from 0")
+        early = "the first message while the engine is still writing"
+        require(watch.early.is_set(), early, "the first message only after the last token", GATHERED)
         require(
-            numbers == list(range(len(messages))),
-            "sequence 0, 1, 2 … without gaps",
-            numbers,
-            "number the messages, from 0",
-        )
-        require(
-            watch.early.is_set(),
-            "the first message while the engine is still writing",
-            "the first message only after the last token",
-            "everything is gathered before it goes out: send inside the loop over the engine's stream",
+            beside,
+            "a second call served while the first one waits for the engine",
+            "nothing came for it within 4 s",
+            "the engine's stream blocks the event loop: read it with the asynchronous client and `async for`",
         )
         watch.leaving.set()
         call = stub.StreamGenerate(
@@ -226,58 +267,93 @@ def check_04_2(submission: Submission) -> None:
         )
 
 
+def _served(stub: llm_pb2_grpc.LLMServiceStub) -> bool:
+    """Whether a call gets its first message."""
+    call = stub.StreamGenerate(llm_pb2.StreamGenerateRequest(prompt="Hello", max_tokens=2), timeout=4)
+    try:
+        next(iter(call))
+    except (grpc.RpcError, StopIteration) as error:
+        return not (isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED)
+    finally:
+        call.cancel()  # type: ignore[no-untyped-call]
+    return True
+
+
 def check_04_3(submission: Submission) -> None:
     """Each fault has its status, and what is refused never reaches the engine."""
     vllm = submission.server("vllm")
     code = grpc.StatusCode
 
-    def ask(stub: llm_pb2_grpc.LLMServiceStub, right: grpc.StatusCode, what: str, word: str = "", **fields: Any) -> Any:
-        try:
-            answer = stub.Generate(llm_pb2.GenerateRequest(**fields), timeout=SECONDS)
-            got, details = code.OK, repr(answer.text)
-        except grpc.RpcError as error:
-            answer, got, details = None, error.code(), error.details() or ""
-        cause = "see the table in the brief"
-        if right is code.OK and got is code.INVALID_ARGUMENT and "max_tokens" not in fields:
-            cause = "max_tokens was not given, which is allowed: ask HasField before you look at it"
-        elif right is code.OK:
-            cause = "this request is in order"
-        elif got is code.OK:
-            cause = "programs read the status, not the text: await context.abort(…) ends the call with one"
-        elif got is code.UNKNOWN:
-            cause = "an error that the handler does not catch becomes UNKNOWN, which tells a client nothing"
-        elif right is code.UNAVAILABLE:
-            cause = "the engine is away, not the argument wrong: UNAVAILABLE tells clients to try again"
-        elif got in (code.INTERNAL, code.UNAVAILABLE):
-            cause = f"{got.name} says that the server is at fault, and clients may try again: here the caller is"
-        require(got is right, f"{right.name}: {what}", f"{got.name}: {details[:200]}", cause)
+    def ask(right: grpc.StatusCode, what: str, word: str = "", **fields: Any) -> Any:
+        def call() -> tuple[Any, grpc.StatusCode, str]:
+            try:
+                answer = stub.Generate(llm_pb2.GenerateRequest(**fields), timeout=SECONDS)
+            except grpc.RpcError as error:
+                return None, error.code(), error.details() or ""
+            return answer, code.OK, repr(answer.text)
+
+        endless = {TimeoutError: "the handler never ends"}
+        answer, got, details = submission.run(call, endless, lambda: tap.busy() or server.working())
+        judge(
+            right,
+            got,
+            (
+                right is code.OK and got is code.INVALID_ARGUMENT and "max_tokens" not in fields,
+                "max_tokens was not given, which is allowed: ask HasField before you look at it",
+            ),
+            (
+                got is code.UNKNOWN and "invalid serialized_response" in details.lower(),
+                "the handler returns no GenerateResponse",
+            ),
+            (
+                got is code.UNKNOWN,
+                "an error that the handler does not catch becomes UNKNOWN, which tells a client nothing",
+            ),
+            (got is code.UNIMPLEMENTED, "the class has no method Generate of its own"),
+            (right is code.OK, "this request is in order"),
+            (got is code.OK, "programs read the status, not the text: await context.abort(…) ends the call with one"),
+            (
+                right is code.UNAVAILABLE,
+                "the engine is away, not the argument wrong: UNAVAILABLE tells clients to try again",
+            ),
+            (
+                got in (code.INTERNAL, code.UNAVAILABLE),
+                f"{got.name} says that the server is at fault, and clients may try again: here the caller is",
+            ),
+            otherwise="see the table in the brief",
+            expected=f"{right.name}: {what}",
+            shown=f"{got.name}: {details[:200]}",
+        )
         require(word in details, f"a message that names {word}", details, "tell the caller which field to mend")
         return answer
 
-    with socket.socket() as nobody:
+    with (
+        socket.socket() as nobody,
+        Tap(vllm.url) as tap,
+        own_server(submission, "status.py", tap, vllm) as server,
+        calling(server) as stub,
+    ):
         nobody.bind(("127.0.0.1", 0))  # bound, never listening: connections are refused
-        with Tap(vllm.url) as tap, own_server(submission, "status.py", tap, vllm) as server, calling(server) as stub:
-            ask(stub, code.INVALID_ARGUMENT, "an empty prompt", "prompt", prompt="", max_tokens=4)
-            ask(stub, code.INVALID_ARGUMENT, "max_tokens 0", "max_tokens", prompt="Hello", max_tokens=0)
-            require(
-                not tap.exchanges,
-                "no request to the engine for what is refused",
-                f"{len(tap.exchanges)}",
-                "check the arguments first",
-            )
-            answer = ask(stub, code.OK, "a request in order", prompt="Hello", max_tokens=4)
-            require(
-                bool(tap.exchanges), "a request to the engine", answer.text, "the text does not come from the engine"
-            )
-            accepted(tap.exchanges[0])
-            text = answer_to(tap.exchanges[0])["choices"][0]["text"]
-            require(answer.text == text, text, answer.text, "the text of the response is the engine's")
-            # Not many more: a room counts tokens as asked for, before the engine refuses them.
-            more = context_length(vllm) + 1
-            ask(stub, code.INVALID_ARGUMENT, "more tokens than the model has room for", prompt="Hello", max_tokens=more)
-            tap.close()
-            ask(stub, code.UNAVAILABLE, "nobody answers where the engine should be", prompt="Hello", max_tokens=4)
-            ask(stub, code.UNAVAILABLE, "the same, max_tokens not given", prompt="Hello")
+        ask(code.INVALID_ARGUMENT, "an empty prompt", "prompt", prompt="", max_tokens=4)
+        ask(code.INVALID_ARGUMENT, "max_tokens 0", "max_tokens", prompt="Hello", max_tokens=0)
+        ask(code.INVALID_ARGUMENT, "max_tokens -3", "max_tokens", prompt="Hello", max_tokens=-3)
+        none = "no request to the engine for what is refused"
+        require(not tap.exchanges, none, f"{len(tap.exchanges)}", "check the arguments first")
+        cases: tuple[dict[str, Any], ...] = ({"max_tokens": 4}, {})
+        for fields in cases:
+            before = len(tap.exchanges)
+            what = "a request in order" if fields else "a request without max_tokens"
+            answer = ask(code.OK, what, prompt="Hello", **fields)
+            require(len(tap.exchanges) > before, "a request to the engine", answer.text, FROM_ENGINE)
+            accepted(tap.exchanges[-1])
+            sends(tap.exchanges[-1], prompt="Hello", **fields)
+            judge(reply_of(tap.exchanges[-1]), answer.text, otherwise="the text of the response is the engine's")
+        # Not many more: a room counts tokens as asked for, before the engine refuses them.
+        more = context_length(vllm) + 1
+        ask(code.INVALID_ARGUMENT, "more tokens than the model has room for", prompt="Hello", max_tokens=more)
+        tap.close()
+        ask(code.UNAVAILABLE, "nobody answers where the engine should be", prompt="Hello", max_tokens=4)
+        ask(code.UNAVAILABLE, "the same, max_tokens not given", prompt="Hello")
 
 
 class Front(llm_pb2_grpc.LLMServiceServicer):
@@ -345,41 +421,51 @@ def check_04_4(submission: Submission) -> None:
 
 def _judge_client(submission: Submission, ask_within: Any, stub: llm_pb2_grpc.LLMServiceStub, front: Front) -> None:
     prompt = "Once upon a time"
-    got = submission.run(lambda: ask_within(stub, prompt, 50.0), busy=lambda: True)
+
+    def ask(seconds: float, cause: str = "") -> Any:
+        causes: Causes = {grpc.RpcError: cause} if cause else {}
+        got = submission.call(ask_within, stub, prompt, seconds, causes=causes, busy=lambda: True)
+        return tuple(got) if isinstance(got, list) else got
+
+    got = ask(50.0)
     require(bool(front.deadlines), "a call through the stub", got, "the text does not come from the server")
-    require(
-        front.deadlines[-1] is not None,
-        "a call with a deadline",
-        "a call without one",
-        "the server must know until when to work: pass timeout= to the stub's method",
+    left = front.deadlines[-1]
+    judge(
+        50.0,
+        left,
+        (left is None, "the server must know until when to work: pass timeout= to the stub's method"),
+        otherwise="use the seconds that your function is given",
+        expected="50 s left when the call arrives",
+        shown="a call without a deadline" if left is None else f"{left:.0f} s",
+        fits=lambda got, right: abs(got - right) < 5,
     )
-    require(
-        abs((front.deadlines[-1] or 0) - 50) < 5,
-        "50 s left when the call arrives",
-        f"{front.deadlines[-1]:.0f} s",
-        "use the seconds that your function is given",
+    whole = "".join(front.sent)
+    judge(
+        (whole, True),
+        got,
+        (isinstance(got, str), "return two values: the text, and whether it is whole"),
+        (lambda got, _: got[0] != whole, "join the text of all messages, the last one too"),
+        otherwise="return the joined text, and True because the last message came",
+        fits=_same_pair,
     )
-    right = ("".join(front.sent), True)
-    cause = "return the joined text, and True because the last message came"
-    require(isinstance(got, tuple | list) and tuple(got) == right, right, got, cause)
 
     front.mode = "slow"
-    slow_deadline = 2.5
-    got = submission.run(
-        lambda: ask_within(stub, prompt, slow_deadline),
-        {grpc.RpcError: "the loop raises DEADLINE_EXCEEDED when the time is over: catch it, and keep what has come"},
-        busy=lambda: True,
+    got = ask(2.5, "the loop raises DEADLINE_EXCEEDED when the time is over: catch it, and keep what has come")
+    judge(
+        ("".join(front.sent[:3]), False),
+        got,
+        (
+            lambda got, right: got[1] and got[0] != right[0],
+            "your function waited on after its time: the deadline belongs to the call, as timeout=",
+        ),
+        (lambda got, _: got[1], "the answer is not whole: without a message with is_finished it is cut off"),
+        (
+            lambda got, right: right[0] and not got[0],
+            "what came before the deadline is lost: gather it outside of the try",
+        ),
+        otherwise="return what has come until then, and False",
+        fits=_same_pair,
     )
-    right = ("".join(front.sent[:3]), False)
-    cause = "return what has come until then, and False"
-    if isinstance(got, tuple | list) and len(got) == 2:
-        if got[1] and got[0] != right[0]:
-            cause = "your function waited on after its time: the deadline belongs to the call, as timeout="
-        elif got[1]:
-            cause = "the answer is not whole: without a message with is_finished it is cut off"
-        elif right[0] and not got[0]:
-            cause = "what came before the deadline is lost: gather it outside of the try"
-    require(isinstance(got, tuple | list) and tuple(got) == right, right, got, cause)
 
     front.mode = "broken"
 
@@ -396,3 +482,7 @@ def _judge_client(submission: Submission, ask_within: Any, stub: llm_pb2_grpc.LL
         got,
         "only DEADLINE_EXCEEDED is an end of its own here: raise every other error again",
     )
+
+
+def _same_pair(got: Any, right: tuple[str, bool]) -> bool:
+    return bool(got == right and isinstance(got[1], bool))

@@ -8,35 +8,67 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import requests
 
-from servebook.lab.feedback import NotYet, require
-from servebook.lab.learner_server.judge import StreamWatch, own_server
+from servebook.lab.feedback import NotYet, judge, require
+from servebook.lab.learner_server.judge import GATHERED, StreamWatch, own_server
 from servebook.lab.learner_server.run import OwnServer
-from servebook.lab.rest import accepted, answer_to, sends
+from servebook.lab.rest import accepted, reply_of, sends
 from servebook.lab.submission import Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import streamed_text
+from servebook.launch.processes import wait_until
 
 ASK = {"message": "Name three colours.", "max_tokens": 11}
 SECONDS = 60
 """For one answer; the engine of a full room is slow."""
+FROM_ENGINE = "the answer does not come from the engine"
 
 
-def post(server: OwnServer, path: str, body: dict[str, Any] | None = None, **more: Any) -> requests.Response:
-    """POST to the learner's server.
+class Caller:
+    """Calls a learner's server, and gives up where neither it nor the engine does anything any more."""
 
-    Raises:
-        NotYet: it does not answer.
-    """
+    def __init__(self, submission: Submission, server: OwnServer, tap: Tap) -> None:
+        self.submission, self.server, self.tap = submission, server, tap
+
+    def post(self, path: str, body: dict[str, Any] | None = None, **more: Any) -> requests.Response:
+        """POST to the learner's server.
+
+        Raises:
+            NotYet: it does not answer.
+        """
+        never = "the server takes the call and never answers"
+        call = partial(requests.post, self.server.url + path, json=body or ASK, timeout=SECONDS, **more)
+        try:
+            answer: requests.Response = self.submission.run(
+                call,
+                {
+                    requests.ConnectionError: "the server breaks the call off",
+                    requests.Timeout: never,
+                    TimeoutError: never,
+                },
+                lambda: self.tap.busy() or self.server.working(),
+            )
+        except NotYet as fault:
+            raise NotYet(f"an answer to POST {path}", fault.got, fault.cause) from None
+        return answer
+
+
+def body_of(answer: requests.Response) -> Any:
+    """The JSON of an answer, or its text where it is none."""
     try:
-        return requests.post(server.url + path, json=body or ASK, timeout=SECONDS, **more)
-    except requests.RequestException as error:
-        raise NotYet(
-            f"an answer to POST {path}", type(error).__name__, "the server takes the call and never answers"
-        ) from None
+        return answer.json()
+    except ValueError:
+        return answer.text
+
+
+def answers_200(answer: requests.Response) -> None:
+    """Require success."""
+    got = f"{answer.status_code} {answer.text[:200]}"
+    require(answer.status_code == 200, "200", got, STATUS.get(answer.status_code, "the handler fails"))
 
 
 def wait_for(tap: Tap, count: int, answer: Future[requests.Response]) -> None:
@@ -45,16 +77,13 @@ def wait_for(tap: Tap, count: int, answer: Future[requests.Response]) -> None:
     Raises:
         NotYet: it answered instead, or sends nothing.
     """
-    deadline = time.monotonic() + 10
-    while len(tap.exchanges) < count:
-        if answer.done():
-            reply = answer.result()
-            got = f"{reply.status_code} {reply.text[:200]}"
-            require(reply.status_code == 200, "200", got, STATUS.get(reply.status_code, "the handler fails"))
-            raise NotYet("a request to the engine", got, "the answer does not come from the engine")
-        if time.monotonic() > deadline:
-            raise NotYet(f"{count} requests to the engine at once", f"{len(tap.exchanges)}", BLOCKED)
-        time.sleep(0.02)
+    if wait_until(lambda: len(tap.exchanges) >= count or answer.done(), 10) and len(tap.exchanges) >= count:
+        return
+    if answer.done():
+        reply = answer.result()
+        answers_200(reply)
+        raise NotYet("a request to the engine", f"{reply.status_code} {reply.text[:200]}", FROM_ENGINE)
+    raise NotYet(f"{count} requests to the engine at once", f"{len(tap.exchanges)}", BLOCKED)
 
 
 BLOCKED = "the first request blocks the event loop: await an asynchronous client, or let a plain `def` run in a thread"
@@ -62,7 +91,8 @@ STATUS = {
     404: "no handler at this path",
     405: "the handler is there, but not for POST",
     422: "the handler does not take the body that is sent: {message, max_tokens}",
-    500: "the handler raised: its last error stands above",
+    499: "a caller who waits gets the whole answer: stop only for one who has left",
+    500: "the handler raised: its error is the last line under `got`",
 }
 
 
@@ -80,8 +110,9 @@ def check_05_1(submission: Submission) -> None:
         own_server(submission, "chat.py", tap, vllm) as server,
         ThreadPoolExecutor(2) as pool,
     ):
+        caller = Caller(submission, server, tap)
         try:
-            first = pool.submit(post, server, "/chat")
+            first = pool.submit(caller.post, "/chat")
             wait_for(tap, 1, first)
             try:
                 alive = requests.get(f"{server.url}/healthz", timeout=3).status_code
@@ -93,7 +124,7 @@ def check_05_1(submission: Submission) -> None:
                 "no answer within 3 s" if not alive else f"{alive}",
                 BLOCKED if not alive else "leave /healthz as it is",
             )
-            second = pool.submit(post, server, "/chat")
+            second = pool.submit(caller.post, "/chat")
             wait_for(tap, 2, second)
         finally:
             release.set()
@@ -101,19 +132,27 @@ def check_05_1(submission: Submission) -> None:
         tap.settle()
         for exchange in tap.exchanges:
             accepted(exchange)
-            require(
-                exchange.path.endswith("/chat/completions"),
-                "a chat request to the engine",
-                exchange.path,
-                "the message goes to the chat API",
-            )
-            sends(exchange, {}, max_tokens=ASK["max_tokens"], model=vllm.model)
+            path = exchange.path.endswith("/chat/completions")
+            require(path, "a chat request to the engine", exchange.path, "the message goes to the chat API")
+            sends(exchange, max_tokens=ASK["max_tokens"], model=vllm.model)
             said = exchange.body["messages"][-1]
             require(said["content"] == ASK["message"], ASK["message"], said, "the person's message is the last one")
-        right = sorted(answer_to(exchange)["choices"][0]["message"]["content"] for exchange in tap.exchanges)
-        bodies = [answer.json() for answer in answers]
-        got = sorted(body.get("response", "") for body in bodies if isinstance(body, dict))
-        require(got == right, {"response": right[0]}, bodies[0], "answer {response: the text of the reply}")
+        for answer in answers:
+            answers_200(answer)
+        right = sorted(reply_of(exchange) for exchange in tap.exchanges)
+        bodies = [body_of(answer) for answer in answers]
+        judge(
+            right,
+            bodies,
+            (
+                any(isinstance(body, dict) and not isinstance(body.get("response", ""), str) for body in bodies),
+                "the reply is an object of the SDK: its text is in message.content",
+            ),
+            otherwise="answer {response: the text of the reply}",
+            expected={"response": right[0]},
+            shown=bodies[0],
+            fits=lambda got, right: sorted(body["response"] for body in got) == right,
+        )
 
 
 def check_05_2(submission: Submission) -> None:
@@ -122,17 +161,14 @@ def check_05_2(submission: Submission) -> None:
     watch = StreamWatch()
 
     with Tap(vllm.url, watch.hold) as tap, own_server(submission, "stream.py", tap, vllm) as server:
-        with post(server, "/chat/stream", stream=True) as answer:
+        caller = Caller(submission, server, tap)
+        with caller.post("/chat/stream", stream=True) as answer:
             kind = answer.headers.get("content-type", "")
-            got = f"{answer.status_code} {kind}"
             if answer.status_code != 200:
-                raise NotYet("200 text/event-stream", got, STATUS.get(answer.status_code, "the handler fails"))
-            require(
-                kind.startswith("text/event-stream"),
-                "200 text/event-stream",
-                got,
-                "say media_type='text/event-stream', or browsers take it for plain text",
-            )
+                answers_200(answer)
+            media = "say media_type='text/event-stream', or browsers take it for plain text"
+            right = "200 text/event-stream"
+            require(kind.startswith("text/event-stream"), right, f"{answer.status_code} {kind}", media)
             lines = []
             try:
                 for line in answer.iter_lines():
@@ -141,19 +177,20 @@ def check_05_2(submission: Submission) -> None:
                     lines.append(line.decode())
             except requests.RequestException:
                 lines.append("(broken off)")
-        require(bool(tap.exchanges), "a request to the engine", lines[:3], "the answer does not come from the engine")
+        require(bool(tap.exchanges), "a request to the engine", lines[:3], FROM_ENGINE)
         exchange = tap.exchanges[0]
         accepted(exchange)
-        sends(
-            exchange, {"stream": "the engine must stream too: stream=True"}, stream=True, max_tokens=ASK["max_tokens"]
-        )
+        engine = {"stream": "the engine must stream too: stream=True"}
+        sends(exchange, engine, stream=True, max_tokens=ASK["max_tokens"])
         data = [line.removeprefix("data:").removeprefix(" ") for line in lines if line.startswith("data:")]
         shown = " | ".join([*lines[:4], "…", *lines[-3:]])
-        require(
-            bool(data) and data[-1] == "[DONE]",
-            "data: [DONE] as the last event",
-            shown,
-            "without an end of its own a reader cannot tell a finished stream from a broken one",
+        judge(
+            "[DONE]",
+            data[-1] if data else None,
+            (not data, "an event is a line that begins with `data:`, and an empty one after it"),
+            otherwise="without an end of its own a reader cannot tell a finished stream from a broken one",
+            expected="data: [DONE] as the last event",
+            shown=shown,
         )
         texts = []
         for item in data[:-1]:
@@ -162,26 +199,25 @@ def check_05_2(submission: Submission) -> None:
             except (ValueError, TypeError, LookupError):
                 cause = "each event is JSON with the field text: json.dumps also escapes line feeds, which end a line"
                 raise NotYet('data: {"text": "…"}', f"data: {item}", cause) from None
-        require(
-            lines.count("") >= len(data) - 1,
-            "an empty line after each event",
-            shown,
-            "an event ends with an empty line: two line feeds",
+        ends = sum(
+            line == "" and before.startswith("data:") for before, line in zip(lines, [*lines[1:], ""], strict=True)
         )
-        right = streamed_text(exchange)
-        require("".join(map(str, texts)) == right, right, "".join(map(str, texts)), "each piece of text once, in order")
-        require(
-            watch.early.is_set(),
-            "the first event while the engine is still writing",
-            "the first event only after the last token",
-            "everything is gathered before it goes out: yield inside the loop over the engine's stream",
+        two = "an event ends with an empty line: two line feeds"
+        require(ends >= len(data), "an empty line after each event", shown, two)
+        got, whole = "".join(map(str, texts)), streamed_text(exchange)
+        judge(
+            whole,
+            got,
+            (bool(texts) and texts[-1] == whole, "each event has all the text so far: send only what is new"),
+            (got.replace("None", "") == whole, "an event without text has content None: leave it out"),
+            otherwise="each piece of text once, in order",
         )
+        early = "the first event while the engine is still writing"
+        require(watch.early.is_set(), early, "the first event only after the last token", GATHERED)
         watch.leaving.set()
-        with post(server, "/chat/stream", {**ASK, "max_tokens": 60}, stream=True) as answer:
-            next(answer.iter_lines())
-        deadline = time.monotonic() + 5
-        while len(tap.exchanges) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        with caller.post("/chat/stream", {**ASK, "max_tokens": 60}, stream=True) as answer:
+            next(line for line in answer.iter_lines() if line.startswith(b"data:"))
+        wait_until(lambda: len(tap.exchanges) >= 2, 5)
         tap.settle()
         require(
             tap.exchanges[-1].left is not None,
@@ -198,30 +234,24 @@ def check_05_3(submission: Submission) -> None:
 
     def hold(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
         """An engine that takes its time: 1.5 s, or until its caller leaves, 4 s at most."""
-        deadline = time.monotonic() + 4
-        if not leaving.is_set():
+        if leaving.is_set():
+            wait_until(exchange.client_gone, 4)
+        else:
             time.sleep(1.5)
-        while leaving.is_set() and not exchange.client_gone() and time.monotonic() < deadline:
-            time.sleep(0.02)
         if exchange.client_gone():
             exchange.left = time.monotonic()
             raise BrokenPipeError
         yield from chunks
 
     with Tap(vllm.url, hold) as tap, own_server(submission, "leave.py", tap, vllm) as server:
-        answer = post(server, "/chat")
-        got = f"{answer.status_code} {answer.text[:200]}"
-        require(
-            answer.status_code == 200, "200 for a caller who waits", got, STATUS.get(answer.status_code, "it fails")
-        )
-        require(bool(tap.exchanges), "a request to the engine", got, "the answer does not come from the engine")
-        sends(tap.exchanges[0], {}, max_tokens=ASK["max_tokens"])
-        right = answer_to(tap.exchanges[0])["choices"][0]["message"]["content"]
-        require(
-            answer.json() == {"response": right},
-            {"response": right},
-            answer.text,
-            "a caller who waits gets the whole answer: stop only for one who has left",
+        answer = Caller(submission, server, tap).post("/chat")
+        answers_200(answer)
+        require(bool(tap.exchanges), "a request to the engine", answer.text[:200], FROM_ENGINE)
+        sends(tap.exchanges[0], max_tokens=ASK["max_tokens"])
+        judge(
+            {"response": reply_of(tap.exchanges[0])},
+            body_of(answer),
+            otherwise="a caller who waits gets the whole answer: stop only for one who has left",
         )
         leaving.set()
         body = json.dumps(ASK).encode()
@@ -229,13 +259,11 @@ def check_05_3(submission: Submission) -> None:
             f"POST /chat HTTP/1.1\r\nHost: lab\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         host, port = server.address.split(":")
-        with socket.create_connection((host, int(port))) as caller:
-            caller.sendall(head.encode() + body)
-            deadline = time.monotonic() + 10
-            while len(tap.exchanges) < 2 and time.monotonic() < deadline:
-                time.sleep(0.02)
+        with socket.create_connection((host, int(port))) as leaver:
+            leaver.sendall(head.encode() + body)
+            wait_until(lambda: len(tap.exchanges) >= 2, 10)
             time.sleep(1)  # a caller's patience
-        require(len(tap.exchanges) == 2, "a request to the engine", "none within 10 s", "ask the engine at once")
+        require(len(tap.exchanges) >= 2, "a request to the engine", "none within 10 s", "ask the engine at once")
         tap.settle()
         require(
             tap.exchanges[1].left is not None,
@@ -255,28 +283,32 @@ def check_05_4(submission: Submission) -> None:
         release.wait(20)
         yield from chunks
 
-    def ask(server: OwnServer, right: int, what: str, body: dict[str, Any] | None = None) -> requests.Response:
-        answer = post(server, "/chat", body)
-        got = f"{answer.status_code} {answer.text[:200]}"
-        cause = "each kind of error has its class: see the table in the brief"
-        if answer.status_code == 200 != right:
-            cause = "programs read the status, not the text: raise HTTPException(status_code=…)"
-        elif right == 504 and answer.status_code == 503:
-            cause = "APITimeoutError is a kind of APIConnectionError: it goes first"
-        elif answer.status_code == 500:
-            cause = "this error is not caught: 500 says that the gateway itself is at fault"
-        require(answer.status_code == right, f"{right}: {what}", got, cause)
+    def ask(caller: Caller, right: int, what: str, body: dict[str, Any] | None = None) -> requests.Response:
+        answer = caller.post("/chat", body)
+        status = answer.status_code
+        judge(
+            right,
+            status,
+            (status == 200, "programs read the status, not the text: raise HTTPException(status_code=…)"),
+            ((right, status) == (504, 503), "APITimeoutError is a kind of APIConnectionError: it goes first"),
+            (status == 500 and right != 200, "this error is not caught: 500 says that the gateway itself is at fault"),
+            (right == 200, STATUS.get(status, "this request is in order")),
+            otherwise="each kind of error has its class: see the table in the brief",
+            expected=f"{right}: {what}",
+            shown=f"{status} {answer.text[:200]}",
+        )
         return answer
 
     with Tap(vllm.url) as tap, own_server(submission, "errors.py", tap, vllm) as server:
-        answer = ask(server, 200, "an answer")
-        require(bool(tap.exchanges), "a request to the engine", answer.text, "the answer does not come from the engine")
+        caller = Caller(submission, server, tap)
+        answer = ask(caller, 200, "an answer")
+        require(bool(tap.exchanges), "a request to the engine", answer.text, FROM_ENGINE)
         accepted(tap.exchanges[0])
-        text = answer_to(tap.exchanges[0])["choices"][0]["message"]["content"]
-        require(answer.json() == {"response": text}, {"response": text}, answer.text, "answer with the reply's text")
-        ask(server, 400, "the engine refuses the arguments", {**ASK, "max_tokens": -1})
+        text = reply_of(tap.exchanges[0])
+        judge({"response": text}, body_of(answer), otherwise="answer with the reply's text")
+        ask(caller, 400, "the engine refuses the arguments", {**ASK, "max_tokens": -1})
         tap.close()
-        answer = ask(server, 503, "nobody answers where the engine should be")
+        answer = ask(caller, 503, "nobody answers where the engine should be")
         require(
             "retry-after" in answer.headers,
             "503 with the header Retry-After",
@@ -284,5 +316,5 @@ def check_05_4(submission: Submission) -> None:
             "tell clients when to come again: headers={'Retry-After': '5'}",
         )
     with Tap(vllm.url, hold) as slow, own_server(submission, "errors.py", slow, vllm, timeout=1) as server:
-        ask(server, 504, "the engine is too slow")
+        ask(Caller(submission, server, slow), 504, "the engine is too slow")
         release.set()

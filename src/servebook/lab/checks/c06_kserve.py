@@ -13,29 +13,29 @@ import tritonclient.grpc as v2
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 from tritonclient.utils import InferenceServerException
 
-from servebook.lab.feedback import NotYet, require
-from servebook.lab.rest import answer_to, through
-from servebook.lab.submission import Submission
+from servebook.lab.feedback import NotYet, judge, require
+from servebook.lab.rest import answer_to, asked, asked_there, through
+from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.grpc import Call, GrpcTap
 from servebook.lab.taps.http import Tap
 from servebook.settings import TENSOR_MODEL_NAME as MODEL
 from servebook.ways.kserve.client import tensor
 
 PROMPT = "The capital of France is"
+LOOK: dict[Any, str] = {KeyError: "the answer has no such field: print response.json() and look"}
+PROMPT_IN_FRONT = "the prompt stands in front of the answer unless exclude_input_in_output is true"
+TRIMMED = "the text was trimmed: a leading space is part of it"
 SERVERS = {"kserve": "KServe", "triton": "Triton"}
 
 
 def check_06_1(submission: Submission) -> None:
     """The inputs of the model on two servers, of which one takes more; and a model that neither has."""
     signature = submission.function("signature")
+    refusal = "a server says by its status that it has no such model: look at it before you read the answer"
     for name, title in SERVERS.items():
         with Tap(submission.server(name).url) as tap:
-            got, (exchange, *_) = through(
-                tap,
-                submission,
-                lambda url=tap.url: signature(url, MODEL),  # type: ignore[misc]
-                {KeyError: "the answer has no such field: print response.json() and look"},
-            )
+            got, made = through(tap, submission, signature, tap.url, MODEL, causes=LOOK)
+            exchange = made[-1]
             require(
                 exchange.path.rstrip("/") == f"/v2/models/{MODEL}",
                 f"GET /v2/models/{MODEL}",
@@ -43,19 +43,9 @@ def check_06_1(submission: Submission) -> None:
                 "the metadata of a model is at /v2/models/ and its name",
             )
             metadata = answer_to(exchange)
-            right = {each["name"]: (each["datatype"], each["shape"]) for each in metadata["inputs"]}
-            outputs = {each["name"] for each in metadata["outputs"]}
-            cause = "for each input: its name, and (datatype, shape) from the metadata"
-            if isinstance(got, dict) and outputs & got.keys():
-                cause = "these are outputs: the request is made of inputs"
-            same = isinstance(got, dict) and {key: _pair(value) for key, value in got.items()} == right
-            require(same, f"{right} ({title})", got, cause)
-            refusal = "a server says by its status that it has no such model: look at it before you read the answer"
-            missing = submission.run(
-                lambda url=tap.url: signature(url, "nope"),  # type: ignore[misc]
-                {KeyError: refusal, requests.HTTPError: refusal},
-                tap.busy,
-            )
+            _judge_signature(metadata, got, title)
+            refused: Causes = {KeyError: refusal, requests.HTTPError: refusal}
+            missing = submission.call(signature, tap.url, "nope", causes=refused, busy=tap.busy)
             require(missing is None, f"None for a model that {title} does not have", missing, refusal)
 
     def broken() -> Any:
@@ -68,87 +58,124 @@ def check_06_1(submission: Submission) -> None:
     require(got == "an error", "an error where nobody answers", got, "only 404 stands for: no such model")
 
 
-def _pair(value: Any) -> Any:
-    return (value[0], list(value[1])) if isinstance(value, tuple | list) and len(value) == 2 else value
+def _judge_signature(metadata: Any, got: Any, title: str) -> None:
+    right = {each["name"]: (each["datatype"], each["shape"]) for each in metadata["inputs"]}
+    outputs = {each["name"] for each in metadata["outputs"]}
+    judge(
+        right,
+        got,
+        (lambda got, _: outputs & got.keys(), "these are outputs: the request is made of inputs"),
+        (
+            lambda got, right: (
+                got.keys() == right.keys() and not any(isinstance(v, tuple | list) for v in got.values())
+            ),
+            "for each input two things: (datatype, shape) from the metadata",
+        ),
+        (
+            lambda got, right: got.keys() == right.keys() and any(isinstance(v[1], int) for v in got.values()),
+            "the shape is the whole list, [1] here: a tensor may have several dimensions",
+        ),
+        (isinstance(got, list | tuple), "return a dict: each input by its name"),
+        otherwise="for each input: its name, and (datatype, shape) from the metadata",
+        expected=f"{right} ({title})",
+        fits=lambda got, right: {name: (kind, list(shape)) for name, (kind, shape) in got.items()} == right,
+    )
 
 
 def check_06_2(submission: Submission) -> None:
     """Three tensors in JSON, and the text out of the answer."""
     infer = submission.function("infer")
+    causes = LOOK | {
+        json.JSONDecodeError: "there is no JSON in this answer: look at the path, and at response.text",
+        TypeError: "json.dumps takes text, numbers and truth values: what is in a tensor's data is a list of those",
+    }
     with Tap(submission.server("kserve").url) as tap:
         for prompt, max_tokens in ((PROMPT, 7), ("Bread is made of", 5)):
-            text, (exchange, *_) = through(
-                tap,
-                submission,
-                lambda prompt=prompt, limit=max_tokens: infer(tap.url, MODEL, prompt, limit),  # type: ignore[misc]
-                {
-                    KeyError: "the answer has no such field: print response.json() and look",
-                    json.JSONDecodeError: "there is no JSON in this answer: look at the path, and at response.text",
-                },
+            text, made = through(tap, submission, infer, tap.url, MODEL, prompt, max_tokens, causes=causes)
+            way = "V2 has one way to ask: /v2/models/ and the model's name, then /infer"
+            exchange = asked(made, f"/v2/models/{MODEL}/infer", way)
+            binary = "a client library has sent its tensors as bytes: this exercise is the request by hand, as JSON"
+            body = exchange.body if isinstance(exchange.body, dict) else {}
+            entries = body.get("inputs", [])
+            given = {each.get("name"): each.get("data") for each in entries if isinstance(each, dict)}
+            require(bool(given) and None not in given.values(), "tensors in JSON", "no data in the JSON", binary)
+            sampling = _as_json(given.get("sampling_parameters"))
+            judge(
+                max_tokens,
+                sampling.get("max_tokens"),
+                (isinstance(sampling.get("max_tokens"), str), "a number is a number in JSON: no quotes around it"),
+                otherwise="without it 16 tokens come; pass on what your function is given, as JSON inside the tensor",
+                expected=f'sampling_parameters with "max_tokens": {max_tokens}',
+                shown=f"sampling_parameters {sampling}",
             )
-            require(
-                exchange.path == f"/v2/models/{MODEL}/infer",
-                f"POST /v2/models/{MODEL}/infer",
-                f"{exchange.method} {exchange.path}",
-                "V2 has one way to ask: /v2/models/ and the model's name, then /infer",
-            )
-            given = {each["name"]: each["data"] for each in exchange.body["inputs"]}
-            sampling = json.loads(given.get("sampling_parameters", ["{}"])[0])
-            require(
-                sampling.get("max_tokens") == max_tokens,
-                f'sampling_parameters with "max_tokens": {max_tokens}',
-                f"sampling_parameters {sampling}",
-                "without it 16 tokens come; pass on what your function is given, as JSON inside the tensor",
-            )
-            require(
-                given["text_input"] == [prompt],
-                f"text_input {prompt!r}",
-                given["text_input"],
-                "the prompt goes into text_input as it is",
+            judge(
+                [prompt],
+                given.get("text_input"),
+                otherwise="the prompt goes into text_input as it is",
+                expected=f"text_input {prompt!r}",
+                fits=lambda got, right: _flat(got) == right,
             )
             outputs = {each["name"]: each["data"] for each in answer_to(exchange)["outputs"]}
             right = outputs["text_output"][0].removeprefix(prompt)
-            cause = "return the one string in text_output"
-            if text == prompt + right:
-                cause = "the prompt stands in front of the answer unless exclude_input_in_output is true"
-            elif text == [right]:
-                cause = "data is a list, here of one element: return the element"
-            elif isinstance(text, str) and text.strip() == right.strip():
-                cause = "the text was trimmed: a leading space is part of it"
-            require(text == right, right, text, cause)
+            judge(
+                right,
+                text,
+                (text == prompt + right, PROMPT_IN_FRONT),
+                (text == [right], "data is a list, here of one element: return the element"),
+                (lambda got, right: got.strip() == right.strip(), TRIMMED),
+                otherwise="return the one string in text_output",
+            )
+
+
+def _as_json(data: Any) -> dict[str, Any]:
+    """The JSON inside a tensor of text, {} where there is none."""
+    try:
+        found = json.loads(_flat(data)[0])
+    except (TypeError, ValueError, IndexError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _flat(data: Any) -> list[Any]:
+    """A tensor's elements, however deep its lists are."""
+    return [inner for each in data for inner in _flat(each)] if isinstance(data, list) else [data]
 
 
 def check_06_3(submission: Submission) -> None:
     """Answers of one and of two texts, with the outputs at other places each time."""
     read_answer, server = submission.function("read_answer"), submission.server("kserve")
+    by_name = "not every answer has every output: look by name"
+    causes: Causes = dict.fromkeys((KeyError, IndexError, StopIteration, TypeError), by_name)
     flags = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
-    for choices, asked in ((1, flags), (1, flags[2:]), (2, flags), (2, flags[:2])):
+    for choices, asked_for in ((1, flags), (1, flags[2:]), (2, flags), (2, flags[:2])):
         fields = {"max_tokens": 3, "n": choices, "ignore_eos": True}
         inputs = [_json_tensor("text_input", PROMPT), _json_tensor("sampling_parameters", json.dumps(fields))]
-        inputs += [_json_tensor(flag, True) for flag in asked]
+        inputs += [_json_tensor(flag, True) for flag in asked_for]
         answer = requests.post(f"{server.url}/v2/models/{MODEL}/infer", json={"inputs": inputs}, timeout=60).json()
-        outputs = {each["name"]: each["data"] for each in answer["outputs"]}
-        counts = outputs.get("num_output_tokens")
-        right = (outputs["text_output"], sum(counts) if counts else None)
-        missing = "this answer has no num_output_tokens, because nobody asked for it: None then"
-        got = submission.run(
-            lambda answer=answer: read_answer(answer),  # type: ignore[misc]
-            dict.fromkeys((KeyError, IndexError, StopIteration), "not every answer has every output: look by name"),
-        )
-        cause = "return the list of texts, and the number of tokens"
-        if isinstance(got, tuple | list) and len(got) == 2:
-            got = (got[0], got[1])
-            if got[0] == right[0][0] or got[0] == right[0][:1] != right[0]:
-                cause = "text_output has one element for each of the n texts: return all of them"
-            elif counts is None:
-                cause = missing
-            elif got[1] == outputs.get("num_input_tokens", [None])[0]:
-                cause = "that is the prompt's count: take the output by its name"
-            elif got[1] == counts[0]:
-                cause = "one number for each text: add them up"
-            elif got[0] == right[0]:
-                cause = "outputs have no fixed place: take num_output_tokens by its name"
-        require(got == right, right, got, cause)
+        got = submission.call(read_answer, answer, causes=causes)
+        _judge_reading(answer, got)
+
+
+def _judge_reading(answer: Any, got: Any) -> None:
+    outputs = {each["name"]: each["data"] for each in answer["outputs"]}
+    texts, counts = outputs["text_output"], outputs.get("num_output_tokens")
+    prompt_count = outputs.get("num_input_tokens", [None])[0]
+    judge(
+        (texts, sum(counts) if counts else None),
+        tuple(got) if isinstance(got, list) else got,
+        (not isinstance(got, tuple | list) or len(got) != 2, "return two things: the texts, and the number of tokens"),
+        (
+            lambda got, right: got[0] == right[0][0] or got[0] == right[0][:1] != right[0],
+            "text_output has one element for each of the n texts: return all of them",
+        ),
+        (counts is None, "this answer has no num_output_tokens, because nobody asked for it: None then"),
+        (lambda got, _: got[1] == prompt_count is not None, "that is the prompt's count: take the output by its name"),
+        (lambda got, _: got[1] == (counts or [None])[0], "one number for each text: add them up"),
+        (lambda got, _: got[1] == counts, "the numbers of all texts together: add them up"),
+        (lambda got, right: got[0] == right[0], "outputs have no fixed place: take num_output_tokens by its name"),
+        otherwise="return the list of texts, and the number of tokens",
+        fits=lambda got, right: (list(got[0]), got[1]) == right and not isinstance(got[0], str),
+    )
 
 
 def _json_tensor(name: str, value: str | bool) -> dict[str, Any]:
@@ -194,41 +221,38 @@ def sampling_of(call: Call) -> dict[str, Any]:
 def check_06_4(submission: Submission) -> None:
     """The same function, twice on each server; and an error that comes through."""
     generate = submission.function("generate")
-    causes = {
+    causes: dict[Any, str] = {
+        AttributeError: "on an error the callback gets result=None: look at error first",
         TimeoutError: "on a stream, an answer or an error comes to the callback: wait for the first of the two",
         InferenceServerException: "UNIMPLEMENTED: this server has no such call for this model; ask it before",
     }
     for name, title in SERVERS.items():
         with GrpcTap(submission.server(name).grpc) as tap, v2.InferenceServerClient(tap.address) as client:
             for prompt, max_tokens in ((PROMPT, 7), ("Bread is made of", 4)):
-                ask = partial(generate, client, MODEL, prompt, max_tokens)
-                got = _ask_both(submission, tap, causes, ask)
+                got = _ask_both(submission, tap, causes, partial(generate, client, MODEL, prompt, max_tokens))
                 calls = tap.of("ModelInfer") + tap.of("ModelStreamInfer")
                 answers = [call for call in calls if call.responses]
-                require(
-                    bool(answers),
-                    f"an answer from {title}",
-                    got,
-                    "the text does not come from that server: use the client that your function is given",
-                )
+                asked_there(answers, got, f"an answer from {title}")
                 call = answers[-1]
                 sent = sampling_of(call).get("max_tokens")
                 cause = "pass on what your function is given, in the tensor sampling_parameters"
                 require(sent == max_tokens, f"max_tokens {max_tokens} ({title})", f"max_tokens {sent}", cause)
                 whole = answered_text(call)
                 right = whole.removeprefix(prompt)
-                cause = "return the first element of text_output as text"
-                if got == whole:
-                    cause = "the prompt stands in front of the answer unless exclude_input_in_output is true"
-                elif isinstance(got, bytes):
-                    cause = "BYTES arrive as bytes: decode them"
-                elif not got:
-                    cause = "the answer comes to the callback, later: wait for it"
-                elif isinstance(got, str) and got.strip() == right.strip():
-                    cause = "the text was trimmed: a leading space is part of it"
-                elif isinstance(got, str) and got in right:
-                    cause = "with stream on, every response is a part: join them up to the final one"
-                require(got == right, f"{right!r} ({title})", f"{got!r}", cause)
+                judge(
+                    right,
+                    got,
+                    (bool(got) and got == whole, PROMPT_IN_FRONT),
+                    (isinstance(got, bytes), "BYTES arrive as bytes: decode them"),
+                    (not got, "the answer comes to the callback, later: wait for it"),
+                    (lambda got, right: got.strip() == right.strip(), TRIMMED),
+                    (
+                        lambda got, right: got in right,
+                        "with stream on, every response is a part: join them up to the final one",
+                    ),
+                    otherwise="return the first element of text_output as text",
+                    expected=f"{right!r} ({title})",
+                )
 
             def refused(client: v2.InferenceServerClient = client) -> Any:
                 try:
@@ -245,9 +269,7 @@ def check_06_4(submission: Submission) -> None:
             )
 
 
-def _ask_both(
-    submission: Submission, tap: GrpcTap, causes: dict[type[BaseException], str], action: Callable[[], Any]
-) -> Any:
+def _ask_both(submission: Submission, tap: GrpcTap, causes: dict[Any, str], action: Callable[[], Any]) -> Any:
     try:
         return submission.run(action, causes, lambda: under_way(tap))
     except NotYet as fault:
@@ -279,25 +301,26 @@ def check_06_5(submission: Submission) -> None:
     ]
     with GrpcTap(kserve.grpc) as tap, v2.InferenceServerClient(tap.address) as client:
         inputs = [text, tensor("sampling_parameters", short)]
-        got = submission.run(lambda: ask(client, MODEL, inputs, 60), uncaught, tap.busy)
+        got = submission.call(ask, client, MODEL, inputs, 60, causes=uncaught, busy=tap.busy)
         require(bool(tap.of("ModelInfer")), "a call of ModelInfer", got, "use the client that your function is given")
         call = tap.calls[-1]
         call.done.wait(2)
         cause = "the server refused this request, which was in order as it was handed in: its message says why"
         require(bool(call.responses), "a request that the server accepts", call.details, cause)
-        right = (200, answered_text(call))
-        require(_same_pair(got, right), right, got, "200, and the first element of text_output, decoded")
+        judge(
+            (200, answered_text(call)),
+            tuple(got) if isinstance(got, list) else got,
+            (lambda got, right: got == right[1], "return two things: the status, and the text"),
+            (lambda got, _: isinstance(got[1], bytes), "BYTES arrive as bytes: decode them"),
+            otherwise="200, and the first element of text_output, decoded",
+        )
         for status, what, model, inputs, seconds in cases:
-            got = submission.run(
-                lambda m=model, i=inputs, s=seconds: ask(client, m, i, s),  # type: ignore[misc]
-                uncaught,
-                tap.busy,
-            )
+            got = submission.call(ask, client, model, inputs, seconds, causes=uncaught, busy=tap.busy)
             call = tap.calls[-1]
             call.done.wait(2)
             _judge_status(status, what, got, call.details)
     with v2.InferenceServerClient("127.0.0.1:1") as nobody:  # nobody listens on it
-        got = submission.run(lambda: ask(nobody, MODEL, [text], 60), uncaught)
+        got = submission.call(ask, nobody, MODEL, [text], 60, causes=uncaught)
         _judge_status(503, "nobody there", got, "")
 
     def passed_on() -> Any:
@@ -316,20 +339,24 @@ def check_06_5(submission: Submission) -> None:
         )
 
 
-def _same_pair(got: Any, right: tuple[int, str]) -> bool:
-    return isinstance(got, tuple | list) and tuple(got) == right
-
-
 def _judge_status(status: int, what: str, got: Any, details: str) -> None:
-    is_pair = isinstance(got, tuple | list) and len(got) == 2
-    cause = "see the table in the brief"
-    if is_pair and got[0] == 200 and status == 504:
-        cause = "the server must know until when to work: pass client_timeout="
-    elif is_pair and got[0] == 400:
-        cause = "400 tells the caller to mend the request: here the request is in order"
-    elif is_pair and isinstance(got[0], int) and got[0] >= 500 and status < 500:
-        cause = "a status from 500 on blames the server, and clients try again: here the caller is at fault"
-    require(is_pair and got[0] == status, f"{status}: {what}", got, cause)
+    judge(
+        status,
+        got[0] if isinstance(got, tuple | list) and len(got) == 2 else None,
+        (not isinstance(got, tuple | list) or len(got) != 2, "return two things: the status, and a text"),
+        (
+            lambda got, right: (got, right) == (200, 504),
+            "the server must know until when to work: pass client_timeout=",
+        ),
+        (lambda got, _: got == 400, "400 tells the caller to mend the request: here the request is in order"),
+        (
+            lambda got, right: got >= 500 and right < 500,
+            "a status from 500 on blames the server, and clients try again: here the caller is at fault",
+        ),
+        otherwise="see the table in the brief",
+        expected=f"{status}: {what}",
+        shown=got,
+    )
     if details and status < 500:
         cause = "the server's message names the tensor or the model: hand it on with error.message()"
         require(details in str(got[1]), f"the message {details!r}", got[1], cause)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import grpc
@@ -18,9 +18,11 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from tokenizers import Tokenizer
 
-from servebook.lab.feedback import NotYet, require
-from servebook.lab.submission import Submission
+from servebook.lab.feedback import NotYet, judge, require
+from servebook.lab.rest import NOT_THAT_SERVER, PASS_ON
+from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.grpc import GRACE_SECONDS, Call, Filter, GrpcTap
+from servebook.launch.processes import wait_until
 from servebook.protos.vllm import inference_pb2 as text_pb
 from servebook.protos.vllm.inference_pb2_grpc import InferenceStub
 from servebook.ways.vllm_native_grpc.client import ENGINE, VllmGrpcClient
@@ -59,12 +61,14 @@ def through(
     tap: GrpcTap,
     submission: Submission,
     method: str,
-    action: Callable[[], Any],
-    judge: Callable[[Call], None] = lambda _: None,
+    function: Callable[..., Any],
+    *args: Any,
+    asks: Callable[[Call], None] = lambda _: None,
+    causes: Causes | None = None,
 ) -> tuple[Any, Call]:
     """Run the learner's code against the tap; return its result and the one call of `method` that it made.
 
-    `judge` looks at what was asked for, before anything that came of it counts.
+    `asks` looks at what was asked for, before anything that came of it counts.
 
     Raises:
         NotYet: there was no such call, the server refused it, or the code raised.
@@ -72,13 +76,13 @@ def through(
     before = len(tap.calls)
     fault, result = None, None
     try:
-        result = submission.run(action, busy=tap.busy)
+        result = submission.call(function, *args, causes=causes, busy=tap.busy)
     except NotYet as error:
         fault = error
     made = [call for call in tap.calls[before:] if call.method == method]
     for call in made:
         call.done.wait(2)  # the tap hears of the end a moment after the client
-        judge(call)
+        asks(call)
         if call.code not in (None, grpc.StatusCode.OK):
             raise NotYet(
                 f"{call.method} that the server accepts",
@@ -91,7 +95,7 @@ def through(
         len(made) == 1,
         f"one call of {method} on the server that was handed in",
         f"{len(made)} calls, and the result {result!r}"[:200],
-        "the answer does not come from that server: use what your function is given" if not made else "ask once",
+        NOT_THAT_SERVER if not made else "ask once",
     )
     return result, made[0]
 
@@ -142,9 +146,9 @@ def delayed(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
 
 
 def asks(ids: list[int], max_tokens: int) -> Callable[[Call], None]:
-    """A judge of GenerateRequest: these ids, this limit, and an id of its own."""
+    """Looks at a GenerateRequest: these ids, this limit, and an id of its own."""
 
-    def judge(call: Call) -> None:
+    def look(call: Call) -> None:
         request = pb.GenerateRequest.FromString(call.requests[0]) if call.requests else pb.GenerateRequest()
         kind = request.WhichOneof("input")
         require(
@@ -162,7 +166,7 @@ def asks(ids: list[int], max_tokens: int) -> Callable[[Call], None]:
             f"max_tokens {limit}",
             "nothing sets a limit for you here: without one the engine goes on to the end of its context"
             if limit is None
-            else "pass on what your function is given",
+            else PASS_ON,
         )
         require(
             bool(request.request_id),
@@ -171,7 +175,7 @@ def asks(ids: list[int], max_tokens: int) -> Callable[[Call], None]:
             "the server knows a request by the id that you give it: make one that nobody can guess, with uuid",
         )
 
-    return judge
+    return look
 
 
 def limited(filter: Filter, limit: int) -> Filter:
@@ -228,16 +232,16 @@ def check_07_1(submission: Submission) -> None:
         info = client.model_info()
     right = {"serving": True, "model": info.served_model_name, "context": info.max_context_length}
     with GrpcTap(server.grpc) as tap, grpc.insecure_channel(tap.address) as channel:
-        got, _ = through(tap, submission, "GetModelInfo", lambda: who(channel))
+        got, _ = through(tap, submission, "GetModelInfo", who, channel)
         _same(right, got)
         require(
-            bool(tap.of("Check") or tap.of("HealthCheck")),
+            any(tap.of(method) for method in ("Check", "HealthCheck", "Watch")),
             "a call of health",
             f"only {', '.join(call.method for call in tap.calls)}",
             "whether the engine serves is for health to say",
         )
     with another_server(WarmingUp(info)) as channel:
-        got = submission.run(lambda: who(channel))
+        got = submission.call(who, channel)
         require(
             not (isinstance(got, dict) and got.get("serving")),
             "serving False: the process answers, its engine warms up",
@@ -247,7 +251,7 @@ def check_07_1(submission: Submission) -> None:
         _same(right | {"serving": False}, got)
     with grpc.insecure_channel("127.0.0.1:1") as channel:  # nobody listens on it
         unavailable = "UNAVAILABLE says that nobody answers: catch grpc.RpcError, and return None for this code"
-        got = submission.run(lambda: who(channel), {grpc.RpcError: unavailable})
+        got = submission.call(who, channel, causes={grpc.RpcError: unavailable})
         require(got is None, "None where nobody answers", got, unavailable)
 
     def outcome() -> Any:
@@ -283,48 +287,61 @@ def check_07_2(submission: Submission) -> None:
     with tapped(submission, limited(joined, 80)) as (tap, stub):
         for prompt, max_tokens in (("The capital of France is", 7), (CHAT, 60)):
             given = tokenizer.encode(prompt).ids
-            got, call = through(
-                tap,
-                submission,
-                "Generate",
-                lambda prompt=prompt, limit=max_tokens: ask(stub, tokenizer, prompt, limit),  # type: ignore[misc]
-                asks(given, max_tokens),
-            )
-            messages, ids = messages_of(call), ids_of(call)
-            last = messages[-1].complete
-            right = {
-                "text": tokenizer.decode(ids),
-                "prompt_tokens": len(given),
-                "completion_tokens": len(ids),
-                "finish_reason": last.finish_reason,
-            }
-            require(
-                isinstance(got, dict) and got.keys() == right.keys(), right, got, "return a dict with these four names"
-            )
-            for name, value in right.items():
-                cause = _answer_cause(name, got[name], call, tokenizer)
-                require(got[name] == value, f"{name}: {value!r}", f"{name}: {got[name]!r}", cause)
+            limit = asks(given, max_tokens)
+            got, call = through(tap, submission, "Generate", ask, stub, tokenizer, prompt, max_tokens, asks=limit)
+            _judge_answer(len(given), call, got, tokenizer)
 
 
-def _answer_cause(name: str, got: Any, call: Call, tokenizer: Tokenizer) -> str:
-    """Why a field of the answer may be wrong."""
+def _judge_answer(prompt_tokens: int, call: Call, got: Any, tokenizer: Tokenizer) -> None:
+    """The four fields of an answer."""
     ids, last = ids_of(call), messages_of(call)[-1].complete
     again = [*ids, *last.output_ids]
-    if name == "text":
-        if got == tokenizer.decode(again):
-            return "the last message repeats ids that came in a chunk: take the ids of the chunks only"
-        if got == tokenizer.decode(ids, skip_special_tokens=False):
-            return "special tokens are for the model, not for people: tokenizer.decode leaves them out"
-        return "decode all ids together; a chunk may hold several"
-    if name == "completion_tokens":
-        if got == len(again):
-            return "the last message repeats ids that came in a chunk: count those of the chunks only"
-        if got == last.completion_tokens:
-            return "in a stream this field counts the tokens of its own message: count the ids yourself"
-        return "count token ids: a chunk may hold several"
-    if name == "prompt_tokens":
-        return "as many as the ids that you sent"
-    return 'the last message has it in complete.finish_reason: "length" or "stop"'
+    right = {
+        "text": tokenizer.decode(ids),
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": len(ids),
+        "finish_reason": last.finish_reason,
+    }
+    named = isinstance(got, dict) and got.keys() == right.keys()
+    require(named, right, got, "return a dict with these four names")
+    known: dict[str, tuple[list[tuple[Any, str]], str]] = {
+        "text": (
+            [
+                (
+                    tokenizer.decode(again),
+                    "the last message repeats ids that came in a chunk: take those of the chunks only",
+                ),
+                (
+                    tokenizer.decode(ids, skip_special_tokens=False),
+                    "special tokens are for the model, not for people: tokenizer.decode leaves them out",
+                ),
+                (tokenizer.decode(ids).strip(), "the text was trimmed: a leading space is part of it"),
+            ],
+            "decode all ids together; a chunk may hold several",
+        ),
+        "completion_tokens": (
+            [
+                (len(again), "the last message repeats ids that came in a chunk: count those of the chunks only"),
+                (
+                    last.completion_tokens,
+                    "in a stream this field counts the tokens of its own message: count the ids yourself",
+                ),
+            ],
+            "count token ids: a chunk may hold several",
+        ),
+        "prompt_tokens": ([], "as many as the ids that you sent"),
+        "finish_reason": ([], 'the last message has it in complete.finish_reason: "length" or "stop"'),
+    }
+    for name, value in right.items():
+        mistakes, otherwise = known[name]
+        judge(
+            value,
+            got[name],
+            *((got[name] == wrong, cause) for wrong, cause in mistakes),
+            otherwise=otherwise,
+            expected=f"{name}: {value!r}",
+            shown=f"{name}: {got[name]!r}",
+        )
 
 
 STREAMS = {
@@ -371,21 +388,31 @@ def check_07_3(submission: Submission) -> None:
 
 
 def _judge_text(tokenizer: Tokenizer, ids: list[int], pieces: list[str], what: str) -> None:
-    right, got = tokenizer.decode(ids).rstrip(BROKEN), "".join(pieces)
-    if got == right:
-        return
-    cause = "the pieces together are the text, each character once"
-    if got == tokenizer.decode(ids, skip_special_tokens=False).rstrip(BROKEN):
-        cause = "special tokens such as <|im_end|> are for the model, not for people: leave them out"
-    elif BROKEN in got:
-        cause = "a token may hold only a part of a character: keep its id back until the bytes are whole"
-        if got.rstrip(BROKEN) == right:
-            cause = "what is still broken when the stream ends is left out"
-    elif len(got) > len(right) and right == pieces[-1]:
-        cause = "each piece has all the text so far: yield only what is new"
-    elif len(got) < len(right):
-        cause = "characters are lost: the ids that you keep back are decoded together with the next ones"
-    raise NotYet(f"{right!r} ({what})", f"{got!r}", cause)
+    right = tokenizer.decode(ids).rstrip(BROKEN)
+    judge(
+        right,
+        "".join(pieces),
+        (
+            lambda got, _: got == tokenizer.decode(ids, skip_special_tokens=False).rstrip(BROKEN),
+            "special tokens such as <|im_end|> are for the model, not for people: leave them out",
+        ),
+        (lambda got, right: got.rstrip(BROKEN) == right, "what is still broken when the stream ends is left out"),
+        (
+            lambda got, _: BROKEN in got,
+            "a token may hold only a part of a character: keep its id back until the bytes are whole",
+        ),
+        (
+            lambda got, right: len(got) > len(right) and right == pieces[-1],
+            "each piece has all the text so far: yield only what is new",
+        ),
+        (
+            lambda got, right: len(got) < len(right),
+            "characters are lost: the ids that you keep back are decoded together with the next ones",
+        ),
+        otherwise="the pieces together are the text, each character once",
+        expected=f"{right!r} ({what})",
+        shown=repr("".join(pieces)),
+    )
 
 
 def check_07_4(submission: Submission) -> None:
@@ -403,15 +430,20 @@ def check_07_4(submission: Submission) -> None:
     ids = tokenizer.encode("Say hello: ").ids
     sampling = pb.SamplingParams(temperature=0, max_tokens=60, choice=pb.ChoiceConstraint(choices=[KOREAN]))
     with tapped(submission, limited(hold, 60)) as (tap, stub):
-        pieces: list[str] = []
 
-        def read() -> None:
+        def read(ids: list[int], sampling: pb.SamplingParams) -> list[str]:
+            pieces: list[str] = []
             for piece in stream_text(stub, tokenizer, ids, sampling):
+                if not isinstance(piece, str):
+                    raise NotYet("pieces of text", piece, "yield strings: step() gives None where no text is whole yet")
                 pieces.append(piece)
                 if piece:
                     first_read.set()
+            return pieces
 
-        _, call = through(tap, submission, "Generate", read, asks(ids, sampling.max_tokens))
+        generator: Causes = {TypeError: "write a generator: it yields pieces of text"}
+        asked = asks(ids, sampling.max_tokens)
+        pieces, call = through(tap, submission, "Generate", read, ids, sampling, asks=asked, causes=generator)
         request = pb.GenerateRequest.FromString(call.requests[0])
         require(
             request.stream,
@@ -436,32 +468,46 @@ def check_07_4(submission: Submission) -> None:
             "the first character only after the last token",
             "everything is gathered before it goes out: yield inside the loop over the call",
         )
-        first_read.set()
+        # An answer whose last id is text: the last message has it once more.
+        short = pb.SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
+        pieces, second = through(tap, submission, "Generate", read, ids, short, asks=asks(ids, 7))
+        right, got = tokenizer.decode(ids_of(second)).rstrip(BROKEN), "".join(pieces)
+        twice = "the last message repeats ids that came in a chunk: take those of the chunks only"
+        require(not (got != right and got.startswith(right)), repr(right), repr(got), twice)
+        _judge_text(tokenizer, ids_of(second), pieces, "an answer that its limit ends")
 
         def leave() -> None:
-            long = pb.SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-            pieces = stream_text(stub, tokenizer, ids, long)
+            pieces = stream_text(
+                stub, tokenizer, ids, pb.SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+            )
             next(pieces)
             pieces.close()
 
-        _, second = through(tap, submission, "Generate", leave, asks(ids, 400))
-        second.done.wait(3)
+        _, third = through(tap, submission, "Generate", leave, asks=asks(ids, 400))
+        third.done.wait(3)
         require(
-            second.left is not None,
+            third.left is not None,
             "the call cancelled when the reader leaves after one piece",
-            f"{len(second.responses)} messages, and the engine goes on for nobody",
+            f"{len(third.responses)} messages, and the engine goes on for nobody",
             "let the call end with your generator: no list of it, no thread; call.cancel() in a finally makes it sure",
         )
-        _own_ids(call, second)
+        _own_ids(call, third)
 
 
-def _own_ids(call: Call, other: Call) -> None:
+UNLIKE = 10
+"""In so many places, at least, ids differ that nobody can guess; those of a counter or a clock in fewer."""
+
+
+def _own_ids(call: Call, other: Call, secret: bool = False) -> None:
     first, second = (pb.GenerateRequest.FromString(each.requests[0]).request_id for each in (call, other))
-    require(
-        first != second,
-        "a request_id of its own for each request",
-        f"{first!r} twice",
-        "make a new one for each call, such as str(uuid.uuid4())",
+    unlike = sum(a != b for a, b in zip_longest(first, second))
+    judge(
+        True,
+        first != second and (not secret or unlike >= UNLIKE),
+        (first == second, "make a new one for each call, such as str(uuid.uuid4())"),
+        otherwise="whoever sees one of these ids can guess the next, and abort it: str(uuid.uuid4()) is random",
+        expected="a request_id of its own for each request" + (", that nobody can guess" if secret else ""),
+        shown=f"{first!r} and {second!r}",
     )
 
 
@@ -482,13 +528,8 @@ def check_07_5(submission: Submission) -> None:
             sizes.clear()
             aborts = len(tap.of("Abort"))
             sampling = pb.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-            got, call = through(
-                tap,
-                submission,
-                "Generate",
-                lambda sampling=sampling: read_until(stub, ids, sampling, enough),  # type: ignore[misc]
-                asks(ids, max_tokens),
-            )
+            limit = asks(ids, max_tokens)
+            got, call = through(tap, submission, "Generate", read_until, stub, ids, sampling, enough, asks=limit)
             calls.append(call)
             if wanted < max_tokens:
                 require(
@@ -501,23 +542,32 @@ def check_07_5(submission: Submission) -> None:
             else:
                 idle = len(tap.of("Abort")) == aborts
                 require(idle, "no Abort: it was never enough", "an Abort", "abort only if it is enough")
-            came, reason = ids_of(call), messages_of(call)[-1].complete.finish_reason
-            right = (came, reason)
-            cause = "return the ids, and finish_reason from complete"
-            if isinstance(got, tuple | list) and len(got) == 2:
-                if list(got[0]) == [*came, *messages_of(call)[-1].complete.output_ids]:
-                    cause = "the last message repeats ids that came in a chunk: take those of the chunks only"
-                elif list(got[0]) == came[: len(got[0])] and len(got[0]) < len(came):
-                    cause = READ_ON
-                elif got[1] != reason:
-                    cause = "the server says why it ended, in complete.finish_reason of the last message"
-                got = (list(got[0]), got[1])
-            require(got == right, right, got, cause)
-        _own_ids(*calls)
-        deadline = time.monotonic() + 5
-        while (running := outside.load().num_running_reqs) > before and time.monotonic() < deadline:
-            time.sleep(0.05)
+            _judge_ids(call, got)
+        first, second = calls
+        _own_ids(first, second, secret=True)
+        wait_until(lambda: outside.load().num_running_reqs <= before, 5)
+        running = outside.load().num_running_reqs
         require(running <= before, "an engine at rest", f"{running} requests running", "something still generates")
+
+
+def _judge_ids(call: Call, got: Any) -> None:
+    came, last = ids_of(call), messages_of(call)[-1].complete
+    judge(
+        (came, last.finish_reason),
+        tuple(got) if isinstance(got, list) else got,
+        (not isinstance(got, tuple | list) or len(got) != 2, "return two things: the ids, and the finish reason"),
+        (
+            lambda got, _: list(got[0]) == [*came, *last.output_ids],
+            "the last message repeats ids that came in a chunk: take those of the chunks only",
+        ),
+        (lambda got, _: list(got[0]) == came[: len(got[0])] and len(got[0]) < len(came), READ_ON),
+        (
+            lambda got, right: got[1] != right[1],
+            "the server says why it ended, in complete.finish_reason of the last message",
+        ),
+        otherwise="return the ids, and finish_reason from complete",
+        fits=lambda got, right: (list(got[0]), got[1]) == right,
+    )
 
 
 def _judge_abort(tap: GrpcTap, call: Call) -> None:
@@ -594,19 +644,17 @@ def check_07_6(submission: Submission) -> None:
             if number % 2 and not message.outputs[0].HasField("finish_info"):
                 held = message
                 continue
-            if number == 4 and _soon(lambda: bool(shown)):
+            if number == 4 and wait_until(lambda: bool(shown), 3):
                 early.set()
             yield message.SerializeToString()
 
     with text_tap(submission, merged) as (tap, stub):
         for prompt, max_tokens in (("The capital of France is", 7), (CHAT, 60)):
             shown.clear()
+            limit = asks_text(prompt, max_tokens)
+            show = shown.append
             got, call = through(
-                tap,
-                submission,
-                "GenerateStream",
-                lambda prompt=prompt, limit=max_tokens: stream_answer(stub, prompt, limit, shown.append),  # type: ignore[misc]
-                asks_text(prompt, max_tokens),
+                tap, submission, "GenerateStream", stream_answer, stub, prompt, max_tokens, show, asks=limit
             )
             first, *rest = [text_pb.GenerateResponse.FromString(message) for message in call.responses]
             outputs = [output for message in rest for output in message.outputs]
@@ -616,12 +664,15 @@ def check_07_6(submission: Submission) -> None:
                 "finish_reason": REASONS[outputs[-1].finish_info.finish_reason],
             }
             text = "".join(output.text for output in outputs)
-            pieces = "".join(piece for piece in shown if isinstance(piece, str))
-            new_only = "each message has only what is new: hand its text on as it is, once"
-            require(pieces == text, f"{text!r} shown", f"{pieces!r} shown", new_only)
-            require(
-                isinstance(got, dict) and got.keys() == right.keys(), right, got, "return a dict with these three names"
+            judge(
+                text,
+                "".join(piece for piece in shown if isinstance(piece, str)),
+                (not shown, "nothing was shown: call show with each piece"),
+                otherwise="each message has only what is new: hand its text on as it is, once",
+                expected=f"{text!r} shown",
             )
+            named = isinstance(got, dict) and got.keys() == right.keys()
+            require(named, right, got, "return a dict with these three names")
             causes = {
                 "prompt_tokens": "the first message, which comes before any text, has it in prompt_info",
                 "completion_tokens": "num_tokens counts the tokens of its own message, and a message may have several: "
@@ -639,13 +690,6 @@ def check_07_6(submission: Submission) -> None:
     )
 
 
-def _soon(happened: Callable[[], bool], seconds: float = 3) -> bool:
-    deadline = time.monotonic() + seconds
-    while not happened() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return happened()
-
-
 def check_07_7(submission: Submission) -> None:
     """Labels that the model would never write by itself, and a deadline."""
     classify = submission.function("classify")
@@ -654,13 +698,8 @@ def check_07_7(submission: Submission) -> None:
             ("Is 'wonderful' praise or blame? It is ", ["praise", "blame"]),
             ("The capital of France is", ["zinc-40", "칭찬", "x y z"]),
         ):
-            got, call = through(
-                tap,
-                submission,
-                "Generate",
-                lambda prompt=prompt, labels=labels: classify(stub, prompt, labels),  # type: ignore[misc]
-                asks_text(prompt),
-            )
+            free = asks_text(prompt)
+            got, call = through(tap, submission, "Generate", classify, stub, prompt, labels, asks=free)
             decoding = text_pb.GenerateRequest.FromString(call.requests[0]).decoding
             require(
                 list(decoding.choice.choices) == labels,
@@ -669,7 +708,12 @@ def check_07_7(submission: Submission) -> None:
                 "the server is to allow nothing else: decoding=text_pb.Decoding(choice=text_pb.Choice(choices=…))",
             )
             text = text_pb.GenerateResponse.FromString(call.responses[0]).outputs[0].text
-            require(got == text, repr(text), got, "return the text of the first output, as it is: a label, whole")
+            judge(
+                text,
+                got,
+                (isinstance(got, int), "return the label itself, not its place"),
+                otherwise="return the text of the first output, as it is: a label, whole",
+            )
             require(
                 call.timeout is not None and call.timeout < 31,  # on the wire it is rounded up
                 "a deadline of at most 30 seconds",

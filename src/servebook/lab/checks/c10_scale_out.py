@@ -12,12 +12,13 @@ from urllib.parse import parse_qs, urlsplit
 import requests
 
 from servebook.errors import ServebookError
-from servebook.lab.feedback import require
+from servebook.lab.feedback import judge, require
 from servebook.lab.rest import accepted, key_of, sends, through
 from servebook.lab.submission import Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import events_of, streamed_text
 from servebook.launch import Server
+from servebook.launch.processes import wait_until
 from servebook.ways.metrics import metric
 from servebook.ways.scale_out.client import RouterClient
 
@@ -59,11 +60,8 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None
     Raises:
         ServebookError: it did not come; `what` says which.
     """
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise ServebookError(f"The check waited {seconds:.0f} s for {what}.", "See `servebook status`.")
-        time.sleep(0.02)
+    if not wait_until(condition, seconds):
+        raise ServebookError(f"The check waited {seconds:.0f} s for {what}.", "See `servebook status`.")
 
 
 def check_10_1(submission: Submission) -> None:
@@ -94,32 +92,41 @@ def check_10_1(submission: Submission) -> None:
         called.clear()
         before = {replica: metric(replica, FINISHED) for replica in replicas}
         ask = asks(counts)
-        got = submission.run(lambda ask=ask: spread(replicas, ask), busy=lambda: called == [False])  # type: ignore[misc]
+        got = submission.call(spread, replicas, ask, busy=lambda: called == [False])
         require(
             len(called) == 1,
             "one call of work()",
             f"{len(called)} calls",
             "the requests are made by work(): call it once, between the two looks",
         )
-        right = dict(zip(replicas, counts, strict=True))
-        require(
-            isinstance(got, dict)
-            and got.keys() == right.keys()
-            and all(isinstance(number, int | float) for number in got.values()),
-            right,
-            got,
+        _judge_spread(dict(zip(replicas, counts, strict=True)), got, before)
+
+
+def _judge_spread(right: dict[str, int], got: Any, before: dict[str, float]) -> None:
+    judge(
+        right,
+        got,
+        (
+            lambda got, right: got.keys() != right.keys() or any(isinstance(each, str) for each in got.values()),
             "return a dict: each replica's URL, and its number",
-        )
-        cause = "the difference of two looks at each replica, before and after work()"
-        if got == {replica: before[replica] + right[replica] for replica in replicas}:
-            cause = "that is everything since the replica started: take off what it had before"
-        elif not any(got.values()):
-            cause = "nothing moved: look once before and once after work(), at the replicas and not at the router"
-        elif len(set(got.values())) == 1:
-            cause = "each replica has a page of its own: do not add them up"
-        elif sum(got.values()) < sum(counts):
-            cause = "a request that ended by itself is finished as well: add up all finished_reason"
-        require(got == right, right, got, cause)
+        ),
+        (not isinstance(got, dict), "return a dict: each replica's URL, and its number"),
+        (
+            lambda got, right: got == {replica: before[replica] + right[replica] for replica in right},
+            "that is everything since the replica started: take off what it had before",
+        ),
+        (lambda got, right: got == {replica: -count for replica, count in right.items()}, "later minus earlier"),
+        (
+            lambda got, _: not any(got.values()),
+            "nothing moved: look once before and once after work(), at the replicas and not at the router",
+        ),
+        (lambda got, _: len(set(got.values())) == 1, "each replica has a page of its own: do not add them up"),
+        (
+            lambda got, right: sum(got.values()) < sum(right.values()),
+            "a request that ended by itself is finished as well: add up all finished_reason",
+        ),
+        otherwise="the difference of two looks at each replica, before and after work()",
+    )
 
 
 def check_10_2(submission: Submission) -> None:
@@ -151,29 +158,39 @@ def check_10_2(submission: Submission) -> None:
 
         with Tap(router.url, fate, {"ignore_eos": True}) as tap:
             if not fates and not params:
-                return through(tap, submission, lambda: whole_text(tap.url, dict(body), TRIES))
+                return through(tap, submission, whole_text, tap.url, dict(body), TRIES)
             return submission.run(outcome, busy=tap.busy), tap.exchanges
 
     text, (exchange, *more) = run([])
     sends(exchange, {"stream": "what is to be a stream has to be asked for: stream is true"}, **body, stream=True)
-    cause = "join the text of all events"
-    require(text == streamed_text(exchange), streamed_text(exchange), text, cause)
+    judge(
+        streamed_text(exchange),
+        text,
+        (text is None, "the function returns nothing: `return` is missing"),
+        (lambda got, right: got.strip() == right.strip(), "the text was trimmed: a leading space is part of it"),
+        otherwise="join the text of all events",
+    )
     require(not more, "one request, as nothing went wrong", f"{1 + len(more)} requests", "the answer was whole: stop")
 
+    anew = "half a stream is no answer: ask again from the start"
+    ends = {"broken": anew, "ended": "a stream is whole when data: [DONE] has come; its mere end says nothing"}
     for how, seen in (("broken", "the connection broke"), ("ended", "no data: [DONE] came")):
         text, made = run([how])
         half, right = streamed_text(made[0]), streamed_text(made[-1])
-        expected = f"a second request after {seen}, and its text: {right!r}"
-        require(not isinstance(text, Exception), expected, text, "half a stream is no answer: ask again from the start")
-        cause = "return the text of the stream that was whole"
-        if len(made) == 1:
-            cause = {
-                "broken": "half a stream is no answer: ask again from the start",
-                "ended": "a stream is whole when data: [DONE] has come; its mere end says nothing",
-            }[how]
-        elif isinstance(text, str) and text.endswith(right) and text.startswith(half[:4]) and text != right:
-            cause = "the first words are there twice: begin each try with an empty text"
-        require(len(made) == 2 and text == right, expected, text, cause)
+        judge(
+            (2, right),
+            (len(made), text),
+            (isinstance(text, Exception), anew),
+            (len(made) == 1, ends[how]),
+            (len(made) > 2, "the second stream was whole: stop there"),
+            (
+                isinstance(text, str) and text != right and text.endswith(right) and text.startswith(half[:4]),
+                "the first words are there twice: begin each try with an empty text",
+            ),
+            otherwise="return the text of the stream that was whole",
+            expected=f"a second request after {seen}, and its text: {right!r}",
+            shown=text,
+        )
 
     text, made = run(["broken"] * 2 * TRIES)
     require(

@@ -1,49 +1,156 @@
-"""Grading leaves nothing running: what a submission has started ends with it."""
+"""Grading with nbgrader: each submission is confined, judged from outside, and leaves nothing running.
+
+The kernel of a submission runs the learner's cells and nothing that decides on points: where a check stands, a judge in
+a process of its own asks the kernel, and its verdict becomes the cell's output.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
+import tempfile
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import nbformat
+from nbclient.exceptions import DeadKernelError
 from nbconvert.preprocessors import ClearMetadataPreprocessor
+from nbformat.v4 import new_output
 from nbgrader.preprocessors import (
     AssignLatePenalties,
     CheckCellMetadata,
+    ClearOutput,
+    DeduplicateIds,
     Execute,
     IgnorePattern,
     LimitOutput,
+    NbGraderPreprocessor,
+    OverwriteCells,
+    OverwriteKernelspec,
     SaveAutoGrades,
 )
 
+from servebook.checkout import ROOT
+from servebook.lab.feedback import Result
+from servebook.lab.handout import confine
+from servebook.lab.handout.remarks import forget_remarks, remark
+from servebook.lab.judge.process import JudgeProcess
 from servebook.launch.processes import end
 
 MARK = "NBGRADER_SUBMISSION"
 """In the environment of a submission's kernel, and so of whatever descends from it: a word of this run alone."""
 GRACE_SECONDS = 25.0
 """More than a supervisor takes to end its server in order."""
+CHECK = re.compile(r'check\("(\d\d\.\d)"\)')
+
+
+class MendStructure(NbGraderPreprocessor):  # type: ignore[misc]
+    """Puts back what a notebook has lost: cells that its exercises build on, and the marks of answers and checks."""
+
+    def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
+        forget_remarks(resources)
+        stem = resources["nbgrader"]["notebook"]
+        released = ROOT / "labs" / stem / f"{stem}.ipynb"
+        if released.is_file():
+            place = 0
+            for cell in nbformat.read(released, as_version=4).cells:
+                found = next((number for number, each in enumerate(nb.cells) if same_cell(each, cell)), None)
+                if found is not None:
+                    place = found + 1
+                    if "nbgrader" in cell.metadata and "nbgrader" not in nb.cells[found].metadata:
+                        nb.cells[found].metadata["nbgrader"] = cell.metadata["nbgrader"]
+                        nb.cells[found]["id"] = cell.id
+                        remark(resources, f"the cell {cell.id} had lost its metadata, and was given them back")
+                elif cell.cell_type == "code":
+                    nb.cells.insert(place, cell)
+                    place += 1
+                    remark(resources, f"the cell {cell.id} was missing, and was put back as it was handed out")
+        return nb, resources
+
+
+def same_cell(submitted: Any, released: Any) -> bool:
+    """Whether that is the cell, by its id, by nbgrader's mark, or by the check in it; some programs lose ids."""
+    if submitted.cell_type != released.cell_type:
+        return False
+    mark = released.metadata.get("nbgrader", {}).get("grade_id")
+    if submitted.get("id") == released.id or (mark and submitted.metadata.get("nbgrader", {}).get("grade_id") == mark):
+        return True
+    kept = released.id in ("parameters", "setup") or CHECK.fullmatch(released.source)
+    return bool(kept and submitted.source.strip() == released.source.strip())
 
 
 class ExecuteAndEnd(Execute):  # type: ignore[misc]
-    """Runs a submission as nbgrader does, then ends its processes: the kernel's end spares those of another session."""
+    """Runs a submission as nbgrader does, but for the checks; then ends its processes, of any session."""
 
     def preprocess(self, nb: Any, resources: Any = None, km: Any = None) -> tuple[Any, Any]:
         self.mark = uuid4().hex
+        self.folder = Path(resources["metadata"]["path"]).resolve()
+        self.scratch = confine.scratch_folder()
+        self.environment = {MARK: self.mark, "SPT_NOENV": "1", "TMPDIR": str(self.scratch)}
+        # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
+        self.allowed = None
+        if confine.possible():
+            self.allowed = confine.folders(self.folder, Path.cwd(), self.scratch)
+        else:
+            self.log.warning("This machine has no Landlock: submissions can read all that you can, solutions too")
+        told = {confine.TOLD: json.dumps(self.allowed)} if self.allowed else {}
+        self.judge = JudgeProcess(self.environment | told)
         try:
+            tempfile.tempdir = str(self.scratch)  # for the file that tells the kernel its sockets
             executed: tuple[Any, Any] = super().preprocess(nb, resources, km)
             return executed
+        except DeadKernelError:
+            remark(resources, "not graded: the submission's kernel died")
+            raise
         finally:
+            tempfile.tempdir = None
+            self.judge.end()
             for command in end(f"{MARK}={self.mark}", GRACE_SECONDS):
                 self.log.info("Ended what the submission had started: %s", command)
+            shutil.rmtree(self.scratch.parent, ignore_errors=True)
 
     def setup_kernel(self, **kwargs: Any) -> AbstractContextManager[None]:
-        # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
-        environment = os.environ | {MARK: self.mark, "SPT_NOENV": "1"}
-        kernel: AbstractContextManager[None] = super().setup_kernel(env=environment, **kwargs)
+        if self.allowed:
+            kwargs["preexec_fn"] = partial(confine.confine, self.allowed)
+        kernel: AbstractContextManager[None] = super().setup_kernel(env=os.environ | self.environment, **kwargs)
         return kernel
 
+    def preprocess_cell(self, cell: Any, resources: Any, index: int) -> tuple[Any, Any]:
+        check = CHECK.fullmatch(cell.source.strip())
+        if cell.cell_type != "code" or not check or not cell.metadata.get("nbgrader", {}).get("grade"):
+            executed: tuple[Any, Any] = super().preprocess_cell(cell, resources, index)
+            return executed
+        result = self._judged(check[1], cell, resources, index)
+        if result.state == "stuck":
+            remark(resources, f"the check of {check[1]} could not run: {result.got.partition(chr(10))[0]}")
+        text = result.render()
+        cell.outputs = [
+            new_output("stream", name="stdout", text=text)
+            if result.passed
+            else new_output("error", ename="NotPassed", evalue=text, traceback=[f"NotPassed: {text}"])
+        ]
+        return cell, resources
 
+    def _judged(self, exercise_id: str, cell: Any, resources: Any, index: int) -> Result:
+        """Let the judge ask the kernel."""
+        address = self.scratch / uuid4().hex[:8]
+        self.judge.ask(exercise_id, self.folder, address)
+        source = cell.source
+        cell.source = f"from servebook.lab.judge.learner import serve as _serve; _serve({str(address)!r})"
+        try:
+            super().preprocess_cell(cell, resources, index)
+        finally:
+            cell.source = source
+        return self.judge.verdict(exercise_id)
+
+
+SANITIZE_STEPS = [MendStructure, ClearOutput, DeduplicateIds, OverwriteKernelspec, OverwriteCells, CheckCellMetadata]
+"""For `Autograde.sanitize_preprocessors`: nbgrader's own, after ours."""
 STEPS = [
     ExecuteAndEnd,
     IgnorePattern,

@@ -43,7 +43,7 @@ def write_bundle(target: Path, root: Path = ROOT) -> None:
     write_labs(target / "labs", root)
     clean_notebooks(target / "notebooks")
     for path in target.glob("*.md"):
-        path.write_text(without_dead_links(path.read_text(), target))
+        path.write_text(without_dead_links(path.read_text(encoding="utf-8"), target))
 
 
 def copy_tracked(root: Path, names: Iterable[str], target: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +14,13 @@ from servebook.lab.learner_server.run import OwnServer
 from servebook.lab.rest import had_room, key_of
 from servebook.lab.submission import Submission
 from servebook.lab.taps.http import Exchange, Tap
-from servebook.lab.taps.sse import events_of
+from servebook.lab.taps.sse import content_of, events_of
 from servebook.launch import Server
+from servebook.launch.processes import wait_until
 
 LAST_ERROR = re.compile(r"^(\w+(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*)$", re.M)
+NEVER_AWAITED = re.compile(r"coroutine '(?:\w+\.)*(\w+)' was never awaited")
+GATHERED = "everything is gathered before it goes out: send inside the loop over the engine's stream"
 
 
 @contextmanager
@@ -31,11 +33,8 @@ def own_server(submission: Submission, file: str, tap: Tap, vllm: Server, timeou
         NotYet: there is no such file, it does not start, or the block raised NotYet, which then has the
             server's last error too.
     """
-    if not Path(file).is_file():
-        raise NotYet(f"the file {file}", "none", "run the cell that writes it (its first line is %%writefile)")
-    if blank(submission) in Path(file).read_text(encoding="utf-8"):
-        raise StillOpen
-    server = OwnServer(file, tap.url, key_of(vllm), vllm.model, timeout)
+    answer = written(submission, file)
+    server = OwnServer(answer, tap.url, key_of(vllm), vllm.model, timeout)
     try:
         with server:
             try:
@@ -43,37 +42,59 @@ def own_server(submission: Submission, file: str, tap: Tap, vllm: Server, timeou
             except NotYet as fault:
                 for exchange in tap.exchanges:
                     had_room(exchange)
-                if error := last_error(server.said()):
-                    raise NotYet(fault.expected, f"{fault.got}\nand in {file}: {error}", fault.cause) from None
-                raise
+                output = server.last_words()
+                cause = fault.cause
+                if forgotten := NEVER_AWAITED.search(output):
+                    cause = f"{forgotten[1]}() was called without await: it returns a coroutine, and does nothing yet"
+                error = last_error(output)
+                raise NotYet(
+                    fault.expected, f"{fault.got}\nand in {file}: {error}" if error else fault.got, cause
+                ) from None
     except LaunchError as error:
         cause = "the file has an error: read the last line"
+        if "waits" in str(error):
+            cause = "importing the file never ends: it must only define app or Servicer, the check runs it"
         raise NotYet(f"{file} that starts", last_error(str(error)) or str(error), cause) from None
+
+
+def written(submission: Submission, file: str) -> Path:
+    """The file that an answer cell writes.
+
+    Raises:
+        NotYet: there is none.
+        StillOpen: it has the blank.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise NotYet(f"the file {file}", "none", "run the cell that writes it (its first line is %%writefile)")
+    if f'raise NotImplementedError("{submission.exercise.id}")' in path.read_text(encoding="utf-8"):
+        raise StillOpen
+    return path
 
 
 class StreamWatch:
     """Holds the engine's streams back to see what a learner's server does with them; `hold` is for a `Tap`.
 
-    The first stream waits at its fourth event until its reader has `first_read` something: it is `early` if that was
-    before the end. A stream after `leaving` waits at its tenth event for the server to let go.
+    The first stream waits at its fourth text until its reader has `first_read` something: it is `early` if that was
+    before the end; then `beside` may do something while it waits. A stream after `leaving` waits at its tenth text
+    for the server to let go.
     """
 
     def __init__(self) -> None:
         self.first_read, self.early, self.leaving = threading.Event(), threading.Event(), threading.Event()
+        self.go_on = threading.Event()
+        self.go_on.set()
 
     def hold(self, chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
-        for number, event in enumerate(events_of(chunks)):
-            if number == 3 and not self.leaving.is_set() and self.first_read.wait(5):
+        first = not self.early.is_set() and not self.leaving.is_set()
+        number = 0
+        for event in events_of(chunks):
+            if number == 3 and first and self.first_read.wait(5):
                 self.early.set()
-            deadline = time.monotonic() + 5
-            while number == 10 and self.leaving.is_set() and not exchange.client_gone() and time.monotonic() < deadline:
-                time.sleep(0.02)
+                self.go_on.wait(8)
+            wait_until(lambda: exchange.client_gone(), 5 if number == 10 and self.leaving.is_set() else 0)
+            number += bool(content_of(event))
             yield event
-
-
-def blank(submission: Submission) -> str:
-    """The line that stands where nothing was written yet."""
-    return f'raise NotImplementedError("{submission.exercise.id}")'
 
 
 def last_error(output: str) -> str:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import socket
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
+from servebook.errors import LaunchError
 from servebook.launch.child import Child, run_child
-from servebook.launch.processes import free_port
+from servebook.launch.processes import free_port, wait_until
+
+IDLE_SECONDS = 4.0
+"""How long it may wait, neither computing nor listening, before it is said never to start."""
 
 
 class OwnServer:
@@ -28,9 +33,10 @@ class OwnServer:
         self.env = {"ENGINE_URL": engine_url, "ENGINE_KEY": key, "ENGINE_MODEL": model, "ENGINE_TIMEOUT": str(timeout)}
         self.address, self.url = f"127.0.0.1:{self.port}", f"http://127.0.0.1:{self.port}"
         self.ending = ExitStack()
+        self.spent, self.looked, self.busy_at = 0, 0.0, 0.0
 
     def __enter__(self) -> OwnServer:
-        command = [sys.executable, "-m", "servebook.lab.learner_server", str(self.file), str(self.port)]
+        command = [sys.executable, "-P", "-m", "servebook.lab.learner_server", str(self.file), str(self.port)]
         # Learners' code may ignore SIGTERM, and has nothing to save: no grace.
         running = run_child(command, self._listens, name=self.file.name, env=self.env, grace=0)
         self.child = self.ending.enter_context(running)
@@ -41,12 +47,38 @@ class OwnServer:
     ) -> None:
         self.ending.close()
 
-    def _listens(self, _: Child) -> bool:
+    def _listens(self, child: Child) -> bool:
+        self.child = child
         try:
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         except OSError:
+            if not self.working():
+                said = child.said()[-1500:]
+                raise LaunchError(f"{self.file.name} waits, and does not start to listen. It said:\n{said}") from None
             return False
         return True
+
+    def working(self) -> bool:
+        """Whether the server has computed anything, or waited for a core, within the last IDLE_SECONDS."""
+        now = time.monotonic()
+        with suppress(OSError):
+            accounts = Path(f"/proc/{self.child.process.pid}/task").glob("*/schedstat")
+            spent = sum(int(number) for each in accounts for number in each.read_text(encoding="utf-8").split()[:2])
+            if not self.looked or spent - self.spent > 2e7 * max(1, now - self.looked):  # beyond a beat now and then
+                self.busy_at = now
+            self.spent, self.looked = spent, now
+        return now < self.busy_at + IDLE_SECONDS
+
+    def last_words(self) -> str:
+        """What it has printed, once no more comes: a server answers first, and writes its traceback then."""
+        before = [""]
+
+        def still() -> bool:
+            before[:] = [*before[-1:], self.said()]
+            return before[0] == before[1] != ""
+
+        wait_until(still, 2, every=0.3)
+        return before[-1]
 
     def said(self) -> str:
         """Everything that the server has printed so far."""

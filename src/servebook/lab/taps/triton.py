@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor
 
-from servebook.lab.taps.grpc import Call, GrpcTap
+from servebook.lab.taps.grpc import Call, Filter, GrpcTap
 
 
 @dataclass
@@ -53,12 +52,15 @@ Watcher = Callable[[Any, Stream], None]
 class TritonTap(GrpcTap):
     """Relays to the Triton at `target` ("host:port") while the `with` block lasts.
 
+    `alter` is for every call that is no stream.
+
     Attributes:
         streams: every stream so far.
     """
 
-    def __init__(self, target: str, watcher: Watcher | None = None) -> None:
+    def __init__(self, target: str, watcher: Watcher | None = None, alter: Filter | None = None) -> None:
         super().__init__(target, self._responses)
+        self._alter = alter or (lambda messages, _: messages)
         self.streams: list[Stream] = []
         self._watcher = watcher or (lambda response, stream: None)
 
@@ -71,7 +73,7 @@ class TritonTap(GrpcTap):
 
     def _responses(self, messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
         if call.method != "ModelStreamInfer":
-            yield from messages
+            yield from self._alter(messages, call)
             return
         self.streams.append(stream := Stream(call))
         for message in messages:
@@ -79,13 +81,3 @@ class TritonTap(GrpcTap):
             self._watcher(response, stream)
             stream.responses.append(response)
             yield message
-
-
-def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
-    """Whether `holds` becomes true in time."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
