@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-FLOOR = 1250
-"""How many tests pass at least, of about 1,290; raise it as they grow."""
+FLOOR = 1950
+"""How many tests pass at least, of about 2,050; raise it as they grow."""
 
 
 def shortfall(config: pytest.Config) -> str:

@@ -365,6 +365,7 @@ def test_ready_with_tls_and_with_mutual_tls(certificates: Certificates, settings
 def test_tls_files_that_cannot_be_used(certificates: Certificates, tmp_path: Path) -> None:
     nonsense = tmp_path / "nonsense.pem"
     nonsense.write_text("no certificate")
+    nonsense.chmod(0o600)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"tls_cert": certificates.server_cert}, "go together"),
         ({"tls_cert": certificates.server_cert, "tls_key": certificates.client_key}, "mismatch"),

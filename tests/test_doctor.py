@@ -95,7 +95,7 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_cpu({"avx2"}, 2, False, quota=2), "OK", "2 cores"),
         (doctor.check_files(1024), "OK", "1024"),
         (doctor.check_files(64), "FAIL", "ulimit -n"),
-        (doctor.check_place(Path("/home/ada/servebook/.venv"), [Path("/tmp")]), "OK", "ada"),
+        (doctor.check_place(Path("/home/ada/servebook/.venv"), [Path("/tmp")]), "OK", "names"),
         (doctor.check_place(Path("/home/a:b/.venv"), []), "WARN", "colon"),
         (doctor.check_place(Path("/home/ada/.venv"), [Path("/home/josé-서울")]), "WARN", "ASCII"),
         (doctor.check_rust_front(Path("/cache/vllm-rs")), "OK", "/cache/vllm-rs"),

@@ -201,15 +201,15 @@ on two cores that were busy with other work:
 | 16 | 1.9 | 127 | 201 | 0.63 |
 | 32 | 3.2 | 89 | 179 | 0.50 |
 
-(Of the 89, 36 are a request's: answers of 48 tokens. With the 20 tokens a second that each of 25 streams has on two
-cores nothing merges: they are 50 ms apart.)
+(Of the 89, 36 are a request's: answers of 48 tokens.) The more time tokens take, the less there is to merge: at 60 a
+second for each stream, 32 callers had 1.1 tokens a message and 1.08 of SSE's CPU, 64 had 1.9 and 0.80.
 
 Triton's hop took, on cores that it shares with the engine, 7 % of the tokens per second at 8 streams and 14 % at 32, as
 long as every token had a response of its own: that is what the run of 2026-11-22 has. Up to four tokens in a response
 brought 0.97 [0.94, 0.99] of SSE's tokens per second at 8 streams and 0.96 [0.94, 0.99] at 32, for an ITL, which is
-taken between messages, four times as long; and on an H200, whose tokens are 5 ms apart, ITL became 3.8 times SSE's for
-nothing. Since then the backend spends 4 % of the cores on responses where the model runs on them too, and a stream
-waits for 0.1 s at most; beside a GPU none waits.
+taken between messages, four times as long; and on an H200, whose tokens are 5 ms apart, ITL became 3.8 times SSE's.
+Since then the backend spends 4 % of the cores on responses where the model runs on them too, and a stream waits for
+0.1 s at most; beside a GPU none waits. What that gives was not measured yet, neither on a GPU nor on quiet cores.
 
 That run had the model in a process beside EngineCore, vLLM's default on a CPU, which EngineCore polls; so each block
 began after a pause of 1.2 s. Since then the model runs in EngineCore, and there is nothing to wait for.

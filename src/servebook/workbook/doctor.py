@@ -381,7 +381,7 @@ def check_place(environment: Path, folders: Iterable[Path]) -> Finding:
             f"Triton takes no other letters than ASCII's: {', '.join(other)} (chapters 03, 08)",
             "Move the clone, or set SERVEBOOK_STATE_DIR and SERVEBOOK_CACHE_DIR.",
         )
-    return Finding("OK", "place", str(environment))
+    return Finding("OK", "place", "its folders have names that every part takes")
 
 
 def check_browser(path: str | None) -> Finding:

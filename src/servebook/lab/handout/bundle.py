@@ -18,8 +18,9 @@ from servebook.lab.handout.blanks import drop_instructor_cells, require_solution
 BUNDLE = (
     *("README.md", "BENCHMARKS.md", "LICENSE", "Makefile", "pyproject.toml", "environment.yml"),
     *("requirements", "scripts", "shims", "src", "protos", "triton", "kubernetes", "jupyter", "notebooks"),
+    "docs/images",
 )
-"""What a student's machine needs; tests hold answers, `docs` is the instructor's, and labs are made anew."""
+"""What a student's machine needs: tests hold answers, most of `docs` is the instructor's, and labs are made anew."""
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#]+)[^)]*\)")
 """A relative link in Markdown: its words, and the file. Not a picture."""
 

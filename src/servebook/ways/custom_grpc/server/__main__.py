@@ -51,7 +51,7 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--grpc-port", type=int, default=50051)
     parser.add_argument("--metrics-port", type=int, default=9051, help="Prometheus, plain HTTP, on 127.0.0.1 only")
-    parser.add_argument("--max-calls", type=int, default=512, help="open calls; more get RESOURCE_EXHAUSTED")
+    parser.add_argument("--max-calls", type=int, default=512, help="open calls of a front; more get RESOURCE_EXHAUSTED")
     parser.add_argument("--fronts", type=int, default=1, help="processes that share the port and the engine")
     parser.add_argument("--grace", type=float, default=8.0, help="seconds that open calls have after SIGTERM")
     parser.add_argument("--tls-cert", type=Path, help="PEM; clients must then use TLS")

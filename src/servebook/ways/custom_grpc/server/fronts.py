@@ -13,6 +13,7 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -87,6 +88,7 @@ class Front:
             end.setsockopt(zmq.LINGER, 0)
             end.connect(address)
         self.requests_in.send(self.greeting)
+        self.asked = False
         self.process = multiprocessing.get_context("forkserver").Process(
             target=run, args=(*arguments, self.index, addresses), name=f"front-{self.index}"
         )
@@ -103,13 +105,16 @@ class Front:
     def request(self) -> None:
         """Pass a message of the front's on."""
         kind, *data = self.requests_in.recv_multipart()
+        self.asked = True
         if kind == ADD:
             self.requests.append(msgspec.msgpack.decode(data[0])[0])  # EngineCoreRequest is an array: its id is first
         self.to_engine.send_multipart([ENGINE, kind, *data])
 
     def output(self) -> None:
-        """Pass a message of the engine's on."""
-        self.outputs.send_multipart(self.from_engine.recv_multipart(copy=False), copy=False)
+        """Pass a message of the engine's on, unless it is for the process that was here before."""
+        frames = self.from_engine.recv_multipart(copy=False)
+        if self.asked:
+            self.outputs.send_multipart(frames, copy=False)
 
 
 class Fronts:
@@ -244,6 +249,7 @@ class Fronts:
         for _, process in running:
             process.kill()
         self.engine.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
         log.info("stopped")
 
 
