@@ -93,7 +93,7 @@ async def sse(server: Server, chat: bool = False, prefix: str = "", model: str =
                         raise BenchError(f"The stream ended in an error: {event['error']}", "See the server's log.")
                     if choices := event["choices"]:
                         text = choices[0]["delta"].get("content") if chat else choices[0]["text"]
-                        yield Message(text or "", choices[0]["finish_reason"])
+                        yield Message(text or "", choices[0].get("finish_reason"))  # the Rust front end sends no nulls
                     elif usage := event.get("usage"):
                         yield Message("", None, usage["prompt_tokens"], usage["completion_tokens"])
 
