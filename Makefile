@@ -25,7 +25,7 @@ locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject
 # `|| true`: the doctor prints what it found; a failed check must not keep the reader from the notebooks.
 lab: $(ready)
 	@$(bin)/servebook doctor --quiet || true
-	@PATH="$(path)" JUPYTER_CONFIG_PATH="$$PWD/jupyter" exec $(bin)/jupyter-lab --ip 127.0.0.1 \
+	@PATH="$(path)" JUPYTER_CONFIG_PATH=jupyter exec $(bin)/jupyter-lab --ip 127.0.0.1 \
 		--ServerApp.root_dir="$$PWD" $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 # JupyterHub for a room of learners; Ctrl-C ends it with everything in it.

@@ -69,14 +69,15 @@ def test_opened_to_the_network_it_asks_for_the_key_everywhere() -> None:
     """The whole server, where `test_engine_key.py` has its middleware alone."""
     server = serve("vllm", instance="vllm-open", host="0.0.0.0", api_key="sk-of-this-test", max_model_len=256)
     hello = {"model": server.model, "prompt": "Hello", "max_tokens": 1}
+    key = {"Authorization": "Bearer sk-of-this-test"}
     try:
         for path in ("/v1/completions", "/invocations", "/tokenize"):
             assert requests.post(server.url + path, json=hello, timeout=60).status_code == 401, path
-            withit = requests.post(server.url + path, json=hello, headers={"Authorization": "Bearer sk-1"}, timeout=60)
+            withit = requests.post(server.url + path, json=hello, headers=key, timeout=60)
             assert withit.status_code == 200, withit.text
         for path in ("/metrics", "/version", "/docs", "/openapi.json", "/ping", "/metrics/x", "/v1/models"):
             assert requests.get(server.url + path, timeout=60).status_code == 401, path
-        assert metric(server.url, "vllm:num_requests_running", key="sk-1") == 0
+        assert metric(server.url, "vllm:num_requests_running", key="sk-of-this-test") == 0
         assert requests.get(f"{server.url}/health", timeout=60).status_code == 200
     finally:
         server.stop()

@@ -24,6 +24,7 @@ import pytest
 import requests
 import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
+from vllm.platforms import current_platform
 
 from servebook import launch
 from servebook.launch import Server
@@ -278,7 +279,7 @@ REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"sampling_parameters": '{"allowed_token_ids": [999999]}'}, "INVALID_ARGUMENT", "sampling_parameters"),
     ({"sampling_parameters": "{"}, "INVALID_ARGUMENT", "sampling_parameters: not JSON"),
     ({"sampling_parameters": b"\xff"}, "INVALID_ARGUMENT", "sampling_parameters: not UTF-8"),
-    ({"text_input": ""}, "INVALID_ARGUMENT", "text_input: the prompt is empty"),
+    ({"text_input": ""}, "INVALID_ARGUMENT", "text_input: the prompt is missing or empty"),
     ({"text_input": b"\xff\xfe"}, "INVALID_ARGUMENT", "text_input: not UTF-8"),
     ({"text_input": TOO_LONG}, "INVALID_ARGUMENT", "text_input: This model's maximum context length is 2048 tokens"),
     (
@@ -286,8 +287,8 @@ REFUSALS: list[tuple[dict[str, Any], str, str]] = [
         "INVALID_ARGUMENT",
         "sampling_parameters.lora_name: LoRA feature is not enabled.",
     ),
-    ({"image": "aGk="}, "UNIMPLEMENTED", "image: this backend generates text from text only"),
-    ({"embedding_request": "{}"}, "UNIMPLEMENTED", "embedding_request: this backend generates text from text only"),
+    ({"image": "aGk="}, "UNIMPLEMENTED", "image: this model generates text from text only"),
+    ({"embedding_request": "{}"}, "UNIMPLEMENTED", "embedding_request: this model generates text from text only"),
 ]
 
 
@@ -355,11 +356,14 @@ async def test_32_streams_at_once(triton: Server) -> None:
         return [chunk async for chunk in client.stream(prompt, max_tokens=24, ignore_eos=True, temperature=0)]
 
     async with TritonClient(triton.grpc) as client:
+        start = time.monotonic()
         answers = await asyncio.gather(*(one(client, number) for number in range(32)))
+        seconds = time.monotonic() - start
     for chunks in answers:
         assert sum(chunk.tokens for chunk in chunks) == 24
         assert [chunk.finish_reason for chunk in chunks] == [""] * (len(chunks) - 1) + ["length"]
-    assert min(map(len, answers)) <= 8, "four tokens share a response"
+    if current_platform.is_cpu():  # a response waits for 0.1 s; not the last two, whose answer is at its end
+        assert max(map(len, answers)) <= seconds / 0.1 + 2
     await until(lambda: running(triton) == 0, "no request is left running")
 
 

@@ -584,7 +584,7 @@ def test_health_knows_the_server_and_the_service(client: GrpcClient) -> None:
 def test_reflection_tells_the_whole_contract(client: GrpcClient) -> None:
     database = ProtoReflectionDescriptorDatabase(client.channel)
     assert {"llm.v1.LLMService", "grpc.health.v1.Health"} <= set(database.get_services())
-    told = database.FindFileByName("llm/v1/llm.proto")
+    told = database.FindFileByName(pb.DESCRIPTOR.name)
     ours = descriptor_pb2.FileDescriptorProto()
     pb.DESCRIPTOR.CopyToProto(ours)
     assert told == ours

@@ -377,6 +377,7 @@ def test_desks_outlive_a_hub_that_is_killed(room: Room, kernels: dict[str, Kerne
 
 def test_a_revoked_key_opens_nothing_any_more(room: Room, kernels: dict[str, Kernel]) -> None:
     kernel = kernels["ada"]
+    kernel.reconnect()  # the tests before have killed its way there
     kernel.run(
         'writing = client.completions.create(model=vllm.model, prompt="Count:", max_tokens=1500, stream=True,\n'
         '                                    extra_body={"ignore_eos": True})\n'

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nbgrader.api import Gradebook, MissingEntry
+from nbgrader.api import Gradebook
 from nbgrader.plugins import ExportPlugin
 
 FILE = Path("remarks.json")
@@ -81,10 +81,10 @@ def row(gradebook: Gradebook, assignment: Any, student: Any, said: list[str]) ->
     line |= {"max_score": assignment.max_score}
     if problem := not_graded(Path("submitted") / student.id / assignment.name, assignment.name):
         return line | {"remark": "; ".join([problem, *said])}
-    try:
-        submission = gradebook.find_submission(assignment.name, student.id)
-    except MissingEntry:
+    # nbgrader enters a submission before it runs it, and takes the folder away again when that fails.
+    if not (Path("autograded") / student.id / assignment.name).is_dir():
         return line | {"remark": "; ".join(said) or "not graded: `nbgrader autograde` has not come to its end with it"}
+    submission = gradebook.find_submission(assignment.name, student.id)
     penalty = submission.late_submission_penalty or 0.0
     score = {"raw_score": submission.score, "late_submission_penalty": penalty}
     score |= {"score": max(0.0, submission.score - penalty), "timestamp": submission.timestamp}
