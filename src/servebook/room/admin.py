@@ -72,6 +72,11 @@ class RoomAdmin:
         rows: list[dict[str, Any]] = self._ask("GET", "room/learners").json()
         return rows
 
+    def board(self) -> dict[str, Any]:
+        """The engine's load, and every learner's standing, who needs help first."""
+        board: dict[str, Any] = self._ask("GET", "services/watch/board").json()
+        return board
+
     def admit(self, name: str) -> str:
         """A new key for this learner, also for one whose key was revoked."""
         return str(self._ask("PUT", f"room/learners/{quote(name, safe='')}?again=true").json()["key"])
