@@ -248,13 +248,14 @@ def test_the_instructor_sees_in_a_browser_who_is_where(
     kernels["grace"].run('check("01.2")')
     told = room.run("watch", "--once")
     where = told.split()[3]
-    assert re.search(r"grace\W+01\.2\W+open", told)
+    assert re.search(r"grace\W+01\.2\W+wrong", told), told
     assert re.search(r"ada\W+01\.1\W+passed", told)
     assert "grace" not in room.run("watch", "--once", "--hide-names")
     page = chromium.new_page(ignore_https_errors=True)
     page.goto(where)
     rows = page.locator("#learners tr")
-    expect(rows.first).to_contain_text("grace01.2○ open")
+    expect(rows.first).to_contain_text("grace01.2✗ not yet")
+    expect(rows.first).to_contain_text("its cell has not run in this session")
     expect(rows.filter(has_text="ada")).to_contain_text("✓ passed")
     expect(page.get_by_role("status")).to_contain_text("engine ready")
     page.get_by_label("hide names").check()

@@ -162,18 +162,8 @@ def board_table(board: dict[str, Any], hide_names: bool) -> Table:
     load = f"{engine['running']} of {engine['places']} answers being written, {engine['waiting']} waiting"
     state = "engine ready" if engine["ready"] else "THE ENGINE DOES NOT ANSWER"
     table = Table(title=f"{board['checks_per_minute']} checks in the last minute · {load} · {state}")
-    for column in (
-        "learner",
-        "exercise",
-        "last check",
-        "checks",
-        "minutes",
-        "likely cause",
-        "passed",
-        "share",
-        "refused",
-    ):
-        table.add_column(column, overflow="fold")
+    for column in ("learner", "exercise", "check", "tries", "min", "likely cause", "passed", "share", "refused"):
+        table.add_column(column, no_wrap=column != "likely cause", overflow="fold")
     numbers = {name: number for number, name in enumerate(sorted(row["name"] for row in board["learners"]), 1)}
     for row in board["learners"]:
         name = f"learner {numbers[row['name']]}" if hide_names else row["name"]
