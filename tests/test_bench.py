@@ -273,15 +273,14 @@ def test_the_whole_interval_decides(low: float | None, high: float | None, at_le
 
 async def test_a_control_is_judged_on_latency_and_a_run_on_its_generator() -> None:
     results = await a_run()
-    assert not results.void
+    assert "good" in report.control_line(results)
     results.engine[0].arm.cpu_per_1000.client = (
         1000 * (GENERATOR_LIMIT + 0.01) / results.engine[0].arm.summary.tokens_per_s
     )
-    assert results.void, "a generator above its limit measures itself"
-    assert "VOID" in report.control_line(results)
+    assert "VOID" in report.control_line(results), "a generator above its limit measures itself"
     results = await a_run()
     results.control[0].ttft_p50.value = 1.04
-    assert results.void, "tokens/s are the same, and the first of them comes 4 % later"
+    assert "VOID" in report.control_line(results), "tokens/s are the same, and the first of them comes 4 % later"
 
 
 async def test_a_void_run_is_not_reported() -> None:
