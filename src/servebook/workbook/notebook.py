@@ -130,8 +130,8 @@ def difference(before: Any, after: Any) -> list[str]:
     The lines of a unified diff with two lines around each change, without its head: they begin with "+", "-" or " ",
     and "⋯" stands for what is left out. Nothing where both are the same.
     """
-    sources = (_source(thing)[2].splitlines() for thing in (before, after))
-    lines = list(unified_diff(*sources, n=2, lineterm=""))[2:]
+    old, new = (_source(thing)[2].splitlines() for thing in (before, after))
+    lines = list(unified_diff(old, new, n=2, lineterm=""))[2:]
     return ["⋯" if line.startswith("@@") else line for line in lines]
 
 
