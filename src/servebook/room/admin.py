@@ -95,7 +95,10 @@ class RoomAdmin:
 
     def _ask(self, method: str, path: str) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.key}"}
-        answer = requests.request(method, f"{self.url}/{path}", headers=headers, timeout=10)
+        try:
+            answer = requests.request(method, f"{self.url}/{path}", headers=headers, timeout=10)
+        except requests.RequestException:
+            raise ServebookError("The room does not answer.", "`servebook status` shows whether it is up.") from None
         if not answer.ok:
             raise ServebookError(answer.json()["error"]["message"], "See `servebook room learners`.")
         return answer

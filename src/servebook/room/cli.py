@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -161,15 +162,16 @@ def board_table(board: dict[str, Any], hide_names: bool) -> Table:
     engine = board["engine"]
     load = f"{engine['running']} of {engine['places']} answers being written, {engine['waiting']} waiting"
     state = "engine ready" if engine["ready"] else "THE ENGINE DOES NOT ANSWER"
-    table = Table(title=f"{board['checks_per_minute']} checks in the last minute · {load} · {state}")
-    for column in ("learner", "exercise", "check", "tries", "min", "likely cause", "passed", "share", "refused"):
+    title = f"{board['checks_per_minute']} checks in the last minute · {load} · {state}"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for column in ("learner", "at", "check", "tries", "min", "likely cause", "✓", "share"):
         table.add_column(column, no_wrap=column != "likely cause", overflow="fold")
     numbers = {name: number for number, name in enumerate(sorted(row["name"] for row in board["learners"]), 1)}
     for row in board["learners"]:
         name = f"learner {numbers[row['name']]}" if hide_names else row["name"]
         minutes = (row["quiet"] if row["state"] == "passed" else row["since"]) // 60
         words = [name, row["exercise"], row["state"], str(row["tries"]), str(minutes)]
-        words += [row["cause"], str(row["passed"]), f"{row['share']} %", str(row["refused"])]
+        words += [row["cause"], str(row["passed"]), f"{row['share']} %"]
         table.add_row(*map(Text, words), style="bold yellow" if row["needs_help"] else "")
     return table
 
