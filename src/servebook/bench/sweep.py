@@ -19,6 +19,7 @@ from servebook.bench import workload
 from servebook.bench.arms import GENERATOR_LIMIT, WAVES, Workload, jobs_for
 from servebook.bench.load import MAX_CONCURRENCY, BenchError, Load, closed_loop, open_loop
 from servebook.bench.paths import Path, find_path
+from servebook.bench.report import Row, Rows
 from servebook.bench.results import Machine, now, this_machine
 from servebook.bench.stats import ServiceLevel, Summary, goodput, summarize
 from servebook.launch import Server
@@ -199,13 +200,13 @@ def _meet_at(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def table(found: Sweep) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table(found: Sweep) -> Rows:
     """Head and rows: a point a line."""
     head = (
         *("load", "requests", "failed", "tokens/s", "TTFT p50 / p90 / p99, ms", "ITL p50 / p90 / p99, ms"),
         *("TPOT p50 / p90 / p99, ms", "requests/s", "good requests/s", "generator, % of a core"),
     )
-    rows = []
+    rows: list[Row] = []
     for point in found.points:
         each = point.summary
         latencies = [
