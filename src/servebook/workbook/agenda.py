@@ -107,8 +107,8 @@ def written(guide: str) -> str:
     """The guide with the agendas of today's manifests."""
     before, rest = guide.split(BEGIN)
     _, after = rest.split(END)
-    hours = (sum(each.minutes for each in (*load_chapters(), *load_labs())) + 30) // 60
-    lines = [f"All chapters and labs take {hours} hours; what is skipped here is for home.", ""]
+    minutes = sum(chapter.minutes for chapter in load_chapters()) + sum(lab.minutes for lab in load_labs())
+    lines = [f"All chapters and labs take {round(minutes / 60)} hours; what is skipped here is for home.", ""]
     lines += [line for agenda in load_agendas() for line in table(agenda)]
     return f"{before}{BEGIN}" + "\n".join(lines) + f"{END}{after}"
 
