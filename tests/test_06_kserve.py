@@ -21,6 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 from servebook import launch
 from servebook.settings import TENSOR_MODEL_NAME
+from servebook.ways.client import Answer
 from servebook.ways.kserve.client import V2Client, tensor
 from servebook.ways.metrics import metric
 from servebook.workbook.notebook import measure_pace
@@ -119,12 +120,12 @@ def test_rest_and_grpc_give_the_text_of_vllms_own_endpoint(
         "parameters": None,
         "data": [rest_answer],
     }
-    (over_grpc,) = client.generate(PROMPT, GREEDY)["text_output"]
+    (over_grpc,) = client.infer(PROMPT, GREEDY)["text_output"]
     assert over_grpc.decode() == rest_answer
 
 
 def test_outputs_come_when_asked_for(client: V2Client) -> None:
-    answer = client.generate(
+    answer = client.infer(
         PROMPT,
         {"n": 2, "max_tokens": 7, "ignore_eos": True},
         return_finish_reason=True,
@@ -141,7 +142,7 @@ def test_outputs_come_when_asked_for(client: V2Client) -> None:
 
 def test_log_probabilities_as_in_triton(kserve: launch.Server, client: V2Client) -> None:
     flags = {"return_logprobs": True, "return_cumulative_logprob": True}
-    answer = client.generate(PROMPT, GREEDY | {"logprobs": 2}, **flags)
+    answer = client.infer(PROMPT, GREEDY | {"logprobs": 2}, **flags)
     (tokens,) = [json.loads(choice) for choice in answer["logprobs"]]
     assert len(tokens) == GREEDY["max_tokens"]
     best = [max(token.values(), key=lambda entry: entry["logprob"]) for token in tokens]
@@ -149,7 +150,7 @@ def test_log_probabilities_as_in_triton(kserve: launch.Server, client: V2Client)
     assert b"".join(entry["decoded_token"].encode() for entry in best) == answer["text_output"][0]
     assert answer["cumulative_logprob"].dtype == np.float32
     assert answer["cumulative_logprob"][0] == pytest.approx(sum(entry["logprob"] for entry in best), rel=1e-4)
-    without = client.generate(PROMPT, GREEDY, **flags)
+    without = client.infer(PROMPT, GREEDY, **flags)
     assert without["logprobs"].tolist() == [b"null"]
     assert np.isnan(without["cumulative_logprob"]).all()
     as_json = infer(kserve, given("text_input", PROMPT), *(given(name, True) for name in flags)).json()["outputs"]
@@ -166,7 +167,7 @@ def test_prompt_comes_back_unless_excluded(kserve: launch.Server, rest_answer: s
 
 def test_korean_survives_both_protocols(kserve: launch.Server, client: V2Client) -> None:
     choice = {"structured_outputs": {"choice": ["안녕하세요, 세계"]}, "max_tokens": 60}
-    (over_grpc,) = client.generate("Say hello: ", choice)["text_output"]
+    (over_grpc,) = client.infer("Say hello: ", choice)["text_output"]
     answer = infer(kserve, given("text_input", "안녕"), sampling(**choice), given("exclude_input_in_output", True))
     assert [over_grpc.decode()] == answer.json()["outputs"][0]["data"] == ["안녕하세요, 세계"]
 
@@ -211,11 +212,13 @@ def test_one_client_speaks_to_triton_too(triton: launch.Server, client: V2Client
         assert other.state() == client.state()
         assert (other.server["name"], other.decoupled) == ("triton", True)
         assert client.tensors().items() <= other.tensors().items()
-        answers = [each.generate(PROMPT, GREEDY, return_finish_reason=True) for each in (client, other)]
-        assert [answer["text_output"].tolist() for answer in answers] == [[rest_answer.encode()]] * 2
-        assert [answer["finish_reason"].tolist() for answer in answers] == [[b"length"]] * 2
+        answers = [each.generate(PROMPT, **GREEDY) for each in (client, other)]
+        assert answers == [Answer(rest_answer, GREEDY["max_tokens"], 5, "length")] * 2
+        pieces = [list(each.stream(PROMPT, **GREEDY)) for each in (client, other)]
+        assert len(pieces[0]) == 1 < len(pieces[1])
+        assert "".join(piece.text for piece in pieces[1]) == pieces[0][0].text == rest_answer
         with pytest.raises(InferenceServerException, match="top_p"):
-            other.generate(PROMPT, {"top_p": 7})
+            other.generate(PROMPT, top_p=7)
 
 
 # Mistakes: the right code, and a message that names the tensor
@@ -424,9 +427,9 @@ def leave_grpc(kserve: launch.Server) -> None:
 
 def leave_by_deadline(kserve: launch.Server) -> None:
     with V2Client(kserve.grpc) as client:
-        pace = measure_pace(lambda n: client.generate(PROMPT, ENDLESS | {"max_tokens": n}))
+        pace = measure_pace(lambda n: client.infer(PROMPT, ENDLESS | {"max_tokens": n}))
         with pytest.raises(InferenceServerException) as caught:
-            client.generate(PROMPT, ENDLESS, timeout=pace.seconds(500, at_most=2))
+            client.infer(PROMPT, ENDLESS, timeout=pace.seconds(500, at_most=2))
         assert caught.value.status() == "StatusCode.DEADLINE_EXCEEDED"
 
 
@@ -452,7 +455,7 @@ def test_an_engine_that_dies_is_unavailable_to_everyone() -> None:
     endless = given("sampling_parameters", json.dumps(ENDLESS))
     try:
         with V2Client(doomed.grpc) as client, ThreadPoolExecutor(2) as pool:
-            over_grpc = pool.submit(client.generate, PROMPT, ENDLESS)
+            over_grpc = pool.submit(client.infer, PROMPT, ENDLESS)
             over_rest = pool.submit(infer, doomed, given("text_input", PROMPT), endless)
             until(lambda: running(doomed) == 2)
             core.kill()
@@ -462,7 +465,7 @@ def test_an_engine_that_dies_is_unavailable_to_everyone() -> None:
                 over_grpc.result(timeout=10)
             assert caught.value.status() == "StatusCode.UNAVAILABLE"
             with pytest.raises(InferenceServerException, match="engine has died") as caught:
-                client.generate(PROMPT)
+                client.infer(PROMPT)
             assert caught.value.status() == "StatusCode.UNAVAILABLE"
             assert client.state() == {"live": True, "ready": False, "model ready": False}
         (entry,) = [entry for entry in launch.status() if entry["name"] == "kserve-doomed"]
