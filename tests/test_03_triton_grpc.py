@@ -23,6 +23,7 @@ import psutil
 import pytest
 import requests
 import tritonclient.grpc as triton_grpc
+from desk import eventually, seconds_until
 from tritonclient.utils import InferenceServerException
 from vllm.platforms import current_platform
 
@@ -89,17 +90,8 @@ def running(server: Server) -> float:
     return vllm_metric(server, "num_requests_running")
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> float:
-    """Poll until `condition`; return how long it took, in seconds."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
-    return time.monotonic() - start
-
-
 async def until(condition: Callable[[], bool], what: str) -> float:
-    return await asyncio.to_thread(wait_until, condition, what)
+    return await asyncio.to_thread(seconds_until, condition, what)
 
 
 async def use(client: TritonAioClient, stream: bool) -> None:
@@ -433,7 +425,7 @@ def test_a_deadline_ends_the_request_on_both_sides(triton: Server) -> None:
     with pytest.raises(InferenceServerException) as error:
         list(TritonClient(triton.grpc).stream(PROMPT, timeout=patience(triton), **LONG))
     assert error.value.status() == "StatusCode.DEADLINE_EXCEEDED"
-    wait_until(lambda: running(triton) == 0, "the engine is free")
+    eventually(lambda: running(triton) == 0, "the engine is free")
 
 
 async def test_a_deadline_in_asyncio(triton: Server) -> None:
@@ -448,7 +440,7 @@ async def test_a_deadline_in_asyncio(triton: Server) -> None:
 def test_closing_the_synchronous_stream_cancels(triton: Server) -> None:
     with closing(TritonClient(triton.grpc).stream(PROMPT, **LONG)) as endless:
         next(endless)
-    wait_until(lambda: running(triton) == 0, "the engine is free")
+    eventually(lambda: running(triton) == 0, "the engine is free")
 
 
 # What it reports, and to whom
@@ -456,10 +448,10 @@ def test_closing_the_synchronous_stream_cancels(triton: Server) -> None:
 
 def test_vllms_metrics_on_tritons_port(triton: Server) -> None:
     names = ["prompt_tokens_total", "generation_tokens_total", "request_params_n_count"]
-    wait_until(lambda: running(triton) == 0, "nothing runs")
+    eventually(lambda: running(triton) == 0, "nothing runs")
     before = [vllm_metric(triton, name) for name in names]
     TritonClient(triton.grpc).generate(PROMPT, **GREEDY)
-    wait_until(lambda: vllm_metric(triton, names[2]) > before[2], "the request is counted")
+    eventually(lambda: vllm_metric(triton, names[2]) > before[2], "the request is counted")
     assert [vllm_metric(triton, name) - old for name, old in zip(names, before, strict=True)] == [5, 6, 1]
     text = requests.get(f"http://{triton.metrics}/metrics", timeout=10).text
     kinds = dict(re.findall(r"^# TYPE (vllm:\S+) (\S+)$", text, re.MULTILINE))

@@ -23,6 +23,7 @@ import grpc
 import psutil
 import pytest
 import requests
+from desk import eventually, seconds_until
 from google.protobuf import descriptor_pb2
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -54,15 +55,6 @@ IDLE_SECONDS = 60
 """How long a busy machine may take where the speed is not what is tested."""
 ENGINE_STEPS = 3
 """The engine takes an abort up between two steps, and tells after the next: 35 ms each on a quiet machine."""
-
-
-def eventually(condition: Callable[[], bool], seconds: float, what: str) -> float:
-    """Poll until `condition` holds; return how many seconds it took."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
-    return time.monotonic() - start
 
 
 def figures(server: launch.Server, *names: str) -> list[float]:
@@ -320,7 +312,7 @@ def test_the_status_carries_an_id_that_the_log_has_without_the_prompt(
     request_id = dict(call.trailing_metadata())["x-request-id"]
     with pytest.raises(grpc.RpcError):
         client.generate(secret, sampling=pb.Sampling(regex=f"{secret}("))
-    eventually(lambda: '"code": "INVALID_ARGUMENT"' in grpc_server.tail(50), 5, "the call in the log")
+    eventually(lambda: '"code": "INVALID_ARGUMENT"' in grpc_server.tail(50), "the call in the log", 5)
     lines = [json.loads(line) for line in grpc_server.tail(50).splitlines() if line.startswith("{")]
     [line] = [line for line in lines if line.get("id") == request_id]
     assert (line["method"], line["code"], line["completion_tokens"]) == ("Generate", "OK", 2)
@@ -436,18 +428,18 @@ async def test_200_cancels_at_random_leave_the_engine_idle(aio: GrpcAioClient, g
     for _ in range(25):
         await asyncio.gather(*(cancelled(aio, chance.randint(1, 6)) for _ in range(8)))
         await asyncio.to_thread(
-            eventually, lambda: is_idle(grpc_server), IDLE_SECONDS, "the engine idle after 8 cancels"
+            eventually, lambda: is_idle(grpc_server), "the engine idle after 8 cancels", IDLE_SECONDS
         )
 
 
 async def test_a_cancel_before_the_first_token_counts_too(aio: GrpcAioClient, grpc_server: launch.Server) -> None:
     calls = [aio.stub.Generate(pb.GenerateRequest(prompt="Once", sampling=FOREVER)) for _ in range(8)]
     tasks = [asyncio.ensure_future(call) for call in calls]
-    await asyncio.to_thread(eventually, lambda: open_calls(grpc_server) == 8, IDLE_SECONDS, "8 open calls")
+    await asyncio.to_thread(eventually, lambda: open_calls(grpc_server) == 8, "8 open calls", IDLE_SECONDS)
     for call in calls:
         call.cancel()
     assert {type(end) for end in await asyncio.gather(*tasks, return_exceptions=True)} == {asyncio.CancelledError}
-    await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), IDLE_SECONDS, "the engine idle")
+    await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), "the engine idle", IDLE_SECONDS)
 
 
 class Endless:
@@ -461,8 +453,8 @@ class Endless:
 
     def ended_in(self, server: launch.Server) -> tuple[float, float]:
         """Seconds until the server has no call, and until its engine has none, less the steps that it was in."""
-        ours = eventually(lambda: open_calls(server) == 0, IDLE_SECONDS, "no call in the server")
-        theirs = eventually(lambda: is_idle(server), IDLE_SECONDS, "no request in the engine")
+        ours = seconds_until(lambda: open_calls(server) == 0, "no call in the server", IDLE_SECONDS)
+        theirs = seconds_until(lambda: is_idle(server), "no request in the engine", IDLE_SECONDS)
         return ours, ours + theirs - ENGINE_STEPS * self.step
 
 
@@ -502,7 +494,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_dropped_connection_reaches_the_engine(grpc_server: launch.Server) -> None:
     ended = subprocess.run([sys.executable, "-c", DROPPED, grpc_server.grpc], check=False, timeout=60)
     assert ended.returncode == -signal.SIGKILL
-    eventually(lambda: is_idle(grpc_server), IDLE_SECONDS, "idle")
+    eventually(lambda: is_idle(grpc_server), "idle", IDLE_SECONDS)
 
 
 def test_a_slow_reader_gets_merged_messages_and_loses_nothing(grpc_server: launch.Server, client: GrpcClient) -> None:
@@ -512,7 +504,7 @@ def test_a_slow_reader_gets_merged_messages_and_loses_nothing(grpc_server: launc
         call = stub_on(channel).StreamGenerate(request, timeout=200)
         pieces = [next(call)]
         assert client.generate("x", max_tokens=4, sampling=FOREVER).tokens == 4, "others go on"
-        eventually(lambda: running(grpc_server) == 0, 150, "the engine done, reader or not")
+        eventually(lambda: running(grpc_server) == 0, "the engine done, reader or not", 150)
         assert open_calls(grpc_server) == 1
         pieces += call
     assert sum(len(piece.token_ids) for piece in pieces) == pieces[-1].usage.completion_tokens == 250
@@ -554,7 +546,7 @@ async def test_2000_short_calls_leave_nothing_behind(aio: GrpcAioClient, grpc_se
                 await one(number)
 
         await asyncio.gather(*(placed(number) for number in range(first, last)))
-        await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), IDLE_SECONDS, "idle")
+        await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), "idle", IDLE_SECONDS)
 
     await some(0, 200)  # the first calls fill caches
     before = await asyncio.to_thread(standing)
@@ -597,7 +589,7 @@ def test_metrics_count_calls_by_code(client: GrpcClient, grpc_server: launch.Ser
     client.generate("x", max_tokens=1)
     with pytest.raises(grpc.RpcError):
         client.generate("")
-    eventually(lambda: (count("OK"), count("INVALID_ARGUMENT")) == (good + 1, bad + 1), 5, "both counted")
+    eventually(lambda: (count("OK"), count("INVALID_ARGUMENT")) == (good + 1, bad + 1), "both counted", 5)
 
 
 # A server of its own: TLS, certificates, keys, its queue, its end
@@ -692,7 +684,7 @@ def test_a_full_queue_says_when_to_come_back(friend: GrpcClient, guarded: launch
     assert next(calls[0]).sequence == 1, "those inside go on"
     for call in calls:
         call.cancel()
-    eventually(lambda: is_idle(guarded), IDLE_SECONDS, "idle")
+    eventually(lambda: is_idle(guarded), "idle", IDLE_SECONDS)
     assert friend.generate("x", max_tokens=1).tokens == 1
 
 
@@ -716,7 +708,7 @@ def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient,
     family = [process, *process.children(recursive=True)]
     process.terminate()
     assert next(watch).status == NOT_SERVING
-    eventually(lambda: is_refused(friend), IDLE_SECONDS, "new calls refused")
+    eventually(lambda: is_refused(friend), "new calls refused", IDLE_SECONDS)
     for call in calls:
         last = list(call)[-1]
         assert last.is_finished
@@ -735,7 +727,7 @@ def test_starting_serving_dead(settings: Settings) -> None:
             endpoints = {entry["name"]: entry["endpoints"] for entry in launch.status(settings)}
             return str(endpoints.get("grpc-doomed", {}).get("grpc", ""))
 
-        eventually(lambda: bool(address()), IDLE_SECONDS, "a port")
+        eventually(lambda: bool(address()), "a port", IDLE_SECONDS)
         with grpc.insecure_channel(address()) as channel:
             stub = stub_on(channel)
             assert health_of_starting(channel) == NOT_SERVING
@@ -751,7 +743,7 @@ def test_starting_serving_dead(settings: Settings) -> None:
             unary = [stub.Generate.future(pb.GenerateRequest(prompt="Once", sampling=FOREVER)) for _ in range(4)]
             for stream in streams:
                 next(stream)
-            eventually(lambda: running(server) == 8, IDLE_SECONDS, "8 requests in the engine")
+            eventually(lambda: running(server) == 8, "8 requests in the engine", IDLE_SECONDS)
             [core] = [child for child in psutil.Process(server.pid).children() if "EngineCore" in child.name()]
             core.kill()
             killed = time.monotonic()
@@ -760,7 +752,7 @@ def test_starting_serving_dead(settings: Settings) -> None:
                     _ = call.result(timeout=10) if call in unary else list(call)
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
                 assert detail(caught.value, error_details_pb2.ErrorInfo).reason == "ENGINE_DEAD"
-            eventually(lambda: health_of(channel) == NOT_SERVING, 2, "health turned")
+            eventually(lambda: health_of(channel) == NOT_SERVING, "health turned", 2)
             with pytest.raises(grpc.RpcError) as caught:
                 stub.Generate(pb.GenerateRequest(prompt="x"), timeout=10)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import requests
 import tritonclient.grpc as v2
 import tritonclient.http as v2_http
+from desk import eventually
 from tritonclient.utils import InferenceServerException
 
 from servebook import launch
@@ -201,10 +201,10 @@ def test_concurrent_calls_batch_in_one_engine(kserve: launch.Server, client: V2C
         )
         for _ in range(4)
     ]
-    until(lambda: running(kserve) == 4)
+    eventually(lambda: running(kserve) == 4, "all four in the engine")
     for call in calls:
         call.cancel()
-    until(lambda: running(kserve) == 0)
+    eventually(lambda: running(kserve) == 0, "an idle engine")
 
 
 def test_one_client_speaks_to_triton_too(triton: launch.Server, client: V2Client, rest_answer: str) -> None:
@@ -400,28 +400,20 @@ def generated(kserve: launch.Server) -> float:
     return metric(kserve.url, "vllm:generation_tokens_total")
 
 
-def until(happened: Callable[[], bool], seconds: float = 20) -> None:
-    """Poll until `happened`; an AssertionError after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
-
-
 def leave_rest(kserve: launch.Server) -> None:
     host, _, port = kserve.http.rpartition(":")
     body = json.dumps({"inputs": [given("text_input", PROMPT), sampling(**ENDLESS)]}).encode()
     head = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        until(lambda: running(kserve) == 1)
+        eventually(lambda: running(kserve) == 1, "the request in the engine")
 
 
 def leave_grpc(kserve: launch.Server) -> None:
     with V2Client(kserve.grpc) as client:
         inputs = [tensor("text_input", PROMPT), tensor("sampling_parameters", json.dumps(ENDLESS))]
         call = client.stub.async_infer(MODEL, inputs, callback=lambda result, error: None)
-        until(lambda: running(kserve) == 1)
+        eventually(lambda: running(kserve) == 1, "the request in the engine")
         call.cancel()
 
 
@@ -443,7 +435,7 @@ def leave_openai_stream(kserve: launch.Server) -> None:
 def test_caller_who_leaves_stops_the_engine(kserve: launch.Server, leave: Callable[[launch.Server], None]) -> None:
     before = generated(kserve)
     leave(kserve)
-    until(lambda: running(kserve) == 0)
+    eventually(lambda: running(kserve) == 0, "an idle engine")
     assert generated(kserve) - before < ENDLESS["max_tokens"] / 2
 
 
@@ -457,7 +449,7 @@ def test_an_engine_that_dies_is_unavailable_to_everyone() -> None:
         with V2Client(doomed.grpc) as client, ThreadPoolExecutor(2) as pool:
             over_grpc = pool.submit(client.infer, PROMPT, ENDLESS)
             over_rest = pool.submit(infer, doomed, given("text_input", PROMPT), endless)
-            until(lambda: running(doomed) == 2)
+            eventually(lambda: running(doomed) == 2, "both in the engine")
             core.kill()
             refused = over_rest.result(timeout=10)
             assert (refused.status_code, "engine has died" in refused.text) == (503, True)
