@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from servebook.engine import arguments as engine
 from servebook.engine import gpu
 from servebook.engine.gpu import GIB
 from servebook.errors import LaunchError
+from servebook.launch import memory
 from servebook.launch.memory import memory_for
 from servebook.launch.processes import KEPT
 from servebook.settings import Settings, load_settings
@@ -159,6 +161,26 @@ def test_a_killed_start_claims_nothing(settings: Settings, model: Path, monkeypa
     other.join(10)
     with memory_for(settings, model, 1, quiet):
         pass
+
+
+def test_names_that_somebody_holds_for_ever_do_not_hold_up_a_start_for_ever(
+    settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every user of the machine can take these names."""
+    install(monkeypatch, FakeCard(8, 4))
+    monkeypatch.setattr(memory, "TURN_SECONDS", 0.05)
+    monkeypatch.setattr(memory, "CLAIM_SECONDS", 0.05)
+    (card,) = gpu.cards()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as turn:
+        turn.bind(f"\0servebook-gpu-{card.uuid}")
+        with memory_for(settings, model, 1, quiet):
+            pass
+    said: list[str] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
+        claim.bind(f"\0servebook-gpu-{card.uuid}-1-1-4096")
+        with pytest.raises(LaunchError, match="claimed by other starts"), memory_for(settings, model, 1, said.append):
+            pass
+    assert "another start has claimed" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,14 @@ import psutil
 from servebook.engine.arguments import gpu_gib, require_memory
 from servebook.engine.gpu import GIB, Card, cards
 from servebook.errors import LaunchError
-from servebook.launch.processes import KEPT
+from servebook.launch.processes import KEPT, wait_until
 from servebook.settings import Settings
 
 POLL_SECONDS = 0.2
+TURN_SECONDS = 5.0
+"""How long a start waits for its turn to look, which is a matter of milliseconds: another user could hold the name."""
+CLAIM_SECONDS = 900.0
+"""How long it waits for memory that others have claimed; no start takes longer."""
 CLAIM = re.compile(r"@servebook-gpu-(?P<card>\S+)-(?P<pid>\d+)-(?P<number>\d+)-(?P<mib>\d+)$")
 
 
@@ -30,7 +34,7 @@ def memory_for(settings: Settings, model: Path, engines: int, wait: Callable[[st
     free; where it would not suffice otherwise, this waits for them and says so to `wait`.
 
     Raises:
-        LaunchError: less is available than is needed, or there is no GPU.
+        LaunchError: less is available than is needed, others have claimed it for too long, or there is no GPU.
     """
     require_memory(settings, model, engines)
     if not settings.on_gpu:
@@ -38,9 +42,18 @@ def memory_for(settings: Settings, model: Path, engines: int, wait: Callable[[st
         return
     needed = gpu_gib(settings, model)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
-        while not _claim(claim, needed):
+
+        def claimed() -> bool:
+            if taken := _claim(claim, needed):
+                return taken
             wait("waiting for GPU memory that another start has claimed")
-            time.sleep(POLL_SECONDS)
+            return False
+
+        if not wait_until(claimed, CLAIM_SECONDS, POLL_SECONDS):
+            raise LaunchError(
+                f"GPU memory is claimed by other starts, for {CLAIM_SECONDS / 60:.0f} minutes by now.",
+                "See `ss -xa | grep servebook-gpu` for who claims it, or take another card with CUDA_VISIBLE_DEVICES.",
+            )
         yield
 
 
@@ -78,12 +91,14 @@ def _claim(claim: socket.socket, needed: float) -> bool:
 def _one_at_a_time(card: Card) -> Iterator[None]:
     """Nobody else looks at the claims on `card` within the block, which takes milliseconds."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as turn:
-        while True:
-            try:
+
+        def ours() -> bool:
+            with suppress(OSError):
                 turn.bind(f"\0servebook-gpu-{card.uuid}")
-                break
-            except OSError:
-                time.sleep(0.01)
+                return True
+            return False
+
+        wait_until(ours, TURN_SECONDS, 0.01)  # without a turn the worst is that vLLM finds the memory taken
         yield
 
 
