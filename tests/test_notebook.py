@@ -24,10 +24,12 @@ from servebook.workbook.notebook import (
     Pace,
     bars,
     curves,
+    difference,
     expect_error,
     machine_card,
     measure_pace,
     show,
+    show_difference,
     timeline,
     versions,
     wire,
@@ -87,6 +89,22 @@ def svg_of(bundle: dict[str, str]) -> tuple[str, str]:
     svg = base64.b64decode(found[2]).decode()
     ElementTree.fromstring(svg)
     return found[1], svg
+
+
+def test_show_difference_has_signs_for_who_sees_no_colours(displayed: list[dict[str, str]], tmp_path: Path) -> None:
+    before, after = tmp_path / "one.py", tmp_path / "two.py"
+    before.write_text("a = 1\nb = 2\nif a < b:\n    print(a)\n")
+    after.write_text("a = 1\nb = 3\nif a < b:\n    print(a)\n    print(b)\n")
+    show_difference(before, after)
+    [bundle] = displayed
+    title, *lines = bundle["text/plain"].splitlines()
+    assert title == "one.py → two.py"
+    assert lines == ["⋯", " a = 1", "-b = 2", "+b = 3", " if a < b:", "     print(a)", "+    print(b)"]
+    spans = ElementTree.fromstring(f"<p>{bundle['text/html']}</p>").findall(".//pre/span")
+    assert [span.text for span in spans] == lines
+    grounds = [span.attrib["style"] for span in spans]
+    assert len({grounds[0], grounds[2], grounds[3]}) == 3
+    assert difference(before, before) == []
 
 
 def test_timeline_says_what_it_shows(displayed: list[dict[str, str]]) -> None:

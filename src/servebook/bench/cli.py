@@ -24,7 +24,7 @@ Callers = Annotated[list[int] | None, typer.Option("-c", "--concurrency", min=1,
 
 def bench(
     paths: Annotated[list[str] | None, typer.Argument(metavar="[PATH]…", help="Only these, such as grpc.")] = None,
-    full: Annotated[bool, typer.Option("--full/--quick", help="Everything (45 minutes), or a look (3).")] = False,
+    full: Annotated[bool, typer.Option("--full/--quick", help="Everything (about two hours), or a look (3).")] = False,
     output: Annotated[Path, typer.Option(help="Grows step by step; the same command goes on.")] = Path("bench.json"),
     concurrency: Callers = None,
     rate: Annotated[float | None, typer.Option(min=0.01, help="Open loop: requests a second, not callers.")] = None,
@@ -91,7 +91,8 @@ def show(results: Results) -> None:
     """Print the tables of a run."""
     from servebook.bench import report
 
-    tables = {"Against vLLM's own server": report.ratios([*results.control, *results.engine])}
+    found = [*results.control, *results.engine]
+    tables = {"Against vLLM's own server": report.ratios(found), "Latency": report.latencies(found)}
     if results.protocol:
         tables["Protocol alone (scripted token source)"] = report.protocol_costs(results)
     if results.tensors:

@@ -31,9 +31,9 @@ class Plan:
     """What to measure. The cells of one server stand together, so that it is started once.
 
     `own_control` gives the A/A control an engine of its own, as every other arm has one; else both of its
-    arms are the same server. `control_rounds` decide how sure it is: with one caller, neighbouring blocks of one
-    engine differed by 6 % (one standard deviation) on a quiet machine with two shared cores, so that a median is
-    good to 3 % only after two dozen pairs. None: as many as every other cell has.
+    arms are the same server. The workload's rounds decide how sure every cell is: with one caller, neighbouring blocks
+    of one engine differed by 6 % (one standard deviation) on a quiet machine with two shared cores, so that a median
+    is good to 3 % only after two dozen pairs.
     """
 
     name: str
@@ -45,7 +45,6 @@ class Plan:
     tensors: tuple[int, ...] = ()
     cross_check: bool = False
     own_control: bool = False
-    control_rounds: int | None = None
 
     def __len__(self) -> int:
         tensors = len(SERVERS) if self.tensors else 0
@@ -71,10 +70,9 @@ QUICK = Plan(
 
 FULL = Plan(
     name="full",
-    workload=Workload(max_tokens=32),
+    workload=Workload(rounds=12, max_tokens=32),
     control=(1, 32),
     own_control=True,
-    control_rounds=12,
     engine=(
         *cells("rest", 1, 32),
         *cells("gateway", 1, 32),
@@ -138,7 +136,7 @@ class Run:
             self.up(path)  # before the step, so that its time is the measurement's alone
             arm = self.up(path, instance="vllm-control") if own else None
             with self.measured(name):
-                found = await self.compare(name, path, path, concurrency, self.up, arm, self.plan.control_rounds)
+                found = await self.compare(name, path, path, concurrency, self.up, arm)
                 if off_by(found) > CONTROL_LIMIT and not self.force:
                     raise BenchError(
                         f"The A/A control is off by {off_by(found):.1%}: the same server against itself must be within "
@@ -212,12 +210,9 @@ class Run:
         concurrency: int,
         up: Callable[[Path], Server],
         arm: Server | None = None,
-        rounds: int | None = None,
     ) -> Comparison:
         """One cell on the servers that `up` gives; the CPU of those behind a gateway counts as its own."""
         wants, seed = self.plan.workload, 1000 * self.step
-        if rounds:
-            wants = wants.model_copy(update={"rounds": rounds})
 
         def behind(path: Path) -> list[Server]:
             return [up(find_path(need)) for need in ("sse",) if not find_server(path.server).has_engine]
