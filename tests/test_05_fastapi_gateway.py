@@ -635,12 +635,12 @@ def test_from_step_2_on_nobody_computes_for_who_has_left(
         ends = ("stop", "length")
         return sum(metric(vllm.url, "vllm:request_success_total", finished_reason=end) for end in ends)
 
-    until("the engine is idle", lambda: running(vllm.url) == 0)
+    eventually(lambda: running(vllm.url) == 0, "the engine is idle")
     before = written()
     with half_a_request(steps[step], path, {"message": STORY["message"], "max_tokens": 100}):
-        until("the engine has the request", lambda: running(vllm.url) == 1)
-    until("the engine is idle again", lambda: running(vllm.url) == 0, 60)
-    until("it is counted", lambda: written() - before == ended, 5)
+        eventually(lambda: running(vllm.url) == 1, "the engine has the request")
+    eventually(lambda: running(vllm.url) == 0, "the engine is idle again", 60)
+    eventually(lambda: written() - before == ended, "it is counted", 5)
 
 
 async def test_step_3_says_in_time_that_there_is_no_engine() -> None:
