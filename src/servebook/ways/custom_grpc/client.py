@@ -33,7 +33,7 @@ KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 1
 OPTIONS = [("grpc.service_config", RETRY_UNAVAILABLE), *KEEPALIVE]
 
 REASONS = {llm_pb2.FINISH_REASON_STOP: "stop", llm_pb2.FINISH_REASON_LENGTH: "length"}
-"""In the words of the REST API."""
+"""In the words of the REST API; a server may tell none, or one that is newer than this list: then it is ""."""
 
 
 class GrpcClient:
@@ -76,12 +76,14 @@ class GrpcClient:
 
 
 def read_answer(response: llm_pb2.GenerateResponse) -> Answer:
-    usage, reason = response.usage, REASONS[response.finish_reason]
+    """The message as every way tells it."""
+    usage, reason = response.usage, REASONS.get(response.finish_reason, "")
     return Answer(response.text, usage.completion_tokens, usage.prompt_tokens, reason, tuple(response.token_ids))
 
 
 def read_piece(message: llm_pb2.StreamGenerateResponse) -> Piece:
-    reason = REASONS[message.finish_reason] if message.is_finished else None
+    """The message as every way tells it."""
+    reason = REASONS.get(message.finish_reason, "") if message.is_finished else None
     return Piece(message.text, len(message.token_ids), reason, tuple(message.token_ids))
 
 
