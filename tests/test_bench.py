@@ -5,27 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from math import comb
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, ClassVar
 
+import aiohttp
 import jsonschema
 import numpy as np
 import pytest
 from typer.testing import CliRunner
+from uvicorn import Config
 
 from servebook.bench import report, workload
-from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, WAVES, Arm, Workload, compare, off_by
+from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, WAVES, Arm, Workload, compare, jobs_for, off_by
 from servebook.bench.cli import custom
 from servebook.bench.load import BenchError, Job, Load, Message, Sample, ask, closed_loop, open_loop
 from servebook.bench.paths import PATHS, Path, find_path
+from servebook.bench.paths.openai_rest import http_session
 from servebook.bench.resources import ProcessTree
 from servebook.bench.results import Results, load_results, new_results, now, stored
 from servebook.bench.run import FULL, QUICK, start
-from servebook.bench.stats import Estimate, difference, outer_rank, percentiles, ratio, summarize
+from servebook.bench.stats import Estimate, ServiceLevel, difference, goodput, outer_rank, percentiles, ratio, summarize
+from servebook.bench.sweep import spread, sweep, table
 from servebook.bench.wire import WireCost, counted
 from servebook.cli import app
 from servebook.launch import Server
@@ -118,7 +124,7 @@ def test_five_pairs_or_fewer_give_no_interval() -> None:
         ratio([1.0], [1.0, 2.0])
 
 
-@pytest.mark.parametrize("concurrency", [1, 5, 64])
+@pytest.mark.parametrize("concurrency", [1, 5, 512])
 async def test_closed_loop_keeps_exactly_so_many_in_flight(concurrency: int) -> None:
     source = Source(0.001)
     jobs = workload.take(workload.completions(20, 4), 2 * concurrency)
@@ -135,7 +141,7 @@ async def test_open_loop_does_not_wait_for_answers() -> None:
     assert load.seconds < 20 * 0.4
 
 
-@pytest.mark.parametrize("concurrency", [0, 65])
+@pytest.mark.parametrize("concurrency", [0, 513])
 async def test_concurrency_outside_its_bounds_is_refused(concurrency: int) -> None:
     with pytest.raises(BenchError, match="not within"):
         await closed_loop(Source(0), [], concurrency)
@@ -150,13 +156,106 @@ async def test_an_answer_without_a_count_is_refused() -> None:
 
 
 @pytest.mark.parametrize("loop", [closed_loop, open_loop])
-async def test_a_failing_request_ends_the_load_with_its_cause(loop: object) -> None:
+async def test_a_load_of_failures_alone_is_an_error_with_their_cause(loop: object) -> None:
     async def broken(job: Job) -> AsyncIterator[Message]:
         raise ConnectionResetError("gone")
         yield Message("")  # type: ignore[unreachable]
 
-    with pytest.raises(BenchError, match="ConnectionResetError: gone"):
+    with pytest.raises(BenchError, match=r"ConnectionResetError: gone \(1 times\)"):
         await loop(broken, [Job("a", 1)], 1)  # type: ignore[operator]
+
+
+class Restless:
+    """An HTTP server that answers `OK` to most requests, and has `ANSWERS` for the others, by their number."""
+
+    OK: ClassVar = {
+        "choices": [{"text": "one two", "message": {"content": "Once."}, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+    }
+    ANSWERS: ClassVar = {
+        1: b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy",
+        2: b'HTTP/1.1 200 OK\r\nContent-Length: 400\r\n\r\n{"choices": [',
+        3: b"",
+    }
+
+    def __init__(self, *broken: int) -> None:
+        self.broken, self.seen = broken, list[dict[str, Any]]()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = int(re.findall(rb"content-length: (\d+)", head.lower())[0])
+                self.seen.append(json.loads(await reader.readexactly(length)))
+                body = json.dumps(self.OK).encode()
+                answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+                number = len(self.seen) if len(self.seen) in self.broken else 0
+                writer.write(self.ANSWERS.get(number, answer))
+                await writer.drain()
+                if number > 1:
+                    break
+        writer.close()
+
+    @asynccontextmanager
+    async def up(self) -> AsyncIterator[Server]:
+        async with await asyncio.start_server(self.serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            yield Server("x", "m", {"http": f"127.0.0.1:{port}"}, load_settings())
+
+
+async def test_refused_and_broken_requests_are_counted_and_the_load_goes_on() -> None:
+    async with Restless(1, 2, 3).up() as server, find_path("rest").open(server) as send:
+        load = await closed_loop(send, workload.take(workload.completions(20, 2), 12), 1)
+    assert len(load.samples) == 9
+    causes = sorted(cause.partition(":")[0] for cause in load.failed)
+    assert causes == ["BenchError", "ClientPayloadError", "ServerDisconnectedError"]
+    summary = summarize(load)
+    assert (summary.requests, sum(summary.failed.values())) == (9, 3)
+
+
+async def test_an_idle_connection_is_left_before_the_server_closes_it() -> None:
+    """uvicorn keeps one for 5 seconds, and a POST that meets its end is lost."""
+    async with http_session("http://127.0.0.1:1", None) as session:
+        assert isinstance(session.connector, aiohttp.TCPConnector)
+        assert float(session.connector._keepalive_timeout or "inf") < Config("").timeout_keep_alive
+
+
+async def test_a_load_that_one_process_cannot_make_is_made_by_several() -> None:
+    here = Restless()
+    async with here.up() as server:
+        wants, seeds = Workload(max_tokens=2), iter(range(1, 10))
+        load = await spread(find_path("rest"), server, wants, seeds, 5, None, 30, 2)
+    assert len(load.samples) == 30
+    assert load.cpu > 0
+    marks = [asked["prompt"].partition(":")[0] for asked in here.seen]
+    assert len(set(marks)) == len(marks) == 35, "no prompt twice, nor in two processes; five were to warm up"
+    assert {mark.partition("-")[0] for mark in marks} == {"1", "2"}
+
+
+async def test_a_shared_prefix_and_a_second_turn_reach_the_server() -> None:
+    here = Restless()
+    async with here.up() as server, find_path("rest-chat").open(server) as send:
+        jobs = jobs_for(find_path("rest-chat"), Workload(shared_prefix_tokens=30, turns=2), 1)
+        load = await closed_loop(send, workload.take(jobs, 2), 1)
+    assert len(load.samples) == 4
+    first, second, other = [asked["messages"] for asked in here.seen[:3]]
+    assert [(turn["role"], turn["content"]) for turn in second] == [
+        ("user", first[0]["content"]),
+        ("assistant", "Once."),
+        ("user", "And then?"),
+    ]
+    assert all(each[0]["content"].startswith(workload.prefix(30)) for each in (first, other))
+    assert first != other
+    with pytest.raises(BenchError, match="has no chats"):
+        next(jobs_for(find_path("grpc"), Workload(turns=2), 1))
+
+
+def test_goodput_counts_what_kept_the_service_level() -> None:
+    def sample(ttft: float, tpot: float) -> Sample:
+        return Sample(due=0, arrivals=[ttft, ttft + tpot * 4], output_tokens=5)
+
+    load = Load([sample(0.5, 0.05), sample(1.5, 0.05), sample(0.5, 0.2), Sample(0, [0.5], output_tokens=5)], seconds=2)
+    load.failed["busy"] += 1
+    assert goodput(load, ServiceLevel(ttft_ms=1000, tpot_ms=100)) == 1.0, "two of five, in two seconds"
 
 
 async def test_blocks_are_interleaved_abba_then_baab() -> None:
@@ -214,6 +313,55 @@ def test_cpu_is_counted_outside_and_inside_the_engine() -> None:
     assert memory is not None
     assert memory > 1
     assert ProcessTree(None).cpu().front is None
+
+
+def made_up(busy: float) -> Callable[..., Awaitable[Load]]:
+    """Instead of `spread`: a server for two callers at a time, ten requests a second each.
+
+    `busy` is the generator's CPU seconds in a second.
+    """
+
+    async def load(
+        path: Path,
+        server: Server,
+        wants: Workload,
+        seeds: Any,
+        callers: int,
+        rate: float | None,
+        n: int,
+        processes: int,
+    ) -> Load:
+        per_second = min(20.0, rate or 10.0 * callers)
+        wait = (callers or 40 * ((rate or 0) > 20)) / per_second
+        samples = [Sample(due=k / per_second, arrivals=[k / per_second + wait], output_tokens=5) for k in range(n)]
+        return Load(samples, n / per_second, busy * n / per_second)
+
+    return load
+
+
+async def test_a_sweep_ends_past_the_knee_and_then_sends_at_fixed_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.bench.sweep.spread", made_up(busy=0.5))
+    server = Server("x", "m", {}, load_settings())
+    found = await sweep(find_path("sse"), server, Workload(), ServiceLevel(ttft_ms=250), most=64)
+    assert [point.callers for point in found.points] == [1, 2, 4, 8, 0, 0, 0, 0], "two doublings gained nothing"
+    assert found.knee.callers == 2
+    assert [round(point.rate or 0) for point in found.points[4:]] == [10, 16, 20, 24]
+    assert [round(point.goodput) for point in found.points] == [10, 20, 20, 0, 10, 16, 20, 0]
+    assert all((point.processes, point.generator_share) == (1, 0.5) for point in found.points)
+    head, rows = table(found)
+    assert {len(row) for row in rows} == {len(head)}
+    assert rows[-1][:4] == ("24.0/s sent", "240", "0", "100")
+
+
+async def test_a_busy_generator_gets_more_processes_or_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.bench.sweep.spread", made_up(busy=0.9))
+    server = Server("x", "m", {}, load_settings())
+    monkeypatch.setattr("servebook.bench.sweep.os.cpu_count", lambda: 2)
+    found = await sweep(find_path("sse"), server, Workload(), ServiceLevel(), most=4)
+    assert {(point.processes, round(point.generator_share, 2)) for point in found.points} == {(2, 0.45)}
+    monkeypatch.setattr("servebook.bench.sweep.os.cpu_count", lambda: 1)
+    with pytest.raises(BenchError, match="90% of a core in each of 1 processes"):
+        await sweep(find_path("sse"), server, Workload(), ServiceLevel(), most=4)
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)

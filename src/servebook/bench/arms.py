@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, Field
 
 from servebook.bench import workload
-from servebook.bench.load import Job, Load, Send, ask, closed_loop, open_loop
+from servebook.bench.load import BenchError, Job, Load, Send, ask, closed_loop, open_loop
 from servebook.bench.paths import Path
 from servebook.bench.resources import CpuSeconds, ProcessTree, engines_up
 from servebook.bench.stats import Estimate, Summary, difference, ratio, summarize
@@ -41,6 +41,8 @@ class Workload(BaseModel):
     max_tokens: int = Field(default=48, ge=2, description="Of an answer, on average.")
     block_seconds: float = Field(default=3.0, gt=0, description="Aimed at, by the number of requests in a block.")
     rounds: int = Field(default=3, ge=1, description="Of four blocks each: two pairs; three rounds give an interval.")
+    shared_prefix_tokens: int = Field(default=0, ge=0, description="Before every prompt, the same: a system prompt.")
+    turns: int = Field(default=1, ge=1, description="Of a chat: each but the first has those before it in its prompt.")
     rate: float | None = Field(default=None, gt=0, description="Open loop: requests a second, at random times.")
 
 
@@ -123,13 +125,26 @@ class Arm:
         )
 
 
+def jobs_for(path: Path, wants: Workload, seed: int) -> Iterator[Job]:
+    """Endless jobs for a path.
+
+    Raises:
+        BenchError: several turns are wanted of a path that is no chat.
+    """
+    if wants.turns > 1 and not path.chat:
+        raise BenchError(f"{path.name} has no chats, so no second turn.", "Choose sse-chat, rest-chat or gateway.")
+    make = workload.chats if path.chat else workload.completions
+    first = workload.prefix(wants.shared_prefix_tokens)
+    for job in make(wants.prompt_tokens, wants.max_tokens, seed):
+        yield job._replace(prompt=first + job.prompt, turns=wants.turns)
+
+
 @asynccontextmanager
 async def open_arm(
     path: Path, server: Server, wants: Workload, seed: int, behind: Sequence[Server] = ()
 ) -> AsyncIterator[Arm]:
     """Connect to `server` over `path`; a first request shows that it answers. CPU of the servers `behind` it counts."""
-    make = workload.chats if path.chat else workload.completions
-    jobs = make(wants.prompt_tokens, wants.max_tokens, seed)
+    jobs = jobs_for(path, wants, seed)
     async with path.open(server) as send:
         await ask(send, next(jobs))
         yield Arm(path, send, ProcessTree(server.pid, *(other.pid for other in behind)), jobs)

@@ -153,7 +153,8 @@ def _who(each: Comparison) -> tuple[str, str, str]:
 
 
 def _requests(*sides: ArmResult) -> str:
-    return " + ".join(str(side.summary.requests) for side in sides)
+    failed = sum(sum(side.summary.failed.values()) for side in sides)
+    return " + ".join(str(side.summary.requests) for side in sides) + (f", {failed} failed" if failed else "")
 
 
 def _ms(found: Percentiles | None) -> str:

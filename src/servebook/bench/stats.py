@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,8 +25,9 @@ class Percentiles(BaseModel):
 class Summary(BaseModel):
     """What one load showed."""
 
-    requests: int
+    requests: int = Field(description="That ended well.")
     output_tokens: int
+    failed: dict[str, int] = Field(default={}, description="Requests that were refused or broke off, by cause.")
     seconds: float = Field(description="From the first send to the last arrival.")
     tokens_per_s: float
     requests_per_s: float
@@ -33,6 +35,13 @@ class Summary(BaseModel):
     ttft_ms: Percentiles = Field(description="From the moment the request was due to its first text.")
     itl_ms: Percentiles | None = Field(description="Between messages with text; None without streaming.")
     tpot_ms: Percentiles | None = Field(description="Per request: time after the first message / tokens after it.")
+
+
+class ServiceLevel(BaseModel):
+    """What a user must get for a request to count as a good one."""
+
+    ttft_ms: float = Field(default=1000, gt=0, description="To the first text, at most.")
+    tpot_ms: float = Field(default=100, gt=0, description="Per token after that, at most: ten tokens a second.")
 
 
 class Estimate(BaseModel):
@@ -81,6 +90,7 @@ def summarize(*loads: Load) -> Summary:
     gaps = [gap for sample in samples for gap in sample.gaps]
     return Summary(
         requests=len(samples),
+        failed=sum((load.failed for load in loads), Counter()),
         output_tokens=tokens,
         seconds=seconds,
         tokens_per_s=tokens / seconds,
@@ -90,6 +100,12 @@ def summarize(*loads: Load) -> Summary:
         itl_ms=percentiles(gaps) if gaps else None,
         tpot_ms=percentiles([sample.tpot for sample in samples]) if gaps else None,
     )
+
+
+def goodput(load: Load, level: ServiceLevel) -> float:
+    """Requests a second that kept the service level; a failed one did not, and a whole answer has no TPOT to keep."""
+    good = sum(sample.ttft * 1e3 <= level.ttft_ms and not sample.tpot * 1e3 > level.tpot_ms for sample in load.samples)
+    return good / load.seconds
 
 
 def ratio(arm: Sequence[float], reference: Sequence[float]) -> Estimate:

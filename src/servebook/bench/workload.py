@@ -52,6 +52,11 @@ def chats(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[Job]:
         yield Job(f"{seed}-{number}: write a long story about {about}.", _length(lengths, max_tokens))
 
 
+def prefix(tokens: int) -> str:
+    """The same text each time, of about so many tokens, to put before a prompt: as a long system prompt is."""
+    return "".join(f"{word} " for word in itertools.islice(itertools.cycle(WORDS), tokens))
+
+
 def _length(draw: random.Random, mean: int) -> int:
     return draw.randint((mean + 1) // 2, mean + mean // 2)
 
