@@ -36,7 +36,7 @@ class Answer:
 class Client(Protocol):
     """A client of one server; every way has one. Use it in a `with` block.
 
-    `timeout` is in seconds, for the whole call. Of the names in `sampling`, every way knows `max_tokens` and
+    `timeout` is in seconds: gRPC's deadline for the whole call, over HTTP the longest wait for bytes. Of the names in `sampling`, every way knows `max_tokens` and
     `temperature`; which others, each says. Errors are those of the library that the client is made with.
     """
 

@@ -33,7 +33,7 @@ class OpenAIClient:
         return next(iter(self.client.models.list())).id
 
     def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
-        """Return the whole answer within `timeout` seconds."""
+        """Return the whole answer; `timeout` bounds each wait for bytes, in seconds."""
         asked = self.client.completions.create(model=self.model, prompt=prompt, timeout=timeout, extra_body=sampling)
         return read_answer(asked)
 
@@ -70,7 +70,7 @@ class OpenAIAioClient:
         return self._model
 
     async def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:  # noqa: ASYNC109
-        """Return the whole answer within `timeout` seconds; cancelling the task closes the connection."""
+        """Return the whole answer; cancelling the task closes the connection."""
         model = await self.model()
         asked = self.client.completions.create(model=model, prompt=prompt, timeout=timeout, extra_body=sampling)
         return read_answer(await asked)
