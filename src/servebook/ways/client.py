@@ -36,8 +36,9 @@ class Answer:
 class Client(Protocol):
     """A client of one server; every way has one. Use it in a `with` block.
 
-    `timeout` is in seconds: gRPC's deadline for the whole call, over HTTP the longest wait for bytes. Of the names in `sampling`, every way knows `max_tokens` and
-    `temperature`; which others, each says. Errors are those of the library that the client is made with.
+    `timeout` is in seconds: gRPC's deadline for the whole call, over HTTP the longest wait for bytes. Of the names
+    in `sampling`, every way knows `max_tokens` and `temperature`; which others, each says. Errors are those of the
+    library that the client is made with.
     """
 
     def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
