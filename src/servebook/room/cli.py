@@ -20,6 +20,7 @@ from rich.text import Text
 from servebook import launch
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
+from servebook.lab.manifest import load_labs
 from servebook.launch.states import Status
 from servebook.launch.table import behind
 from servebook.room import collect as hand_in
@@ -201,7 +202,7 @@ def collect(
     if not desks.is_dir():
         raise ServebookError("There are no desks yet.", "Start a room with `servebook room start`.")
     for row in hand_in.collect(desks, submitted):
-        out.print(f"{row.learner}: {len(row.labs)} labs")
+        out.print(f"{row.learner}: {len(row.labs)} of {len(load_labs())} labs")
         for path, why in row.left.items():
             out.print(f"  {path!r} was left: {why}", markup=False)  # a name may hold anything, a terminal's codes too
     if not grade:
