@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,10 @@ NO_KEY = "no-key"
 """The SDK wants one, also for a server that asks for none."""
 
 COUNTED = {"include_usage": True, "continuous_usage_stats": True}
-"""Stream options: the number of tokens so far comes with every event. The second one is vLLM's own."""
+"""Stream options: the number of tokens so far comes with every event, and in a last one without text.
+
+The second one is vLLM's own; its router does not hand it on, and then only the last event counts.
+"""
 
 
 class OpenAIClient:
@@ -44,10 +48,17 @@ class OpenAIClient:
             model=self.model, prompt=prompt, stream=True, timeout=timeout, extra_body=more
         ) as events:
             tokens = 0
+            end: Piece | None = None
             for event in events:
-                if event.choices:
+                if not event.choices:
+                    end = recount(end, tokens_of(event) - tokens)
+                elif event.choices[0].finish_reason:
+                    end = read_piece(event, tokens)
+                else:
                     yield read_piece(event, tokens)
-                    tokens = tokens_of(event)
+                tokens = tokens_of(event)
+            if end:
+                yield end
 
     def __enter__(self) -> OpenAIClient:
         return self
@@ -89,10 +100,17 @@ class OpenAIAioClient:
         )
         async with await asked as events:
             tokens = 0
+            end: Piece | None = None
             async for event in events:
-                if event.choices:
+                if not event.choices:
+                    end = recount(end, tokens_of(event) - tokens)
+                elif event.choices[0].finish_reason:
+                    end = read_piece(event, tokens)
+                else:
                     yield read_piece(event, tokens)
-                    tokens = tokens_of(event)
+                tokens = tokens_of(event)
+            if end:
+                yield end
 
     async def __aenter__(self) -> OpenAIAioClient:
         return self
@@ -110,6 +128,11 @@ def read_piece(event: Completion, tokens: int) -> Piece:
     """What an event brings, after one with `tokens` so far."""
     choice = event.choices[0]
     return Piece(choice.text, tokens_of(event) - tokens, choice.finish_reason)
+
+
+def recount(end: Piece | None, more: int) -> Piece | None:
+    """The last piece, with tokens that were told only after it."""
+    return end and replace(end, tokens=end.tokens + more)
 
 
 def read_answer(completion: Completion) -> Answer:
