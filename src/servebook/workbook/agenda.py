@@ -17,8 +17,8 @@ import nbformat
 from pydantic import BaseModel, ConfigDict, Field
 
 from servebook.checkout import ROOT
-from servebook.lab.manifest import find_exercise, load_labs
-from servebook.workbook.chapters import find_chapter, load_chapters
+from servebook.lab.manifest import find_exercise
+from servebook.workbook.chapters import find_chapter
 
 GUIDE = ROOT / "docs" / "instructor.md"
 BEGIN, END = "<!-- agendas: `make agendas` -->\n", "<!-- end of agendas -->\n"
@@ -107,10 +107,8 @@ def written(guide: str) -> str:
     """The guide with the agendas of today's manifests."""
     before, rest = guide.split(BEGIN)
     _, after = rest.split(END)
-    minutes = sum(chapter.minutes for chapter in load_chapters()) + sum(lab.minutes for lab in load_labs())
-    lines = [f"All chapters and labs take {round(minutes / 60)} hours; what is skipped here is for home.", ""]
-    lines += [line for agenda in load_agendas() for line in table(agenda)]
-    return f"{before}{BEGIN}" + "\n".join(lines) + f"{END}{after}"
+    lines = [line for agenda in load_agendas() for line in table(agenda)]
+    return f"{before}{BEGIN}\n" + "\n".join(lines) + f"{END}{after}"
 
 
 if __name__ == "__main__":
