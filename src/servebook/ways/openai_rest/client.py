@@ -50,12 +50,13 @@ class OpenAIClient:
             tokens = 0
             end: Piece | None = None
             for event in events:
-                if not event.choices:
+                piece = read_piece(event, tokens) if event.choices else None
+                if piece is None:
                     end = recount(end, tokens_of(event) - tokens)
-                elif event.choices[0].finish_reason:
-                    end = read_piece(event, tokens)
+                elif piece.finish_reason:
+                    end = piece
                 else:
-                    yield read_piece(event, tokens)
+                    yield piece
                 tokens = tokens_of(event)
             if end:
                 yield end
@@ -102,12 +103,13 @@ class OpenAIAioClient:
             tokens = 0
             end: Piece | None = None
             async for event in events:
-                if not event.choices:
+                piece = read_piece(event, tokens) if event.choices else None
+                if piece is None:
                     end = recount(end, tokens_of(event) - tokens)
-                elif event.choices[0].finish_reason:
-                    end = read_piece(event, tokens)
+                elif piece.finish_reason:
+                    end = piece
                 else:
-                    yield read_piece(event, tokens)
+                    yield piece
                 tokens = tokens_of(event)
             if end:
                 yield end
