@@ -824,8 +824,8 @@ class TestSteps:
         before = figure("vllm:request_success_total", finished_reason="length")
         with GrpcClient(steps.grpc[step]) as client:
             stream = client.stream("Once", max_tokens=100, sampling=FOREVER)
-            assert not next(stream).is_finished
-            stream.close()  # type: ignore[attr-defined]  # a generator: this cancels the call
+            assert next(stream).finish_reason is None
+            stream.close()  # this cancels the call
         eventually(lambda: not figure("vllm:num_requests_running"), IDLE_SECONDS, "the engine idle")
         return figure("vllm:request_success_total", finished_reason="length") - before
 
@@ -834,7 +834,7 @@ class TestSteps:
         with GrpcClient(steps.grpc[step]) as client:
             pieces = list(client.stream("The capital of France is", max_tokens=6, temperature=0))
         assert "Paris" in "".join(piece.text for piece in pieces)
-        assert [piece.is_finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert [piece.finish_reason is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
     def test_step_1_writes_on_for_who_has_left(self, steps: Ladder) -> None:
         assert self.written_for_nobody(steps, 1) == 1
