@@ -33,7 +33,7 @@ def stream(number: int, begun: Event) -> tuple[float, str]:
     Raises:
         ValueError: it was broken off.
     """
-    body = {"message": f"Tell me a very long story about {number} ships and their captains.", "max_tokens": 600}
+    body = {"message": f"Tell me a very long story about {number} ships and their captains.", "max_tokens": 400}
     events = []
     with urllib.request.urlopen(request("/chat/stream", body), timeout=300) as lines:
         for line in lines:

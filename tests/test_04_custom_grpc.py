@@ -33,6 +33,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from servebook import launch, serve
+from servebook.checkout import ROOT
 from servebook.engine.quiet_compiler import LOWEST_PRIORITY
 from servebook.protos.llm.v1 import llm_pb2 as pb
 from servebook.protos.llm.v1 import llm_pb2_grpc
@@ -40,8 +41,9 @@ from servebook.settings import Settings
 from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
+from servebook.ways.custom_grpc.steps import Ladder, ladder
 from servebook.ways.metrics import metric
-from servebook.workbook.notebook import measure_pace
+from servebook.workbook.notebook import difference, measure_pace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -802,3 +804,91 @@ def test_a_taken_port_is_refused(grpc_server: launch.Server) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 1
     assert "Choose another port" in ended.stderr
+
+
+# From what one writes first to this server
+
+
+STEPS = sorted((ROOT / "src/servebook/ways/custom_grpc/steps").glob("step_*.py"))
+
+
+@pytest.mark.parametrize(("before", "after"), list(pairwise(STEPS)), ids=lambda step: step.stem)
+def test_a_step_is_small_and_says_what_it_leaves(before: Path, after: Path) -> None:
+    assert 1 <= sum(line[:1] == "+" and line[1:] != "" for line in difference(before, after)) <= 30
+    assert "\nStill wrong: " in after.read_text()
+
+
+@pytest.fixture(scope="class")
+def steps() -> Iterator[Ladder]:
+    with ladder() as steps:
+        yield steps
+
+
+class TestSteps:
+    """A class, for its engine to end with the last of these tests: memory is short."""
+
+    def written_for_nobody(self, steps: Ladder, step: int) -> float:
+        """How many answers the engine writes to the end when a caller leaves after the first message."""
+
+        def figure(name: str, **labels: str) -> float:
+            return metric(steps.metrics, name, **labels)
+
+        before = figure("vllm:request_success_total", finished_reason="length")
+        with GrpcClient(steps.grpc[step]) as client:
+            stream = client.stream("Once", max_tokens=100, sampling=FOREVER)
+            assert not next(stream).is_finished
+            stream.close()  # type: ignore[attr-defined]  # a generator: this cancels the call
+        eventually(lambda: not figure("vllm:num_requests_running"), IDLE_SECONDS, "the engine idle")
+        return figure("vllm:request_success_total", finished_reason="length") - before
+
+    @pytest.mark.parametrize("step", [1, 2, 3, 4])
+    def test_every_step_streams(self, steps: Ladder, step: int) -> None:
+        with GrpcClient(steps.grpc[step]) as client:
+            pieces = list(client.stream("The capital of France is", max_tokens=6, temperature=0))
+        assert "Paris" in "".join(piece.text for piece in pieces)
+        assert [piece.is_finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+    def test_step_1_writes_on_for_who_has_left(self, steps: Ladder) -> None:
+        assert self.written_for_nobody(steps, 1) == 1
+
+    def test_step_2_stops_but_calls_every_fault_unknown(self, steps: Ladder) -> None:
+        assert self.written_for_nobody(steps, 2) == 0
+        with GrpcClient(steps.grpc[2]) as client, pytest.raises(grpc.RpcError) as caught:
+            list(client.stream("Hello", max_tokens=0))
+        assert caught.value.code() is grpc.StatusCode.UNKNOWN
+
+    def test_step_3_says_whose_fault_it_was_but_not_whether_it_serves(self, steps: Ladder) -> None:
+        with GrpcClient(steps.grpc[3]) as client:
+            for prompt, max_tokens in (("Hello", 0), ("word " * 5000, 1)):
+                with pytest.raises(grpc.RpcError) as caught:
+                    list(client.stream(prompt, max_tokens=max_tokens))
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            endless = stub_on(client.channel).StreamGenerate(
+                pb.StreamGenerateRequest(prompt="Once", max_tokens=2000, sampling=FOREVER)
+            )
+            with pytest.raises(grpc.RpcError) as caught:
+                list(endless)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert caught.value.details() == "A call may take 10 s here."
+            with pytest.raises(grpc.RpcError) as caught:
+                health_of(client.channel)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    def test_step_4_has_limits_but_seems_dead_when_it_is_full(self, steps: Ladder) -> None:
+        with GrpcClient(steps.grpc[4]) as client:
+            assert health_of(client.channel) == SERVING
+            database = ProtoReflectionDescriptorDatabase(client.channel)
+            assert set(database.get_services()) == {"grpc.health.v1.Health", "llm.v1.LLMService"}
+            with pytest.raises(grpc.RpcError) as caught:
+                list(client.stream("x" * 70_000, max_tokens=1))
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            request = pb.StreamGenerateRequest(prompt="Once", max_tokens=2000, sampling=FOREVER)
+            four = [stub_on(client.channel).StreamGenerate(request, timeout=60) for _ in range(4)]
+            for call in four:
+                next(call)
+            for refused in (lambda: list(client.stream("Hello", max_tokens=1)), lambda: health_of(client.channel)):
+                with pytest.raises(grpc.RpcError) as caught:
+                    refused()
+                assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            for call in four:
+                call.cancel()

@@ -30,6 +30,7 @@ from servebook.workbook.notebook import (
     measure_pace,
     show,
     show_difference,
+    squares,
     timeline,
     versions,
     wire,
@@ -122,6 +123,16 @@ def test_curves_and_bars_label_their_axes(displayed: list[dict[str, str]]) -> No
     assert "requests at once" in svg
     assert "tokens/s" in svg
     assert svg_of(displayed[1])[0] == "Encoding, ms: raw 9.5; JSON 122."
+
+
+def test_squares_are_as_many_as_there_are(displayed: list[dict[str, str]]) -> None:
+    squares({"A": 2, "B": 3}, 182, unit="block", title="Blocks")
+    alt, svg = svg_of(displayed[0])
+    assert alt == "Blocks: 182 squares, one for each block. A has 2; B has 3; 177 are free."
+    assert (svg.count(">A<"), svg.count(">B<")) == (2, 3)
+    assert svg.count("fill: #ffffff; stroke: #7f7f7f") == 177
+    with pytest.raises(ValueError, match="5 are more than 4"):
+        squares({"A": 5}, 4, unit="block", title="Blocks")
 
 
 def test_the_same_data_give_the_same_picture(displayed: list[dict[str, str]]) -> None:

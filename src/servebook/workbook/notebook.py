@@ -10,6 +10,7 @@ import base64
 import html
 import inspect
 import io
+import math
 import os
 import platform
 import time
@@ -24,6 +25,7 @@ from typing import Any, Self
 import matplotlib as mpl
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer, TextLexer, get_lexer_for_filename
@@ -273,6 +275,34 @@ def bars(values: Mapping[str, float], *, xlabel: str, title: str, alt: str = "")
     axes.set(xlabel=xlabel, title=title)
     rows = (f"{label} {_figure(value)}" for label, value in values.items())
     picture(figure, alt or f"{title}, {xlabel}: {'; '.join(rows)}.")
+
+
+def squares(owners: Mapping[str, int], total: int, *, unit: str, title: str, alt: str = "") -> None:
+    """Draw `total` squares, one for each `unit`: first those of each owner, in its colour and with its name, then free.
+
+    Raises:
+        ValueError: the owners have more than there are.
+    """
+    if (free := total - sum(owners.values())) < 0:
+        raise ValueError(f"{sum(owners.values())} are more than {total}")
+    columns = max(28, math.ceil(math.sqrt(4 * total)))
+    rows = math.ceil(total / columns)
+    figure = Figure(figsize=(8, 0.9 + 7 * rows / columns), layout="constrained")
+    axes = figure.subplots()
+    names = [name for name, count in owners.items() for _ in range(count)]
+    colours = dict(zip(owners, ("#1f4e79", "#f4b183", "#9dc3e6", "#548235", "#d9d9d9"), strict=False))
+    for number in range(total):
+        row, column = divmod(number, columns)
+        name = names[number] if number < len(names) else ""
+        colour = colours.get(name, "white")
+        axes.add_patch(Rectangle((column, row), 0.9, 0.9, facecolor=colour, edgecolor="#7f7f7f", linewidth=0.5))
+        if name:
+            ink = "white" if colour in ("#1f4e79", "#548235") else "black"
+            axes.text(column + 0.45, row + 0.5, name, ha="center", va="center", color=ink, fontsize=8)
+    axes.set(xlim=(-0.2, columns), ylim=(rows, -0.2), aspect="equal", title=title)
+    axes.axis("off")
+    held = "; ".join(f"{name} has {count}" for name, count in owners.items())
+    picture(figure, alt or f"{title}: {total} squares, one for each {unit}. {held}; {free} are free.")
 
 
 def _figure(value: float) -> str:
