@@ -826,7 +826,7 @@ class TestSteps:
             stream = client.stream("Once", max_tokens=100, sampling=FOREVER)
             assert next(stream).finish_reason is None
             stream.close()  # this cancels the call
-        eventually(lambda: not figure("vllm:num_requests_running"), IDLE_SECONDS, "the engine idle")
+        eventually(lambda: not figure("vllm:num_requests_running"), "the engine idle", IDLE_SECONDS)
         return figure("vllm:request_success_total", finished_reason="length") - before
 
     @pytest.mark.parametrize("step", [1, 2, 3, 4])
