@@ -22,6 +22,7 @@ import psutil
 import pytest
 import requests
 import schemathesis
+from desk import eventually
 from fastapi import FastAPI
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
@@ -55,13 +56,6 @@ def texts(body: str) -> list[dict[str, Any]]:
     assert (done, end) == ("data: [DONE]", "")
     assert all(event.startswith("data: ") for event in events)
     return [json.loads(event.removeprefix("data: ")) for event in events]
-
-
-def until(what: str, true: Callable[[], bool], seconds: float = 30) -> None:
-    """Poll until `true`; fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
 
 
 def running(engine: str) -> float:
@@ -296,11 +290,11 @@ def test_beyond_the_last_place_503_and_when_to_come_back(keyed: str, vllm: launc
     assert refused.json()["error"]["code"] == "busy"
     for stream in streams:
         stream.close()
-    until(
-        "the places are free again",
+    eventually(
         lambda: session.post(f"{keyed}/chat", json=JAPAN | {"max_tokens": 1}, timeout=30).status_code == 200,
+        "the places to be free again",
     )
-    until("the engine is idle", lambda: running(vllm.url) == 0)
+    eventually(lambda: running(vllm.url) == 0, "the engine is idle")
 
 
 def test_other_origins_are_shut_out_unless_named(gateway: launch.Server, vllm: launch.Server) -> None:
@@ -363,12 +357,12 @@ def seconds_to_let_go(url: str, path: str, ask: dict[str, Any], engine: str) -> 
     """From the moment that a caller hangs up to an idle engine, the median of five."""
     took = []
     for _ in range(5):
-        until("the engine is idle", lambda: running(engine) == 0)
+        eventually(lambda: running(engine) == 0, "the engine is idle")
         caller = half_a_request(url, path, ask)
-        until("the engine has the request", lambda: metric(engine, "vllm:num_requests_running") == 1)
+        eventually(lambda: metric(engine, "vllm:num_requests_running") == 1, "the engine has the request")
         left = time.monotonic()
         caller.close()
-        until("the engine let go", lambda: running(engine) == 0, seconds=5)
+        eventually(lambda: running(engine) == 0, "the engine let go", seconds=5)
         took.append(time.monotonic() - left)
     return statistics.median(took)
 
@@ -483,7 +477,7 @@ def test_the_page_asks_no_other_host_and_has_a_strict_policy(gateway: launch.Ser
 
 def test_a_gateway_killed_and_started_again(vllm: launch.Server) -> None:
     port = free_port()
-    until("the engine is idle", lambda: running(vllm.url) == 0)
+    eventually(lambda: running(vllm.url) == 0, "the engine is idle")
     with child_server(GATEWAY, "--upstream", vllm.url, port=port) as url:
         stream = requests.post(f"{url}/chat/stream", json=STORY, stream=True, timeout=30)
         pieces = stream.iter_content(16)
@@ -492,7 +486,7 @@ def test_a_gateway_killed_and_started_again(vllm: launch.Server) -> None:
         gateway.kill()
         with pytest.raises(requests.exceptions.ChunkedEncodingError):
             list(pieces)
-    until("the engine let go", lambda: running(vllm.url) == 0, seconds=5)
+    eventually(lambda: running(vllm.url) == 0, "the engine let go", seconds=5)
     with child_server(GATEWAY, "--upstream", vllm.url, port=port) as url:
         assert requests.post(f"{url}/chat", json=JAPAN, timeout=60).status_code == 200
 
@@ -546,7 +540,7 @@ def test_the_engine_killed_under_load_and_back(doomed: launch.Server) -> None:
             for path in ("/chat", "/chat/stream")
             for _ in range(8)
         ]
-        until("the engine has all requests", lambda: metric(doomed.url, "vllm:num_requests_running") == 16)
+        eventually(lambda: metric(doomed.url, "vllm:num_requests_running") == 16, "the engine has all requests")
         os.kill(doomed.pid, signal.SIGKILL)
         answers = [call.result() for call in calls]
         for answer in answers[:8]:
@@ -618,7 +612,7 @@ def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: la
 
     def answers_meanwhile(url: str) -> bool:
         with half_a_request(url, "/chat", long) as caller:
-            until("the engine has the request", lambda: metric(vllm.url, "vllm:num_requests_running") >= 1)
+            eventually(lambda: metric(vllm.url, "vllm:num_requests_running") >= 1, "the engine has the request")
             requests.get(f"{url}/healthz", timeout=60)
             caller.setblocking(False)
             try:
@@ -641,12 +635,12 @@ def test_from_step_2_on_nobody_computes_for_who_has_left(
         ends = ("stop", "length")
         return sum(metric(vllm.url, "vllm:request_success_total", finished_reason=end) for end in ends)
 
-    until("the engine is idle", lambda: running(vllm.url) == 0)
+    eventually(lambda: running(vllm.url) == 0, "the engine is idle")
     before = written()
     with half_a_request(steps[step], path, {"message": STORY["message"], "max_tokens": 100}):
-        until("the engine has the request", lambda: running(vllm.url) == 1)
-    until("the engine is idle again", lambda: running(vllm.url) == 0, 60)
-    until("it is counted", lambda: written() - before == ended, 5)
+        eventually(lambda: running(vllm.url) == 1, "the engine has the request")
+    eventually(lambda: running(vllm.url) == 0, "the engine is idle again", 60)
+    eventually(lambda: written() - before == ended, "it is counted", 5)
 
 
 async def test_step_3_says_in_time_that_there_is_no_engine() -> None:

@@ -12,6 +12,7 @@ from smg_grpc_proto import vllm_engine_pb2
 
 from servebook.bench import workload
 from servebook.bench.arms import Workload, compare, open_arm
+from servebook.bench.cost import fit_cost
 from servebook.bench.crosscheck import cross_check
 from servebook.bench.load import BenchError, Job, Sample, ask, closed_loop
 from servebook.bench.paths import PATHS, find_path
@@ -138,6 +139,7 @@ async def test_the_scripted_source_behind_the_real_server(
         wants = Workload(max_tokens=40)
         async with open_arm(path, server, wants, 1) as arm:
             block = await arm.block(24, 48, None, 0)
+            cost = await fit_cost(arm, callers=8)
     finally:
         server.stop()
     assert len(block.load.samples) == 48
@@ -148,6 +150,9 @@ async def test_the_scripted_source_behind_the_real_server(
     assert block.cpu.engine == 0, "no engine is up"
     assert block.cpu.front
     assert block.cpu.front > 0
+    assert 0 < cost.busiest <= 1
+    assert cost.token_us > 0
+    assert 0 < cost.token_error < cost.token_us * 5
 
 
 @pytest.mark.parametrize("server", SERVERS)

@@ -21,15 +21,16 @@ import pytest
 from typer.testing import CliRunner
 from uvicorn import Config
 
-from servebook.bench import report, workload
+from servebook.bench import guard, report, workload
 from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, WAVES, Arm, Workload, compare, jobs_for, off_by
 from servebook.bench.cli import custom
+from servebook.bench.cost import Cost, fit
 from servebook.bench.load import BenchError, Job, Load, Message, Sample, ask, closed_loop, open_loop
 from servebook.bench.paths import PATHS, Path, find_path
 from servebook.bench.paths.openai_rest import http_session
 from servebook.bench.resources import ProcessTree
 from servebook.bench.results import Results, load_results, new_results, now, stored
-from servebook.bench.run import FULL, QUICK, start
+from servebook.bench.run import FULL, QUICK, STREAMING, start
 from servebook.bench.stats import Estimate, ServiceLevel, difference, goodput, outer_rank, percentiles, ratio, summarize
 from servebook.bench.sweep import spread, sweep, table
 from servebook.bench.wire import WireCost, counted
@@ -495,8 +496,36 @@ def test_neither_is_that_of_other_engine_arguments_nor_a_finished_one(tmp_path: 
         start(QUICK, plain, output)
 
 
-def test_break_even() -> None:
-    assert report.break_even_tokens_per_s(100e-6) == pytest.approx(500)
+def test_a_cost_is_told_apart_into_requests_and_tokens_with_its_error() -> None:
+    """Simulated: a request costs 900 µs, a token 60; the truth is within two errors about as often as it should be."""
+    draw, held, runs = np.random.default_rng(2), np.zeros(2), 2000
+    requests, lengths = [50] * 12, [8, 24, 64] * 4
+    tokens = [50 * length for length in lengths]
+    for _ in range(runs):
+        true = np.array([50 * (900 + 60 * length) for length in lengths]) * 1e-6
+        request, request_error, token, token_error = fit(requests, tokens, list(true + draw.normal(0, 0.004, 12)))
+        held += (abs(request - 900) < 2 * request_error, abs(token - 60) < 2 * token_error)
+    assert held / runs == pytest.approx(0.927, abs=0.02), "what two standard errors hold with ten degrees of freedom"
+    exact = fit(requests, tokens, [50e-6 * (900 + 60 * length) for length in lengths])
+    assert exact == pytest.approx((900, 0, 60, 0), abs=1e-6)
+    with pytest.raises(ValueError, match="2 blocks are too few"):
+        fit([1, 1], [2, 2], [3, 3])
+
+
+def test_a_core_is_full_when_its_busiest_process_has_used_it_up() -> None:
+    cost = Cost(
+        path="gateway",
+        callers=25,
+        processes=2,
+        busiest=0.5,
+        request_us=640,
+        request_error=9,
+        token_us=180,
+        token_error=3,
+    )
+    assert cost.core_full_at(32) == pytest.approx(10_000), "200 µs a token, shared by two processes"
+    assert cost.core_full_at(8) < cost.core_full_at(1000)
+    assert str(cost) == "gateway: 640 ± 9 µs a request, 180 ± 3 µs a token; processes: 2"
 
 
 async def test_bytes_are_counted_with_their_framing() -> None:
@@ -516,6 +545,34 @@ async def test_bytes_are_counted_with_their_framing() -> None:
         writer.close()
     server.close()
     assert proxy.bytes == 10
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.93, 1.07, "as before"),
+        (1.12, 1.30, "dearer"),
+        (0.70, 0.88, "cheaper"),
+        (0.95, 1.20, "undecided"),
+        (None, None, "undecided"),
+    ],
+)
+def test_the_guard_is_red_only_where_a_whole_interval_is(low: float | None, high: float | None, verdict: str) -> None:
+    assert guard.judge(Estimate(value=2, low=low and 2 * low, high=high and 2 * high, pairs=6), stored=2) == verdict
+
+
+async def test_the_guard_compares_with_what_it_stored(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(json.loads(guard.STORED.read_text())) <= set(STREAMING)
+    monkeypatch.setattr(guard, "STORED", tmp_path / "guard.json")
+    found = (await a_run()).engine[0]
+    found.arm.path, found.front_cpu = "grpc", Estimate(value=0.8, low=0.78, high=0.82, pairs=6)
+    guard.store([found])
+    assert json.loads(guard.STORED.read_text()) == {"grpc": 0.8}
+    assert guard.verdicts([found])[1][0][-1] == "as before"
+    found.front_cpu = Estimate(value=1.2, low=1.1, high=1.3, pairs=6)
+    assert guard.verdicts([found])[1][0][-1] == "dearer"
+    found.arm.path = "new"
+    assert guard.verdicts([found])[1][0][-1] == "not stored"
 
 
 def test_the_command_line_knows_its_ways() -> None:

@@ -39,6 +39,8 @@ def bench(
     ttft_ms: Annotated[float, typer.Option(help="--sweep: a good request's first text comes within.")] = 1000,
     tpot_ms: Annotated[float, typer.Option(help="--sweep: and each token after it within.")] = 100,
     scripted: Annotated[bool, typer.Option(help="The scripted token source instead of engines.")] = False,
+    guard: Annotated[bool, typer.Option(help="Three minutes: has a change made a front dearer in CPU?")] = False,
+    store: Annotated[bool, typer.Option(help="With --guard: these ratios are the right ones from now on.")] = False,
     force: Annotated[bool, typer.Option(help="Go on when the control is off; the results are marked as void.")] = False,
     as_report: Annotated[bool, typer.Option("--report", help="Write BENCHMARKS.md from the stored results.")] = False,
     schema: Annotated[bool, typer.Option(help="Print the JSON schema of the result file.")] = False,
@@ -58,6 +60,9 @@ def bench(
 
     if schema:
         print(json.dumps(Results.model_json_schema(), indent=2))
+        return
+    if guard:
+        watch(store)
         return
     if as_report:
         Path("BENCHMARKS.md").write_text(markdown(stored()), encoding="utf-8")
@@ -120,6 +125,21 @@ def saturate(paths: list[str], wants: Workload, level: ServiceLevel, most: int, 
         f"The knee is at {found.knee.callers} callers{end}. A good request: TTFT within {level.ttft_ms:g} ms, then "
         f"{level.tpot_ms:g} ms a token. The points are in {output}."
     )
+
+
+def watch(store: bool) -> None:
+    """Measure each front's CPU, and compare it with what is stored or store it."""
+    import uvloop
+
+    from servebook.bench import guard
+
+    found = uvloop.run(guard.measure(load_settings()))
+    if store:
+        guard.store(found)
+    rows = guard.verdicts(found)
+    show_table(rows, "CPU of each front (scripted token source)")
+    if any(row[-1] == "dearer" for row in rows[1]):
+        raise typer.Exit(1)
 
 
 def show_table(rows: Rows, title: str) -> None:

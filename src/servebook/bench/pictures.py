@@ -40,7 +40,7 @@ def sweep(costs: Sequence[TensorCost], *, title: str) -> None:
     for label, style in zip(dict.fromkeys(cost.encoding for cost in costs), STYLES, strict=False):
         points = [(cost.tensor_bytes, cost.median_ms) for cost in costs if cost.encoding == label]
         axes.plot(*zip(*points, strict=True), label=label, **style)
-        rows.append(f"{label} {points[-1][1]:.3g} ms at {size_name(points[-1][0])}")
+        rows.append(f"{label} {points[-1][1]:,.1f} ms at {size_name(points[-1][0])}")
     sizes = sorted({cost.tensor_bytes for cost in costs})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

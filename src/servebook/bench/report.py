@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, ArmResult, Comparison, off_by
+from servebook.bench.cost import LENGTHS
 from servebook.bench.crosscheck import CrossCheck
 from servebook.bench.load import BenchError
 from servebook.bench.results import Results
@@ -185,6 +186,21 @@ def protocol_costs(results: Results) -> Rows:
     return head, rows
 
 
+def cost_table(results: Results) -> Rows:
+    """Head and rows: the fitted cost of each front, and the load that fills a core of its busiest process."""
+    head = (
+        *("path", "callers", "processes", "µs a request", "µs a token"),
+        *("tokens/s that fill a core, answers of 32 tokens", "of 256"),
+    )
+    rows: list[Row] = []
+    for each in results.costs:
+        request = f"{each.request_us:.0f} ± {each.request_error:.0f}"
+        token = f"{each.token_us:.0f} ± {each.token_error:.0f}"
+        full = (f"{each.core_full_at(tokens):,.0f}" for tokens in (32, 256))
+        rows.append((each.path, str(each.callers), str(each.processes), request, token, *full))
+    return head, rows
+
+
 def _micros(seconds_per_1000: float | None) -> str:
     return "–" if seconds_per_1000 is None else f"{1e3 * seconds_per_1000:.0f}"
 
@@ -256,6 +272,13 @@ def section(run: Results) -> str:
             "tokens. A gateway's are those of two processes, its own and that of vLLM's server behind it.",
             markdown_table(*protocol_costs(run)),
         ]
+    if run.costs:
+        parts += [
+            f"CPU of a front = so much a request + so much a token, fitted to answers of {LENGTHS} tokens; ± is a "
+            "standard error. A core that is full makes answers wait; one that is not full hides its work behind the "
+            "engine's next step, and adds nothing to the gap between two tokens.",
+            markdown_table(*cost_table(run)),
+        ]
     if run.tensors:
         parts += ["### Big tensors, there and back, ms", markdown_table(*tensor_table(run))]
     if check := run.cross_check:
@@ -286,19 +309,13 @@ def control_line(run: Results) -> str:
     )
 
 
-def break_even_tokens_per_s(front_cpu_seconds_per_token: float, share: float = 0.05) -> float:
-    """Tokens a second, of all streams of one server process, at which its protocol work fills `share` of a core.
+def core_full_at(run: Results, path: str) -> tuple[float, int] | None:
+    """Tokens a second that fill a core of a front of one process, and the length of the answers that this holds for.
 
-    The same number answers the question for one stream: below it, the protocol takes less than `share` of the time
-    between two tokens.
+    None if not measured: it is from the protocol arm, where a request's cost is spread over the tokens of its answer.
     """
-    return share / front_cpu_seconds_per_token
-
-
-def reference_cpu(run: Results, path: str) -> float | None:
-    """CPU seconds per token outside of the engine for `path` in the protocol arm; None if not measured."""
     for each in run.protocol:
         for side in (each.arm, each.reference):
-            if side.path == path and side.cpu_per_1000.front is not None:
-                return side.cpu_per_1000.front / 1000
+            if side.path == path and side.cpu_per_1000.front:
+                return 1000 / side.cpu_per_1000.front, each.workload.max_tokens
     return None

@@ -13,6 +13,7 @@ import psutil
 from pydantic import BaseModel, Field, ValidationError
 
 from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, ArmResult, Comparison, off_by
+from servebook.bench.cost import Cost
 from servebook.bench.crosscheck import CrossCheck
 from servebook.bench.load import BenchError
 from servebook.bench.tensors import TensorCost
@@ -56,6 +57,7 @@ class Results(BaseModel):
     engine: list[Comparison] = Field(default=[], description="Paths against vLLM's server, real engines.")
     protocol: list[Comparison] = Field(default=[], description="The same with the scripted token source: no engines.")
     wire: list[WireCost] = []
+    costs: list[Cost] = Field(default=[], description="CPU per request and per token, by a fit; scripted source.")
     tensors: list[TensorCost] = []
     cross_check: CrossCheck | None = None
 

@@ -12,6 +12,7 @@ from time import monotonic
 
 from servebook import launch
 from servebook.bench.arms import CONTROL_LIMIT, Comparison, Workload, compare, off_by, open_arm
+from servebook.bench.cost import fit_cost
 from servebook.bench.crosscheck import cross_check
 from servebook.bench.load import BenchError
 from servebook.bench.paths import Path, find_path
@@ -183,6 +184,10 @@ class Run:
                 found = await wire_cost(path, self.up_scripted(path))
                 self.results.wire.append(found)
                 self.say(f"  {found.bytes_per_token:.0f} bytes a token")
+                behind = self.behind(path, self.up_scripted)
+                async with open_arm(path, self.up_scripted(path), self.plan.workload, 1000 * self.step, behind) as arm:
+                    self.results.costs.append(await fit_cost(arm, SCRIPTED_CALLERS))
+                self.say(f"  {self.results.costs[-1]}")
         for _, concurrency in (cell for cell in self.plan.protocol if cell[0] == path.name):
             name = f"scripted {path.name} @{concurrency}"
             if not self.skip(name):
@@ -213,17 +218,17 @@ class Run:
     ) -> Comparison:
         """One cell on the servers that `up` gives; the CPU of those behind a gateway counts as its own."""
         wants, seed = self.plan.workload, 1000 * self.step
-
-        def behind(path: Path) -> list[Server]:
-            return [up(find_path(need)) for need in ("sse",) if not find_server(path.server).has_engine]
-
         async with (
-            open_arm(path, arm or up(path), wants, seed, behind(path)) as one,
-            open_arm(against, up(against), wants, seed + 1, behind(against)) as other,
+            open_arm(path, arm or up(path), wants, seed, self.behind(path, up)) as one,
+            open_arm(against, up(against), wants, seed + 1, self.behind(against, up)) as other,
         ):
             found = await compare(name, one, other, concurrency, wants, self.on_block)
         self.say(f"  tokens/s {found.tokens_per_s} · TTFT p50 {found.ttft_p50_ms.value:+.1f} ms")
         return found
+
+    def behind(self, path: Path, up: Callable[[Path], Server]) -> list[Server]:
+        """The servers behind a path's own: their CPU counts with it."""
+        return [] if find_server(path.server).has_engine else [up(find_path("sse"))]
 
     def up(self, path: Path, instance: str = "") -> Server:
         """The path's server, attached to or started."""
