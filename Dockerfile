@@ -5,7 +5,7 @@
 #   docker run --rm -it --network host --shm-size 1g servebook:0.1.0          (with --gpus all for the other)
 ARG BASE=debian:13-slim
 
-# For kubernetes/router: vLLM's router alone, with the versions of the lock.
+# For kubernetes/base: vLLM's router alone, with the versions of the lock.
 FROM python:3.11-slim AS router
 COPY requirements/cpu.txt /lock.txt
 RUN pip install --no-cache-dir --constraint /lock.txt vllm-router

@@ -19,7 +19,7 @@ ready := $(env)/.servebook-$(device)
 room := $(env)/room
 locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
-.PHONY: lab room test browser check lint setup offline lock notebooks pictures labs protos clean
+.PHONY: lab room test browser check lint setup offline lock notebooks pictures labs deck agendas protos clean
 
 # The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
 # `|| true`: the doctor prints what it found; a failed check must not keep the reader from the notebooks.
@@ -74,6 +74,13 @@ pictures: browser $(ready)
 
 labs: $(ready)
 	$(python) -m servebook.lab.handout.blanks
+
+# The instructor's slides and a handout, from the notebooks; the agendas in docs/instructor.md, from the manifests.
+deck: $(ready)
+	$(python) -m servebook.workbook.deck "$(or $(DIR),deck)"
+
+agendas: $(ready)
+	$(python) -m servebook.workbook.agenda
 
 # The stubs of all protos; a test holds them fresh.
 protos: $(ready)

@@ -58,6 +58,8 @@ c.JupyterHub.services = [
         ],
     },
     {"name": "instructor", "api_token": room["key"]},
+    # The front's page for the instructor, in the room's own address; it asks for a key of its own.
+    {"name": "watch", "url": room["front"], "display": False},
 ]
 c.JupyterHub.load_roles = [
     {

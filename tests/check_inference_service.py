@@ -46,16 +46,59 @@ def check(data: Any, kind: str, where: str) -> Any:
     return model(**made)
 
 
-def main(paths: list[str]) -> None:
+LLM_FIELDS = {
+    "spec": {"model", "replicas", "scaling", "parallelism", "labels", "annotations", "template", "worker"}
+    | {"router", "prefill", "baseRefs", "storageInitializer", "kvCacheOffloading"},
+    "model": {"uri", "name", "lora"},
+    "router": {"route", "gateway", "ingress", "scheduler"},
+}
+"""Of KServe's `v1alpha2/llm_inference_service_types.go`: the SDK has the kind, but not what is in its spec."""
+
+
+def check_llm(manifest: Any, path: str) -> None:
+    """The same for an LLMInferenceService.
+
+    Raises:
+        ValueError: a field is unknown, missing or of another type.
+    """
+    assert hasattr(kserve.models, "V1alpha2LLMInferenceService")
+    spec = manifest["spec"]
+    for name, part in {"spec": spec, "model": spec["model"], "router": spec["router"]}.items():
+        if unknown := part.keys() - LLM_FIELDS[name]:
+            raise ValueError(f"{path}: {name} has no field {', '.join(sorted(unknown))}")
+    check(manifest["metadata"], "V1ObjectMeta", f"{path}.metadata")
+    check(spec["model"]["uri"], "str", f"{path}.spec.model.uri")
+    check(spec["replicas"], "int", f"{path}.spec.replicas")
+    check(spec["template"], "V1PodSpec", f"{path}.spec.template")
+
+
+def check_file(path: str) -> None:
+    """Check the manifest in `path`.
+
+    Raises:
+        ValueError: it is none of KServe's kinds, or has a field that is unknown, missing or of another type.
+    """
+    manifest = yaml.safe_load(Path(path).read_text())
+    match manifest["apiVersion"], manifest["kind"]:
+        case "serving.kserve.io/v1beta1", "InferenceService":
+            check(manifest, "V1beta1InferenceService", path)
+        case "serving.kserve.io/v1alpha2", "LLMInferenceService":
+            check_llm(manifest, path)
+        case kind:
+            raise ValueError(f"{path}: KServe has no {' '.join(kind)}")
+
+
+def main(paths: list[str]) -> int:
+    """Check them all; a line for each that does not fit, and how many there are."""
+    wrong = 0
     for path in paths:
-        manifest = yaml.safe_load(Path(path).read_text())
-        if (manifest["apiVersion"], manifest["kind"]) != ("serving.kserve.io/v1beta1", "InferenceService"):
-            raise ValueError(f"{path}: not an InferenceService")
-        check(manifest, "V1beta1InferenceService", path)
+        try:
+            check_file(path)
+        except ValueError as error:
+            wrong += 1
+            print(error, file=sys.stderr)
+    return wrong
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(str(error))
+    sys.exit(bool(main(sys.argv[1:])))

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -17,17 +18,24 @@ import psutil
 from servebook import launch
 from servebook.launch.files import Files
 from servebook.launch.link import Link
-from servebook.launch.processes import marked, wait_until
+from servebook.launch.processes import POLL_SECONDS, marked, wait_until
 from servebook.settings import Settings, load_settings
 
 TINY = Path(__file__).with_name("tiny_server.py")
 
 
-def eventually(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
+def eventually(condition: Callable[[], Any], what: str, seconds: float = 30, every: float = POLL_SECONDS) -> Any:
     """Poll until `condition` holds; fail with `what` when time is up."""
-    value = wait_until(condition, seconds)
+    value = wait_until(condition, seconds, every)
     assert value, f"not within {seconds} s: {what}"
     return value
+
+
+def seconds_until(condition: Callable[[], Any], what: str, seconds: float = 30) -> float:
+    """How long it takes until `condition` holds, to some 10 ms; fail as `eventually` does."""
+    start = time.monotonic()
+    eventually(condition, what, seconds, every=0.01)
+    return time.monotonic() - start
 
 
 class Desk:

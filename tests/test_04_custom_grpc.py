@@ -23,6 +23,7 @@ import grpc
 import psutil
 import pytest
 import requests
+from desk import eventually, seconds_until
 from google.protobuf import descriptor_pb2
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -33,6 +34,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from servebook import launch, serve
+from servebook.checkout import ROOT
 from servebook.engine.quiet_compiler import LOWEST_PRIORITY
 from servebook.protos.llm.v1 import llm_pb2 as pb
 from servebook.protos.llm.v1 import llm_pb2_grpc
@@ -40,8 +42,9 @@ from servebook.settings import Settings
 from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
+from servebook.ways.custom_grpc.steps import Ladder, ladder
 from servebook.ways.metrics import metric
-from servebook.workbook.notebook import measure_pace
+from servebook.workbook.notebook import difference, measure_pace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -54,15 +57,6 @@ IDLE_SECONDS = 60
 """How long a busy machine may take where the speed is not what is tested."""
 ENGINE_STEPS = 3
 """The engine takes an abort up between two steps, and tells after the next: 35 ms each on a quiet machine."""
-
-
-def eventually(condition: Callable[[], bool], seconds: float, what: str) -> float:
-    """Poll until `condition` holds; return how many seconds it took."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
-    return time.monotonic() - start
 
 
 def figures(server: launch.Server, *names: str) -> list[float]:
@@ -132,8 +126,9 @@ def test_notebook(run_notebook: Callable[[str], None]) -> None:
 
 
 def test_unary_and_stream_agree(client: GrpcClient) -> None:
-    whole = client.generate("The capital of France is", max_tokens=12, temperature=0)
-    pieces = list(client.stream("The capital of France is", max_tokens=12, temperature=0))
+    request = pb.GenerateRequest(prompt="The capital of France is", max_tokens=12, temperature=0)
+    whole = stub_on(client.channel).Generate(request, timeout=60)
+    pieces = list(stub_on(client.channel).StreamGenerate(as_stream(request), timeout=60))
     assert "".join(piece.text for piece in pieces) == whole.text
     assert [token for piece in pieces for token in piece.token_ids] == list(whole.token_ids)
     assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
@@ -143,17 +138,11 @@ def test_unary_and_stream_agree(client: GrpcClient) -> None:
     assert not any(piece.finish_reason or piece.HasField("usage") for piece in pieces[:-1])
 
 
-def test_greedy_text_is_that_of_vllms_own_server(client: GrpcClient, vllm: launch.Server) -> None:
+def test_a_chats_greedy_text_is_that_of_vllms_own_server(client: GrpcClient, vllm: launch.Server) -> None:
     def ask(path: str, **body: Any) -> Any:
         headers = {"Authorization": f"Bearer {vllm.settings.key}"} if vllm.settings.key else {}
         body |= {"model": vllm.model, "max_tokens": 24, "temperature": 0}
         return requests.post(f"{vllm.url}/v1/{path}", json=body, headers=headers, timeout=60).json()
-
-    prompt = "Water boils at"
-    rest = ask("completions", prompt=prompt)
-    ours = client.generate(prompt, max_tokens=24, temperature=0)
-    assert ours.text == rest["choices"][0]["text"]
-    assert ours.usage.prompt_tokens == rest["usage"]["prompt_tokens"]
 
     messages = [{"role": "user", "content": "What is the capital of Japan?"}]
     rest = ask("chat/completions", messages=messages)
@@ -193,20 +182,20 @@ def test_characters_of_several_tokens_arrive_whole(client: GrpcClient) -> None:
     pieces = list(client.stream("Say hello:", temperature=0, sampling=choice))
     assert "".join(piece.text for piece in pieces) == KOREAN
     assert any(not piece.text for piece in pieces), "no character was split over tokens"
-    assert sum(len(piece.token_ids) for piece in pieces) == pieces[-1].usage.completion_tokens > len(KOREAN)
+    assert sum(piece.tokens for piece in pieces) > len(KOREAN)
 
 
 def test_stop_strings_split_over_tokens_never_show(client: GrpcClient) -> None:
     sampling = pb.Sampling(choice=pb.Choice(options=[KOREAN]), stop=["세계 👋"])
     pieces = list(client.stream("Say hello:", temperature=0, sampling=sampling))
     assert "".join(piece.text for piece in pieces) == KOREAN.split("세계")[0]
-    assert pieces[-1].finish_reason == pb.FINISH_REASON_STOP
+    assert pieces[-1].finish_reason == "stop"
 
 
 def test_constraints_hold(client: GrpcClient) -> None:
     schema = json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
     answer = client.generate("A JSON object:", max_tokens=60, temperature=0, sampling=pb.Sampling(json_schema=schema))
-    assert answer.finish_reason == pb.FINISH_REASON_LENGTH or isinstance(json.loads(answer.text)["n"], int)
+    assert answer.finish_reason == "length" or isinstance(json.loads(answer.text)["n"], int)
     digits = client.generate("A year:", sampling=pb.Sampling(regex=r"(19|20)\d\d"))
     assert len(digits.text) == 4
     assert digits.text.isdecimal()
@@ -229,7 +218,8 @@ async def test_32_streams_neither_mix_nor_skip(aio: GrpcAioClient) -> None:
     async def one(number: int) -> None:
         mine = f"stream number {number:02d} of thirty-two"
         sampling = pb.Sampling(choice=pb.Choice(options=[mine]))
-        pieces = [piece async for piece in aio.stream("Who are you?", sampling=sampling)]
+        request = pb.StreamGenerateRequest(prompt="Who are you?", sampling=sampling)
+        pieces = [piece async for piece in aio.stub.StreamGenerate(request, timeout=60)]
         assert "".join(piece.text for piece in pieces) == mine
         assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
 
@@ -313,7 +303,7 @@ def test_too_large_a_message(client: GrpcClient) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         client.generate("x" * 5 * 2**20)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert client.generate("x", max_tokens=1).usage.completion_tokens == 1
+    assert client.generate("x", max_tokens=1).tokens == 1
 
 
 def test_the_status_carries_an_id_that_the_log_has_without_the_prompt(
@@ -324,7 +314,7 @@ def test_the_status_carries_an_id_that_the_log_has_without_the_prompt(
     request_id = dict(call.trailing_metadata())["x-request-id"]
     with pytest.raises(grpc.RpcError):
         client.generate(secret, sampling=pb.Sampling(regex=f"{secret}("))
-    eventually(lambda: '"code": "INVALID_ARGUMENT"' in grpc_server.tail(50), 5, "the call in the log")
+    eventually(lambda: '"code": "INVALID_ARGUMENT"' in grpc_server.tail(50), "the call in the log", 5)
     lines = [json.loads(line) for line in grpc_server.tail(50).splitlines() if line.startswith("{")]
     [line] = [line for line in lines if line.get("id") == request_id]
     assert (line["method"], line["code"], line["completion_tokens"]) == ("Generate", "OK", 2)
@@ -416,7 +406,7 @@ def test_a_connection_that_speaks_no_http2_hurts_nobody(grpc_server: launch.Serv
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
         while connection.recv(4096):
             pass
-    assert client.generate("x", max_tokens=1).usage.completion_tokens == 1
+    assert client.generate("x", max_tokens=1).tokens == 1
 
 
 def test_unknown_method(client: GrpcClient) -> None:
@@ -440,18 +430,18 @@ async def test_200_cancels_at_random_leave_the_engine_idle(aio: GrpcAioClient, g
     for _ in range(25):
         await asyncio.gather(*(cancelled(aio, chance.randint(1, 6)) for _ in range(8)))
         await asyncio.to_thread(
-            eventually, lambda: is_idle(grpc_server), IDLE_SECONDS, "the engine idle after 8 cancels"
+            eventually, lambda: is_idle(grpc_server), "the engine idle after 8 cancels", IDLE_SECONDS
         )
 
 
 async def test_a_cancel_before_the_first_token_counts_too(aio: GrpcAioClient, grpc_server: launch.Server) -> None:
     calls = [aio.stub.Generate(pb.GenerateRequest(prompt="Once", sampling=FOREVER)) for _ in range(8)]
     tasks = [asyncio.ensure_future(call) for call in calls]
-    await asyncio.to_thread(eventually, lambda: open_calls(grpc_server) == 8, IDLE_SECONDS, "8 open calls")
+    await asyncio.to_thread(eventually, lambda: open_calls(grpc_server) == 8, "8 open calls", IDLE_SECONDS)
     for call in calls:
         call.cancel()
     assert {type(end) for end in await asyncio.gather(*tasks, return_exceptions=True)} == {asyncio.CancelledError}
-    await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), IDLE_SECONDS, "the engine idle")
+    await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), "the engine idle", IDLE_SECONDS)
 
 
 class Endless:
@@ -465,8 +455,8 @@ class Endless:
 
     def ended_in(self, server: launch.Server) -> tuple[float, float]:
         """Seconds until the server has no call, and until its engine has none, less the steps that it was in."""
-        ours = eventually(lambda: open_calls(server) == 0, IDLE_SECONDS, "no call in the server")
-        theirs = eventually(lambda: is_idle(server), IDLE_SECONDS, "no request in the engine")
+        ours = seconds_until(lambda: open_calls(server) == 0, "no call in the server", IDLE_SECONDS)
+        theirs = seconds_until(lambda: is_idle(server), "no request in the engine", IDLE_SECONDS)
         return ours, ours + theirs - ENGINE_STEPS * self.step
 
 
@@ -506,7 +496,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_dropped_connection_reaches_the_engine(grpc_server: launch.Server) -> None:
     ended = subprocess.run([sys.executable, "-c", DROPPED, grpc_server.grpc], check=False, timeout=60)
     assert ended.returncode == -signal.SIGKILL
-    eventually(lambda: is_idle(grpc_server), IDLE_SECONDS, "idle")
+    eventually(lambda: is_idle(grpc_server), "idle", IDLE_SECONDS)
 
 
 def test_a_slow_reader_gets_merged_messages_and_loses_nothing(grpc_server: launch.Server, client: GrpcClient) -> None:
@@ -515,8 +505,8 @@ def test_a_slow_reader_gets_merged_messages_and_loses_nothing(grpc_server: launc
     with grpc.insecure_channel(grpc_server.grpc, options) as channel:
         call = stub_on(channel).StreamGenerate(request, timeout=200)
         pieces = [next(call)]
-        assert client.generate("x", max_tokens=4, sampling=FOREVER).usage.completion_tokens == 4, "others go on"
-        eventually(lambda: running(grpc_server) == 0, 150, "the engine done, reader or not")
+        assert client.generate("x", max_tokens=4, sampling=FOREVER).tokens == 4, "others go on"
+        eventually(lambda: running(grpc_server) == 0, "the engine done, reader or not", 150)
         assert open_calls(grpc_server) == 1
         pieces += call
     assert sum(len(piece.token_ids) for piece in pieces) == pieces[-1].usage.completion_tokens == 250
@@ -546,9 +536,9 @@ async def test_2000_short_calls_leave_nothing_behind(aio: GrpcAioClient, grpc_se
             await cancelled(aio, 1)
         elif number % 4 == 1:
             answer = await aio.generate("x", timeout=120, max_tokens=1)
-            assert answer.usage.completion_tokens == 1
+            assert answer.tokens == 1
         else:
-            assert [piece.is_finished async for piece in aio.stream("x", timeout=120, max_tokens=1)] == [True]
+            assert [piece.finish_reason async for piece in aio.stream("x", timeout=120, max_tokens=1)] == ["length"]
 
     async def some(first: int, last: int) -> None:
         places = asyncio.Semaphore(32)
@@ -558,7 +548,7 @@ async def test_2000_short_calls_leave_nothing_behind(aio: GrpcAioClient, grpc_se
                 await one(number)
 
         await asyncio.gather(*(placed(number) for number in range(first, last)))
-        await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), IDLE_SECONDS, "idle")
+        await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), "idle", IDLE_SECONDS)
 
     await some(0, 200)  # the first calls fill caches
     before = await asyncio.to_thread(standing)
@@ -601,7 +591,7 @@ def test_metrics_count_calls_by_code(client: GrpcClient, grpc_server: launch.Ser
     client.generate("x", max_tokens=1)
     with pytest.raises(grpc.RpcError):
         client.generate("")
-    eventually(lambda: (count("OK"), count("INVALID_ARGUMENT")) == (good + 1, bad + 1), 5, "both counted")
+    eventually(lambda: (count("OK"), count("INVALID_ARGUMENT")) == (good + 1, bad + 1), "both counted", 5)
 
 
 # A server of its own: TLS, certificates, keys, its queue, its end
@@ -644,14 +634,14 @@ def friend(guarded: launch.Server, certificates: Certificates) -> Iterator[GrpcC
 
 
 def test_key_and_certificate_open_the_server(friend: GrpcClient) -> None:
-    assert friend.generate("x", max_tokens=1).usage.completion_tokens == 1
-    assert next(friend.stream("x", max_tokens=1)).is_finished
+    assert friend.generate("x", max_tokens=1).tokens == 1
+    assert next(friend.stream("x", max_tokens=1)).finish_reason == "length"
 
 
 async def test_key_and_certificate_open_it_for_asyncio(guarded: launch.Server, certificates: Certificates) -> None:
     async with GrpcAioClient(guarded.grpc, api_key=KEY, credentials=credentials_of(certificates)) as aio:
-        assert (await aio.generate("x", max_tokens=1)).usage.completion_tokens == 1
-        assert [piece.is_finished async for piece in aio.stream("x", max_tokens=1)] == [True]
+        assert (await aio.generate("x", max_tokens=1)).tokens == 1
+        assert [piece.finish_reason async for piece in aio.stream("x", max_tokens=1)] == ["length"]
 
 
 @pytest.mark.parametrize("key", [None, "", "another key", f"{KEY} "])
@@ -696,8 +686,8 @@ def test_a_full_queue_says_when_to_come_back(friend: GrpcClient, guarded: launch
     assert next(calls[0]).sequence == 1, "those inside go on"
     for call in calls:
         call.cancel()
-    eventually(lambda: is_idle(guarded), IDLE_SECONDS, "idle")
-    assert friend.generate("x", max_tokens=1).usage.completion_tokens == 1
+    eventually(lambda: is_idle(guarded), "idle", IDLE_SECONDS)
+    assert friend.generate("x", max_tokens=1).tokens == 1
 
 
 def is_refused(client: GrpcClient) -> bool:
@@ -720,7 +710,7 @@ def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient,
     family = [process, *process.children(recursive=True)]
     process.terminate()
     assert next(watch).status == NOT_SERVING
-    eventually(lambda: is_refused(friend), IDLE_SECONDS, "new calls refused")
+    eventually(lambda: is_refused(friend), "new calls refused", IDLE_SECONDS)
     for call in calls:
         last = list(call)[-1]
         assert last.is_finished
@@ -739,7 +729,7 @@ def test_starting_serving_dead(settings: Settings) -> None:
             endpoints = {entry["name"]: entry["endpoints"] for entry in launch.status(settings)}
             return str(endpoints.get("grpc-doomed", {}).get("grpc", ""))
 
-        eventually(lambda: bool(address()), IDLE_SECONDS, "a port")
+        eventually(lambda: bool(address()), "a port", IDLE_SECONDS)
         with grpc.insecure_channel(address()) as channel:
             stub = stub_on(channel)
             assert health_of_starting(channel) == NOT_SERVING
@@ -755,7 +745,7 @@ def test_starting_serving_dead(settings: Settings) -> None:
             unary = [stub.Generate.future(pb.GenerateRequest(prompt="Once", sampling=FOREVER)) for _ in range(4)]
             for stream in streams:
                 next(stream)
-            eventually(lambda: running(server) == 8, IDLE_SECONDS, "8 requests in the engine")
+            eventually(lambda: running(server) == 8, "8 requests in the engine", IDLE_SECONDS)
             [core] = [child for child in psutil.Process(server.pid).children() if "EngineCore" in child.name()]
             core.kill()
             killed = time.monotonic()
@@ -764,7 +754,7 @@ def test_starting_serving_dead(settings: Settings) -> None:
                     _ = call.result(timeout=10) if call in unary else list(call)
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
                 assert detail(caught.value, error_details_pb2.ErrorInfo).reason == "ENGINE_DEAD"
-            eventually(lambda: health_of(channel) == NOT_SERVING, 2, "health turned")
+            eventually(lambda: health_of(channel) == NOT_SERVING, "health turned", 2)
             with pytest.raises(grpc.RpcError) as caught:
                 stub.Generate(pb.GenerateRequest(prompt="x"), timeout=10)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -802,3 +792,91 @@ def test_a_taken_port_is_refused(grpc_server: launch.Server) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 1
     assert "Choose another port" in ended.stderr
+
+
+# From what one writes first to this server
+
+
+STEPS = sorted((ROOT / "src/servebook/ways/custom_grpc/steps").glob("step_*.py"))
+
+
+@pytest.mark.parametrize(("before", "after"), list(pairwise(STEPS)), ids=lambda step: step.stem)
+def test_a_step_is_small_and_says_what_it_leaves(before: Path, after: Path) -> None:
+    assert 1 <= sum(line[:1] == "+" and line[1:] != "" for line in difference(before, after)) <= 30
+    assert "\nStill wrong: " in after.read_text()
+
+
+@pytest.fixture(scope="class")
+def steps() -> Iterator[Ladder]:
+    with ladder() as steps:
+        yield steps
+
+
+class TestSteps:
+    """A class, for its engine to end with the last of these tests: memory is short."""
+
+    def written_for_nobody(self, steps: Ladder, step: int) -> float:
+        """How many answers the engine writes to the end when a caller leaves after the first message."""
+
+        def figure(name: str, **labels: str) -> float:
+            return metric(steps.metrics, name, **labels)
+
+        before = figure("vllm:request_success_total", finished_reason="length")
+        with GrpcClient(steps.grpc[step]) as client:
+            stream = client.stream("Once", max_tokens=100, sampling=FOREVER)
+            assert next(stream).finish_reason is None
+            stream.close()  # this cancels the call
+        eventually(lambda: not figure("vllm:num_requests_running"), "the engine idle", IDLE_SECONDS)
+        return figure("vllm:request_success_total", finished_reason="length") - before
+
+    @pytest.mark.parametrize("step", [1, 2, 3, 4])
+    def test_every_step_streams(self, steps: Ladder, step: int) -> None:
+        with GrpcClient(steps.grpc[step]) as client:
+            pieces = list(client.stream("The capital of France is", max_tokens=6, temperature=0))
+        assert "Paris" in "".join(piece.text for piece in pieces)
+        assert [piece.finish_reason is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+    def test_step_1_writes_on_for_who_has_left(self, steps: Ladder) -> None:
+        assert self.written_for_nobody(steps, 1) == 1
+
+    def test_step_2_stops_but_calls_every_fault_unknown(self, steps: Ladder) -> None:
+        assert self.written_for_nobody(steps, 2) == 0
+        with GrpcClient(steps.grpc[2]) as client, pytest.raises(grpc.RpcError) as caught:
+            list(client.stream("Hello", max_tokens=0))
+        assert caught.value.code() is grpc.StatusCode.UNKNOWN
+
+    def test_step_3_says_whose_fault_it_was_but_not_whether_it_serves(self, steps: Ladder) -> None:
+        with GrpcClient(steps.grpc[3]) as client:
+            for prompt, max_tokens in (("Hello", 0), ("word " * 5000, 1)):
+                with pytest.raises(grpc.RpcError) as caught:
+                    list(client.stream(prompt, max_tokens=max_tokens))
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            endless = stub_on(client.channel).StreamGenerate(
+                pb.StreamGenerateRequest(prompt="Once", max_tokens=2000, sampling=FOREVER)
+            )
+            with pytest.raises(grpc.RpcError) as caught:
+                list(endless)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert caught.value.details() == "A call may take 10 s here."
+            with pytest.raises(grpc.RpcError) as caught:
+                health_of(client.channel)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    def test_step_4_has_limits_but_seems_dead_when_it_is_full(self, steps: Ladder) -> None:
+        with GrpcClient(steps.grpc[4]) as client:
+            assert health_of(client.channel) == SERVING
+            database = ProtoReflectionDescriptorDatabase(client.channel)
+            assert set(database.get_services()) == {"grpc.health.v1.Health", "llm.v1.LLMService"}
+            with pytest.raises(grpc.RpcError) as caught:
+                list(client.stream("x" * 70_000, max_tokens=1))
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            request = pb.StreamGenerateRequest(prompt="Once", max_tokens=2000, sampling=FOREVER)
+            four = [stub_on(client.channel).StreamGenerate(request, timeout=60) for _ in range(4)]
+            for call in four:
+                next(call)
+            for refused in (lambda: list(client.stream("Hello", max_tokens=1)), lambda: health_of(client.channel)):
+                with pytest.raises(grpc.RpcError) as caught:
+                    refused()
+                assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            for call in four:
+                call.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -11,6 +12,9 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -18,22 +22,26 @@ import psutil
 import pytest
 import requests
 import schemathesis
+from desk import eventually
 from fastapi import FastAPI
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from starlette.types import Message, Receive, Scope, Send
 
 from servebook import launch
+from servebook.lab.taps.http import Exchange, Tap
 from servebook.launch.child import child_server
 from servebook.launch.processes import free_port
+from servebook.ways.fastapi_gateway import mistake
 from servebook.ways.fastapi_gateway.server.app import PAGE, create_app
 from servebook.ways.fastapi_gateway.server.chat import chat_events
 from servebook.ways.fastapi_gateway.server.config import Config
 from servebook.ways.fastapi_gateway.server.engine import Engine
 from servebook.ways.fastapi_gateway.server.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS
 from servebook.ways.fastapi_gateway.server.telemetry import Metrics, Telemetry
+from servebook.ways.fastapi_gateway.steps import step_1_await, step_2_disconnect, step_3_errors, step_4_limits
 from servebook.ways.metrics import metric
-from servebook.workbook.notebook import measure_pace
+from servebook.workbook.notebook import difference, measure_pace
 
 GATEWAY = "servebook.ways.fastapi_gateway.server"
 KEY = "only-for-this-test"
@@ -48,13 +56,6 @@ def texts(body: str) -> list[dict[str, Any]]:
     assert (done, end) == ("data: [DONE]", "")
     assert all(event.startswith("data: ") for event in events)
     return [json.loads(event.removeprefix("data: ")) for event in events]
-
-
-def until(what: str, true: Callable[[], bool], seconds: float = 30) -> None:
-    """Poll until `true`; fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
 
 
 def running(engine: str) -> float:
@@ -289,11 +290,11 @@ def test_beyond_the_last_place_503_and_when_to_come_back(keyed: str, vllm: launc
     assert refused.json()["error"]["code"] == "busy"
     for stream in streams:
         stream.close()
-    until(
-        "the places are free again",
+    eventually(
         lambda: session.post(f"{keyed}/chat", json=JAPAN | {"max_tokens": 1}, timeout=30).status_code == 200,
+        "the places to be free again",
     )
-    until("the engine is idle", lambda: running(vllm.url) == 0)
+    eventually(lambda: running(vllm.url) == 0, "the engine is idle")
 
 
 def test_other_origins_are_shut_out_unless_named(gateway: launch.Server, vllm: launch.Server) -> None:
@@ -356,12 +357,12 @@ def seconds_to_let_go(url: str, path: str, ask: dict[str, Any], engine: str) -> 
     """From the moment that a caller hangs up to an idle engine, the median of five."""
     took = []
     for _ in range(5):
-        until("the engine is idle", lambda: running(engine) == 0)
+        eventually(lambda: running(engine) == 0, "the engine is idle")
         caller = half_a_request(url, path, ask)
-        until("the engine has the request", lambda: metric(engine, "vllm:num_requests_running") == 1)
+        eventually(lambda: metric(engine, "vllm:num_requests_running") == 1, "the engine has the request")
         left = time.monotonic()
         caller.close()
-        until("the engine let go", lambda: running(engine) == 0, seconds=5)
+        eventually(lambda: running(engine) == 0, "the engine let go", seconds=5)
         took.append(time.monotonic() - left)
     return statistics.median(took)
 
@@ -476,7 +477,7 @@ def test_the_page_asks_no_other_host_and_has_a_strict_policy(gateway: launch.Ser
 
 def test_a_gateway_killed_and_started_again(vllm: launch.Server) -> None:
     port = free_port()
-    until("the engine is idle", lambda: running(vllm.url) == 0)
+    eventually(lambda: running(vllm.url) == 0, "the engine is idle")
     with child_server(GATEWAY, "--upstream", vllm.url, port=port) as url:
         stream = requests.post(f"{url}/chat/stream", json=STORY, stream=True, timeout=30)
         pieces = stream.iter_content(16)
@@ -485,7 +486,7 @@ def test_a_gateway_killed_and_started_again(vllm: launch.Server) -> None:
         gateway.kill()
         with pytest.raises(requests.exceptions.ChunkedEncodingError):
             list(pieces)
-    until("the engine let go", lambda: running(vllm.url) == 0, seconds=5)
+    eventually(lambda: running(vllm.url) == 0, "the engine let go", seconds=5)
     with child_server(GATEWAY, "--upstream", vllm.url, port=port) as url:
         assert requests.post(f"{url}/chat", json=JAPAN, timeout=60).status_code == 200
 
@@ -539,7 +540,7 @@ def test_the_engine_killed_under_load_and_back(doomed: launch.Server) -> None:
             for path in ("/chat", "/chat/stream")
             for _ in range(8)
         ]
-        until("the engine has all requests", lambda: metric(doomed.url, "vllm:num_requests_running") == 16)
+        eventually(lambda: metric(doomed.url, "vllm:num_requests_running") == 16, "the engine has all requests")
         os.kill(doomed.pid, signal.SIGKILL)
         answers = [call.result() for call in calls]
         for answer in answers[:8]:
@@ -566,21 +567,52 @@ def test_the_engine_killed_under_load_and_back(doomed: launch.Server) -> None:
         back.stop()
 
 
-# The article's version
+# From the article's version to ours
+
+LADDER = [mistake, step_1_await, step_2_disconnect, step_3_errors, step_4_limits]
+NO_ENGINE = "http://127.0.0.1:9"
 
 
-def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: launch.Server) -> None:
-    """While one caller waits for /chat, the article's gateway answers nobody; ours does."""
+@pytest.fixture(scope="module")
+def steps(vllm: launch.Server) -> Iterator[list[str]]:
+    """The URLs of the first three steps; of the others an application without a socket shows it all."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(child_server(step.__name__, "--upstream", vllm.url)) for step in LADDER[:3]]
+
+
+def client_of(app: FastAPI) -> httpx.AsyncClient:
+    """A client of an application without a socket; an error of the application is a status, as on a socket."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
+
+
+@pytest.mark.parametrize(("before", "after"), list(pairwise(LADDER)), ids=lambda step: step.__name__.rpartition(".")[2])
+def test_a_step_is_small_and_says_what_it_leaves(before: ModuleType, after: ModuleType) -> None:
+    assert 1 <= sum(line[:1] == "+" and line[1:] != "" for line in difference(before, after)) <= 30
+    assert re.search("Still (wrong|missing): ", after.__doc__ or "")
+
+
+@pytest.mark.parametrize("step", LADDER, ids=lambda step: step.__name__.rpartition(".")[2])
+async def test_every_step_answers(step: Any, vllm: launch.Server) -> None:
+    async with client_of(step.create_app(vllm.url, None)) as client:
+        whole = (await client.post("/chat", json={"message": "Hello!", "max_tokens": 5})).json()
+        stream = await client.post("/chat/stream", json={"message": "Hello!", "max_tokens": 5})
+    assert whole.keys() == {"response"}
+    assert "".join(piece["text"] for piece in texts(stream.text))
+
+
+def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: launch.Server, steps: list[str]) -> None:
+    """While one caller waits for /chat, the article's gateway answers nobody; step 1 and ours do."""
 
     def write(tokens: int) -> None:
         body = {"model": vllm.model, "prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
         requests.post(f"{vllm.url}/v1/completions", json=body, timeout=60).raise_for_status()
 
-    long = {"message": STORY["message"], "max_tokens": measure_pace(write).tokens(5, at_least=200)}
+    long = {"message": STORY["message"], "max_tokens": measure_pace(write).tokens(5, at_least=60)}
 
     def answers_meanwhile(url: str) -> bool:
         with half_a_request(url, "/chat", long) as caller:
-            until("the engine has the request", lambda: metric(vllm.url, "vllm:num_requests_running") >= 1)
+            eventually(lambda: metric(vllm.url, "vllm:num_requests_running") >= 1, "the engine has the request")
             requests.get(f"{url}/healthz", timeout=60)
             caller.setblocking(False)
             try:
@@ -589,5 +621,71 @@ def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: la
                 return True
 
     assert answers_meanwhile(gateway.url)
-    with child_server("servebook.ways.fastapi_gateway.mistake", "--upstream", vllm.url) as url:
-        assert not answers_meanwhile(url)
+    assert answers_meanwhile(steps[1])
+    assert not answers_meanwhile(steps[0])
+
+
+@pytest.mark.parametrize(("step", "path", "ended"), [(1, "/chat", 1), (1, "/chat/stream", 0), (2, "/chat", 0)])
+def test_from_step_2_on_nobody_computes_for_who_has_left(
+    steps: list[str], vllm: launch.Server, step: int, path: str, ended: int
+) -> None:
+    """`ended`: how many answers the engine wrote to their end, though their caller had hung up."""
+
+    def written() -> float:
+        ends = ("stop", "length")
+        return sum(metric(vllm.url, "vllm:request_success_total", finished_reason=end) for end in ends)
+
+    eventually(lambda: running(vllm.url) == 0, "the engine is idle")
+    before = written()
+    with half_a_request(steps[step], path, {"message": STORY["message"], "max_tokens": 100}):
+        eventually(lambda: running(vllm.url) == 1, "the engine has the request")
+    eventually(lambda: running(vllm.url) == 0, "the engine is idle again", 60)
+    eventually(lambda: written() - before == ended, "it is counted", 5)
+
+
+async def test_step_3_says_in_time_that_there_is_no_engine() -> None:
+    async with client_of(step_2_disconnect.create_app(NO_ENGINE, None)) as client:
+        assert (await client.post("/chat", json={"message": "Hello!"})).status_code == 500
+        assert (await client.post("/chat/stream", json={"message": "Hello!"})).status_code == 200
+    async with client_of(step_3_errors.create_app(NO_ENGINE, None)) as client:
+        for path in ("/chat", "/chat/stream"):
+            refused = await client.post(path, json={"message": "Hello!"})
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+            assert refused.json() == {"detail": "The engine cannot be reached."}
+
+
+async def test_step_3_tells_a_whole_answer_from_one_that_broke_off(vllm: launch.Server) -> None:
+    def cut(chunks: Iterator[bytes], _: Exchange) -> Iterator[bytes]:
+        yield next(chunks)
+        raise ConnectionResetError
+
+    with Tap(vllm.url, cut) as tap:
+        async with client_of(step_3_errors.create_app(tap.url, None)) as client:
+            said = (await client.post("/chat/stream", json={"message": "Hello!", "max_tokens": 20})).text
+    assert said.endswith('event: error\ndata: {"detail": "The engine broke off its answer."}\n\n')
+    assert "[DONE]" not in said
+
+
+async def test_step_4_refuses_what_step_3_takes(vllm: launch.Server) -> None:
+    story = {"message": STORY["message"], "max_tokens": 30}
+    for step, empty, statuses in (
+        (step_3_errors, 200, [200] * 6),
+        (step_4_limits, 422, [200] * step_4_limits.PLACES + [503] * (6 - step_4_limits.PLACES)),
+    ):
+        async with client_of(step.create_app(vllm.url, None)) as client:
+            assert (await client.post("/chat", json={"message": "", "max_tokens": 2})).status_code == empty
+            answers = await asyncio.gather(*(client.post("/chat", json=story) for _ in range(6)))
+            assert sorted(answer.status_code for answer in answers) == statuses
+            assert (await client.post("/chat", json=story)).status_code == 200, "the places are given back"
+
+
+async def test_what_step_4_lacks_is_in_the_gateway(vllm: launch.Server) -> None:
+    """A key, and a body that is refused unread; the chapter ends with these."""
+    huge = {"message": "x" * 300_000}
+    async with client_of(step_4_limits.create_app(vllm.url, KEY)) as client:
+        assert (await client.post("/chat", json=JAPAN)).status_code == 200
+        assert (await client.post("/chat", json=huge)).status_code == 422
+    app = create_app(Config(vllm.url, KEY))
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        assert (await client.post("/chat", json=JAPAN)).status_code == 401
+        assert (await client.post("/chat", json=huge, headers=with_key())).status_code == 413

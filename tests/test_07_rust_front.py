@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import grpc
 import psutil
 import pytest
 import requests
+from desk import eventually
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from servebook import launch
@@ -55,14 +55,6 @@ def right(rest: dict[str, Any]) -> Answer:
     choice, usage = rest["choices"][0], rest["usage"]
     ids = tuple(choice["token_ids"])
     return Answer(choice["text"], usage["completion_tokens"], usage["prompt_tokens"], choice["finish_reason"], ids)
-
-
-def until(happened: Callable[[], bool], seconds: float = 20) -> None:
-    """Poll until `happened`; an AssertionError after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
 
 
 def running(server: launch.Server) -> int:
@@ -149,16 +141,16 @@ def test_without_max_tokens_it_goes_on(client: InferenceClient) -> None:
     """REST's default of 16 tokens is not gRPC's."""
     pieces = client.stream("Once upon a time", **ENDLESS)
     assert sum(piece.tokens for piece, _ in zip(pieces, range(25), strict=False)) > 16
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
 
 
 @engine
 def test_leaving_the_loop_stops_the_engine(client: InferenceClient, vllm_rs: launch.Server) -> None:
     pieces = client.stream("Once upon a time", **ENDLESS)
     next(pieces)
-    until(lambda: running(vllm_rs) == 1)
-    pieces.close()  # type: ignore[attr-defined]
-    until(lambda: running(vllm_rs) == 0)
+    eventually(lambda: running(vllm_rs) == 1, "the request in the engine")
+    pieces.close()
+    eventually(lambda: running(vllm_rs) == 0, "an idle engine")
 
 
 @engine
@@ -166,7 +158,7 @@ def test_a_deadline_stops_the_engine(client: InferenceClient, vllm_rs: launch.Se
     error = refused(lambda: list(client.stream("Once upon a time", timeout=0.3, **ENDLESS)))
     # CANCELLED where the server's own clock is first.
     assert error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-    until(lambda: running(vllm_rs) == 0)
+    eventually(lambda: running(vllm_rs) == 0, "an idle engine")
 
 
 @engine
@@ -331,7 +323,7 @@ def test_a_dead_front_ends_the_stream_and_the_server(guarded: launch.Server, fri
     family = psutil.Process(guarded.pid).children(recursive=True)
     front_of(guarded).send_signal(signal.SIGKILL)
     assert refused(lambda: list(pieces)).code() is grpc.StatusCode.UNAVAILABLE
-    until(lambda: not any(process.is_running() for process in family), 40)
+    eventually(lambda: not any(process.is_running() for process in family), "the end of every process", seconds=40)
     (entry,) = [entry for entry in launch.status() if entry["name"] == guarded.name]
     assert entry["state"] == "failed"
     launch.down(guarded.name)
@@ -355,7 +347,7 @@ def test_ready_with_tls_and_with_mutual_tls(certificates: Certificates, settings
     assert not ready(at)
     with subprocess.Popen([*command, *files, *ask]) as server:
         try:
-            until(lambda: ready(at))
+            eventually(lambda: ready(at), "a server that is ready")
             assert all(ready(at) for _ in range(20)), "sometimes only"
         finally:
             server.kill()

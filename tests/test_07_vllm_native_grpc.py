@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 import pytest
 import requests
+from desk import eventually
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from smg_grpc_proto import vllm_engine_pb2 as pb
 
@@ -37,14 +37,6 @@ def rest_choice(vllm: launch.Server) -> dict[str, Any]:
     """The greedy answer of vLLM's own REST endpoint, with its token ids."""
     body = {"model": vllm.model, "prompt": PROMPT, "return_token_ids": True, **GREEDY}
     return dict(requests.post(f"{vllm.url}/v1/completions", json=body, timeout=60).json()["choices"][0])
-
-
-def until(happened: Callable[[], bool], seconds: float = 20) -> None:
-    """Poll until `happened`; an AssertionError after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
 
 
 # Parity
@@ -120,15 +112,15 @@ def test_abort_by_id_ends_the_stream(client: VllmGrpcClient) -> None:
     rest = list(messages)
     assert rest[-1].complete.finish_reason == "abort"
     assert sum(len(message.chunk.token_ids) for message in rest) < ENDLESS["max_tokens"] / 2
-    until(lambda: idle(client))
+    eventually(lambda: idle(client), "an idle engine")
 
 
 @engine
 def test_leaving_the_loop_stops_the_engine(client: VllmGrpcClient) -> None:
     messages = begin_endless(client, "to-be-left")
-    until(lambda: not idle(client))
+    eventually(lambda: not idle(client), "the request in the engine")
     messages.close()  # type: ignore[attr-defined]
-    until(lambda: idle(client), seconds=10)
+    eventually(lambda: idle(client), "an idle engine", seconds=10)
 
 
 @engine
@@ -137,7 +129,7 @@ def test_deadline_stops_the_engine(client: VllmGrpcClient) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         list(client.stream(PROMPT, timeout=pace.seconds(500, at_most=2), **ENDLESS))
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    until(lambda: idle(client), seconds=10)
+    eventually(lambda: idle(client), "an idle engine", seconds=10)
 
 
 # What the server says of itself
@@ -164,11 +156,11 @@ def test_model_and_server_info(client: VllmGrpcClient, vllm_grpc: launch.Server)
 @engine
 def test_load_counts_running_requests(client: VllmGrpcClient) -> None:
     streams = [begin_endless(client, f"load-{number}") for number in range(3)]
-    until(lambda: client.load().num_running_reqs == 3)
+    eventually(lambda: client.load().num_running_reqs == 3, "three requests in the engine")
     assert client.load().token_usage > 0
     for stream in streams:
         stream.close()  # type: ignore[attr-defined]
-    until(lambda: idle(client))
+    eventually(lambda: idle(client), "an idle engine")
 
 
 @engine

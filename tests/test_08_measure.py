@@ -12,6 +12,7 @@ from smg_grpc_proto import vllm_engine_pb2
 
 from servebook.bench import workload
 from servebook.bench.arms import Workload, compare, open_arm
+from servebook.bench.cost import fit_cost
 from servebook.bench.crosscheck import cross_check
 from servebook.bench.load import BenchError, Job, Sample, ask, closed_loop
 from servebook.bench.paths import PATHS, find_path
@@ -106,6 +107,7 @@ async def test_tokens_do_not_depend_on_how_they_are_counted(vllm: Server) -> Non
         load = await closed_loop(send, jobs, 8)
     assert load.output_tokens == sum(job.max_tokens for job in jobs)
     assert all(sample.finish_reason == "length" for sample in load.samples), "the workload's answers do not end early"
+    assert all(30 <= sample.prompt_tokens <= 50 for sample in load.samples)
 
 
 async def test_a_comparison_over_real_servers(vllm: Server) -> None:
@@ -115,7 +117,7 @@ async def test_a_comparison_over_real_servers(vllm: Server) -> None:
     assert found.engines_up >= (vllm.pid is not None)
     assert found.itl_p50 is None, "one arm does not stream"
     assert len(found.arm.block_tokens_per_s) == len(found.reference.block_tokens_per_s) == 2
-    assert found.tokens_per_s.low <= found.tokens_per_s.value <= found.tokens_per_s.high
+    assert (found.tokens_per_s.pairs, found.tokens_per_s.low) == (2, None), "too few for an interval"
 
 
 async def test_grpc_puts_a_fifth_of_the_bytes_of_sse_on_the_wire(vllm: Server, grpc_server: Server) -> None:
@@ -137,6 +139,7 @@ async def test_the_scripted_source_behind_the_real_server(
         wants = Workload(max_tokens=40)
         async with open_arm(path, server, wants, 1) as arm:
             block = await arm.block(24, 48, None, 0)
+            cost = await fit_cost(arm, callers=8)
     finally:
         server.stop()
     assert len(block.load.samples) == 48
@@ -147,6 +150,9 @@ async def test_the_scripted_source_behind_the_real_server(
     assert block.cpu.engine == 0, "no engine is up"
     assert block.cpu.front
     assert block.cpu.front > 0
+    assert 0 < cost.busiest <= 1
+    assert cost.token_us > 0
+    assert 0 < cost.token_error < cost.token_us * 5
 
 
 @pytest.mark.parametrize("server", SERVERS)

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 
-from servebook.bench.choose import ARTICLE, BUSY_TOKENS_PER_S, DEFAULT, QUESTIONS, RULES, Needs, article, choose, guide
+from servebook.bench.choose import (
+    ARTICLE,
+    BUSY_TOKENS_PER_S,
+    DEFAULT,
+    QUESTIONS,
+    RULES,
+    Needs,
+    article,
+    choose,
+    guide,
+    outweighed,
+)
 from servebook.bench.results import Results, new_results, stored
 from servebook.workbook.gate import NOTEBOOKS
 
@@ -32,11 +43,24 @@ def test_every_need_has_a_question_and_changes_the_choice() -> None:
         assert choose(needs) != [DEFAULT], name
 
 
-def test_every_rule_can_be_reached_and_all_together() -> None:
+def test_a_service_with_every_need_gets_one_of_each_place() -> None:
     answers: dict[str, Any] = dict.fromkeys(QUESTIONS, True)
     all_needs = Needs(**answers | {"tokens_per_s": BUSY_TOKENS_PER_S})
-    assert choose(all_needs) == list(RULES)
+    taken = choose(all_needs)
+    assert [rule.place for rule in taken] == ["gateway", "router", "server", "protocol", "tensors"]
+    lost = outweighed(all_needs)
+    assert [winner.place for _, winner in lost] == [rule.place for rule, _ in lost] == ["router", "server", "protocol"]
+    assert {id(rule) for rule in [*taken, *(rule for rule, _ in lost)]} == set(map(id, RULES))
     assert choose(Needs(tokens_per_s=BUSY_TOKENS_PER_S - 1)) == [DEFAULT]
+    assert outweighed(Needs(many_users=True)) == []
+
+
+def test_a_need_is_weighed_and_not_added() -> None:
+    both = Needs(kserve_cluster=True, many_users=True)
+    assert [rule.path for rule in choose(both)] == ["KServe", DEFAULT.path]
+    assert [(rule.path, winner.path) for rule, winner in outweighed(both)] == [
+        ("vLLM's router in front of replicas", "KServe")
+    ]
 
 
 def test_the_articles_comparison_is_answered_row_by_row() -> None:
@@ -48,6 +72,7 @@ def test_every_line_rests_on_a_figure_of_the_stored_run(run: Results) -> None:
     for row in [*guide(run)[1], *article(run)[1]]:
         figure = row[-1]
         assert "not in this run" not in figure, row
+        assert ("(../BENCHMARKS.md)" in figure) != ("a property" in figure), row
         assert any(letter.isdigit() for letter in figure) or "a property" in figure, row
 
 

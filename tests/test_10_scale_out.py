@@ -20,10 +20,12 @@ from desk import Desk, eventually
 
 from servebook import launch
 from servebook.bench.resources import is_engine
+from servebook.clients import CLIENTS
 from servebook.engine import arguments as engine
 from servebook.errors import LaunchError, ServebookError
 from servebook.launch.processes import free_port
 from servebook.settings import Settings
+from servebook.ways.client import Answer
 from servebook.ways.metrics import metric
 from servebook.ways.scale_out.client import RouterClient
 from servebook.workbook.notebook import measure_pace
@@ -174,6 +176,17 @@ def test_requests_are_spread(router: launch.Server, client: RouterClient) -> Non
     assert sent_by(client, lambda: answers.extend(complete(router) for _ in range(6))) == [3, 3]
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1, "one model, one answer"
+
+
+async def test_its_clients_are_those_of_a_replica(router: launch.Server, client: RouterClient) -> None:
+    greedy = {"temperature": 0, "max_tokens": 4}
+    answer = Answer(complete(router).json()["choices"][0]["text"], 4, 5, "length")
+    with CLIENTS["router"].client(router) as one:
+        assert one.generate(PROMPT, **greedy) == answer
+        assert "".join(piece.text for piece in one.stream(PROMPT, **greedy)) == answer.text
+    async with CLIENTS["router"].aio_client(router) as aio:
+        assert await aio.generate(PROMPT, **greedy) == answer
+        assert "".join([piece.text async for piece in aio.stream(PROMPT, **greedy)]) == answer.text
 
 
 def test_replicas_compute_on_different_cores(client: RouterClient) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 
 import psutil
@@ -12,7 +11,7 @@ from playwright.sync_api import Locator, Page, Request, expect
 
 from servebook import launch
 from servebook.launch.child import child_server
-from servebook.launch.processes import free_port
+from servebook.launch.processes import free_port, wait_until
 from servebook.ways.metrics import metric
 
 pytestmark = pytest.mark.browser
@@ -50,11 +49,7 @@ def ask(page: Page, message: str, longest: int = 200) -> None:
 
 
 def engine_idle(vllm: launch.Server, seconds: float = 5) -> bool:
-    deadline = time.monotonic() + seconds
-    while metric(vllm.url, "vllm:num_requests_running"):
-        if time.monotonic() > deadline:
-            return False
-    return True
+    return wait_until(lambda: not metric(vllm.url, "vllm:num_requests_running"), seconds)
 
 
 def test_an_answer_streams_in(chat: Page) -> None:

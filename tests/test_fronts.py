@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -14,7 +14,7 @@ import grpc
 import psutil
 import pytest
 import requests
-from desk import Desk
+from desk import Desk, eventually
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -30,15 +30,6 @@ SHORT = pb.GenerateRequest(prompt="Once", max_tokens=5, sampling=pb.Sampling(ign
 BACK_SECONDS = 3.0
 ABORT_SECONDS = 10.0
 """For a machine with other work; by itself the request would run for a minute on a CPU."""
-
-
-def eventually(condition: Callable[[], bool], seconds: float, what: str) -> float:
-    """Poll until `condition` holds; return how many seconds it took."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
-    return time.monotonic() - start
 
 
 def figure(server: launch.Server, *begins: str) -> float:
@@ -102,7 +93,7 @@ def a_channel_to_each(server: launch.Server, stack: ExitStack) -> dict[int, grpc
 @pytest.fixture(scope="module")
 def server() -> Iterator[launch.Server]:
     server = serve("grpc", instance="grpc-fronts", fronts=FRONTS)
-    eventually(lambda: len(listening(server)) == FRONTS, 20, "all fronts listening")
+    eventually(lambda: len(listening(server)) == FRONTS, "all fronts listening", 20)
     yield server
     server.stop()
 
@@ -132,8 +123,8 @@ def test_a_killed_front_costs_its_own_streams_and_is_back_soon(server: launch.Se
         with pytest.raises(grpc.RpcError) as caught:
             list(streams[doomed])
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        eventually(lambda: len(listening(server) - {doomed}) == FRONTS, BACK_SECONDS, "a new front in its place")
-        eventually(lambda: figure(server, "vllm:num_requests_running") <= 1, ABORT_SECONDS, "its request aborted")
+        eventually(lambda: len(listening(server) - {doomed}) == FRONTS, "a new front in its place", BACK_SECONDS)
+        eventually(lambda: figure(server, "vllm:num_requests_running") <= 1, "its request aborted", ABORT_SECONDS)
         for _ in range(20):
             assert next(streams[other]).token_ids, "the other goes on"
         streams[other].cancel()

@@ -35,7 +35,7 @@ from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab import checking
 from servebook.lab.feedback import Result
-from servebook.lab.handout import autograde
+from servebook.lab.handout import autograde, confine
 from servebook.lab.handout.blanks import student_notebook
 from servebook.lab.handout.bundle import write_bundle
 from servebook.lab.manifest import Lab, find_exercise, load_labs
@@ -44,7 +44,8 @@ from servebook.lab.shell import LabShell, exercise_of, read_notebook
 from servebook.launch.processes import free_port
 
 LABS = [pytest.param(lab, id=lab.stem) for lab in load_labs()]
-STEM = "01_openai_rest"
+STEM, OTHER = "01_openai_rest", "02_sse_streaming"
+KEY = "the-instructors-key"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -59,7 +60,7 @@ def learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(*words: object, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
         program = "import sys; from servebook.cli import main; sys.argv[0] = 'servebook'; main()"
         argv = [sys.executable, "-c", program, *map(str, words)]
-        done = subprocess.run(argv, capture_output=True, text=True, env=environment | more, timeout=120)
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment | more, timeout=500)
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done
@@ -293,6 +294,22 @@ def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) 
     assert "is not empty" in learner("release", bundle, code=1).stderr
 
 
+def test_after_the_course_the_bundle_has_solutions_and_still_no_notes(learner: Run, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    learner("release", bundle, "--solutions")
+    for lab in load_labs():
+        given, ours = cells_of(bundle / "solutions" / lab.path), cells_of(ROOT / "solutions" / lab.path)
+        answers = [cell_id for cell_id in ours if cell_id.endswith("-answer")]
+        assert answers
+        assert {cell_id: given[cell_id].source for cell_id in answers} == {
+            cell_id: ours[cell_id].source for cell_id in answers
+        }
+        notes = {cell_id for cell_id, cell in ours.items() if "instructor" in cell.metadata.get("tags", [])}
+        assert notes
+        assert not notes & given.keys()
+        assert cells_of(bundle / "labs" / lab.path)[answers[0]].source != ours[answers[0]].source
+
+
 def test_bundle_holds_only_what_git_tracks(tmp_path: Path) -> None:
     """Keys, grades and links may lie in the repository, and in each folder that is copied."""
     root = tmp_path / "root"
@@ -438,6 +455,13 @@ def test_a_submissions_server_ends_in_order(
     assert desk.status()["state"] == "stopped"
 
 
+def test_no_link_leads_a_submission_to_what_is_hidden(tmp_path: Path) -> None:
+    for name in ("room/desks", "grading"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "room")
+    assert list(confine.around(tmp_path, [tmp_path / "room"])) == [tmp_path / "grading"]
+
+
 def test_grading_is_nbgraders_but_for_the_end() -> None:
     assert autograde.ExecuteAndEnd(config=Config(Execute={"timeout": 7})).timeout == 7
     steps = Autograde.autograde_preprocessors.default_args[0]
@@ -452,17 +476,16 @@ def nbgrader(course: Path, *words: str, code: int = 0) -> str:
     return done.stderr
 
 
-def submit(course: Path, student: str, answers: dict[str, str], lost: tuple[str, ...] = (), name: str = STEM) -> None:
-    """Hand in the released notebook with some cells filled in, by cell id; `lost` ones are gone, or but bare."""
-    notebook = nbformat.read(course / "labs" / STEM / f"{STEM}.ipynb", as_version=4)
+def submit(folder: Path, answers: dict[str, str], lost: tuple[str, ...] = (), name: str = STEM) -> None:
+    """Put the released notebook there, some cells filled in, by id; `lost` ones are gone, or but bare."""
+    notebook = nbformat.read(ROOT / "labs" / STEM / f"{STEM}.ipynb", as_version=4)
     notebook.cells = [cell for cell in notebook.cells if cell.id not in lost]
     for cell in notebook.cells:
         cell.source = answers.get(cell.id, cell.source)
         if f"{cell.id} bare" in lost:
             cell.metadata = {}
-    path = course / "submitted" / student / STEM / f"{name}.ipynb"
-    path.parent.mkdir(parents=True)
-    nbformat.write(notebook, path)
+    folder.mkdir(parents=True)
+    nbformat.write(notebook, folder / f"{name}.ipynb")
 
 
 TAKES_OVER = """
@@ -493,6 +516,11 @@ for text in found:
             exec("".join(cell["source"]), globals())
 """
 LOOKS = """
+print("the key:", "KEY" in os.environ.values())
+try:
+    print("the room:", os.listdir("DESKS"))
+except OSError as error:
+    print("the room:", type(error).__name__)
 def account(answer):
     frame = sys._getframe()
     while frame:
@@ -513,11 +541,14 @@ def course() -> Iterator[Path]:
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
-def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path) -> None:
+def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path, learner: Run, tmp_path: Path) -> None:
     """One perfect, one partial and one empty submission get their points, whatever others do, or have lost."""
+    desks = tmp_path / "state" / "room" / "desks"
     for name in (f"solutions/{STEM}/{STEM}.ipynb", "nbgrader_config.py"):
         (course / name).parent.mkdir(parents=True, exist_ok=True)
         (course / name).write_bytes((ROOT / name).read_bytes())
+    with (course / "nbgrader_config.py").open("a") as config:
+        config.write("c.Execute.timeout = 20\n")
     (course / f"solutions/{STEM}/answer.py").write_text("# what a solution writes when it runs")
     nbgrader(course, "generate_assignment", STEM)
     assert [path.name for path in (course / "labs" / STEM).iterdir()] == [f"{STEM}.ipynb"]
@@ -527,20 +558,30 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path
     solution = cells_of(ROOT / "solutions" / STEM / f"{STEM}.ipynb")
     perfect = {cell_id: cell.source for cell_id, cell in solution.items() if cell_id.endswith("-answer")}
     some = {"01-1-answer", "01-4-answer"}
-    submit(course, "crashes", {"01-1-answer": "import os\nos._exit(1)"})
-    submit(course, "empty", {"01-1-answer": LEAVES})
-    submit(course, "hangs", {"01-1-answer": "while True:\n    pass", "01-2-answer": perfect["01-2-answer"]})
+    submit(desks / "crashes/labs" / STEM, {"01-1-answer": "import os\nos._exit(1)"})
+    submit(desks / "empty/labs" / STEM, {"01-1-answer": LEAVES})
+    submit(desks / "hangs/labs" / STEM, {"01-1-answer": "while True:\n    pass", "01-2-answer": perfect["01-2-answer"]})
     # A locked cell that was altered is put back before autograde.
-    submit(course, "partial", {k: v for k, v in perfect.items() if k in some} | {"01-5-check": "pass"})
-    submit(course, "perfect", perfect)
+    submit(desks / "partial/labs" / STEM, {k: v for k, v in perfect.items() if k in some} | {"01-5-check": "pass"})
+    submit(desks / "perfect/labs" / STEM, perfect)
+    looks = LOOKS.replace("KEY", KEY).replace("DESKS", str(desks))
     here = f"from pathlib import Path\nhere = Path({str(course)!r})\n"
-    submit(course, "cheats", {"01-1-answer": TAKES_OVER, "01-2-answer": LOOKS, "01-3-answer": here + READS})
-    submit(course, "renamed", perfect, name="my lab")
-    submit(course, "torn", perfect, lost=("setup", "01-2-check bare", "01-4-check"))
-    said = nbgrader(course, "autograde", STEM, "--Execute.timeout=20", code=1)
+    submit(desks / "cheats/labs" / STEM, {"01-1-answer": TAKES_OVER, "01-2-answer": looks, "01-3-answer": here + READS})
+    submit(course / "submitted/renamed" / STEM, perfect, name="my lab")
+    submit(desks / "torn/labs" / STEM, perfect, lost=("setup", "01-2-check bare", "01-4-check"))
+    (desks / "empty/labs" / OTHER).mkdir()
+    shutil.copy(ROOT / "labs" / OTHER / f"{OTHER}.ipynb", desks / "empty/labs" / OTHER)
+    (desks / "empty/feedback").symlink_to(course)
+    told = learner(
+        *("room", "collect", "--grade", "--course", course),
+        **{"SERVEBOOK_ENGINE_URL": vllm.url, "SERVEBOOK_API_KEY": KEY},
+    ).stdout
+    assert f"{STEM}: 6 graded, 2 not: grades.csv says why" in told
+    assert "  empty has no feedback: Not a directory" in told
+    assert f"{OTHER}: 1 graded\n" in told
+    said = (tmp_path / "state/grading/nbgrader.log").read_text()
     assert re.findall(r"error processing assignment '\w+' for student '(\w+)'", said) == ["crashes", "renamed"]
     assert len(re.findall(r"Ended what the submission had started: .* left behind", said)) == 2
-    nbgrader(course, "generate_feedback", STEM)
 
     with Gradebook(f"sqlite:///{course}/gradebook.db", "servebook") as gradebook:
         scores = {
@@ -559,9 +600,11 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path
         "partial": points["01.1"] + points["01.4"],
         "perfect": lab.points,
     }
-    nbgrader(course, "export")
     with (course / "grades.csv").open(newline="") as file:
-        rows = {row["student_id"]: (row["score"], row["remark"]) for row in csv.DictReader(file)}
+        lines = list(csv.DictReader(file))
+    rows = {row["student_id"]: (row["score"], row["remark"]) for row in lines if row["assignment"] == STEM}
+    others = {row["student_id"]: row["score"] for row in lines if row["assignment"] == OTHER}
+    assert (others["empty"], others["perfect"]) == ("0.0", ""), "graded, and not handed in"
     assert rows["perfect"] == (str(float(lab.points)), "")
     assert rows["empty"] == ("0.0", "")
     assert rows["crashes"] == ("", "not graded: the submission's kernel died")
@@ -569,6 +612,10 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path
     assert "the cell setup was missing, and was put back as it was handed out" in rows["torn"][1]
     assert "the cell 01-2-check had lost its metadata" in rows["torn"][1]
     assert "the cell 01-4-check was missing" in rows["torn"][1]
-    feedback = (course / "feedback" / "partial" / STEM / f"{STEM}.html").read_text()
+    assert not list(course.glob("*.html")), "a learner's link was followed"
+    feedback = (desks / "partial/feedback" / f"{STEM}.html").read_text()
     assert "NotPassed: ○ 01.5" in feedback
     assert "Traceback (most recent call last)" not in feedback
+    looked = (desks / "cheats/feedback" / f"{STEM}.html").read_text()
+    assert "the key: False" in looked
+    assert "the room: PermissionError" in looked

@@ -24,10 +24,13 @@ from servebook.workbook.notebook import (
     Pace,
     bars,
     curves,
+    difference,
     expect_error,
     machine_card,
     measure_pace,
     show,
+    show_difference,
+    squares,
     timeline,
     versions,
     wire,
@@ -89,6 +92,22 @@ def svg_of(bundle: dict[str, str]) -> tuple[str, str]:
     return found[1], svg
 
 
+def test_show_difference_has_signs_for_who_sees_no_colours(displayed: list[dict[str, str]], tmp_path: Path) -> None:
+    before, after = tmp_path / "one.py", tmp_path / "two.py"
+    before.write_text("a = 1\nb = 2\nif a < b:\n    print(a)\n")
+    after.write_text("a = 1\nb = 3\nif a < b:\n    print(a)\n    print(b)\n")
+    show_difference(before, after)
+    [bundle] = displayed
+    title, *lines = bundle["text/plain"].splitlines()
+    assert title == "one.py → two.py"
+    assert lines == ["⋯", " a = 1", "-b = 2", "+b = 3", " if a < b:", "     print(a)", "+    print(b)"]
+    spans = ElementTree.fromstring(f"<p>{bundle['text/html']}</p>").findall(".//pre/span")
+    assert [span.text for span in spans] == lines
+    grounds = [span.attrib["style"] for span in spans]
+    assert len({grounds[0], grounds[2], grounds[3]}) == 3
+    assert difference(before, before) == []
+
+
 def test_timeline_says_what_it_shows(displayed: list[dict[str, str]]) -> None:
     timeline({"alone": [0.1, 0.2, 0.35], "refused": []})
     alt, svg = svg_of(displayed[0])
@@ -104,6 +123,16 @@ def test_curves_and_bars_label_their_axes(displayed: list[dict[str, str]]) -> No
     assert "requests at once" in svg
     assert "tokens/s" in svg
     assert svg_of(displayed[1])[0] == "Encoding, ms: raw 9.5; JSON 122."
+
+
+def test_squares_are_as_many_as_there_are(displayed: list[dict[str, str]]) -> None:
+    squares({"A": 2, "B": 3}, 182, unit="block", title="Blocks")
+    alt, svg = svg_of(displayed[0])
+    assert alt == "Blocks: 182 squares, one for each block. A has 2; B has 3; 177 are free."
+    assert (svg.count(">A<"), svg.count(">B<")) == (2, 3)
+    assert svg.count("fill: #ffffff; stroke: #7f7f7f") == 177
+    with pytest.raises(ValueError, match="5 are more than 4"):
+        squares({"A": 5}, 4, unit="block", title="Blocks")
 
 
 def test_the_same_data_give_the_same_picture(displayed: list[dict[str, str]]) -> None:

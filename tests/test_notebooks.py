@@ -20,6 +20,7 @@ from servebook import launch
 from servebook.checkout import ROOT
 from servebook.workbook import gate as notebook_gate
 from servebook.workbook.gate import NOTEBOOKS
+from servebook.workbook.notebook import difference
 
 TESTS = Path(__file__).parent
 CANARIES = TESTS / "canaries"
@@ -167,6 +168,19 @@ def test_shown_source_is_todays(chapter: Chapter) -> None:
             if "/" in name and text not in showable(ROOT / name):
                 stale.append(f"cell {cell.id}: {name}")
     assert not stale, "run `make notebooks`"
+
+
+def test_shown_difference_is_todays(chapter: Chapter) -> None:
+    """The same for `show_difference(…)`, which has its two files in the title."""
+    _, notebook = chapter
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and "show_difference(" in cell.source and "import" not in cell.source:
+            bundles = [output.data["text/plain"] for output in cell.outputs if "text/html" in output.get("data", {})]
+            assert len(bundles) == cell.source.count("show_difference("), cell.id
+            for bundle in bundles:
+                title, *lines = bundle.splitlines()
+                before, after = (ROOT / name for name in title.split(" → "))
+                assert lines == difference(before, after), f"cell {cell.id}: run `make notebooks`"
 
 
 def test_right_answers_of_the_quizzes_are_spread() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import signal
 import stat
 import subprocess
@@ -238,6 +239,34 @@ def test_three_learners_run_the_first_notebook_and_pass_an_exercise(room: Room, 
         assert not any(key in text for key in [*keys, KEY])
     assert "capital of Japan" not in room.log("front")
     assert "instructor's notes" not in json.dumps(kernels["ada"].desk.notebook("notebooks/00_start_here.ipynb"))
+
+
+@pytest.mark.browser
+def test_the_instructor_sees_in_a_browser_who_is_where(
+    room: Room, kernels: dict[str, Kernel], chromium: Browser
+) -> None:
+    kernels["grace"].run('check("01.2")')
+    told = room.run("watch", "--once")
+    where = told.split()[3]
+    assert re.search(r"grace\W+01\.2\W+wrong", told), told
+    assert re.search(r"ada\W+01\.1\W+passed", told)
+    assert "grace" not in room.run("watch", "--once", "--hide-names")
+    page = chromium.new_page(ignore_https_errors=True)
+    page.goto(where)
+    rows = page.locator("#learners tr")
+    expect(rows.first).to_contain_text("grace01.2✗ not yet")
+    expect(rows.first).to_contain_text("its cell has not run in this session")
+    expect(rows.filter(has_text="ada")).to_contain_text("✓ passed")
+    expect(page.get_by_role("status")).to_contain_text("engine ready")
+    page.get_by_label("hide names").check()
+    expect(rows.first).to_contain_text("learner")
+    expect(rows.filter(has_text="grace")).to_have_count(0)
+    assert page.url == f"{room.url}/services/watch/", "the key has left the address bar"
+    page.close()
+    stranger = chromium.new_page(ignore_https_errors=True)
+    stranger.goto(f"{room.url}/services/watch/")
+    expect(stranger.get_by_role("status")).to_contain_text("Open this page by the address of `servebook room watch`.")
+    expect(stranger.locator("#learners tr")).to_have_count(0)
 
 
 def test_a_runaway_loop_leaves_the_engine_to_the_others(kernels: dict[str, Kernel]) -> None:

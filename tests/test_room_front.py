@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import time
@@ -31,6 +32,7 @@ from servebook.launch.processes import free_port
 from servebook.launch.table import SERVERS, find_server
 from servebook.room import asking, cli, collect, hub, tls
 from servebook.room.admin import instructors_key
+from servebook.room.board import Attempt, Board, stuck_first, watch_key
 from servebook.room.front import RELAYED, Front, Learner
 from servebook.room.keys import Roll
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
@@ -319,6 +321,62 @@ async def test_what_the_engine_refused_costs_no_tokens(engine: tuple[StandIn, st
         status, _, wait = await ada.complete(CONTEXT // 2)
         assert status == 429
         assert 0 < int(wait) <= 30  # not the hours that it would take to make up for a million
+
+
+async def test_the_instructor_sees_who_is_where_and_learners_see_nobody(
+    engine: tuple[StandIn, str], tmp_path: Path
+) -> None:
+    wrong = {"exercise": "01.2", "state": "wrong", "cause": "<b>that</b> is the prompt's count " + "x" * 9000}
+    async with caller(tmp_path, engine[1], Limits(places=9)) as ada:
+        ada.front_app.roll.issue("alan")
+        assert (await ada.ask("POST", "/room/checks", {"exercise": "01.1", "state": "passed"}))[0] == 200
+        for _ in range(2):
+            assert (await ada.ask("POST", "/room/checks", wrong))[0] == 200
+        bodies: list[Any] = [
+            {"exercise": "99.9", "state": "passed"},
+            wrong | {"state": "done"},
+            wrong | {"x": 1},
+            b"\xff",
+            [],
+        ]
+        for body in bodies:
+            assert (await ada.ask("POST", "/room/checks", body))[0] == 400, body
+        assert (await ada.ask("POST", "/room/checks", wrong, key="nobody's"))[0] == 401
+        for key in (None, "", "nobody's"):
+            assert (await ada.ask("GET", "/services/watch/board", key=key))[0] == 401
+        status, seen, _ = await ada.ask("GET", "/services/watch/board", key=watch_key(KEY))
+        assert status == 200
+        assert (await ada.ask("GET", "/room/learners", key=watch_key(KEY)))[0] == 401, "it opens the board alone"
+        assert seen["checks_per_minute"] == 3
+        assert seen["engine"] == {"ready": True, "running": 0, "places": 9, "waiting": 0}
+        first, second = seen["learners"]
+        assert (first["name"], first["exercise"], first["state"], first["tries"]) == ("ada", "01.2", "wrong", 2)
+        assert (first["passed"], len(first["cause"]), first["needs_help"]) == (1, 300, False)
+        assert (second["name"], second["exercise"], second["passed"]) == ("alan", "", 0)
+        answers = [(await ada.ask("POST", "/room/checks", wrong))[0] for _ in range(60)]
+        assert answers[-1] == 429
+
+
+def test_who_is_longest_at_it_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    board = Board()
+    for name, exercise, minutes in (("ada", "01.1", 0), ("alan", "01.1", 3), ("emmy", "01.2", 2)):
+        now += 60 * minutes
+        board.note(name, Attempt(exercise=exercise, state="wrong"))
+    board.note("grace", Attempt(exercise="01.1", state="passed"))
+    now += 60 * 2
+
+    def rows() -> list[tuple[str, bool, int]]:
+        found = [{"name": name} | board.row(name) for name in ("newcomer", "grace", "emmy", "alan", "ada")]
+        return [(row["name"], row["needs_help"], row["since"]) for row in sorted(found, key=stuck_first)]
+
+    # 01.1 takes 6 minutes in all.
+    assert rows()[0] == ("ada", True, 420)
+    assert rows()[1:] == [("alan", False, 240), ("emmy", False, 120), ("grace", False, 120), ("newcomer", False, 0)]
+    board.note("ada", Attempt(exercise="01.1", state="passed"))
+    assert rows()[0][0] == "alan"
+    assert board.checks_per_minute() == 1
 
 
 @pytest.mark.parametrize(("why", "limits"), [("room_full", Limits(waiting=0)), ("engine_unavailable", Limits())])
@@ -624,9 +682,39 @@ def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_
     (mallorys / foldered).symlink_to(tmp_path)
     (desks / "link").symlink_to(desks / "ada")
     ada, mallory = collect.collect(desks, submitted)
-    assert (ada.learner, ada.labs, ada.left) == ("ada", [lab], {})
+    assert (ada.learner, ada.labs, ada.left) == ("ada", [lab], {f"{lab}/foreign.sh": "not handed out"})
     assert (mallory.learner, mallory.labs) == ("mallory", [lab])
-    assert mallory.left.keys() == {other, piped, long, foldered}
+    assert mallory.left.keys() == {f"{lab}/foreign.sh", other, piped, long, foldered}
     assert mallory.left[piped] == "it is no file"
-    files = {str(path.relative_to(submitted)): path.read_text() for path in submitted.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(submitted)): path.read_text() for path in submitted.rglob("*.*") if path.is_file()}
+    times = {name: files.pop(f"{name}/{lab}/timestamp.txt") for name in ("ada", "mallory")}
     assert files == {f"{name}/{lab}/{lab}.ipynb": f"by {name}" for name in ("ada", "mallory")}
+    (mallorys / lab / f"{lab}.ipynb").write_text("by mallory, later")
+    collect.collect(desks, submitted)
+    assert (submitted / "ada" / lab / "timestamp.txt").read_text() == times["ada"], "nothing new to grade"
+    shutil.rmtree(desks / "ada" / "labs")
+    collect.collect(desks, submitted)
+    assert (submitted / "ada" / lab / f"{lab}.ipynb").read_text() == "by ada", "handed in before it was deleted"
+    assert (submitted / "mallory" / lab / "timestamp.txt").read_text() > times["mallory"]
+
+
+def test_feedback_lands_on_the_desk_and_nowhere_that_a_learner_points_at(tmp_path: Path) -> None:
+    desk, elsewhere = tmp_path / "ada", tmp_path / "elsewhere"
+    for folder in (desk, elsewhere):
+        folder.mkdir()
+    if os.getuid() == 0:
+        os.chown(desk, 65534, 65534)
+    collect.deliver(desk, "feedback", "lab.html", b"well done")
+    page = desk / "feedback" / "lab.html"
+    assert page.read_bytes() == b"well done"
+    assert {path.stat().st_uid for path in (page, page.parent)} == {desk.stat().st_uid}
+    (elsewhere / "lab.html").write_text("the instructor's")
+    page.unlink()
+    page.symlink_to(elsewhere / "lab.html")
+    collect.deliver(desk, "feedback", "lab.html", b"better still")
+    assert (page.read_bytes(), page.is_symlink()) == (b"better still", False)
+    shutil.rmtree(page.parent)
+    page.parent.symlink_to(elsewhere)
+    with pytest.raises(OSError, match="directory"):
+        collect.deliver(desk, "feedback", "lab.html", b"lost")
+    assert {path.name: path.read_text() for path in elsewhere.iterdir()} == {"lab.html": "the instructor's"}

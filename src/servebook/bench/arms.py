@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, Field
 
 from servebook.bench import workload
-from servebook.bench.load import Job, Load, Send, ask, closed_loop, open_loop
+from servebook.bench.load import BenchError, Job, Load, Send, ask, closed_loop, open_loop
 from servebook.bench.paths import Path
 from servebook.bench.resources import CpuSeconds, ProcessTree, engines_up
 from servebook.bench.stats import Estimate, Summary, difference, ratio, summarize
@@ -23,6 +23,9 @@ from servebook.launch import Server
 
 CONTROL_LIMIT = 0.03
 """How far the A/A control may be from 1 before a run is void."""
+
+GENERATOR_LIMIT = 0.6
+"""Which part of a core the load generator may take before it is in the way of what it measures."""
 
 ORDER = ("ABBA", "BAAB")
 """The order within one round; every second round begins with the other arm."""
@@ -37,7 +40,9 @@ class Workload(BaseModel):
     prompt_tokens: int = Field(default=40, ge=10, description="About; the exact number is the server's.")
     max_tokens: int = Field(default=48, ge=2, description="Of an answer, on average.")
     block_seconds: float = Field(default=3.0, gt=0, description="Aimed at, by the number of requests in a block.")
-    rounds: int = Field(default=3, ge=1, description="Of four blocks each: two of either arm.")
+    rounds: int = Field(default=3, ge=1, description="Of four blocks each: two pairs; three rounds give an interval.")
+    shared_prefix_tokens: int = Field(default=0, ge=0, description="Before every prompt, the same: a system prompt.")
+    turns: int = Field(default=1, ge=1, description="Of a chat: each but the first has those before it in its prompt.")
     rate: float | None = Field(default=None, gt=0, description="Open loop: requests a second, at random times.")
 
 
@@ -49,6 +54,11 @@ class ArmResult(BaseModel):
     cpu_per_1000: CpuSeconds = Field(description="CPU seconds per 1,000 output tokens.")
     memory_mib: float | None = Field(description="PSS of all of the server's processes; None if it runs elsewhere.")
     block_tokens_per_s: list[float] = Field(description="In the order in which the blocks were run.")
+
+    @property
+    def generator_share(self) -> float:
+        """How much of a core the load generator took, on average; at 1 it measures itself."""
+        return self.cpu_per_1000.client * self.summary.tokens_per_s / 1000
 
 
 class Comparison(BaseModel):
@@ -115,13 +125,26 @@ class Arm:
         )
 
 
+def jobs_for(path: Path, wants: Workload, seed: int) -> Iterator[Job]:
+    """Endless jobs for a path.
+
+    Raises:
+        BenchError: several turns are wanted of a path that is no chat.
+    """
+    if wants.turns > 1 and not path.chat:
+        raise BenchError(f"{path.name} has no chats, so no second turn.", "Choose sse-chat, rest-chat or gateway.")
+    make = workload.chats if path.chat else workload.completions
+    first = workload.prefix(wants.shared_prefix_tokens)
+    for job in make(wants.prompt_tokens, wants.max_tokens, seed):
+        yield job._replace(prompt=first + job.prompt, turns=wants.turns)
+
+
 @asynccontextmanager
 async def open_arm(
     path: Path, server: Server, wants: Workload, seed: int, behind: Sequence[Server] = ()
 ) -> AsyncIterator[Arm]:
     """Connect to `server` over `path`; a first request shows that it answers. CPU of the servers `behind` it counts."""
-    make = workload.chats if path.chat else workload.completions
-    jobs = make(wants.prompt_tokens, wants.max_tokens, seed)
+    jobs = jobs_for(path, wants, seed)
     async with path.open(server) as send:
         await ask(send, next(jobs))
         yield Arm(path, send, ProcessTree(server.pid, *(other.pid for other in behind)), jobs)
@@ -178,8 +201,9 @@ def _comparison(name: str, arm: Arm, reference: Arm, concurrency: int, wants: Wo
 
 
 def off_by(control: Comparison) -> float:
-    """How far an A/A control is from 1 in tokens/s: 0.03 is 3 %."""
-    return abs(control.tokens_per_s.value - 1)
+    """How far an A/A control is from 1, in tokens/s, TTFT or ITL, whichever is furthest: 0.03 is 3 %."""
+    found = (control.tokens_per_s, control.ttft_p50, control.itl_p50)
+    return max(abs(each.value - 1) for each in found if each)
 
 
 def _sum(values: list[float | None]) -> float | None:

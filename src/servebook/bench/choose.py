@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from servebook.bench.report import break_even_tokens_per_s, interval, reference_cpu
+from servebook.bench.report import core_full_at, interval
 from servebook.bench.results import Results
 from servebook.bench.stats import Estimate
 from servebook.bench.tensors import MIB
@@ -42,19 +42,27 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the guide: when `applies`, take `path`; `evidence` reads the figure that it rests on."""
+    """One line of the guide: when `applies`, take `path` at its `place` on a request's way.
 
+    `costs` is what is given up for it; `evidence` reads the figure that it rests on.
+    """
+
+    place: str
     path: str
     because: str
+    costs: str
     chapter: str
     applies: Callable[[Needs], bool]
     evidence: Callable[[Results], str]
 
 
 def tokens_ratio(run: Results, path: str) -> str:
-    """The ratios of tokens/s that `path` has to its reference, each @ its number of callers."""
-    found = [f"{interval(each.tokens_per_s)} @{each.concurrency}" for each in run.engine if each.arm.path == path]
-    return f"tokens/s {', '.join(found)}" if found else "not in this run"
+    """The ratio of tokens/s that `path` has to its reference, at the most callers that were measured."""
+    found = [each for each in run.engine if each.arm.path == path]
+    if not found:
+        return "not in this run"
+    most = max(found, key=lambda each: each.concurrency)
+    return f"tokens/s {interval(most.tokens_per_s)} @{most.concurrency}"
 
 
 def cpu_ratio(run: Results, path: str) -> Estimate | None:
@@ -63,9 +71,9 @@ def cpu_ratio(run: Results, path: str) -> Estimate | None:
 
 
 def fills_a_core(run: Results, path: str) -> str:
-    """At how many tokens a second the protocol work of `path` takes a whole core."""
-    cost = reference_cpu(run, path)
-    return f"{break_even_tokens_per_s(cost, share=1):,.0f} tokens/s fill a core" if cost else "not in this run"
+    """At how many tokens a second the protocol work of `path`, one process, takes a whole core."""
+    found = core_full_at(run, path)
+    return f"{found[0]:,.0f} tokens/s in answers of {found[1]} fill a core" if found else "not in this run"
 
 
 def tensor_ms(run: Results, server: str, encoding: str, size: int = 15 * MIB) -> str:
@@ -100,8 +108,10 @@ BUSY_TOKENS_PER_S = 5000
 """From here on the protocol takes a good part of a core in one process (chapter 8, section 8)."""
 
 DEFAULT = Rule(
+    "protocol",
     "vLLM's REST and SSE",
     "Every SDK and tool speaks it, and nothing measured here was worth giving that up for",
+    "A schema that a compiler checks; an eighth of the bytes",
     "01, 02",
     lambda needs: True,
     lambda run: f"gRPC instead: {tokens_ratio(run, 'grpc')}",
@@ -109,67 +119,94 @@ DEFAULT = Rule(
 
 RULES = (
     Rule(
+        "gateway",
         "the gateway, in front of vLLM",
         "vLLM's key locks some paths only; limits, disconnects and your own API need a place",
+        "One process more, with CPU for every token",
         "05",
         lambda needs: needs.browsers or needs.own_rules,
         _gateway,
     ),
     Rule(
-        "our own gRPC server",
-        "A schema, deadlines and status codes that travel, in every language, for one proto to maintain",
-        "04",
-        lambda needs: needs.typed_contract,
-        _grpc,
-    ),
-    Rule(
-        "more server processes in front of the engine (--api-server-count)",
-        "At this rate one process that writes every message becomes the limit, whatever it speaks",
-        "08",
-        lambda needs: needs.tokens_per_s >= BUSY_TOKENS_PER_S,
-        _busy,
-    ),
-    Rule(
-        "Triton with the vLLM backend",
-        "One server, one metrics page and one client for all models; no faster than vLLM, and more to set up",
-        "03",
-        lambda needs: needs.other_models,
-        lambda run: tokens_ratio(run, "triton"),
-    ),
-    Rule(
-        "binary tensors, over HTTP or gRPC (Triton, KServe)",
-        "Numbers as text cost more than everything else together",
-        "08",
-        lambda needs: needs.big_tensors,
-        _tensors,
-    ),
-    Rule(
+        "router",
         "KServe",
-        "The cluster's way to scale, roll out and route; stream over its OpenAI route, V2 has no streaming",
+        "The cluster's way to scale, roll out and route; stream over its OpenAI route",
+        "A cluster, and people who know it",
         "06",
         lambda needs: needs.kserve_cluster,
         lambda run: tokens_ratio(run, "kserve-sse"),
     ),
     Rule(
+        "router",
+        "vLLM's router in front of replicas",
+        "It balances, and asks another replica when one has died",
+        "A hop, and a process that must not die",
+        "10",
+        lambda needs: needs.many_users,
+        lambda run: "a property, shown by killing a replica under load",
+    ),
+    Rule(
+        "server",
+        "more server processes in front of the engine (--api-server-count)",
+        "At this rate one process that writes every message becomes the limit, whatever it speaks",
+        "Cores; memory for each process",
+        "08",
+        lambda needs: needs.tokens_per_s >= BUSY_TOKENS_PER_S,
+        _busy,
+    ),
+    Rule(
+        "server",
+        "Triton with the vLLM backend",
+        "One server, one metrics page and one client for all models; no faster than vLLM, and more to set up",
+        "CPU for every token, several times that of SSE as it was measured",
+        "03",
+        lambda needs: needs.other_models,
+        lambda run: f"server CPU per token {interval(cpu_ratio(run, 'triton'))} of SSE's",
+    ),
+    Rule(
+        "protocol",
         "vLLM's own gRPC",
         "Token ids in and out: made for the hop between a router and the engine, not for end users",
+        "The text is the caller's work; the contract changes with vLLM's",
         "07",
         lambda needs: needs.token_ids,
         lambda run: f"server CPU per token {interval(cpu_ratio(run, 'vllm-grpc'))} of SSE's",
     ),
     Rule(
-        "vLLM's router in front of replicas",
-        "It balances, and asks another replica when one has died",
-        "10",
-        lambda needs: needs.many_users,
-        lambda run: "a property, shown by killing a replica under load",
+        "protocol",
+        "our own gRPC server",
+        "A schema, deadlines and status codes that travel, in every language",
+        "A proto and a server to maintain; browsers need a gateway",
+        "04",
+        lambda needs: needs.typed_contract,
+        _grpc,
+    ),
+    Rule(
+        "tensors",
+        "binary tensors, over HTTP or gRPC (Triton, KServe)",
+        "Numbers as text cost more than everything else together",
+        "A request that nobody can read in a log",
+        "08",
+        lambda needs: needs.big_tensors,
+        _tensors,
     ),
 )
+"""In the order in which requests pass the places; of rivals for one place, the earlier weighs more."""
 
 
 def choose(needs: Needs) -> list[Rule]:
-    """The rules that apply, in the order in which requests pass the servers; the default where none does."""
-    return [rule for rule in RULES if rule.applies(needs)] or [DEFAULT]
+    """One for each place that needs something, the weightiest; a protocol there always is."""
+    taken: dict[str, Rule] = {}
+    for rule in (*RULES, DEFAULT):
+        if rule.applies(needs):
+            taken.setdefault(rule.place, rule)
+    return list(taken.values())
+
+
+def outweighed(needs: Needs) -> list[tuple[Rule, Rule]]:
+    """What was asked for and is not taken, each with the one that has its place; the default is always willing."""
+    taken = {rule.place: rule for rule in choose(needs)}
+    return [(rule, taken[rule.place]) for rule in RULES if rule.applies(needs) and taken[rule.place] is not rule]
 
 
 @dataclass(frozen=True)
@@ -210,7 +247,7 @@ ARTICLE = (
         "own gRPC: full control, own maintenance",
         "confirmed",
         "health, cancellation, limits, TLS and status codes were all ours to write (chapter 04)",
-        _grpc,
+        lambda run: "a property",
     ),
     Row(
         "S15",
@@ -231,7 +268,7 @@ ARTICLE = (
         "already on Triton: Triton + vLLM",
         "confirmed",
         "one server, one repository and one set of metrics for all models (chapter 03)",
-        lambda run: tokens_ratio(run, "triton"),
+        lambda run: "a property",
     ),
     Row(
         "S15",
@@ -245,7 +282,7 @@ ARTICLE = (
         "gRPC comes through Triton or an own server",
         "corrected",
         "vLLM has a gRPC server of its own since 0.14 (chapter 07); KServe is the fourth way",
-        lambda run: tokens_ratio(run, "vllm-grpc"),
+        lambda run: "a property",
     ),
     Row(
         "S18",
@@ -257,8 +294,8 @@ ARTICLE = (
     Row(
         "S19",
         "vLLM is for language models only, Triton for any model",
-        "confirmed",
-        "Triton serves tensors; vLLM is one of its backends (chapters 03, 08)",
+        "confirmed, with a limit",
+        "vLLM also embeds, ranks, classifies and hears; Triton serves any tensors, vLLM among them (chapters 03, 08)",
         lambda run: "a property",
     ),
     Row(
@@ -279,13 +316,20 @@ ARTICLE = (
 """The article's comparison (S14, S15, S17 to S20), row by row."""
 
 
-def guide(run: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and rows: every rule with its figure."""
-    head = ("take", "because", "chapter", "figure")
-    return head, [(rule.path, rule.because, rule.chapter, rule.evidence(run)) for rule in (DEFAULT, *RULES)]
+def guide(run: Results, rules: Sequence[Rule] = (DEFAULT, *RULES)) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows: every rule with what it costs, its chapter and its figure."""
+    head = ("place", "take", "because", "costs", "chapter", "figure")
+    return head, [
+        (rule.place, rule.path, rule.because, rule.costs, rule.chapter, linked(rule.evidence(run))) for rule in rules
+    ]
 
 
 def article(run: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and rows: every statement with its verdict and figure."""
     head = ("item", "the article says", "verdict", "why", "figure")
-    return head, [(row.id, row.claim, row.verdict, row.why, row.evidence(run)) for row in ARTICLE]
+    return head, [(row.id, row.claim, row.verdict, row.why, linked(row.evidence(run))) for row in ARTICLE]
+
+
+def linked(figure: str) -> str:
+    """A figure with a link to the table that it stands in; a property has none."""
+    return figure if "a property" in figure else f"[{figure}](../BENCHMARKS.md)"

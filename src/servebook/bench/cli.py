@@ -14,24 +14,33 @@ from servebook.settings import load_settings
 
 if TYPE_CHECKING:
     from servebook.bench.arms import Workload
+    from servebook.bench.report import Rows
     from servebook.bench.results import Results
     from servebook.bench.run import Plan
+    from servebook.bench.stats import ServiceLevel
 
 console = Console(highlight=False, soft_wrap=True)
 
-Callers = Annotated[list[int] | None, typer.Option("-c", "--concurrency", min=1, max=64, help="Callers at a time.")]
+Callers = Annotated[list[int] | None, typer.Option("-c", "--concurrency", min=1, max=512, help="Callers at a time.")]
 
 
 def bench(
     paths: Annotated[list[str] | None, typer.Argument(metavar="[PATH]…", help="Only these, such as grpc.")] = None,
-    full: Annotated[bool, typer.Option("--full/--quick", help="Everything (45 minutes), or a look (3).")] = False,
+    full: Annotated[bool, typer.Option("--full/--quick", help="Everything (about two hours), or a look (3).")] = False,
     output: Annotated[Path, typer.Option(help="Grows step by step; the same command goes on.")] = Path("bench.json"),
     concurrency: Callers = None,
     rate: Annotated[float | None, typer.Option(min=0.01, help="Open loop: requests a second, not callers.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=10)] = 40,
     max_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 48,
     rounds: Annotated[int, typer.Option(min=1, help="Of four interleaved blocks.")] = 3,
+    shared_prefix: Annotated[int, typer.Option(min=0, help="Tokens that every prompt begins with.")] = 0,
+    turns: Annotated[int, typer.Option(min=1, help="Of each chat.")] = 1,
+    to_saturation: Annotated[bool, typer.Option("--sweep", help="One PATH: more callers until no more helps.")] = False,
+    ttft_ms: Annotated[float, typer.Option(help="--sweep: a good request's first text comes within.")] = 1000,
+    tpot_ms: Annotated[float, typer.Option(help="--sweep: and each token after it within.")] = 100,
     scripted: Annotated[bool, typer.Option(help="The scripted token source instead of engines.")] = False,
+    guard: Annotated[bool, typer.Option(help="Three minutes: has a change made a front dearer in CPU?")] = False,
+    store: Annotated[bool, typer.Option(help="With --guard: these ratios are the right ones from now on.")] = False,
     force: Annotated[bool, typer.Option(help="Go on when the control is off; the results are marked as void.")] = False,
     as_report: Annotated[bool, typer.Option("--report", help="Write BENCHMARKS.md from the stored results.")] = False,
     schema: Annotated[bool, typer.Option(help="Print the JSON schema of the result file.")] = False,
@@ -43,20 +52,36 @@ def bench(
     import uvloop
 
     from servebook.bench.arms import Workload
+    from servebook.bench.load import MAX_CONCURRENCY
     from servebook.bench.report import markdown
     from servebook.bench.results import Results, stored
     from servebook.bench.run import FULL, QUICK, start
+    from servebook.bench.stats import ServiceLevel
 
     if schema:
         print(json.dumps(Results.model_json_schema(), indent=2))
+        return
+    if guard:
+        watch(store)
         return
     if as_report:
         Path("BENCHMARKS.md").write_text(markdown(stored()), encoding="utf-8")
         console.print("BENCHMARKS.md is written.")
         return
     plan = FULL if full else QUICK
+    wants = Workload(
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        rounds=rounds,
+        rate=rate,
+        shared_prefix_tokens=shared_prefix,
+        turns=turns,
+    )
+    if to_saturation:
+        level = ServiceLevel(ttft_ms=ttft_ms, tpot_ms=tpot_ms)
+        saturate(paths or ["sse"], wants, level, max(concurrency or [MAX_CONCURRENCY]), scripted, output)
+        return
     if paths:
-        wants = Workload(prompt_tokens=prompt_tokens, max_tokens=max_tokens, rounds=rounds, rate=rate)
         plan = custom(paths, [0] if rate else concurrency or [1, 8], wants, scripted)
     run = start(plan, load_settings(), output, force)
     run.say = console.print
@@ -68,6 +93,60 @@ def bench(
     show(run.results)
     if run.results.void:
         raise typer.Exit(1)
+
+
+def saturate(paths: list[str], wants: Workload, level: ServiceLevel, most: int, scripted: bool, output: Path) -> None:
+    """Sweep one path, and leave its points in `output`."""
+    import uvloop
+
+    from servebook.bench.load import BenchError
+    from servebook.bench.paths import find_path
+    from servebook.bench.protocol import serve_scripted
+    from servebook.bench.sweep import Point, sweep, table
+
+    if len(paths) != 1:
+        raise BenchError("A sweep is of one path.", "Name one, such as sse.")
+    path, settings = find_path(paths[0]), load_settings()
+    server = serve_scripted(path.server, settings) if scripted else path.serve(settings)
+
+    def say(point: Point) -> None:
+        load = f"{point.callers} callers" if point.callers else f"{point.rate:.1f} requests/s sent"
+        console.print(f"  {load}: {point.summary.tokens_per_s:.0f} tokens/s, {point.goodput:.1f} good requests/s")
+
+    try:
+        found = uvloop.run(sweep(path, server, wants, level, most, scripted, say))
+    finally:
+        if scripted:
+            server.stop()
+    found.save(output)
+    show_table(table(found), f"{path.name} to saturation: {'the scripted source' if scripted else settings.model_name}")
+    end = "" if found.saturated else ", the most that were tried: more may give more"
+    console.print(
+        f"The knee is at {found.knee.callers} callers{end}. A good request: TTFT within {level.ttft_ms:g} ms, then "
+        f"{level.tpot_ms:g} ms a token. The points are in {output}."
+    )
+
+
+def watch(store: bool) -> None:
+    """Measure each front's CPU, and compare it with what is stored or store it."""
+    import uvloop
+
+    from servebook.bench import guard
+
+    found = uvloop.run(guard.measure(load_settings()))
+    if store:
+        guard.store(found)
+    rows = guard.verdicts(found)
+    show_table(rows, "CPU of each front (scripted token source)")
+    if any(row[-1] == "dearer" for row in rows[1]):
+        raise typer.Exit(1)
+
+
+def show_table(rows: Rows, title: str) -> None:
+    table = Table(*rows[0], title=title)
+    for row in rows[1]:
+        table.add_row(*row)
+    console.print(table)
 
 
 def custom(paths: list[str], loads: list[int], wants: Workload, scripted: bool) -> Plan:
@@ -91,16 +170,14 @@ def show(results: Results) -> None:
     """Print the tables of a run."""
     from servebook.bench import report
 
-    tables = {"Against vLLM's own server": report.ratios([*results.control, *results.engine])}
+    found = [*results.control, *results.engine]
+    tables = {"Against vLLM's own server": report.ratios(found), "Latency": report.latencies(found)}
     if results.protocol:
         tables["Protocol alone (scripted token source)"] = report.protocol_costs(results)
     if results.tensors:
         tables["Big tensors, there and back, ms"] = report.tensor_table(results)
     if results.plan == "full":
         tables["Targets"] = report.verdict_table(results)
-    for title, (head, rows) in tables.items():
-        table = Table(*head, title=title)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    for title, rows in tables.items():
+        show_table(rows, title)
     console.print(report.control_line(results))

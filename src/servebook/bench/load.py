@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import NamedTuple
 
 from servebook.errors import ServebookError
 
-MAX_CONCURRENCY = 64
+MAX_CONCURRENCY = 512
 
 
 class BenchError(ServebookError):
@@ -19,10 +20,20 @@ class BenchError(ServebookError):
 
 
 class Job(NamedTuple):
-    """One request: a prompt (of a completion, or the user's message of a chat) and how many tokens to ask for."""
+    """One request: a prompt (of a completion, or the user's message of a chat) and how many tokens to ask for.
+
+    `history` has the messages before a chat's, the user's and the assistant's in turn; `turns` counts this message and
+    those that are to follow.
+    """
 
     prompt: str
     max_tokens: int
+    history: tuple[str, ...] = ()
+    turns: int = 1
+
+    def next_turn(self, answer: str) -> Job:
+        """What the same user asks next."""
+        return Job("And then?", self.max_tokens, (*self.history, self.prompt, answer), self.turns - 1)
 
 
 class Message(NamedTuple):
@@ -78,10 +89,16 @@ class Sample:
 
 @dataclass
 class Load:
-    """The outcome of one run of the generator: the samples, and the seconds from first send to last arrival."""
+    """The outcome of one run of the generator.
+
+    `seconds` go from first send to last arrival, `cpu` is what the generator itself took in that time; `failed`
+    counts the requests that were refused or broke off, by cause.
+    """
 
     samples: list[Sample]
-    seconds: float
+    seconds: float = 0.0
+    cpu: float = 0.0
+    failed: Counter[str] = field(default_factory=Counter)
 
     @property
     def output_tokens(self) -> int:
@@ -117,53 +134,68 @@ async def closed_loop(send: Send, jobs: Iterable[Job], concurrency: int) -> Load
     """`concurrency` callers, each sending its next job when its last one has ended.
 
     Raises:
-        BenchError: `concurrency` is not within 1 and 64, or a request failed.
+        BenchError: `concurrency` is not within 1 and 512, or every request failed.
     """
     if not 1 <= concurrency <= MAX_CONCURRENCY:
         raise BenchError(f"Concurrency {concurrency} is not within 1 and {MAX_CONCURRENCY}.", "Choose one that is.")
     queue: Iterator[Job] = iter(jobs)
-    samples: list[Sample] = []
 
-    async def caller() -> None:
+    async def caller(load: Load) -> None:
         for job in queue:
-            samples.append(await ask(send, job))  # noqa: PERF401 (the callers share the list)
+            await _talk(send, job, load)
 
-    started = perf_counter()
-    await _all(caller() for _ in range(concurrency))
-    return Load(samples, max(sample.ended for sample in samples) - started)
+    return await _run(lambda load: (caller(load) for _ in range(concurrency)))
 
 
 async def open_loop(send: Send, jobs: Iterable[Job], rate: float, seed: int = 0) -> Load:
     """Jobs sent at random times, `rate` a second on average (a Poisson process), whether or not others have ended.
 
     Raises:
-        BenchError: a request failed.
+        BenchError: every request failed.
     """
     draw = random.Random(seed)
-    samples: list[Sample] = []
 
-    async def later(job: Job, due: float) -> None:
+    async def later(load: Load, job: Job, due: float) -> None:
         await asyncio.sleep(due - perf_counter())
-        samples.append(await ask(send, job, due))
+        await _talk(send, job, load, due)
 
-    started = due = perf_counter()
-    calls = []
-    for job in jobs:
-        calls.append(later(job, due))
-        due += draw.expovariate(rate)
-    await _all(calls)
-    return Load(samples, max(sample.ended for sample in samples) - started)
+    def calls(load: Load) -> Iterator[asyncio._CoroutineLike[None]]:
+        due = perf_counter()
+        for job in jobs:
+            yield later(load, job, due)
+            due += draw.expovariate(rate)
+
+    return await _run(calls)
 
 
-async def _all(calls: Iterable[asyncio._CoroutineLike[None]]) -> None:
-    try:
-        async with asyncio.TaskGroup() as group:
-            for call in calls:
-                group.create_task(call)
-    except* BenchError as errors:
-        raise errors.exceptions[0] from None
-    except* Exception as errors:
-        first = errors.exceptions[0]
-        raise BenchError(
-            f"A request failed: {type(first).__name__}: {first}.", "See the server's log (`servebook logs NAME`)."
-        ) from first
+async def _talk(send: Send, job: Job, load: Load, due: float | None = None) -> None:
+    """One conversation. A request that fails ends it, is counted, and the run goes on: a service must be able to."""
+    while True:
+        try:
+            sample = await ask(send, job, due)
+        except Exception as error:
+            load.failed[_cause(error)] += 1
+            return
+        load.samples.append(sample)
+        if job.turns == 1:
+            return
+        job, due = job.next_turn(sample.text), None
+
+
+def _cause(error: Exception) -> str:
+    """What tells one kind of failure from another: of a gRPC error its status code."""
+    code = getattr(error, "code", None)
+    return code().name if callable(code) else f"{type(error).__name__}: {error}"[:120]
+
+
+async def _run(calls: Callable[[Load], Iterable[asyncio._CoroutineLike[None]]]) -> Load:
+    load, started, cpu = Load([]), perf_counter(), process_time()
+    async with asyncio.TaskGroup() as group:
+        for call in calls(load):
+            group.create_task(call)
+    if not load.samples:
+        causes = ", ".join(f"{cause} ({count} times)" for cause, count in load.failed.most_common(3))
+        raise BenchError(f"Every request failed: {causes}.", "See the server's log (`servebook logs NAME`).")
+    load.seconds = max(sample.ended for sample in load.samples) - started
+    load.cpu = process_time() - cpu
+    return load

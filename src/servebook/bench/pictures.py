@@ -13,19 +13,22 @@ from servebook.workbook.notebook import STYLES, picture
 
 
 def forest(found: Mapping[str, Estimate], *, xlabel: str, title: str, line: float = 1.0) -> None:
-    """One row per label: the value, and its 95 % interval as a bar. `line` is where nothing differs."""
+    """One row per label: a dot for each pair, the median, and its 95 % interval as a bar where there is one.
+
+    `line` is where nothing differs; a median is orange only where its interval leaves that out.
+    """
     figure = Figure(figsize=(8, 0.9 + 0.32 * len(found)), layout="constrained")
     axes = figure.subplots()
     for row, each in enumerate(found.values()):
-        axes.plot([each.low, each.high], [row, row], color="#1f4e79", linewidth=2)
-        axes.plot(
-            [each.value], [row], color="#c55a11" if each.low > line or each.high < line else "#1f4e79", marker="D"
-        )
+        axes.plot(each.each, [row] * len(each.each), linestyle="none", marker=".", color="#9dc3e6", zorder=1)
+        if each.low is not None and each.high is not None:
+            axes.plot([each.low, each.high], [row, row], color="#1f4e79", linewidth=2)
+        axes.plot([each.value], [row], color="#c55a11" if each.leaves_out(line) else "#1f4e79", marker="D")
     axes.axvline(line, color="#3f3f3f", linestyle=":")
-    axes.set_yticks(range(len(found)), list(found))
+    axes.set_yticks(range(len(found)), [f"{label} ({each.pairs} pairs)" for label, each in found.items()])
     axes.invert_yaxis()
     axes.set(xlabel=f"{xlabel} (orange: the interval leaves {line:g} out)", title=title)
-    rows = (f"{label} {each.value:.2f}, from {each.low:.2f} to {each.high:.2f}" for label, each in found.items())
+    rows = (f"{label} {each.text(2)}, {each.pairs} pairs" for label, each in found.items())
     picture(figure, f"{title}, {xlabel}: {'; '.join(rows)}.")
 
 
@@ -37,7 +40,7 @@ def sweep(costs: Sequence[TensorCost], *, title: str) -> None:
     for label, style in zip(dict.fromkeys(cost.encoding for cost in costs), STYLES, strict=False):
         points = [(cost.tensor_bytes, cost.median_ms) for cost in costs if cost.encoding == label]
         axes.plot(*zip(*points, strict=True), label=label, **style)
-        rows.append(f"{label} {points[-1][1]:.3g} ms at {size_name(points[-1][0])}")
+        rows.append(f"{label} {points[-1][1]:,.1f} ms at {size_name(points[-1][0])}")
     sizes = sorted({cost.tensor_bytes for cost in costs})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

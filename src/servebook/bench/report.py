@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-from servebook.bench.arms import CONTROL_LIMIT, Comparison, off_by
+from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, ArmResult, Comparison, off_by
+from servebook.bench.cost import LENGTHS
+from servebook.bench.crosscheck import CrossCheck
 from servebook.bench.load import BenchError
 from servebook.bench.results import Results
-from servebook.bench.stats import Estimate
+from servebook.bench.stats import Estimate, Percentiles
 
 Row = Sequence[str]
 Rows = tuple[Row, list[Row]]
+
+TEXT = Path(__file__).with_name("text")
+"""What BENCHMARKS.md says around its tables."""
 
 
 class Verdict(NamedTuple):
@@ -33,14 +39,16 @@ class Claim:
     at_least: bool = True
 
     def judge(self, results: Results) -> Verdict:
-        """Met, met within the noise (the interval holds the bound), missed, or not measured."""
+        """Met or missed where the whole interval says so; else undecided, or not measured."""
         found = self.read(results)
         wanted = f"{self.text} {'≥' if self.at_least else '≤'} {self.bound:g}"
         if found is None:
             return Verdict(wanted, "–", "not measured")
-        within = found.value >= self.bound if self.at_least else found.value <= self.bound
-        near = found.high >= self.bound if self.at_least else found.low <= self.bound
-        return Verdict(wanted, interval(found), "met" if within else "within noise" if near else "missed")
+        measured = f"{interval(found, 3)}, {found.pairs} pairs" if found.pairs else f"{found.value:.2f}, counted"
+        if found.low is None or found.high is None or found.low < self.bound < found.high:
+            return Verdict(wanted, measured, "undecided")
+        right = found.low >= self.bound if self.at_least else found.high <= self.bound
+        return Verdict(wanted, measured, "met" if right else "missed")
 
 
 def cell(name: str, field: str, part: str = "engine") -> Callable[[Results], Estimate | None]:
@@ -61,7 +69,7 @@ def bytes_ratio(path: str, against: str) -> Callable[[Results], Estimate | None]
         if path not in cost or against not in cost:
             return None
         value = cost[path] / cost[against]
-        return Estimate(value=value, low=value, high=value)
+        return Estimate(value=value, low=value, high=value, pairs=0)
 
     return read
 
@@ -84,10 +92,8 @@ CLAIMS = (
 
 
 def interval(found: Estimate | None, digits: int = 2) -> str:
-    """Value and 95 % interval; "–" where there is none."""
-    if found is None:
-        return "–"
-    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    """Value and 95 % interval, or its number of pairs; "–" where nothing was measured."""
+    return found.text(digits) if found else "–"
 
 
 def verdict_table(results: Results) -> Rows:
@@ -96,41 +102,107 @@ def verdict_table(results: Results) -> Rows:
 
 
 def ratios(found: Iterable[Comparison]) -> Rows:
-    """Head and rows of the table of ratios."""
-    head = ("path", "against", "callers", "tokens/s", "ratio", "TTFT p50, ms", "difference, ms", "ITL p50, ms", "ratio")
+    """Head and rows: tokens/s of each path and of its reference, and how the pairs of their ratio lie."""
+    head = (
+        *("path", "against", "callers", "requests", "tokens/s", "reference", "ratio"),
+        *("pairs: lowest to highest", "generator, % of a core"),
+    )
     rows: list[Row] = []
     for each in found:
-        arm, itl = each.arm.summary, each.arm.summary.itl_ms
-        streams = each.itl_p50 is not None
+        pairs = each.tokens_per_s
+        sides = (each.arm, each.reference)
         rows.append(
             (
-                each.arm.path,
-                each.reference.path,
-                str(each.concurrency) if each.concurrency else f"{each.workload.rate:g}/s",
-                f"{arm.tokens_per_s:.0f}",
-                interval(each.tokens_per_s),
-                f"{arm.ttft_ms.p50:.0f}" if streams else "–",
-                interval(each.ttft_p50_ms, 1) if streams else "–",
-                f"{itl.p50:.1f}" if itl else "–",
-                interval(each.itl_p50),
+                *_who(each),
+                _requests(*sides),
+                *(f"{side.summary.tokens_per_s:.0f}" for side in sides),
+                interval(pairs),
+                f"{pairs.pairs}: {min(pairs.each):.2f} to {max(pairs.each):.2f}",
+                f"{100 * max(side.generator_share for side in sides):.0f}",
             )
         )
     return head, rows
 
 
-def protocol_costs(results: Results) -> Rows:
-    """Head and rows of what each token costs outside of any engine."""
-    bytes_of = {each.path: each for each in results.wire}
-    costs: dict[str, tuple[float | None, float, str]] = {}
-    for each in results.protocol:
-        for side, ratio in ((each.reference, "1"), (each.arm, interval(each.front_cpu))):
-            costs.setdefault(side.path, (side.cpu_per_1000.front, side.cpu_per_1000.client, ratio))
-    head = ("path", "server CPU, µs a token", "ratio to vLLM's SSE", "client CPU, µs a token", "bytes a token")
+def latencies(found: Iterable[Comparison]) -> Rows:
+    """Head and rows: TTFT, ITL and TPOT, in milliseconds, of the paths that stream and of their references."""
+    head = (
+        *("path", "callers", "TTFT p50 / p90 / p99, ms", "reference", "p50: difference, ms"),
+        *("ITL p50 / p90 / p99, ms", "reference", "p50: ratio", "TPOT p50 / p99, ms", "reference"),
+    )
     rows: list[Row] = []
-    for path, (server, client, ratio) in costs.items():
-        wire = f"{bytes_of[path].bytes_per_token:.0f}" if path in bytes_of else "–"
-        rows.append((path, f"{server * 1e3:.0f}" if server else "–", ratio, f"{client * 1e3:.0f}", wire))
+    for each in found:
+        if each.itl_p50 is None:
+            continue
+        arm, reference = each.arm.summary, each.reference.summary
+        rows.append(
+            (
+                *_who(each)[::2],
+                *(_ms(side.ttft_ms) for side in (arm, reference)),
+                interval(each.ttft_p50_ms, 1),
+                *(_ms(side.itl_ms) for side in (arm, reference)),
+                interval(each.itl_p50),
+                *(f"{side.p50:.1f} / {side.p99:.1f}" if side else "–" for side in (arm.tpot_ms, reference.tpot_ms)),
+            )
+        )
     return head, rows
+
+
+def _who(each: Comparison) -> tuple[str, str, str]:
+    load = str(each.concurrency) if each.concurrency else f"{each.workload.rate:g}/s"
+    return each.arm.path, each.reference.path, load
+
+
+def _requests(*sides: ArmResult) -> str:
+    failed = sum(sum(side.summary.failed.values()) for side in sides)
+    return " + ".join(str(side.summary.requests) for side in sides) + (f", {failed} failed" if failed else "")
+
+
+def _ms(found: Percentiles | None) -> str:
+    return f"{found.p50:.0f} / {found.p90:.0f} / {found.p99:.0f}" if found else "–"
+
+
+def protocol_costs(results: Results) -> Rows:
+    """Head and rows of what each token costs outside of any engine; a reference has its own figures in each row."""
+    bytes_of = {each.path: f"{each.bytes_per_token:.0f}" for each in results.wire}
+    head = (
+        *("path", "against", "requests", "server CPU, µs a token", "reference", "ratio", "pairs"),
+        *("client CPU, µs a token", "reference", "bytes a token", "reference"),
+    )
+    rows: list[Row] = []
+    for each in results.protocol:
+        sides = (each.arm, each.reference)
+        rows.append(
+            (
+                *_who(each)[:2],
+                _requests(*sides),
+                *(_micros(side.cpu_per_1000.front) for side in sides),
+                interval(each.front_cpu),
+                str(each.front_cpu.pairs if each.front_cpu else 0),
+                *(_micros(side.cpu_per_1000.client) for side in sides),
+                *(bytes_of.get(side.path, "–") for side in sides),
+            )
+        )
+    return head, rows
+
+
+def cost_table(results: Results) -> Rows:
+    """Head and rows: the fitted cost of each front, and the load that fills a core of its busiest process."""
+    head = (
+        *("path", "callers", "processes", "µs a request", "µs a token"),
+        *("tokens/s that fill a core, answers of 32 tokens", "of 256"),
+    )
+    rows: list[Row] = []
+    for each in results.costs:
+        request = f"{each.request_us:.0f} ± {each.request_error:.0f}"
+        token = f"{each.token_us:.0f} ± {each.token_error:.0f}"
+        full = (f"{each.core_full_at(tokens):,.0f}" for tokens in (32, 256))
+        rows.append((each.path, str(each.callers), str(each.processes), request, token, *full))
+    return head, rows
+
+
+def _micros(seconds_per_1000: float | None) -> str:
+    return "–" if seconds_per_1000 is None else f"{1e3 * seconds_per_1000:.0f}"
 
 
 def tensor_table(results: Results) -> Rows:
@@ -158,64 +230,6 @@ def markdown_table(head: Row, rows: Iterable[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-INTRODUCTION = """\
-# Benchmarks
-
-Made by `servebook bench --report` from the results in `src/servebook/bench/stored/`; made anew on your machine by
-`servebook bench --full --output mine.json`. Chapter 8 explains the method and the pictures.
-
-**Method.** A closed loop of callers sends prompts that are never repeated, greedy, and asks for answers of mixed length
-(32 tokens on average, in the same order for both arms). A path and the path of vLLM's own server that asks for the same
-work are measured in interleaved blocks (ABBA, then BAAB), never both at a time, each on an engine of its own (the
-gateway shares vLLM's). Ratios are medians over pairs of
-neighbouring blocks; the interval in brackets is a 95 % bootstrap over these pairs. Tokens are counted from the server's
-usage or from token ids, never from messages. An A/A control, two engines of vLLM's server against each other, voids the
-run when it is off by more than 3 %. Server, engine and load generator share one machine. CPU is that of the server's
-processes without EngineCore. The protocol arm puts a scripted token source (the same sentence over and over,
-20 tokens a second for each stream) in the place of the engine, and nothing else is changed; bytes are counted there by
-a TCP proxy, with all framing.
-"""
-
-PROFILE = """\
-## Where the time goes
-
-Measured by hand with `perf` and process times on 2 cores: 25 streams, the scripted source, long answers; µs of server
-CPU per token.
-
-| server | CPU | of which |
-|---|---|---|
-| vLLM's SSE | 81 | 14 in the kernel |
-| our gRPC | 72 | 28 in the kernel; 50 by a bare `grpc.aio` server that writes ready bytes on the same timers |
-| Triton | 323 | half in the kernel: a response wakes Triton through shared memory, and is acknowledged |
-
-So half of SSE's CPU is out of reach for gRPC in Python with a message for each token, whatever its handler does: a
-message costs a system call and two wake-ups, and that is most of it. (`grpclib`, which is Python throughout, came out
-the same as a bare `grpc.aio` server.) What helps is fewer messages. With more than 8 open calls our server lets a
-stream wait for up to 25 ms after a message, the longer the more calls are open, and vLLM merges the tokens that come
-meanwhile; the first token and the last ones never wait. At 190 tokens a second for each stream, the pace of one H200,
-on two cores that were busy with other work:
-
-| callers | tokens a message | our gRPC, µs a token | vLLM's SSE | ratio |
-|---|---|---|---|---|
-| 8 | 1.0 | 203 | 207 | 0.98 |
-| 16 | 1.9 | 127 | 201 | 0.63 |
-| 32 | 3.2 | 89 | 179 | 0.50 |
-
-(Of the 89, 36 are a request's: answers of 48 tokens.) The more time tokens take, the less there is to merge: at 60 a
-second for each stream, 32 callers had 1.1 tokens a message and 1.08 of SSE's CPU, 64 had 1.9 and 0.80.
-
-Triton's hop took, on cores that it shares with the engine, 7 % of the tokens per second at 8 streams and 14 % at 32, as
-long as every token had a response of its own: that is what the run of 2026-11-22 has. Up to four tokens in a response
-brought 0.97 [0.94, 0.99] of SSE's tokens per second at 8 streams and 0.96 [0.94, 0.99] at 32, for an ITL, which is
-taken between messages, four times as long; and on an H200, whose tokens are 5 ms apart, ITL became 3.8 times SSE's.
-Since then the backend spends 4 % of the cores on responses where the model runs on them too, and a stream waits for
-0.1 s at most; beside a GPU none waits. What that gives was not measured yet, neither on a GPU nor on quiet cores.
-
-That run had the model in a process beside EngineCore, vLLM's default on a CPU, which EngineCore polls; so each block
-began after a pause of 1.2 s. Since then the model runs in EngineCore, and there is nothing to wait for.
-"""
-
-
 def markdown(runs: Sequence[Results]) -> str:
     """The whole of BENCHMARKS.md.
 
@@ -225,8 +239,11 @@ def markdown(runs: Sequence[Results]) -> str:
     if not runs:
         raise BenchError("There are no stored results.", "Make them with `servebook bench --full`.")
     if any(run.void for run in runs):
-        raise BenchError("A stored run is void: its A/A control is off.", "Measure again on a quiet machine.")
-    return "\n".join([INTRODUCTION, *(section(run) for run in runs), PROFILE])
+        raise BenchError(
+            "A stored run is void: its A/A control is off, or its generator was too busy.", "Measure again."
+        )
+    introduction, profile = ((TEXT / f"{name}.md").read_text(encoding="utf-8") for name in ("introduction", "profile"))
+    return "\n".join([introduction, *(section(run) for run in runs), profile])
 
 
 def section(run: Results) -> str:
@@ -239,45 +256,66 @@ def section(run: Results) -> str:
         f"Model {run.model}; {run.started:%Y-%m-%d}, {run.seconds / 60:.0f} minutes; at most {engines} engines in "
         f"memory, one of them at work; {machine.memory_gib:g} GiB; {machine.system}; Python {machine.python}; "
         f"{versions}.",
+        *([run.note] if run.note else []),
         "### Targets, set before anything was measured",
         markdown_table(*verdict_table(run)),
         "### Ratios to vLLM's own server",
-        "Above 1 in tokens/s, and below 1 (or 0 ms) in the latencies, the path is better than its reference.",
+        "A ratio above 1 in tokens/s, and below 1 (or 0 ms) in the latencies: the path is better than its reference.",
         markdown_table(*ratios([*run.control, *run.engine])),
+        markdown_table(*latencies([*run.control, *run.engine])),
     ]
     if run.protocol:
-        parts += ["### What the protocol costs", markdown_table(*protocol_costs(run))]
+        load, tokens = run.protocol[0].concurrency, run.protocol[0].workload.max_tokens
+        parts += [
+            "### What the protocol costs",
+            f"{load} callers, answers of {tokens} tokens: what a request costs is in these figures, spread over its "
+            "tokens. A gateway's are those of two processes, its own and that of vLLM's server behind it.",
+            markdown_table(*protocol_costs(run)),
+        ]
+    if run.costs:
+        parts += [
+            f"CPU of a front = so much a request + so much a token, fitted to answers of {LENGTHS} tokens; ± is a "
+            "standard error. A core that is full makes answers wait; one that is not full hides its work behind the "
+            "engine's next step, and adds nothing to the gap between two tokens.",
+            markdown_table(*cost_table(run)),
+        ]
     if run.tensors:
         parts += ["### Big tensors, there and back, ms", markdown_table(*tensor_table(run))]
     if check := run.cross_check:
-        parts += [
-            "### Cross-check",
-            f"The same load by `vllm bench serve`, {check.concurrency} callers: {check.theirs_tokens_per_s:.0f} "
-            f"tokens/s; by this generator: {check.ours.tokens_per_s:.0f} (ratio {check.tokens_per_s_ratio:.3f}).",
-        ]
+        parts += ["### Cross-check", markdown_table(*cross_check_table(check))]
     return "\n\n".join(parts) + "\n"
+
+
+def cross_check_table(check: CrossCheck) -> Rows:
+    """Head and rows: this generator and `vllm bench serve` under the same load."""
+    ours, tpot = check.ours, check.ours.tpot_ms
+    rows = (
+        ("tokens/s", ours.tokens_per_s, check.theirs_tokens_per_s),
+        ("TTFT p50, ms", ours.ttft_ms.p50, check.theirs_ttft_p50_ms),
+        ("TPOT p50, ms", tpot.p50 if tpot else float("nan"), check.theirs_tpot_p50_ms),
+    )
+    head = (f"{check.concurrency} callers, not interleaved", "this generator", "`vllm bench serve`", "ratio")
+    return head, [(name, f"{mine:.1f}", f"{theirs:.1f}", f"{mine / theirs:.3f}") for name, mine, theirs in rows]
 
 
 def control_line(run: Results) -> str:
     """One line on whether a run may be believed."""
     worst = max((off_by(control) for control in run.control), default=float("nan"))
+    busiest = max((each.generator_share for each in run.sides), default=float("nan"))
     state = "VOID" if run.void else "good"
-    return f"A/A control off by {worst:.1%} (limit {CONTROL_LIMIT:.0%}): the run is {state}."
+    return (
+        f"A/A control off by {worst:.1%} at most, in tokens/s, TTFT or ITL (limit {CONTROL_LIMIT:.0%}); generator at "
+        f"{busiest:.0%} of a core (limit {GENERATOR_LIMIT:.0%}): the run is {state}."
+    )
 
 
-def break_even_tokens_per_s(front_cpu_seconds_per_token: float, share: float = 0.05) -> float:
-    """Tokens a second, of all streams of one server process, at which its protocol work fills `share` of a core.
+def core_full_at(run: Results, path: str) -> tuple[float, int] | None:
+    """Tokens a second that fill a core of a front of one process, and the length of the answers that this holds for.
 
-    The same number answers the question for one stream: below it, the protocol takes less than `share` of the time
-    between two tokens.
+    None if not measured: it is from the protocol arm, where a request's cost is spread over the tokens of its answer.
     """
-    return share / front_cpu_seconds_per_token
-
-
-def reference_cpu(run: Results, path: str) -> float | None:
-    """CPU seconds per token outside of the engine for `path` in the protocol arm; None if not measured."""
     for each in run.protocol:
         for side in (each.arm, each.reference):
-            if side.path == path and side.cpu_per_1000.front is not None:
-                return side.cpu_per_1000.front / 1000
+            if side.path == path and side.cpu_per_1000.front:
+                return 1000 / side.cpu_per_1000.front, each.workload.max_tokens
     return None

@@ -58,6 +58,10 @@ class ProcessTree:
             client=time.process_time(),
         )
 
+    def by_process(self) -> list[float]:
+        """CPU seconds spent so far by each process outside of the engine."""
+        return [_cpu([process]) for process in self.front]
+
     def memory_mib(self) -> float | None:
         """Memory in MiB as PSS: a page that n processes share counts as 1/n in each."""
         if not self.known:

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, Field, ValidationError
 
-from servebook.bench.arms import CONTROL_LIMIT, Comparison, off_by
+from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, ArmResult, Comparison, off_by
+from servebook.bench.cost import Cost
 from servebook.bench.crosscheck import CrossCheck
 from servebook.bench.load import BenchError
 from servebook.bench.tensors import TensorCost
@@ -41,7 +42,8 @@ class Machine(BaseModel):
 class Results(BaseModel):
     """One run. Each list grows as the run goes on; `done` names the steps that a resumed run need not repeat."""
 
-    format: int = Field(default=1, description="Of this file.")
+    format: int = Field(default=2, description="Of this file.")
+    note: str = Field(default="", description="What a reader must know about this run before its tables.")
     plan: str = Field(description="quick, full, or what was asked for instead.")
     started: datetime
     finished: datetime | None = None
@@ -55,13 +57,20 @@ class Results(BaseModel):
     engine: list[Comparison] = Field(default=[], description="Paths against vLLM's server, real engines.")
     protocol: list[Comparison] = Field(default=[], description="The same with the scripted token source: no engines.")
     wire: list[WireCost] = []
+    costs: list[Cost] = Field(default=[], description="CPU per request and per token, by a fit; scripted source.")
     tensors: list[TensorCost] = []
     cross_check: CrossCheck | None = None
 
     @property
     def void(self) -> bool:
-        """Whether the control says that this machine was too restless to believe the rest."""
-        return not self.control or any(off_by(control) > CONTROL_LIMIT for control in self.control)
+        """Whether the control was off, or the generator so busy that it measured itself."""
+        restless = not self.control or any(off_by(control) > CONTROL_LIMIT for control in self.control)
+        return restless or any(side.generator_share > GENERATOR_LIMIT for side in self.sides)
+
+    @property
+    def sides(self) -> list[ArmResult]:
+        """Both arms of every comparison."""
+        return [side for each in (*self.control, *self.engine, *self.protocol) for side in (each.arm, each.reference)]
 
     def save(self, path: Path) -> None:
         """Write it whole or not at all."""

@@ -12,6 +12,7 @@ from time import monotonic
 
 from servebook import launch
 from servebook.bench.arms import CONTROL_LIMIT, Comparison, Workload, compare, off_by, open_arm
+from servebook.bench.cost import fit_cost
 from servebook.bench.crosscheck import cross_check
 from servebook.bench.load import BenchError
 from servebook.bench.paths import Path, find_path
@@ -31,9 +32,9 @@ class Plan:
     """What to measure. The cells of one server stand together, so that it is started once.
 
     `own_control` gives the A/A control an engine of its own, as every other arm has one; else both of its
-    arms are the same server. `control_rounds` decide how sure it is: with one caller, neighbouring blocks of one
-    engine differed by 6 % (one standard deviation) on a quiet machine with two shared cores, so that a median is
-    good to 3 % only after two dozen pairs. None: as many as every other cell has.
+    arms are the same server. The workload's rounds decide how sure every cell is: with one caller, neighbouring blocks
+    of one engine differed by 6 % (one standard deviation) on a quiet machine with two shared cores, so that a median
+    is good to 3 % only after two dozen pairs.
     """
 
     name: str
@@ -45,7 +46,6 @@ class Plan:
     tensors: tuple[int, ...] = ()
     cross_check: bool = False
     own_control: bool = False
-    control_rounds: int | None = None
 
     def __len__(self) -> int:
         tensors = len(SERVERS) if self.tensors else 0
@@ -71,10 +71,9 @@ QUICK = Plan(
 
 FULL = Plan(
     name="full",
-    workload=Workload(max_tokens=32),
+    workload=Workload(rounds=12, max_tokens=32),
     control=(1, 32),
     own_control=True,
-    control_rounds=12,
     engine=(
         *cells("rest", 1, 32),
         *cells("gateway", 1, 32),
@@ -138,7 +137,7 @@ class Run:
             self.up(path)  # before the step, so that its time is the measurement's alone
             arm = self.up(path, instance="vllm-control") if own else None
             with self.measured(name):
-                found = await self.compare(name, path, path, concurrency, self.up, arm, self.plan.control_rounds)
+                found = await self.compare(name, path, path, concurrency, self.up, arm)
                 if off_by(found) > CONTROL_LIMIT and not self.force:
                     raise BenchError(
                         f"The A/A control is off by {off_by(found):.1%}: the same server against itself must be within "
@@ -185,6 +184,10 @@ class Run:
                 found = await wire_cost(path, self.up_scripted(path))
                 self.results.wire.append(found)
                 self.say(f"  {found.bytes_per_token:.0f} bytes a token")
+                behind = self.behind(path, self.up_scripted)
+                async with open_arm(path, self.up_scripted(path), self.plan.workload, 1000 * self.step, behind) as arm:
+                    self.results.costs.append(await fit_cost(arm, SCRIPTED_CALLERS))
+                self.say(f"  {self.results.costs[-1]}")
         for _, concurrency in (cell for cell in self.plan.protocol if cell[0] == path.name):
             name = f"scripted {path.name} @{concurrency}"
             if not self.skip(name):
@@ -212,23 +215,20 @@ class Run:
         concurrency: int,
         up: Callable[[Path], Server],
         arm: Server | None = None,
-        rounds: int | None = None,
     ) -> Comparison:
         """One cell on the servers that `up` gives; the CPU of those behind a gateway counts as its own."""
         wants, seed = self.plan.workload, 1000 * self.step
-        if rounds:
-            wants = wants.model_copy(update={"rounds": rounds})
-
-        def behind(path: Path) -> list[Server]:
-            return [up(find_path(need)) for need in ("sse",) if not find_server(path.server).has_engine]
-
         async with (
-            open_arm(path, arm or up(path), wants, seed, behind(path)) as one,
-            open_arm(against, up(against), wants, seed + 1, behind(against)) as other,
+            open_arm(path, arm or up(path), wants, seed, self.behind(path, up)) as one,
+            open_arm(against, up(against), wants, seed + 1, self.behind(against, up)) as other,
         ):
             found = await compare(name, one, other, concurrency, wants, self.on_block)
         self.say(f"  tokens/s {found.tokens_per_s} · TTFT p50 {found.ttft_p50_ms.value:+.1f} ms")
         return found
+
+    def behind(self, path: Path, up: Callable[[Path], Server]) -> list[Server]:
+        """The servers behind a path's own: their CPU counts with it."""
+        return [] if find_server(path.server).has_engine else [up(find_path("sse"))]
 
     def up(self, path: Path, instance: str = "") -> Server:
         """The path's server, attached to or started."""

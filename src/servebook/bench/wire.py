@@ -70,9 +70,9 @@ async def wire_cost(path: Path, server: Server) -> WireCost:
     async with counted(server) as (seen, proxies), path.open(seen) as send:
         await ask(send, next(make(40, SHORT)))
         sizes = {}
-        for length in (SHORT, LONG):
+        for seed, length in enumerate((SHORT, LONG), start=1):
             before = sum(proxy.bytes for proxy in proxies)
-            sample = await ask(send, next(make(40, length)))
+            sample = await ask(send, next(make(40, length, seed)))
             sizes[sample.output_tokens] = sum(proxy.bytes for proxy in proxies) - before
     (short, few), (long, many) = sorted(sizes.items())
     per_token = (many - few) / (long - short)

@@ -14,27 +14,30 @@ WORDS = (
     *("island", "road", "voice", "glass", "house", "field", "north"),
 )
 
-TOKENS_PER_NUMBER = 5
+TOKENS_PER_NUMBER = 6
 TOKENS_PER_WORD = 3
+TOKENS_PER_MARK = 9
 CHAT_TEMPLATE_TOKENS = 38
 
 
 def completions(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[Job]:
     """Endless jobs for text completion, of about `prompt_tokens` tokens with SmolLM2's tokenizer.
 
-    The prompt counts ("417, 419, 421,") and a language model goes on counting: the answer does not end
-    early, without asking for `ignore_eos`, which not every path can carry. Each prompt begins differently,
-    so that no arm profits from a prefix that another arm has left in the cache.
+    The prompt counts ("1417, 1419, 1421,") and a language model goes on counting: the answer does not end
+    early, without asking for `ignore_eos`, which not every path can carry. Each prompt begins with a mark of its
+    own, made of `seed` and its number: within a run, in which no two arms have the same seed, not even the first
+    block of 16 tokens is ever found in a prefix cache.
 
     Answers have `max_tokens` on average, from half of it to half more: of equal length, callers that began together
     would end together, and each wave of new prompts would hit the engine at once. `seed` draws the prompts only: the
     lengths come in the same order for every arm, so that neighbouring blocks have the same work.
     """
     draw, lengths = random.Random(seed), random.Random(max_tokens)
-    length = max(2, prompt_tokens // TOKENS_PER_NUMBER)
-    while True:
-        start, step = draw.randint(100, 899), draw.choice((1, 2, 5, 10))
-        yield Job(", ".join(str(start + step * k) for k in range(length)) + ",", _length(lengths, max_tokens))
+    length = max(2, (prompt_tokens - TOKENS_PER_MARK) // TOKENS_PER_NUMBER)
+    for number in itertools.count():
+        start, step = draw.randint(1000, 1999), draw.choice((1, 2, 5, 10))
+        counted = ", ".join(str(start + step * k) for k in range(length))
+        yield Job(f"{seed}-{number}: {counted},", _length(lengths, max_tokens))
 
 
 def chats(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[Job]:
@@ -43,10 +46,15 @@ def chats(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[Job]:
     The lengths of the answers vary as in `completions`.
     """
     draw, lengths = random.Random(seed), random.Random(max_tokens)
-    count = max(3, (prompt_tokens - CHAT_TEMPLATE_TOKENS) // TOKENS_PER_WORD)
-    while True:
+    count = max(3, (prompt_tokens - CHAT_TEMPLATE_TOKENS - TOKENS_PER_MARK) // TOKENS_PER_WORD)
+    for number in itertools.count():
         about = ", ".join(f"the {draw.choice(WORDS)}" for _ in range(count))
-        yield Job(f"Write a long story about {about}.", _length(lengths, max_tokens))
+        yield Job(f"{seed}-{number}: write a long story about {about}.", _length(lengths, max_tokens))
+
+
+def prefix(tokens: int) -> str:
+    """The same text each time, of about so many tokens, to put before a prompt: as a long system prompt is."""
+    return "".join(f"{word} " for word in itertools.islice(itertools.cycle(WORDS), tokens))
 
 
 def _length(draw: random.Random, mean: int) -> int:

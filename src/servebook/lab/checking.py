@@ -9,11 +9,16 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+import requests
+
 from servebook.lab.feedback import NotPassed, NotYet, Result, StillOpen
 from servebook.lab.judge import process
 from servebook.lab.manifest import Exercise, find_exercise
 from servebook.lab.record import Store
 from servebook.lab.submission import CheckFunction, Submission
+from servebook.settings import load_settings
+
+TELL_SECONDS = 2.0
 
 
 def check(exercise_id: str) -> None:
@@ -87,8 +92,21 @@ def find_check(stem: str, exercise: Exercise) -> CheckFunction:
     return function
 
 
+def tell_room(result: Result) -> None:
+    """Tell the room's front, where there is one, how a check ended: its instructor sees who needs help."""
+    settings = load_settings()
+    if not (settings.engine_url and settings.key):
+        return
+    cause = result.cause if result.state == "wrong" else result.got.partition("\n")[0]
+    said = {"exercise": result.exercise.id, "state": result.state, "cause": cause}
+    headers = {"Authorization": f"Bearer {settings.key}"}
+    with contextlib.suppress(requests.RequestException):  # it is no learner's matter whether it arrives
+        requests.post(f"{settings.engine_url}/room/checks", json=said, headers=headers, timeout=TELL_SECONDS)
+
+
 def remember(result: Result) -> str:
     """Keep the outcome in the learner's progress; return the hint that helps on, "" after a success."""
+    tell_room(result)
     exercise = result.exercise
     with Store() as progress:
         record = progress.of(exercise.id)

@@ -88,9 +88,12 @@ def init(target: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
     print(f"{len(copied)} labs copied to {target}" + (f", {len(kept)} left as they were" if kept else ""))
 
 
-def release(target: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+def release(
+    target: Annotated[Path, typer.Argument(metavar="DIR")],
+    solutions: Annotated[bool, typer.Option("--solutions", help="With the labs' solutions: after the course.")] = False,
+) -> None:
     """Write the student bundle to DIR: the workbook without solutions and without instructor's notes."""
     from servebook.lab.handout.bundle import write_bundle
 
-    write_bundle(target)
+    write_bundle(target, solutions=solutions)
     print(f"the student bundle is in {target}")

@@ -72,6 +72,11 @@ class RoomAdmin:
         rows: list[dict[str, Any]] = self._ask("GET", "room/learners").json()
         return rows
 
+    def board(self) -> dict[str, Any]:
+        """The engine's load, and every learner's standing, who needs help first."""
+        board: dict[str, Any] = self._ask("GET", "services/watch/board").json()
+        return board
+
     def admit(self, name: str) -> str:
         """A new key for this learner, also for one whose key was revoked."""
         return str(self._ask("PUT", f"room/learners/{quote(name, safe='')}?again=true").json()["key"])
@@ -90,7 +95,10 @@ class RoomAdmin:
 
     def _ask(self, method: str, path: str) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.key}"}
-        answer = requests.request(method, f"{self.url}/{path}", headers=headers, timeout=10)
+        try:
+            answer = requests.request(method, f"{self.url}/{path}", headers=headers, timeout=10)
+        except requests.RequestException:
+            raise ServebookError("The room does not answer.", "`servebook status` shows whether it is up.") from None
         if not answer.ok:
             raise ServebookError(answer.json()["error"]["message"], "See `servebook room learners`.")
         return answer

@@ -6,19 +6,26 @@ import getpass
 import os
 import subprocess
 import time
-from typing import Annotated
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from servebook import launch
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
+from servebook.lab.manifest import load_labs
 from servebook.launch.states import Status
 from servebook.launch.table import behind
 from servebook.room import collect as hand_in
 from servebook.room.admin import RoomAdmin, forget_password, instructors_key, join_code
+from servebook.room.board import watch_key
 from servebook.room.hub import require_safe, why_not_apart
 from servebook.room.tls import address, files, fingerprint
 from servebook.settings import Settings, load_settings
@@ -132,6 +139,45 @@ def learners() -> None:
 
 
 @app.command()
+def watch(
+    once: Annotated[bool, typer.Option("--once", help="Print it once and end.")] = False,
+    hide_names: Annotated[bool, typer.Option("--hide-names", help="For a projector.")] = False,
+) -> None:
+    """Show who is at which exercise, and who needs help; first, the address of a page that shows the same."""
+    settings = load_settings()
+    room = RoomAdmin(settings)
+    hub = state_of("hub", settings)
+    root = address(settings, hub["endpoints"]["http"].rpartition(":")[2]) if hub["pid"] else room.url
+    out.print(f"For a browser: {root}/services/watch/#{watch_key(room.key)}")
+    if once:
+        out.print(board_table(room.board(), hide_names))
+        return
+    with suppress(KeyboardInterrupt), Live(console=out, auto_refresh=False) as screen:
+        while True:
+            screen.update(board_table(room.board(), hide_names), refresh=True)
+            time.sleep(2)
+
+
+def board_table(board: dict[str, Any], hide_names: bool) -> Table:
+    """The board as a table; who needs help comes first, and is marked."""
+    engine = board["engine"]
+    load = f"{engine['running']} of {engine['places']} answers being written, {engine['waiting']} waiting"
+    state = "engine ready" if engine["ready"] else "THE ENGINE DOES NOT ANSWER"
+    title = f"{board['checks_per_minute']} checks in the last minute · {load} · {state}"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for column in ("learner", "at", "check", "tries", "min", "likely cause", "✓", "share"):
+        table.add_column(column, no_wrap=column != "likely cause", overflow="fold")
+    numbers = {name: number for number, name in enumerate(sorted(row["name"] for row in board["learners"]), 1)}
+    for row in board["learners"]:
+        name = f"learner {numbers[row['name']]}" if hide_names else row["name"]
+        minutes = (row["quiet"] if row["state"] == "passed" else row["since"]) // 60
+        words = [name, row["exercise"], row["state"], str(row["tries"]), str(minutes)]
+        words += [row["cause"], str(row["passed"]), f"{row['share']} %"]
+        table.add_row(*map(Text, words), style="bold yellow" if row["needs_help"] else "")
+    return table
+
+
+@app.command()
 def admit(name: Name) -> None:
     """Give a learner a new key: for a machine of their own, or after `revoke`."""
     room = RoomAdmin(load_settings())
@@ -146,16 +192,26 @@ def revoke(name: Name) -> None:
 
 
 @app.command()
-def collect() -> None:
-    """Copy what learners wrote in the labs to nbgrader's `submitted/`; docs/instructor.md has what follows."""
-    desks, submitted = load_settings().state_dir / "room" / "desks", ROOT / "submitted"
+def collect(
+    grade: Annotated[bool, typer.Option(help="Grade them too, put feedback on the desks, write grades.csv.")] = False,
+    course: Annotated[Path, typer.Option(help="nbgrader's folder.", show_default="the repository")] = ROOT,
+) -> None:
+    """Copy what learners wrote in the labs to nbgrader's `submitted/`."""
+    settings = load_settings()
+    desks, submitted = settings.state_dir / "room" / "desks", course / "submitted"
     if not desks.is_dir():
         raise ServebookError("There are no desks yet.", "Start a room with `servebook room start`.")
     for row in hand_in.collect(desks, submitted):
-        out.print(f"{row.learner}: {len(row.labs)} labs")
-        for lab, why in row.left.items():
-            out.print(f"  {lab} was left: {why}", markup=False)
-    out.print(f"in {submitted}; now `nbgrader autograde LAB` for each lab")
+        out.print(f"{row.learner}: {len(row.labs)} of {len(load_labs())} labs")
+        for path, why in row.left.items():
+            out.print(f"  {path!r} was left: {why}", markup=False)  # a name may hold anything, a terminal's codes too
+    if not grade:
+        out.print(f"in {submitted}; `servebook room collect --grade` grades them too")
+        return
+    from servebook.room import grading
+
+    for line in grading.grade(course.resolve(), settings, desks):
+        out.print(line, markup=False)
 
 
 @app.command()

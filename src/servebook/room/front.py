@@ -12,14 +12,17 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import ValidationError
 
 from servebook.room import asking
 from servebook.room.asking import GENERATING
+from servebook.room.board import Attempt, Board, stuck_first, watch_key
 from servebook.room.keys import Roll
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.room.usage import Usage
@@ -37,6 +40,10 @@ BODY_BYTES = 1 << 20
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 60, 120)
 PAGE_SECONDS = 1.0
 """How old a page may be that is shown without a key: many who ask for it cost the engine's server no more than one."""
+WATCH = "/services/watch/"
+"""Where the instructor looks at the room; the hub's proxy has the same path."""
+CHECKS_PER_MINUTE = 60
+"""Of one learner; more are not heard."""
 KEEPALIVE_SECONDS = 3
 """Shorter than vLLM's 5, so that a connection is never taken from the pool while vLLM closes it."""
 
@@ -47,6 +54,7 @@ class Learner:
 
     requests: Bucket
     tokens: Bucket
+    checks: Bucket = field(default_factory=lambda: Bucket(CHECKS_PER_MINUTE))
     served: int = 0
     refused: int = 0
     under_way: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -102,6 +110,7 @@ class Front:
         self.learners: dict[str, Learner] = {}
         self.pages: dict[str, tuple[float, asyncio.Task[web.Response]]] = {}
         self.context: int | None = None
+        self.board = Board()
 
     def app(self) -> web.Application:
         """The front as an application of aiohttp."""
@@ -110,6 +119,9 @@ class Front:
         app.add_routes(
             [
                 web.get("/room/health", self.health),
+                web.post("/room/checks", self.note_check),
+                web.get(WATCH, self.show_watch),
+                web.get(f"{WATCH}board", self.show_board),
                 web.get("/room/metrics", self.instructors(self.show_metrics)),
                 web.get("/room/learners", self.instructors(self.list_learners)),
                 web.put("/room/learners/{name}", self.instructors(self.admit)),
@@ -274,6 +286,19 @@ class Front:
         except (aiohttp.ClientError, TimeoutError):
             return error_response(503, "engine_unavailable", "The room's engine cannot be reached.", retry_after=5)
 
+    async def note_check(self, request: web.Request) -> web.Response:
+        """A check was made at a desk: 400, 401, 429."""
+        name = self.roll.name_of(shown_key(request))
+        if name is None:
+            return error_response(401, "unauthorized", "Send your key of this room as `Authorization: Bearer KEY`.")
+        if wait := self.learner(name).checks.take(1):
+            return error_response(429, "rate_limited", f"More than {CHECKS_PER_MINUTE} a minute.", retry_after=wait)
+        try:
+            self.board.note(name, Attempt.model_validate_json(await request.read()))
+        except ValidationError as error:
+            return error_response(400, "bad_request", f"That is no check: {error.errors()[0]['msg']}.")
+        return web.json_response({})
+
     # What the instructor asks for.
 
     def instructors(self, handler: Callable[[web.Request], Awaitable[web.Response]]) -> Any:
@@ -285,6 +310,36 @@ class Front:
             return await handler(request)
 
         return guarded
+
+    async def show_watch(self, _: web.Request) -> web.Response:
+        """The page. There is nothing in it: what it shows it asks for with the key that it was opened with."""
+        nonce = secrets.token_urlsafe()
+        page = files("servebook.room").joinpath("watch.html").read_text(encoding="utf-8").replace("NONCE", nonce)
+        allowed = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; connect-src 'self'"
+        headers = {"Content-Security-Policy": f"{allowed}; frame-ancestors 'none'", "Referrer-Policy": "no-referrer"}
+        return web.Response(text=page, content_type="text/html", headers=headers)
+
+    async def show_board(self, request: web.Request) -> web.Response:
+        """Who is where, who needs help first; what the engine has to do. For the instructor's key and the page's."""
+        shown = shown_key(request).encode()
+        if not any(secrets.compare_digest(shown, key.encode()) for key in (self.key, watch_key(self.key))):
+            return error_response(401, "unauthorized", "Open this page by the address of `servebook room watch`.")
+        engine = await self.page("/health")
+        rows = []
+        for name in self.roll.entries:
+            learner = self.learner(name)
+            used = max(learner.tokens.used(), learner.requests.used())
+            row: dict[str, Any] = {"name": name, "revoked": self.roll.revoked(name), "refused": learner.refused}
+            row |= {"under_way": len(learner.under_way), "share": round(100 * used)}
+            rows.append(row | self.board.row(name))
+        told = {"ready": engine.status == 200, "running": self.turnstile.running.total()}
+        return web.json_response(
+            {
+                "engine": told | {"places": self.limits.places, "waiting": self.turnstile.waiting},
+                "checks_per_minute": self.board.checks_per_minute(),
+                "learners": sorted(rows, key=stuck_first),
+            }
+        )
 
     async def list_learners(self, _: web.Request) -> web.Response:
         """Every learner with what they have under way, and what was served and refused since the front started."""

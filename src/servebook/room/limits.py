@@ -60,13 +60,21 @@ class Bucket:
         More than the bucket holds can be taken when it is full: one big request is not refused for ever, and what
         comes after it waits until all of it is made up for.
         """
-        now = time.monotonic()
-        self.level = min(self.capacity, self.level + (now - self.at) * self.capacity / 60)
-        self.at = now
+        self._fill()
         if self.level < (needed := min(amount, self.capacity)):
             return math.ceil((needed - self.level) * 60 / self.capacity)
         self.level -= amount
         return 0
+
+    def used(self) -> float:
+        """Which part of a minute's share is taken now: 0 to 1, and more after something that was bigger."""
+        self._fill()
+        return 1 - self.level / self.capacity
+
+    def _fill(self) -> None:
+        now = time.monotonic()
+        self.level = min(self.capacity, self.level + (now - self.at) * self.capacity / 60)
+        self.at = now
 
     def give_back(self, amount: int) -> None:
         """Undo a `take`, as far as it came to nothing."""

@@ -10,11 +10,13 @@ import base64
 import html
 import inspect
 import io
+import math
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import unified_diff
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,7 @@ from typing import Any, Self
 import matplotlib as mpl
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer, TextLexer, get_lexer_for_filename
@@ -59,6 +62,7 @@ STYLES: tuple[dict[str, Any], ...] = (
 
 
 GROUND = "background: #f8f8f8; color: #222222; padding: 6px; margin: 0"
+ADDED, REMOVED = "background: #d4f4dd", "background: #fbdfdf"
 FOLDED_LINES = 60
 """Source beyond this many lines is folded away until the reader opens it."""
 
@@ -110,22 +114,8 @@ def show(*objects: Any) -> None:
         TypeError: an object has no Python source.
     """
     for thing in objects:
-        if isinstance(thing, tuple):
-            path, name = thing
-            text = path.read_text(encoding="utf-8")
-            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-            nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
-            first, lines = next(node.lineno for node in nodes if node.name == name), text.splitlines(keepends=True)
-            text = inspect.cleandoc("\n" + "".join(inspect.getblock(lines[first - 1 :])))
-        elif isinstance(thing, Path):
-            path, first, text = thing, None, thing.read_text(encoding="utf-8")
-        else:
-            path = Path(inspect.getsourcefile(inspect.unwrap(thing)) or "")
-            lines, start = inspect.getsourcelines(thing)
-            first, text = start or None, inspect.cleandoc("\n" + "".join(lines))
-        path = path.resolve()
-        where = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-        title = f"{where}, line {first}" if first else where
+        path, first, text = _source(thing)
+        title = _title(path, first)
         try:
             lexer = PythonLexer() if first else get_lexer_for_filename(path.name)
         except ClassNotFound:
@@ -133,12 +123,67 @@ def show(*objects: Any) -> None:
         # Styles inline: a stylesheet would be stripped from an output that is not trusted. With a ground of its own,
         # since the colours are made for a light one and JupyterLab's may be dark.
         code = highlight(text, lexer, HtmlFormatter(noclasses=True, style="default", prestyles=GROUND))
-        caption = f'<span style="font: 13px sans-serif">{html.escape(title)}</span>'
-        if (count := len(text.splitlines())) > FOLDED_LINES:
-            shown = f"<details><summary>{caption} · {count} lines, click to open</summary>{code}</details>"
-        else:
-            shown = f"<div>{caption}</div>{code}"
-        display({"text/html": shown, "text/plain": f"{title}\n{text}"}, raw=True)
+        _display_code(title, text, code)
+
+
+def difference(before: Any, after: Any) -> list[str]:
+    """What has to be done to the source of `before` to have that of `after`; both as `show` takes them.
+
+    The lines of a unified diff with two lines around each change, without its head: they begin with "+", "-" or " ",
+    and "⋯" stands for what is left out. Nothing where both are the same.
+    """
+    old, new = (_source(thing)[2].splitlines() for thing in (before, after))
+    lines = list(unified_diff(old, new, n=2, lineterm=""))[2:]
+    return ["⋯" if line.startswith("@@") else line for line in lines]
+
+
+def show_difference(before: Any, after: Any) -> None:
+    """Display what changes from `before` to `after`, both as `show` takes them: a + and green is new, a - and red goes.
+
+    Raises: as `show`.
+    """
+    lines = difference(before, after)
+    title = f"{_title(*_source(before)[:2])} → {_title(*_source(after)[:2])}"
+    # The signs tell without colours too. A ground of its own, as in `show`.
+    spans = (
+        f'<span style="display: block; {ADDED if line[:1] == "+" else REMOVED if line[:1] == "-" else ""}">'
+        f"{html.escape(line) or ' '}</span>"
+        for line in lines
+    )
+    _display_code(title, "\n".join(lines), f'<pre style="{GROUND}; line-height: 125%">{"".join(spans)}</pre>')
+
+
+def _source(thing: Any) -> tuple[Path, int | None, str]:
+    """Of what `show` takes: the file, the line where it begins (None for a whole file), the text."""
+    if isinstance(thing, tuple):
+        path, name = thing
+        text = path.read_text(encoding="utf-8")
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
+        first, lines = next(node.lineno for node in nodes if node.name == name), text.splitlines(keepends=True)
+        return path, first, inspect.cleandoc("\n" + "".join(inspect.getblock(lines[first - 1 :])))
+    if isinstance(thing, Path):
+        return thing, None, thing.read_text(encoding="utf-8")
+    path = Path(inspect.getsourcefile(inspect.unwrap(thing)) or "")
+    lines, start = inspect.getsourcelines(thing)
+    return path, start or None, inspect.cleandoc("\n" + "".join(lines))
+
+
+def _title(path: Path, first: int | None) -> str:
+    """Where a reader finds it."""
+    path = path.resolve()
+    where = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    return f"{where}, line {first}" if first else where
+
+
+def _display_code(title: str, text: str, code: str) -> None:
+    """Display the HTML `code` of `text` under its title, folded away where it is long."""
+    caption = f'<span style="font: 13px sans-serif">{html.escape(title)}</span>'
+    if (count := len(text.splitlines())) > FOLDED_LINES:
+        shown = f"<details><summary>{caption} · {count} lines, click to open</summary>{code}</details>"
+    else:
+        shown = f"<div>{caption}</div>{code}"
+    display({"text/html": shown, "text/plain": f"{title}\n{text}"}, raw=True)
 
 
 def wire(data: bytes, limit: int = 512) -> None:
@@ -230,6 +275,34 @@ def bars(values: Mapping[str, float], *, xlabel: str, title: str, alt: str = "")
     axes.set(xlabel=xlabel, title=title)
     rows = (f"{label} {_figure(value)}" for label, value in values.items())
     picture(figure, alt or f"{title}, {xlabel}: {'; '.join(rows)}.")
+
+
+def squares(owners: Mapping[str, int], total: int, *, unit: str, title: str, alt: str = "") -> None:
+    """Draw `total` squares, one for each `unit`: first those of each owner, in its colour and with its name, then free.
+
+    Raises:
+        ValueError: the owners have more than there are.
+    """
+    if (free := total - sum(owners.values())) < 0:
+        raise ValueError(f"{sum(owners.values())} are more than {total}")
+    columns = max(28, math.ceil(math.sqrt(4 * total)))
+    rows = math.ceil(total / columns)
+    figure = Figure(figsize=(8, 0.9 + 7 * rows / columns), layout="constrained")
+    axes = figure.subplots()
+    names = [name for name, count in owners.items() for _ in range(count)]
+    colours = dict(zip(owners, ("#1f4e79", "#f4b183", "#9dc3e6", "#548235", "#d9d9d9"), strict=False))
+    for number in range(total):
+        row, column = divmod(number, columns)
+        name = names[number] if number < len(names) else ""
+        colour = colours.get(name, "white")
+        axes.add_patch(Rectangle((column, row), 0.9, 0.9, facecolor=colour, edgecolor="#7f7f7f", linewidth=0.5))
+        if name:
+            ink = "white" if colour in ("#1f4e79", "#548235") else "black"
+            axes.text(column + 0.45, row + 0.5, name, ha="center", va="center", color=ink, fontsize=8)
+    axes.set(xlim=(-0.2, columns), ylim=(rows, -0.2), aspect="equal", title=title)
+    axes.axis("off")
+    held = "; ".join(f"{name} has {count}" for name, count in owners.items())
+    picture(figure, alt or f"{title}: {total} squares, one for each {unit}. {held}; {free} are free.")
 
 
 def _figure(value: float) -> str:

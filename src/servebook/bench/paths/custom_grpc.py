@@ -9,9 +9,9 @@ from servebook.bench.load import Job, Message, Send
 from servebook.launch import Server
 from servebook.protos.llm.v1 import llm_pb2
 from servebook.ways.custom_grpc.aio_client import GrpcAioClient
+from servebook.ways.custom_grpc.client import REASONS
 
 DEADLINE_SECONDS = 600
-REASONS = {llm_pb2.FINISH_REASON_STOP: "stop", llm_pb2.FINISH_REASON_LENGTH: "length"}
 
 
 @asynccontextmanager
@@ -20,8 +20,8 @@ async def stream(server: Server) -> AsyncIterator[Send]:
     async with GrpcAioClient(server.grpc, api_key=server.settings.key) as client:
 
         async def send(job: Job) -> AsyncIterator[Message]:
-            messages = client.stream(job.prompt, timeout=DEADLINE_SECONDS, max_tokens=job.max_tokens, temperature=0)
-            async for message in messages:
+            request = llm_pb2.StreamGenerateRequest(prompt=job.prompt, max_tokens=job.max_tokens, temperature=0)
+            async for message in client.stub.StreamGenerate(request, timeout=DEADLINE_SECONDS):
                 if not message.is_finished:
                     yield Message(message.text)
                 else:
@@ -38,9 +38,8 @@ async def unary(server: Server) -> AsyncIterator[Send]:
     async with GrpcAioClient(server.grpc, api_key=server.settings.key) as client:
 
         async def send(job: Job) -> AsyncIterator[Message]:
-            answer = await client.generate(
-                job.prompt, timeout=DEADLINE_SECONDS, max_tokens=job.max_tokens, temperature=0
-            )
+            request = llm_pb2.GenerateRequest(prompt=job.prompt, max_tokens=job.max_tokens, temperature=0)
+            answer = await client.stub.Generate(request, timeout=DEADLINE_SECONDS)
             usage, reason = answer.usage, REASONS[answer.finish_reason]
             yield Message(answer.text, reason, usage.prompt_tokens, usage.completion_tokens)
 

@@ -7,17 +7,22 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import orjson
 from tokenizers import Tokenizer
 
 from servebook.bench.load import BenchError, Job, Message, Send
-from servebook.bench.paths.openai_rest import check, http_session, sse_events
+from servebook.bench.paths.openai_rest import check, http_session, sse_events, turns
 from servebook.engine.model import model_path
 from servebook.launch import Server, find_server
 from servebook.launch.probes import http_ok
 from servebook.launch.table import Endpoints
 from servebook.settings import Settings
+
+
+def _body(job: Job) -> dict[str, Any]:
+    return {"message": job.prompt, "history": turns(job), "max_tokens": job.max_tokens, "temperature": 0}
 
 
 @asynccontextmanager
@@ -26,7 +31,7 @@ async def stream(server: Server) -> AsyncIterator[Send]:
     async with http_session(server.url, server.settings.key) as session:
 
         async def send(job: Job) -> AsyncIterator[Message]:
-            body = {"message": job.prompt, "max_tokens": job.max_tokens, "temperature": 0}
+            body = _body(job)
             async with session.post("/chat/stream", json=body) as response:
                 await check(response)
                 async for data in sse_events(response):
@@ -52,7 +57,7 @@ async def whole(server: Server) -> AsyncIterator[Send]:
     async with http_session(server.url, server.settings.key) as session:
 
         async def send(job: Job) -> AsyncIterator[Message]:
-            body = {"message": job.prompt, "max_tokens": job.max_tokens, "temperature": 0}
+            body = _body(job)
             async with session.post("/chat", json=body) as response:
                 await check(response)
                 answer = orjson.loads(await response.read())

@@ -6,6 +6,7 @@ generator's CPU would be taken from the server that it measures.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,7 +23,8 @@ async def http_session(base_url: str, key: str | None) -> AsyncIterator[aiohttp.
     """A session without limits of its own: the load decides how many connections are open."""
     async with aiohttp.ClientSession(
         base_url,
-        connector=aiohttp.TCPConnector(limit=0),
+        # uvicorn closes a connection after 5 idle seconds, and a POST that meets that moment is lost.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
         timeout=aiohttp.ClientTimeout(total=600),
         headers={"Authorization": f"Bearer {key}"} if key else {},
     ) as session:
@@ -48,8 +50,14 @@ async def check(response: aiohttp.ClientResponse) -> None:
         raise BenchError(f"HTTP {response.status}: {(await response.text())[:300]}", "See the server's log.")
 
 
+def turns(job: Job) -> list[dict[str, str]]:
+    """The messages before a chat's, as OpenAI's API and our gateway have them."""
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": text} for role, text in zip(roles, job.history, strict=False)]
+
+
 def _body(model: str, job: Job, chat: bool) -> dict[str, Any]:
-    prompt = {"messages": [{"role": "user", "content": job.prompt}]} if chat else {"prompt": job.prompt}
+    prompt = {"messages": [*turns(job), {"role": "user", "content": job.prompt}]} if chat else {"prompt": job.prompt}
     return {"model": model, "max_tokens": job.max_tokens, "temperature": 0} | prompt
 
 

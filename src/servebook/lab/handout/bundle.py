@@ -14,6 +14,7 @@ import nbformat
 from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab.handout.blanks import drop_instructor_cells, require_solutions, write_labs
+from servebook.lab.manifest import load_labs
 
 BUNDLE = (
     *("README.md", "BENCHMARKS.md", "LICENSE", "Makefile", "pyproject.toml", "environment.yml"),
@@ -25,10 +26,11 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#]+)[^)]*\)")
 """A relative link in Markdown: its words, and the file. Not a picture."""
 
 
-def write_bundle(target: Path, root: Path = ROOT) -> None:
+def write_bundle(target: Path, root: Path = ROOT, solutions: bool = False) -> None:
     """Copy to `target` what students get: the workbook, with neither solutions nor an instructor's notes.
 
-    Only what Git tracks is copied: beside it may lie keys, grades and anything else.
+    After the course also the labs' solutions, but no notes on them. Only what Git tracks is copied: beside it may lie
+    keys, grades and anything else.
 
     Raises:
         ServebookError: `target` is not empty or lies in the repository, this is no clone, or there are no solutions to
@@ -42,7 +44,10 @@ def write_bundle(target: Path, root: Path = ROOT) -> None:
     target.mkdir(parents=True, exist_ok=True)
     copy_tracked(root, BUNDLE, target)
     write_labs(target / "labs", root)
-    clean_notebooks(target / "notebooks")
+    if solutions:
+        copy_tracked(root, [f"solutions/{lab.path}" for lab in load_labs()], target)
+    for folder in ("notebooks", "solutions"):
+        clean_notebooks(target / folder)
     for path in target.glob("*.md"):
         path.write_text(without_dead_links(path.read_text(encoding="utf-8"), target))
 

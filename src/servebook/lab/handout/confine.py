@@ -25,6 +25,8 @@ TOLD = "SERVEBOOK_CONFINED_TO"
 """In the environment of a process that is to confine itself: the folders, as JSON."""
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 """The numbers of Landlock's system calls, the same on every machine; uapi/linux/landlock.h for the rights."""
+FROM = "SERVEBOOK_CONFINED_FROM"
+"""In the environment of who grades: one more folder that no submission reads, a room's with its keys and desks."""
 READ = 0b1101
 """Execute, read files, read folders."""
 WRITE = 0x7FFF
@@ -47,6 +49,8 @@ def folders(submission: Path, course: Path, scratch: Path) -> dict[str, list[str
     submission, course, scratch = submission.resolve(), course.resolve(), scratch.resolve()
     home, prefix = Path.home().resolve(), Path(sys.prefix).resolve()
     hidden = [ROOT.resolve(), course, prefix]
+    if FROM in os.environ:
+        hidden.append(Path(os.environ[FROM]).resolve())
     given = [ROOT / name for name in (*BUNDLE, "labs", ".venv")] + [prefix]
     settings = load_settings()
     own = [submission, scratch, Path("/dev"), Path("/proc"), settings.state_dir, settings.cache_dir]
@@ -58,12 +62,12 @@ def folders(submission: Path, course: Path, scratch: Path) -> dict[str, list[str
 
 
 def around(folder: Path, hidden: Iterable[Path]) -> Iterator[Path]:
-    """What lies in `folder` but for what is hidden, in as few paths as can be."""
+    """What lies in `folder` but for what is hidden, in as few paths as can be; a link could lead to what is hidden."""
     inside = [each for each in hidden if each.is_relative_to(folder)]
     if not inside:
         yield folder
     elif folder not in inside:
-        for each in sorted(folder.iterdir()):
+        for each in sorted(path for path in folder.iterdir() if not path.is_symlink()):
             yield from around(each, inside)
 
 

@@ -1,1 +1,1 @@
-"""Chapter 04: a gRPC service of our own, `llm.v1.LLMService`: server, clients, and the obvious mistake."""
+"""Chapter 04: a gRPC service of our own, `llm.v1.LLMService`: from the obvious mistake to the server, and clients."""

@@ -1,4 +1,4 @@
-"""The asyncio twin of `grpc_client`: hundreds of calls on one channel, in one thread."""
+"""The asyncio twin of `client`: hundreds of calls on one channel, in one thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import grpc
 
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
-from servebook.ways.custom_grpc.client import OPTIONS
+from servebook.ways.client import Answer, Piece
+from servebook.ways.custom_grpc.client import OPTIONS, read_answer, read_piece
 
 
 class GrpcAioClient:
@@ -33,23 +34,25 @@ class GrpcAioClient:
         prompt: str,
         *,
         timeout: float = 60,  # noqa: ASYNC109  # travels with the call, as its deadline
-        **fields: Any,
-    ) -> llm_pb2.GenerateResponse:
-        """Return the whole text within `timeout` seconds; cancelling the task cancels the call."""
-        return await self.stub.Generate(llm_pb2.GenerateRequest(prompt=prompt, **fields), timeout=timeout)
+        **sampling: Any,
+    ) -> Answer:
+        """Return the whole answer within `timeout` seconds; cancelling the task cancels the call."""
+        request = llm_pb2.GenerateRequest(prompt=prompt, **sampling)
+        return read_answer(await self.stub.Generate(request, timeout=timeout))
 
     async def stream(
         self,
         prompt: str,
         *,
         timeout: float = 60,  # noqa: ASYNC109
-        **fields: Any,
-    ) -> AsyncGenerator[llm_pb2.StreamGenerateResponse, None]:
-        """Yield messages as they come. To leave early, wrap it in `contextlib.aclosing`: that cancels the call."""
-        call = self.stub.StreamGenerate(llm_pb2.StreamGenerateRequest(prompt=prompt, **fields), timeout=timeout)
+        **sampling: Any,
+    ) -> AsyncGenerator[Piece]:
+        """Yield what is new as it comes. To leave early, wrap it in `contextlib.aclosing`: that cancels the call."""
+        request = llm_pb2.StreamGenerateRequest(prompt=prompt, **sampling)
+        call = self.stub.StreamGenerate(request, timeout=timeout)
         try:
             async for message in call:
-                yield message
+                yield read_piece(message)
         finally:
             call.cancel()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import grpc
 
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from servebook.ways.client import Answer, Piece
 
 RETRY_UNAVAILABLE = json.dumps(
     {
@@ -31,6 +32,9 @@ RETRY_UNAVAILABLE = json.dumps(
 KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 OPTIONS = [("grpc.service_config", RETRY_UNAVAILABLE), *KEEPALIVE]
 
+REASONS = {llm_pb2.FINISH_REASON_STOP: "stop", llm_pb2.FINISH_REASON_LENGTH: "length"}
+"""In the words of the REST API; a server may tell none, or one that is newer than this list: then it is ""."""
+
 
 class GrpcClient:
     """A client of the server at `address` ("host:port"); use it in a `with` block, from any number of threads.
@@ -49,15 +53,18 @@ class GrpcClient:
         self.channel = grpc.intercept_channel(channel, AddKey(api_key)) if api_key else channel
         self.stub = llm_pb2_grpc.LLMServiceStub(self.channel)
 
-    def generate(self, prompt: str, *, timeout: float = 60, **fields: Any) -> llm_pb2.GenerateResponse:
-        """Return the whole text within `timeout` seconds; `fields` are those of GenerateRequest."""
-        return self.stub.Generate(llm_pb2.GenerateRequest(prompt=prompt, **fields), timeout=timeout)
+    def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
+        """Return the whole answer within `timeout` seconds; `sampling` are fields of GenerateRequest."""
+        request = llm_pb2.GenerateRequest(prompt=prompt, **sampling)
+        return read_answer(self.stub.Generate(request, timeout=timeout))
 
-    def stream(self, prompt: str, *, timeout: float = 60, **fields: Any) -> Iterator[llm_pb2.StreamGenerateResponse]:
-        """Yield messages as they come; leaving the loop, or closing the iterator, cancels the call."""
-        call = self.stub.StreamGenerate(llm_pb2.StreamGenerateRequest(prompt=prompt, **fields), timeout=timeout)
+    def stream(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
+        """Yield what is new as it comes; leaving the loop, or closing the generator, cancels the call."""
+        request = llm_pb2.StreamGenerateRequest(prompt=prompt, **sampling)
+        call = self.stub.StreamGenerate(request, timeout=timeout)
         try:
-            yield from call
+            for message in call:
+                yield read_piece(message)
         finally:
             call.cancel()  # type: ignore[no-untyped-call]
 
@@ -66,6 +73,18 @@ class GrpcClient:
 
     def __exit__(self, *_: object) -> None:
         self.channel.close()
+
+
+def read_answer(response: llm_pb2.GenerateResponse) -> Answer:
+    """The message as every way tells it."""
+    usage, reason = response.usage, REASONS.get(response.finish_reason, "")
+    return Answer(response.text, usage.completion_tokens, usage.prompt_tokens, reason, tuple(response.token_ids))
+
+
+def read_piece(message: llm_pb2.StreamGenerateResponse) -> Piece:
+    """The message as every way tells it."""
+    reason = REASONS.get(message.finish_reason, "") if message.is_finished else None
+    return Piece(message.text, len(message.token_ids), reason, tuple(message.token_ids))
 
 
 class AddKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[type-arg]

@@ -1,4 +1,4 @@
-"""The obvious gRPC server: vLLM's offline class `LLM` behind a thread pool, and what becomes of it.
+"""What becomes of the obvious gRPC server, `steps/step_0_blocking.py`: vLLM's offline class `LLM` behind threads.
 
 The server is a process of its own. It serves `llm.v1.LLMService` on two ports: on one, a lock lets a single
 thread at a time use the engine; on the other, nothing does. This module asks both, and prints what came of it as one
@@ -12,9 +12,8 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,45 +23,21 @@ from servebook.engine.arguments import engine_env, gpu_share, in_float32
 from servebook.engine.model import model_path
 from servebook.launch.child import Child, run_child
 from servebook.launch.processes import wait_until
-from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.settings import load_settings
 from servebook.ways.custom_grpc.client import GrpcClient
 
 AS_IT_COMES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """The engine in a process of its own: vLLM's default for `LLM`, and so what whoever writes this server has."""
 START_SECONDS = 300
-THREADS = 4
 MAX_TOKENS = 12
 PROMPTS = [f"Story {number}. Once upon a time" for number in range(1, 9)]
-
-
-class BlockingServicer(llm_pb2_grpc.LLMServiceServicer):
-    """One call, one thread, one `LLM.generate`."""
-
-    def __init__(self, llm: Any, turn: AbstractContextManager[Any]) -> None:
-        self.llm = llm
-        self.turn = turn
-
-    def Generate(self, request: llm_pb2.GenerateRequest, context: grpc.ServicerContext) -> llm_pb2.GenerateResponse:
-        """Block a thread until the text is complete."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=request.max_tokens, temperature=request.temperature)
-        with self.turn:
-            [output] = self.llm.generate([request.prompt], params, use_tqdm=False)
-        return llm_pb2.GenerateResponse(text=output.outputs[0].text, token_ids=output.outputs[0].token_ids)
-
-    def StreamGenerate(
-        self, request: llm_pb2.StreamGenerateRequest, context: grpc.ServicerContext
-    ) -> Iterator[llm_pb2.StreamGenerateResponse]:
-        """Stream, if `LLM.generate` could."""
-        for output in self.llm.generate([request.prompt], stream=True):
-            yield llm_pb2.StreamGenerateResponse(text=output.outputs[0].text)
 
 
 def serve() -> None:
     """Start the engine and both ports, print the addresses, serve."""
     from vllm import LLM
+
+    from servebook.ways.custom_grpc.steps.step_0_blocking import start
 
     settings = load_settings()
     model = model_path(settings)
@@ -75,13 +50,7 @@ def serve() -> None:
         dtype="float32" if in_float32(settings) else "auto",
         **({"gpu_memory_utilization": share} if share else {}),
     )
-    servers, ports = [], []
-    for turn in (threading.Lock(), nullcontext()):
-        server = grpc.server(ThreadPoolExecutor(THREADS))
-        llm_pb2_grpc.add_LLMServiceServicer_to_server(BlockingServicer(llm, turn), server)
-        ports.append(server.add_insecure_port("127.0.0.1:0"))
-        server.start()
-        servers.append(server)
+    servers, ports = zip(*(start(llm, turn) for turn in (threading.Lock(), nullcontext())), strict=True)
     print(json.dumps([f"127.0.0.1:{port}" for port in ports]), flush=True)
     servers[0].wait_for_termination()
 

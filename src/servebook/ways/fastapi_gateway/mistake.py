@@ -28,11 +28,10 @@ def create_app(upstream: str, key: str | None) -> FastAPI:
     """The two endpoints over one synchronous client."""
     app = FastAPI()
     client = OpenAI(base_url=f"{upstream}/v1", api_key=key or "none")
-    model = client.models.list().data[0].id
 
     def request(ask: Ask) -> dict[str, Any]:
         messages = [{"role": "user", "content": ask.message}]
-        return {"model": model, "messages": messages, "max_tokens": ask.max_tokens}
+        return {"model": "", "messages": messages, "max_tokens": ask.max_tokens}  # "": the one that is served
 
     @app.get("/healthz")
     async def healthz() -> str:
@@ -40,14 +39,14 @@ def create_app(upstream: str, key: str | None) -> FastAPI:
 
     @app.post("/chat")
     async def chat(ask: Ask) -> dict[str, str]:
-        # The event loop stands still in this line until the whole answer is there.
+        # The event loop stands still here until the whole answer is there.
         answer = client.chat.completions.create(**request(ask))
         return {"response": answer.choices[0].message.content or ""}
 
     @app.post("/chat/stream")
     async def chat_stream(ask: Ask) -> StreamingResponse:
         def events() -> Iterator[str]:
-            # A synchronous generator holds one of the 40 threads of the pool until it ends.
+            # Each piece is waited for on one of the 40 threads of a pool.
             for chunk in client.chat.completions.create(**request(ask), stream=True):
                 if chunk.choices and (text := chunk.choices[0].delta.content):
                     yield f"data: {json.dumps({'text': text})}\n\n"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from functools import cached_property
 from queue import SimpleQueue
 from typing import Any
@@ -12,7 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as v2
 
+from servebook.ways.client import Answer, Piece
+
 Tensors = dict[str, npt.NDArray[Any]]
+
+WANTED = {f"return_{name}": True for name in ("finish_reason", "num_input_tokens", "num_output_tokens")}
+"""Inputs that ask for what an Answer consists of."""
 
 
 class V2Client:
@@ -51,26 +57,39 @@ class V2Client:
         metadata = self.stub.get_model_metadata(self.model)
         return {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in metadata.inputs}
 
-    def generate(
+    def infer(
         self, text: str, sampling: Mapping[str, Any] | None = None, *, timeout: float = 60, **flags: bool
     ) -> Tensors:
         """Return the output tensors for `text` within `timeout` seconds, without the prompt in front.
 
         `sampling` holds fields of vLLM's SamplingParams; `flags` are inputs such as `return_finish_reason=True`.
         """
-        inputs = [tensor("text_input", text), tensor("sampling_parameters", json.dumps(sampling or {}))]
-        inputs += [tensor(name, value) for name, value in ({"exclude_input_in_output": True} | flags).items()]
+        inputs = infer_inputs(text, sampling or {}, **flags)
         if not self.decoupled:
-            return _outputs(self.stub.infer(self.model, inputs, client_timeout=timeout))
+            return outputs(self.stub.infer(self.model, inputs, client_timeout=timeout))
         (answer,) = self._responses(inputs, timeout)
         return answer
 
-    def _responses(self, inputs: list[v2.InferInput], timeout: float) -> Iterator[Tensors]:
+    def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
+        """Return the whole answer within `timeout` seconds; `sampling` are fields of vLLM's SamplingParams."""
+        return read_answer(self.infer(prompt, sampling, timeout=timeout, **WANTED))
+
+    def stream(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
+        """Yield the answer as it comes, where the server is decoupled; from any other all of it is one piece."""
+        if not self.decoupled:
+            yield whole_piece(self.generate(prompt, timeout=timeout, **sampling))
+            return
+        inputs = infer_inputs(prompt, sampling, stream=True, **WANTED)
+        with closing(self._responses(inputs, timeout)) as responses:
+            for response in responses:
+                yield read_piece(response)
+
+    def _responses(self, inputs: list[v2.InferInput], timeout: float) -> Generator[Tensors]:
         arrived: SimpleQueue[v2.InferResult | Exception] = SimpleQueue()
         self.stub.start_stream(lambda result, error: arrived.put(error or result), stream_timeout=timeout)
+        final = False
         try:
             self.stub.async_stream_infer(self.model, inputs, enable_empty_final_response=True)
-            final = False
             while not final:
                 answer = arrived.get()
                 if isinstance(answer, Exception):
@@ -78,9 +97,9 @@ class V2Client:
                 response = answer.get_response()
                 final = response.parameters["triton_final_response"].bool_param
                 if response.outputs:
-                    yield _outputs(answer)
+                    yield outputs(answer)
         finally:
-            self.stub.stop_stream()
+            self.stub.stop_stream(cancel_requests=not final)
 
     def __enter__(self) -> V2Client:
         return self
@@ -97,5 +116,29 @@ def tensor(name: str, value: str | bool) -> v2.InferInput:
     return made
 
 
-def _outputs(result: v2.InferResult) -> Tensors:
+def infer_inputs(text: str, sampling: Mapping[str, Any], **flags: bool) -> list[v2.InferInput]:
+    """The input tensors of one request, whose answer comes without the prompt in front."""
+    inputs = [tensor("text_input", text), tensor("sampling_parameters", json.dumps(sampling))]
+    return inputs + [tensor(name, value) for name, value in ({"exclude_input_in_output": True} | flags).items()]
+
+
+def outputs(result: v2.InferResult) -> Tensors:
+    """The output tensors of a response by their names."""
     return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+
+
+def read_piece(tensors: Tensors) -> Piece:
+    """The first choice of a response to a request for what is WANTED."""
+    text, reason, tokens = (tensors[name][0] for name in ("text_output", "finish_reason", "num_output_tokens"))
+    return Piece(text.decode(), int(tokens), None if reason == b"None" else reason.decode())
+
+
+def read_answer(tensors: Tensors) -> Answer:
+    """The first choice of a response that is the whole answer."""
+    piece = read_piece(tensors)
+    return Answer(piece.text, piece.tokens, int(tensors["num_input_tokens"][0]), piece.finish_reason or "")
+
+
+def whole_piece(answer: Answer) -> Piece:
+    """What a stream of one piece is made of."""
+    return Piece(answer.text, answer.tokens, answer.finish_reason)

@@ -3,52 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
-from servebook.ways.triton_grpc.client import ERRORS_WITH_STATUS, Chunk, infer_inputs, read_chunk
+from servebook.ways.client import Answer, Piece
+from servebook.ways.triton_grpc.client import ERRORS_WITH_STATUS, infer_inputs, read_answer, read_piece
 
 
-class TritonClient:
-    """Many streams over one connection; use it with `async with`."""
+class TritonAioClient:
+    """Many streams over one connection; use it with `async with`. Errors are those of `TritonClient`."""
 
     def __init__(self, address: str, model: str = "vllm_model") -> None:
         self.client = triton.InferenceServerClient(address)
         self.model = model
 
-    async def __aenter__(self) -> TritonClient:
+    async def __aenter__(self) -> TritonAioClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.client.close()
 
-    def stream(self, prompt: str, *, deadline: float | None = None, **sampling: Any) -> AsyncGenerator[Chunk]:
-        """Yield the answer as it comes; closing the generator cancels the request. `deadline`: seconds from now.
+    async def stream(
+        self,
+        prompt: str,
+        *,
+        timeout: float = 60,  # noqa: ASYNC109  # travels with the call, as its deadline
+        **sampling: Any,
+    ) -> AsyncGenerator[Piece]:
+        """Yield the answer as it comes; closing the generator cancels the request."""
+        async with aclosing(self._responses(infer_inputs(prompt, stream=True, **sampling), timeout)) as responses:
+            async for response in responses:
+                yield read_piece(response)
 
-        Raises:
-            InferenceServerException: `error.status()` names the gRPC status, DEADLINE_EXCEEDED after the deadline.
-        """
-        return self._responses(infer_inputs(prompt, stream=True, **sampling), deadline)
-
-    async def generate(self, prompt: str, *, deadline: float | None = None, **sampling: Any) -> Chunk:
-        """Return the whole answer, which comes as one response. Errors as for `stream`."""
+    async def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:  # noqa: ASYNC109
+        """Return the whole answer, which comes as one response."""
         inputs = infer_inputs(prompt, stream=False, **sampling)
-        (answer,) = [chunk async for chunk in self._responses(inputs, deadline)]
-        return answer
+        (answer,) = [response async for response in self._responses(inputs, timeout)]
+        return read_answer(answer)
 
-    async def _responses(self, inputs: list[Any], deadline: float | None) -> AsyncGenerator[Chunk]:
+    async def _responses(self, inputs: list[Any], seconds: float) -> AsyncGenerator[triton.InferResult]:
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": self.model, "inputs": inputs}  # then half-close: the server ends the stream
 
-        responses = self.client.stream_infer(requests(), stream_timeout=deadline, headers=ERRORS_WITH_STATUS)
+        responses = self.client.stream_infer(requests(), stream_timeout=seconds, headers=ERRORS_WITH_STATUS)
         try:
             async for result, error in responses:
                 if error:
                     raise error
-                yield read_chunk(result)
+                yield result
         except grpc.aio.AioRpcError as error:
             raise InferenceServerException(error.details(), status=str(error.code())) from None
         finally:

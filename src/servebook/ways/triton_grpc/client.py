@@ -8,21 +8,16 @@ from __future__ import annotations
 import json
 import queue
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from contextlib import closing
+from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
 
+from servebook.ways.client import Answer, Piece
+
 ERRORS_WITH_STATUS = {"triton_grpc_error": "true"}
 """Metadata that asks Triton for errors as gRPC status codes; without it they come as bare text."""
-
-
-class Chunk(NamedTuple):
-    """One response: new text, how many tokens it is made of, and why the answer ended ("" until it does)."""
-
-    text: str
-    tokens: int
-    finish_reason: str
 
 
 def infer_inputs(prompt: str, *, stream: bool, **sampling: Any) -> list[triton.InferInput]:
@@ -34,6 +29,7 @@ def infer_inputs(prompt: str, *, stream: bool, **sampling: Any) -> list[triton.I
         "exclude_input_in_output": np.array([True]),
         "return_finish_reason": np.array([True]),
         "return_num_output_tokens": np.array([True]),
+        "return_num_input_tokens": np.array([not stream]),
     }
     inputs = []
     for name, value in values.items():
@@ -42,47 +38,63 @@ def infer_inputs(prompt: str, *, stream: bool, **sampling: Any) -> list[triton.I
     return inputs
 
 
-def read_chunk(result: triton.InferResult) -> Chunk:
+def read_piece(result: triton.InferResult) -> Piece:
     """The first choice of a response."""
     text, reason, tokens = (result.as_numpy(name)[0] for name in ("text_output", "finish_reason", "num_output_tokens"))
-    return Chunk(text.decode(), int(tokens), "" if reason == b"None" else reason.decode())
+    return Piece(text.decode(), int(tokens), None if reason == b"None" else reason.decode())
 
 
-def stream(
-    address: str, prompt: str, *, model: str = "vllm_model", deadline: float | None = None, **sampling: Any
-) -> Generator[Chunk]:
-    """Yield the answer as it comes; leaving the loop cancels the request. `deadline` is in seconds from now.
+def read_answer(result: triton.InferResult) -> Answer:
+    """The first choice of a response that is the whole answer."""
+    piece, prompt_tokens = read_piece(result), int(result.as_numpy("num_input_tokens")[0])
+    return Answer(piece.text, piece.tokens, prompt_tokens, piece.finish_reason or "")
 
-    Raises:
-        InferenceServerException: `error.status()` names the gRPC status, DEADLINE_EXCEEDED after the deadline.
+
+class TritonClient:
+    """A client of `model` on the server at `address` ("host:port"), for any number of threads.
+
+    Each call has a connection of its own: `tritonclient` has one stream on each. `sampling` are fields of vLLM's
+    SamplingParams. Errors are InferenceServerException: `error.status()` names the gRPC status, DEADLINE_EXCEEDED
+    after `timeout` seconds.
     """
-    yield from _responses(address, model, infer_inputs(prompt, stream=True, **sampling), deadline)
 
+    def __init__(self, address: str, model: str = "vllm_model") -> None:
+        self.address = address
+        self.model = model
 
-def generate(
-    address: str, prompt: str, *, model: str = "vllm_model", deadline: float | None = None, **sampling: Any
-) -> Chunk:
-    """Return the whole answer, which comes as one response. Errors as for `stream`."""
-    (answer,) = _responses(address, model, infer_inputs(prompt, stream=False, **sampling), deadline)
-    return answer
+    def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
+        """Return the whole answer, which comes as one response."""
+        (answer,) = self._responses(infer_inputs(prompt, stream=False, **sampling), timeout)
+        return read_answer(answer)
 
+    def stream(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
+        """Yield the answer as it comes; leaving the loop, or closing the generator, cancels the request."""
+        with closing(self._responses(infer_inputs(prompt, stream=True, **sampling), timeout)) as responses:
+            for response in responses:
+                yield read_piece(response)
 
-def _responses(address: str, model: str, inputs: list[triton.InferInput], deadline: float | None) -> Generator[Chunk]:
-    arrived: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-    final = False
-    with triton.InferenceServerClient(address) as client:  # one open stream per client
-        client.start_stream(
-            lambda result, error: arrived.put((result, error)),  # called on the client's own thread
-            stream_timeout=deadline,
-            headers=ERRORS_WITH_STATUS,
-        )
-        try:
-            client.async_stream_infer(model, inputs)
-            while not final:
-                result, error = arrived.get()
-                if error:
-                    raise error
-                final = result.get_response().parameters["triton_final_response"].bool_param
-                yield read_chunk(result)
-        finally:
-            client.stop_stream(cancel_requests=not final)
+    def _responses(self, inputs: list[triton.InferInput], timeout: float) -> Generator[triton.InferResult]:
+        arrived: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        final = False
+        with triton.InferenceServerClient(self.address) as client:
+            client.start_stream(
+                lambda result, error: arrived.put((result, error)),  # called on the client's own thread
+                stream_timeout=timeout,
+                headers=ERRORS_WITH_STATUS,
+            )
+            try:
+                client.async_stream_infer(self.model, inputs)
+                while not final:
+                    result, error = arrived.get()
+                    if error:
+                        raise error
+                    final = result.get_response().parameters["triton_final_response"].bool_param
+                    yield result
+            finally:
+                client.stop_stream(cancel_requests=not final)
+
+    def __enter__(self) -> TritonClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open between two calls."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import uuid
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from functools import cached_property
 from typing import Any
 
@@ -38,48 +39,34 @@ class VllmGrpcClient:
     def tokenizer(self) -> Tokenizer:
         """The engine's own tokenizer, fetched from the server: ids from any other would be another language."""
         chunks = self.stub.GetTokenizer(common_pb2.GetTokenizerRequest(), timeout=30)
-        with zipfile.ZipFile(io.BytesIO(b"".join(chunk.data for chunk in chunks))) as bundle:
-            return Tokenizer.from_buffer(bundle.read("tokenizer.json"))
+        return read_tokenizer(b"".join(chunk.data for chunk in chunks))
 
     def stream_ids(
         self, prompt: Sequence[int], *, request_id: str = "", timeout: float = 60, **sampling: Any
-    ) -> Iterator[pb.GenerateResponse]:
-        """Yield the server's messages as they come; leaving the loop, or closing the iterator, cancels the call.
+    ) -> Generator[pb.GenerateResponse]:
+        """Yield the server's messages as they come; leaving the loop, or closing the generator, cancels the call.
 
         `sampling` holds fields of the proto's SamplingParams. Without `max_tokens` the engine runs to the end of
         its context.
         """
-        call = self.stub.Generate(
-            pb.GenerateRequest(
-                request_id=request_id or str(uuid.uuid4()),
-                tokenized=pb.TokenizedInput(input_ids=prompt),
-                sampling_params=pb.SamplingParams(**sampling),
-                stream=True,
-            ),
-            timeout=timeout,
-        )
+        call = self.stub.Generate(request_for(prompt, request_id, **sampling), timeout=timeout)
         try:
             yield from call
         finally:
             call.cancel()
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[Piece]:
-        """Tokenize `prompt`, and yield text as it becomes whole; `options` are those of `stream_ids`."""
+    def stream(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
+        """Tokenize `prompt`, and yield text as it becomes whole; `sampling` as for `stream_ids`."""
         decoder = DecodeStream(skip_special_tokens=True)
-        for message in self.stream_ids(self.tokenizer.encode(prompt).ids, **options):
-            if message.HasField("chunk"):
-                ids = tuple(message.chunk.token_ids)
-                text = "".join(decoder.step(self.tokenizer, each) or "" for each in ids)
-                yield Piece(text, len(ids), token_ids=ids)
-            else:
-                yield Piece("", finish_reason=message.complete.finish_reason)
+        ids = self.tokenizer.encode(prompt).ids
+        with closing(self.stream_ids(ids, timeout=timeout, **sampling)) as messages:
+            for message in messages:
+                yield read_piece(message, decoder, self.tokenizer)
 
-    def generate(self, prompt: str, **options: Any) -> Answer:
+    def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
         """The whole answer."""
-        pieces = list(self.stream(prompt, **options))
-        ids = tuple(each for piece in pieces for each in piece.token_ids)
-        text, prompt_tokens = "".join(piece.text for piece in pieces), len(self.tokenizer.encode(prompt).ids)
-        return Answer(text, len(ids), prompt_tokens, pieces[-1].finish_reason or "", ids)
+        pieces = list(self.stream(prompt, timeout=timeout, **sampling))
+        return put_together(pieces, len(self.tokenizer.encode(prompt).ids))
 
     def abort(self, *request_ids: str) -> None:
         """Stop requests by their ids, whoever began them: the server asks for no right to do so."""
@@ -106,3 +93,33 @@ class VllmGrpcClient:
 
     def __exit__(self, *_: object) -> None:
         self.channel.close()
+
+
+def request_for(ids: Sequence[int], request_id: str = "", **sampling: Any) -> pb.GenerateRequest:
+    """The message that asks for a stream; `sampling` are fields of the proto's SamplingParams."""
+    return pb.GenerateRequest(
+        request_id=request_id or str(uuid.uuid4()),
+        tokenized=pb.TokenizedInput(input_ids=ids),
+        sampling_params=pb.SamplingParams(**sampling),
+        stream=True,
+    )
+
+
+def read_tokenizer(bundle: bytes) -> Tokenizer:
+    """The tokenizer in the zip file that the server sends."""
+    with zipfile.ZipFile(io.BytesIO(bundle)) as files:
+        return Tokenizer.from_buffer(files.read("tokenizer.json"))
+
+
+def read_piece(message: pb.GenerateResponse, decoder: DecodeStream, tokenizer: Tokenizer) -> Piece:
+    """What a message brings: the decoder keeps an unfinished character's tokens until the rest has come."""
+    if not message.HasField("chunk"):
+        return Piece("", finish_reason=message.complete.finish_reason)
+    ids = tuple(message.chunk.token_ids)
+    return Piece("".join(decoder.step(tokenizer, each) or "" for each in ids), len(ids), token_ids=ids)
+
+
+def put_together(pieces: Sequence[Piece], prompt_tokens: int) -> Answer:
+    """The answer that came in pieces."""
+    ids = tuple(each for piece in pieces for each in piece.token_ids)
+    return Answer("".join(piece.text for piece in pieces), len(ids), prompt_tokens, pieces[-1].finish_reason or "", ids)

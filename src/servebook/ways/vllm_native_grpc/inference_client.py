@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import grpc
@@ -74,24 +74,14 @@ class InferenceClient:
 
     def generate(self, prompt: str | Sequence[int], *, timeout: float = 60, **sampling: Any) -> Answer:
         """The whole answer within `timeout` seconds; `sampling` are the names that `request` takes."""
-        response = self.stub.Generate(request(prompt, **sampling), timeout=timeout)
-        (output,) = response.outputs
-        return Answer(
-            output.text,
-            output.num_tokens,
-            response.prompt_info.num_prompt_tokens,
-            REASONS[output.finish_info.finish_reason],
-            tuple(output.token_ids),
-        )
+        return read_answer(self.stub.Generate(request(prompt, **sampling), timeout=timeout))
 
-    def stream(self, prompt: str | Sequence[int], *, timeout: float = 60, **sampling: Any) -> Iterator[Piece]:
-        """Yield what is new as it comes; leaving the loop, or closing the iterator, cancels the call."""
+    def stream(self, prompt: str | Sequence[int], *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
+        """Yield what is new as it comes; leaving the loop, or closing the generator, cancels the call."""
         call = self.stub.GenerateStream(request(prompt, **sampling), timeout=timeout)
         try:
             for response in call:
-                for output in response.outputs:
-                    reason = REASONS[output.finish_info.finish_reason] if output.HasField("finish_info") else None
-                    yield Piece(output.text, output.num_tokens, reason, tuple(output.token_ids))
+                yield from map(read_piece, response.outputs)
         finally:
             call.cancel()  # type: ignore[no-untyped-call]
 
@@ -106,3 +96,16 @@ class InferenceClient:
 
     def __exit__(self, *_: object) -> None:
         self.channel.close()
+
+
+def read_answer(response: pb.GenerateResponse) -> Answer:
+    """The one output of a response that is the whole answer."""
+    (output,) = response.outputs
+    reason, prompt_tokens = REASONS[output.finish_info.finish_reason], response.prompt_info.num_prompt_tokens
+    return Answer(output.text, output.num_tokens, prompt_tokens, reason, tuple(output.token_ids))
+
+
+def read_piece(output: pb.Generated) -> Piece:
+    """One output of a response of a stream; the first response has none."""
+    reason = REASONS[output.finish_info.finish_reason] if output.HasField("finish_info") else None
+    return Piece(output.text, output.num_tokens, reason, tuple(output.token_ids))

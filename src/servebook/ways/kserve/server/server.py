@@ -6,13 +6,15 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from traceback import extract_tb
 from typing import Any
 
 import grpc
 from fastapi import Request
+from fastapi.dependencies.utils import request_body_to_args
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from kserve import InferRequest, ModelServer
+from kserve import InferRequest, ModelRepository, ModelServer
 from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER
 from kserve.errors import InvalidInput, ModelNotFound
 from kserve.model_server import app
@@ -110,15 +112,24 @@ def check_version(model: str, version: str) -> None:
 
 
 class V2Paths:
-    """ASGI middleware: a model's one version has the paths of the model; models cannot be unloaded by strangers."""
+    """ASGI middleware: a model's one version has the paths of the model; models cannot be unloaded by strangers.
 
-    def __init__(self, app: ASGIApp) -> None:
+    And a model that is unknown is "not found" in the list of OpenAI's API too, where KServe calls it "not ready".
+    """
+
+    def __init__(self, app: ASGIApp, models: ModelRepository) -> None:
         self.app = app
+        self.models = models
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
         if path.startswith("/v2/repository/"):
             await refuse(scope, HTTPStatus.NOT_FOUND, NO_LOADING)(scope, receive, send)
+            return
+        listed = re.match(r"/openai/v1/models/([^/]+)$", path)
+        if listed and listed[1] not in self.models.get_models():
+            reason = ModelNotFound(cut(listed[1], 80)).reason
+            await refuse(scope, HTTPStatus.NOT_FOUND, reason)(scope, receive, send)
             return
         if versioned := re.match(r"(/v2/models/([^/]+))/versions/([^/]+)(/.*)?$", path):
             model, name, version, rest = versioned.groups("")
@@ -175,10 +186,12 @@ class BoundModelServer(ModelServer):  # type: ignore[misc]
         # The last one added is the outermost.
         app.add_middleware(CancelOnDisconnect)
         app.add_middleware(BodyLimit, limit=MAX_BODY_BYTES, refuse=refuse)
-        app.add_middleware(V2Paths)
+        app.add_middleware(V2Paths, models=self.registered_models)
         app.add_middleware(HeadAsGet)
         app.add_exception_handler(RequestValidationError, malformed_request)
         app.add_exception_handler(VLLMError, vllm_error)
+        for kind in (AttributeError, KeyError, TypeError):
+            app.add_exception_handler(kind, broken_validator)
 
     async def _serve(self) -> None:
         self._rest_server.config.host = self.host
@@ -207,6 +220,13 @@ async def malformed_request(request: Request, error: Exception) -> JSONResponse:
         case _:
             place = ".".join(map(str, where))
     return JSONResponse({"error": f"{place}: {problem['msg']}"}, status_code=HTTPStatus.BAD_REQUEST)
+
+
+async def broken_validator(request: Request, error: Exception) -> JSONResponse:
+    """Answer 400 where a body was too odd for vLLM's own validators, such as `"messages": null`: they fail on it."""
+    if not any(frame.name == request_body_to_args.__name__ for frame in extract_tb(error.__traceback__)):
+        raise error
+    return JSONResponse({"error": f"the body is malformed: {cut(str(error), 200)}"}, HTTPStatus.BAD_REQUEST)
 
 
 def _name(body: Any, index: int) -> str | None:

@@ -1,0 +1,92 @@
+"""Grading what was handed in: every lab by nbgrader, feedback back to the desks, a table of grades."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from servebook import launch
+from servebook.checkout import ROOT
+from servebook.errors import LaunchError
+from servebook.lab.handout import confine
+from servebook.lab.manifest import Lab, load_labs
+from servebook.room.collect import deliver
+from servebook.settings import LOOPBACK, Settings
+
+FEEDBACK = "feedback"
+"""The folder for it, of the course and at a desk."""
+GRADES = "grades.csv"
+
+
+def grade(course: Path, settings: Settings, desks: Path) -> Iterator[str]:
+    """Grade every lab in `course/submitted`; yield what came of it, in lines to print.
+
+    Learners' code runs here, so this process and all that it starts give up the instructor's key, and have servers of
+    their own in a state folder of their own, each lab's while it is graded. What has not changed is not graded again.
+    """
+    place = settings.state_dir / "grading"
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.environ.pop("SERVEBOOK_API_KEY", None)
+    os.environ |= {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # nbgrader's helpers
+        "SERVEBOOK_STATE_DIR": str(place),
+        "SERVEBOOK_HOST": LOOPBACK,
+        "JUPYTER_CONFIG_PATH": str(ROOT),  # for a course elsewhere
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        confine.FROM: str(settings.state_dir / "room"),
+    }
+    log = place / "nbgrader.log"
+    log.write_text("")
+    graded = [lab for lab in load_labs() if any((course / "submitted").glob(f"*/{lab.stem}"))]
+    for lab, following in zip(graded, [*graded[1:], None], strict=True):
+        try:
+            for name in lab.servers:
+                launch.serve(name)
+            yield grade_lab(course, lab, log)
+            yield from give_back(course, lab, desks)
+        except LaunchError as error:
+            yield f"{lab.stem}: not graded. {error}"
+        finally:
+            for name in set(lab.servers) - set(following.servers if following else ()):
+                launch.down(name)
+    nbgrader(course, log, "export", "--to", GRADES)
+    yield f"grades in {course / GRADES}; what nbgrader said in {log}"
+
+
+def grade_lab(course: Path, lab: Lab, log: Path) -> str:
+    """Grade one lab of all who have handed it in, and write the feedback; say how many there are."""
+    from nbgrader.api import Gradebook
+
+    with Gradebook(f"sqlite:///{course}/gradebook.db", "servebook") as gradebook:
+        known = {assignment.name for assignment in gradebook.assignments}
+    if lab.stem not in known:
+        with tempfile.TemporaryDirectory() as scratch:  # it is the entry in the gradebook that is wanted
+            folders = {"source": ROOT / "solutions", "release": scratch}
+            options = (f"--CourseDirectory.{name}_directory={folder}" for name, folder in folders.items())
+            nbgrader(course, log, "generate_assignment", lab.stem, *options)
+    nbgrader(course, log, "autograde", lab.stem)
+    nbgrader(course, log, "generate_feedback", lab.stem)
+    count = {step: len([*(course / step).glob(f"*/{lab.stem}")]) for step in ("submitted", "autograded")}
+    left = count["submitted"] - count["autograded"]
+    return f"{lab.stem}: {count['autograded']} graded" + (f", {left} not: {GRADES} says why" if left else "")
+
+
+def give_back(course: Path, lab: Lab, desks: Path) -> Iterator[str]:
+    """Put the feedback on a lab on the desks; yield where that could not be."""
+    for page in sorted((course / FEEDBACK).glob(f"*/{lab.stem}/{lab.stem}.html")):
+        learner = page.parts[-3]
+        try:
+            deliver(desks / learner, FEEDBACK, page.name, page.read_bytes())
+        except OSError as error:
+            yield f"  {learner} has no feedback: {error.strerror}"
+
+
+def nbgrader(course: Path, log: Path, *words: str) -> None:
+    """A command of nbgrader's; its words go to `log`, and what it could not do shows in what it left."""
+    with log.open("a") as said:
+        argv = [sys.executable, "-P", "-m", "nbgrader", *words]
+        subprocess.run(argv, cwd=course, stdin=subprocess.DEVNULL, stdout=said, stderr=said, check=False)

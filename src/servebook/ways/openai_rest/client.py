@@ -1,0 +1,143 @@
+"""Clients of everything that speaks OpenAI's completions, made with OpenAI's SDK: vLLM, and its router in front."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from openai import AsyncOpenAI, OpenAI
+from openai.types import Completion
+
+from servebook.ways.client import Answer, Piece
+
+NO_KEY = "no-key"
+"""The SDK wants one, also for a server that asks for none."""
+
+COUNTED = {"include_usage": True, "continuous_usage_stats": True}
+"""Stream options: the number of tokens so far comes with every event, and in a last one without text.
+
+The second one is vLLM's own; its router does not hand it on, and then only the last event counts.
+"""
+
+
+class OpenAIClient:
+    """A client of the server at `url` ("http://host:port"); use it in a `with` block, from any number of threads.
+
+    `sampling` are fields of the body, vLLM's own among them (`top_k`, `ignore_eos`). Errors are `openai.APIError`.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+        self.client = OpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0)
+
+    @cached_property
+    def model(self) -> str:
+        """The name of the first model that the server has."""
+        return next(iter(self.client.models.list())).id
+
+    def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
+        """Return the whole answer; `timeout` bounds each wait for bytes, in seconds."""
+        asked = self.client.completions.create(model=self.model, prompt=prompt, timeout=timeout, extra_body=sampling)
+        return read_answer(asked)
+
+    def stream(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
+        """Yield what is new as it comes; leaving the loop, or closing the generator, closes the connection."""
+        more = sampling | {"stream_options": COUNTED}
+        with self.client.completions.create(
+            model=self.model, prompt=prompt, stream=True, timeout=timeout, extra_body=more
+        ) as events:
+            tokens = 0
+            end: Piece | None = None
+            for event in events:
+                piece = read_piece(event, tokens) if event.choices else None
+                if piece is None:
+                    end = recount(end, tokens_of(event) - tokens)
+                elif piece.finish_reason:
+                    end = piece
+                else:
+                    yield piece
+                tokens = tokens_of(event)
+            if end:
+                yield end
+
+    def __enter__(self) -> OpenAIClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+
+class OpenAIAioClient:
+    """The same for asyncio; use it in an `async with` block."""
+
+    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+        self.client = AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0)
+        self._model = ""
+
+    async def model(self) -> str:
+        """The name of the first model that the server has."""
+        if not self._model:
+            self._model = (await self.client.models.list()).data[0].id
+        return self._model
+
+    async def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:  # noqa: ASYNC109
+        """Return the whole answer; cancelling the task closes the connection."""
+        model = await self.model()
+        asked = self.client.completions.create(model=model, prompt=prompt, timeout=timeout, extra_body=sampling)
+        return read_answer(await asked)
+
+    async def stream(
+        self,
+        prompt: str,
+        *,
+        timeout: float = 60,  # noqa: ASYNC109
+        **sampling: Any,
+    ) -> AsyncGenerator[Piece]:
+        """Yield what is new as it comes; to leave early, wrap it in `contextlib.aclosing`."""
+        more = sampling | {"stream_options": COUNTED}
+        asked = self.client.completions.create(
+            model=await self.model(), prompt=prompt, stream=True, timeout=timeout, extra_body=more
+        )
+        async with await asked as events:
+            tokens = 0
+            end: Piece | None = None
+            async for event in events:
+                piece = read_piece(event, tokens) if event.choices else None
+                if piece is None:
+                    end = recount(end, tokens_of(event) - tokens)
+                elif piece.finish_reason:
+                    end = piece
+                else:
+                    yield piece
+                tokens = tokens_of(event)
+            if end:
+                yield end
+
+    async def __aenter__(self) -> OpenAIAioClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.close()
+
+
+def tokens_of(event: Completion) -> int:
+    """The tokens of the answer so far."""
+    return event.usage.completion_tokens if event.usage else 0
+
+
+def read_piece(event: Completion, tokens: int) -> Piece:
+    """What an event brings, after one with `tokens` so far."""
+    choice = event.choices[0]
+    return Piece(choice.text, tokens_of(event) - tokens, choice.finish_reason)
+
+
+def recount(end: Piece | None, more: int) -> Piece | None:
+    """The last piece, with tokens that were told only after it."""
+    return end and replace(end, tokens=end.tokens + more)
+
+
+def read_answer(completion: Completion) -> Answer:
+    """The first choice of a whole answer."""
+    choice, prompt_tokens = completion.choices[0], completion.usage.prompt_tokens if completion.usage else 0
+    return Answer(choice.text, tokens_of(completion), prompt_tokens, choice.finish_reason)

@@ -1,0 +1,92 @@
+"""Every way has a client, and one for asyncio, of one shape; and what they tell of one engine is the same."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import aclosing, closing
+from typing import Any
+
+import pytest
+import requests
+
+from servebook.clients import CLIENTS
+from servebook.launch import SERVERS, Server
+from servebook.settings import Settings
+from servebook.ways.client import AioClient, Answer, Client, Piece
+
+FIXTURES = {"vllm-grpc": "vllm_grpc", "vllm-rs": "vllm_rs", "grpc": "grpc_server"}
+"""Where the fixture is not called like its server."""
+
+MESSAGE = "Count from 1 to 100."
+GREEDY = {"max_tokens": 24, "temperature": 0}
+
+
+def test_every_server_has_clients() -> None:
+    """A room's front and its hub are no ways of their own."""
+    assert CLIENTS.keys() == SERVERS.keys() - {"front", "hub"}
+
+
+def shape(method: Callable[..., Any]) -> object:
+    """What a caller may rely on: names, kinds and defaults of the parameters, and what comes back."""
+    signature = inspect.signature(method)
+    parameters = [(each.name, each.kind, each.default) for each in signature.parameters.values()]
+    return parameters, signature.return_annotation
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+async def test_clients_have_one_shape(name: str, settings: Settings) -> None:
+    server = Server(name, "m", {"http": "127.0.0.1:9", "grpc": "127.0.0.1:9"}, settings)
+    with CLIENTS[name].client(server) as client:
+        assert shape(type(client).generate) == shape(Client.generate)
+        assert shape(type(client).stream) == shape(Client.stream)
+        assert inspect.isgeneratorfunction(client.stream)
+    async with CLIENTS[name].aio_client(server) as aio_client:
+        assert shape(type(aio_client).generate) == shape(AioClient.generate)
+        assert shape(type(aio_client).stream) == shape(AioClient.stream)
+        assert inspect.iscoroutinefunction(aio_client.generate)
+        assert inspect.isasyncgenfunction(aio_client.stream)
+
+
+def put_together(pieces: list[Piece], prompt_tokens: int) -> Answer:
+    """The answer that came in pieces, of which the last one alone says why it ended."""
+    *earlier, last = pieces
+    assert last.finish_reason
+    assert not [piece for piece in earlier if piece.finish_reason]
+    text, tokens = "".join(piece.text for piece in pieces), sum(piece.tokens for piece in pieces)
+    return Answer(text, tokens, prompt_tokens, last.finish_reason)
+
+
+def told(answer: Answer) -> Answer:
+    """Without the token ids, which some ways carry and others do not."""
+    return Answer(answer.text, answer.tokens, answer.prompt_tokens, answer.finish_reason)
+
+
+def by_hand(vllm: Server, chats: bool) -> Answer:
+    """What vLLM's own REST API answers."""
+    path, ask = (
+        ("chat/completions", {"messages": [{"role": "user", "content": MESSAGE}]})
+        if chats
+        else ("completions", {"prompt": MESSAGE})
+    )
+    headers = {"Authorization": f"Bearer {vllm.settings.key}"} if vllm.settings.key else {}
+    body = {"model": vllm.model, **ask, **GREEDY}
+    answer = requests.post(f"{vllm.url}/v1/{path}", json=body, headers=headers, timeout=60).json()
+    choice, usage = answer["choices"][0], answer["usage"]
+    text = choice["message"]["content"] if chats else choice["text"]
+    return Answer(text, usage["completion_tokens"], usage["prompt_tokens"], choice["finish_reason"])
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", [name for name in CLIENTS if name != "router"])
+async def test_all_clients_tell_the_same_answer(name: str, vllm: Server, request: pytest.FixtureRequest) -> None:
+    """The router's turn is in test_10_scale_out.py, while its engines are up."""
+    server = request.getfixturevalue(FIXTURES.get(name, name))
+    expected = by_hand(vllm, CLIENTS[name].chats)
+    assert (expected.tokens, expected.finish_reason) == (24, "length")
+    with CLIENTS[name].client(server) as client, closing(client.stream(MESSAGE, **GREEDY)) as stream:
+        assert put_together(list(stream), expected.prompt_tokens) == expected
+        assert told(client.generate(MESSAGE, **GREEDY)) == expected
+    async with CLIENTS[name].aio_client(server) as aio, aclosing(aio.stream(MESSAGE, **GREEDY)) as aio_stream:
+        assert put_together([piece async for piece in aio_stream], expected.prompt_tokens) == expected
+        assert told(await aio.generate(MESSAGE, **GREEDY)) == expected

@@ -1,0 +1,338 @@
+"""The overlays of kubernetes/: objects fit their schemas, arguments their programs' parsers, and all fit each other."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import typer.main
+import yaml
+from kustomization import Object, render
+from vllm_router.launch_router import parse_router_args
+
+from servebook.ways.fastapi_gateway.server.__main__ import main as gateway
+
+ROOT = Path(__file__).parents[1]
+OVERLAYS = {path.name: path for path in sorted((ROOT / "kubernetes/overlays").iterdir())}
+README = (ROOT / "kubernetes/README.md").read_text()
+KUBERNETES = "1.33"
+OPERATORS = {"ScaledObject", "PodMonitor"}
+"""Kinds that KEDA and Prometheus' operator add: Kubernetes itself has no schema of them."""
+ASK_FOR_TOKENS = {"cache_aware", "kv_aware"}
+"""The router's policies that call `/v1/completions/render` of a replica (chapter 10, section 4)."""
+UVICORN_SECONDS = 5
+"""What the gateway gives to that which is running when SIGTERM comes."""
+
+each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
+
+
+@cache
+def objects(overlay: str) -> dict[tuple[str, str], Object]:
+    """Every object of an overlay, by kind and name."""
+    return {(each["kind"], each["metadata"]["name"]): each for each in render(OVERLAYS[overlay])}
+
+
+def of_kind(overlay: str, kind: str) -> dict[str, Object]:
+    return {name: each for (one, name), each in objects(overlay).items() if one == kind}
+
+
+def pod(overlay: str, name: str) -> Object:
+    return dict(objects(overlay)["Deployment", name]["spec"]["template"]["spec"])
+
+
+def container(overlay: str, name: str) -> Object:
+    (one,) = pod(overlay, name)["containers"]
+    return dict(one)
+
+
+def labels(overlay: str) -> list[Object]:
+    """Of the pods of every Deployment."""
+    return [each["spec"]["template"]["metadata"]["labels"] for each in of_kind(overlay, "Deployment").values()]
+
+
+def find(tree: Any, key: str) -> Iterator[Any]:
+    """What stands under `key`, anywhere in `tree`."""
+    if isinstance(tree, dict):
+        yield from (value for name, value in tree.items() if name == key)
+    if isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from find(value, key)
+
+
+@cache
+def vllm(overlay: str) -> Any:
+    """The arguments of `vllm serve`, as its own parser reads them."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    one = container(overlay, "vllm")
+    assert one["command"][:2] == ["vllm", "serve"]
+    return make_arg_parser(FlexibleArgumentParser()).parse_args([*one["command"][2:], *one["args"]])
+
+
+def router(overlay: str) -> Any:
+    namespace = objects(overlay)["Deployment", "vllm-router"]["metadata"]["namespace"]
+    words = [word.replace("$(NAMESPACE)", namespace) for word in container(overlay, "vllm-router")["args"]]
+    return parse_router_args(words)
+
+
+def drain(overlay: str, name: str) -> tuple[int, int]:
+    """Of a Deployment's pods: the seconds that they have to leave, and those that they sleep first."""
+    sleep = container(overlay, name)["lifecycle"]["preStop"]["sleep"]["seconds"]
+    return pod(overlay, name)["terminationGracePeriodSeconds"], sleep
+
+
+# Each by itself
+
+
+@each_overlay
+def test_objects_fit_the_schemas(overlay: str) -> None:
+    for (kind, _), each in objects(overlay).items():
+        if kind not in OPERATORS:
+            kubernetes_validate.validate(each, KUBERNETES, strict=True)
+    assert {kind for kind, _ in objects(overlay)} >= {"Deployment", "PodDisruptionBudget", "NetworkPolicy"}
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "problem"),
+    [
+        ("replicas: 2", "replicas: two", "'two' is not of type"),
+        ("httpGet: {path: /health", "httpGet: {paht: /health", "'paht' was unexpected"),
+        ("enableServiceLinks", "enableServiceLink", "'enableServiceLink' was unexpected"),
+    ],
+)
+def test_the_schemas_find_mistakes(right: str, wrong: str, problem: str) -> None:
+    text = (ROOT / "kubernetes/base/vllm.yaml").read_text()
+    assert right in text
+    broken, _ = yaml.safe_load_all(text.replace(right, wrong))
+    with pytest.raises(kubernetes_validate.ValidationError, match=problem):
+        kubernetes_validate.validate(broken, KUBERNETES, strict=True)
+
+
+@each_overlay
+def test_the_overlays_are_rendered_here_as_kustomize_renders_them(overlay: str) -> None:
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl, which has kustomize in it, is not installed")
+    command = ["kubectl", "kustomize", str(OVERLAYS[overlay])]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    theirs = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(text)}
+    for each in theirs.values():
+        if each["kind"] == "Secret":
+            each["stringData"] = {name: base64.b64decode(value).decode() for name, value in each.pop("data").items()}
+            del each["type"]
+    assert {key: in_order(each) for key, each in theirs.items()} == {
+        key: in_order(each) for key, each in objects(overlay).items()
+    }
+
+
+def in_order(tree: Any) -> Any:
+    """`tree` with its lists of named things in the order of the names, which has no meaning."""
+    if isinstance(tree, dict):
+        return {key: in_order(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        done = [in_order(value) for value in tree]
+        return sorted(done, key=lambda each: each["name"]) if all("name" in each for each in done) else done
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "problem"),
+    [
+        ("name: models}", "name: model}", "a patch for PersistentVolumeClaim model meets 0 objects"),
+        ("/spec/accessModes", "/spec/accessMode", "wants to replace /spec/accessMode, which is not there"),
+        ("generatorOptions", "generatorOption", "not understood: generatorOption"),
+    ],
+)
+def test_a_patch_of_what_is_not_there_is_found(tmp_path: Path, right: str, wrong: str, problem: str) -> None:
+    shutil.copytree(ROOT / "kubernetes", tmp_path / "kubernetes")
+    file = tmp_path / "kubernetes/overlays/cpu-kind/kustomization.yaml"
+    assert right in file.read_text()
+    file.write_text(file.read_text().replace(right, wrong))
+    with pytest.raises(ValueError, match=problem):
+        render(file.parent)
+
+
+@each_overlay
+def test_the_programs_understand_their_arguments(overlay: str) -> None:
+    command = typer.main.get_command(typer_of(gateway))
+    words = container(overlay, "gateway")["args"]
+    assert command.make_context("gateway", list(words)).params["upstream"] == "http://vllm-router"
+    assert vllm(overlay).host == router(overlay).host == router(overlay).prometheus_host == "0.0.0.0"  # all of the pod
+    assert container(overlay, "vllm")["command"][2].startswith("/models/")
+
+
+def typer_of(function: Any) -> typer.Typer:
+    app = typer.Typer()
+    app.command()(function)
+    return app
+
+
+# All together
+
+
+@each_overlay
+def test_ports_meet(overlay: str) -> None:
+    def ports(name: str) -> dict[str, int]:
+        return {port["name"]: port["containerPort"] for port in container(overlay, name)["ports"]}
+
+    assert ports("vllm") == {"http": vllm(overlay).port} == {"http": router(overlay).service_discovery_port}
+    assert ports("vllm-router") == {"http": router(overlay).port, "metrics": router(overlay).prometheus_port}
+    assert f"--http-port={ports('gateway')['http']}" in container(overlay, "gateway")["args"]
+    for name, service in of_kind(overlay, "Service").items():
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports(name).keys()
+    for name in of_kind(overlay, "Deployment"):
+        probes = [container(overlay, name)[kind] for kind in ("readinessProbe", "livenessProbe")]
+        assert {probe["httpGet"]["port"] for probe in probes} == {"http"}
+    for policy in of_kind(overlay, "NetworkPolicy").values():
+        for rule in policy["spec"].get("ingress", ()):
+            guarded = policy["spec"]["podSelector"]["matchLabels"]["app"]
+            assert {port["port"] for port in rule["ports"]} <= ports(guarded).keys()
+    upstream = re.search(r"--upstream=http://([\w-]+)", " ".join(container(overlay, "gateway")["args"]))
+    assert upstream
+    assert 80 in [port["port"] for port in of_kind(overlay, "Service")[upstream[1]]["spec"]["ports"]]
+
+
+@each_overlay
+def test_whatever_is_selected_is_there(overlay: str) -> None:
+    selectors = [each for each in find(list(objects(overlay).values()), "matchLabels") if "app" in each]
+    selectors += [service["spec"]["selector"] for service in of_kind(overlay, "Service").values()]
+    selectors.append(router(overlay).selector)
+    assert len(selectors) > 8
+    for selector in selectors:
+        assert any(selector.items() <= each.items() for each in labels(overlay)), selector
+    for deployment in of_kind(overlay, "Deployment").values():
+        spec = deployment["spec"]
+        assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
+
+
+@each_overlay
+def test_what_a_pod_names_is_there(overlay: str) -> None:
+    """Secrets and their keys, claims and accounts; what the reader brings is in the README."""
+    made = {name: each["stringData"] for name, each in of_kind(overlay, "Secret").items()}
+    for reference in find(list(objects(overlay).values()), "secretKeyRef"):
+        name, key = reference["name"], reference["key"]
+        assert key in made.get(name, {}) or f"create secret generic {name} --from-literal={key}=" in README
+    for name in find(list(objects(overlay).values()), "secretName"):
+        assert f"create secret tls {name} " in README
+    assert set(find(list(objects(overlay).values()), "claimName")) == of_kind(overlay, "PersistentVolumeClaim").keys()
+    accounts = set(find(list(of_kind(overlay, "Deployment").values()), "serviceAccountName"))
+    assert accounts == of_kind(overlay, "ServiceAccount").keys()
+
+
+def test_the_key_for_kind_is_one_that_the_gateway_takes_and_no_other_overlay_has_one() -> None:
+    assert len(objects("cpu-kind")["Secret", "vllm-api-key"]["stringData"]["key"]) >= 8
+    assert not of_kind("gpu", "Secret")
+
+
+@each_overlay
+def test_the_policy_finds_its_routes_on_the_replicas(overlay: str) -> None:
+    assert router(overlay).policy in ASK_FOR_TOKENS
+    assert vllm(overlay).enable_scale_out
+    assert router(overlay).service_discovery
+
+
+@each_overlay
+def test_whatever_is_running_ends_before_its_pod_does(overlay: str) -> None:
+    longest = router(overlay).request_timeout_secs
+    grace, sleep = drain(overlay, "vllm")
+    assert vllm(overlay).shutdown_timeout >= longest
+    assert grace > sleep + vllm(overlay).shutdown_timeout
+    grace, sleep = drain(overlay, "vllm-router")  # which waits, without a limit of its own
+    assert grace > sleep + longest
+    grace, sleep = drain(overlay, "gateway")
+    assert sleep >= longest
+    assert grace > sleep + UVICORN_SECONDS
+
+
+@each_overlay
+def test_no_pod_is_root_or_knows_more_than_it_needs(overlay: str) -> None:
+    for name in of_kind(overlay, "Deployment"):
+        spec = pod(overlay, name)
+        assert spec["securityContext"]["runAsNonRoot"], name
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert not spec["enableServiceLinks"], name
+        assert spec.get("automountServiceAccountToken", name == "vllm-router") == (name == "vllm-router")
+        for each in [*spec["containers"], *spec.get("initContainers", ())]:
+            inside = each["securityContext"]
+            assert not inside["allowPrivilegeEscalation"], each["name"]
+            assert inside["capabilities"] == {"drop": ["ALL"]}, each["name"]
+            assert "memory" in each["resources"]["limits"], each["name"]
+
+
+@each_overlay
+def test_who_may_call_whom(overlay: str) -> None:
+    """Each Deployment has a policy that opens it, after one that closes all; vLLM is behind the router alone."""
+    policies = of_kind(overlay, "NetworkPolicy")
+    assert policies["closed"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    assert policies.keys() - {"closed"} == of_kind(overlay, "Deployment").keys()
+    callers = {
+        name: {each["podSelector"]["matchLabels"]["app"] for each in find_from(policy) if "podSelector" in each}
+        for name, policy in policies.items()
+    }
+    assert callers == {"closed": set(), "gateway": set(), "vllm-router": {"gateway"}, "vllm": {"vllm-router"}}
+
+
+def find_from(policy: Object) -> list[Object]:
+    return [each for rule in policy["spec"].get("ingress", ()) for each in rule.get("from", ())]
+
+
+@each_overlay
+def test_a_disruption_never_takes_the_last_copy(overlay: str) -> None:
+    for name, budget in of_kind(overlay, "PodDisruptionBudget").items():
+        assert budget["spec"]["maxUnavailable"] == 1
+        assert budget["spec"]["selector"]["matchLabels"] == {"app": name}
+    copies = {name: each["spec"].get("replicas") for name, each in of_kind(overlay, "Deployment").items()}
+    assert copies["vllm"] in (2, None)  # None: the autoscaler's minimum
+    assert "vllm-router" not in of_kind(overlay, "PodDisruptionBudget")
+
+
+def test_the_router_may_see_pods_and_nothing_else() -> None:
+    (rule,) = objects("gpu")["Role", "vllm-router"]["rules"]
+    assert rule == {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}
+    binding = objects("gpu")["RoleBinding", "vllm-router"]
+    (account,) = binding["subjects"]
+    assert (account["name"], account["namespace"]) == ("vllm-router", binding["metadata"]["namespace"])
+    assert ("Role", binding["roleRef"]["name"]) in objects("gpu")
+
+
+def test_the_autoscaler_reads_a_gauge_that_vllm_has_and_owns_the_number() -> None:
+    from vllm.v1.metrics import loggers
+
+    scaler = objects("gpu")["ScaledObject", "vllm"]["spec"]
+    assert "replicas" not in objects("gpu")["Deployment", scaler["scaleTargetRef"]["name"]]["spec"]
+    assert scaler["minReplicaCount"] == 2
+    (trigger,) = scaler["triggers"]
+    (gauge,) = re.findall(r"vllm:\w+", trigger["metadata"]["query"])
+    assert f'name="{gauge}"' in Path(loggers.__file__).read_text()
+    assert objects("gpu")["ScaledObject", "vllm"]["metadata"]["namespace"] in trigger["metadata"]["query"]
+    (endpoint,) = objects("gpu")["PodMonitor", "vllm"]["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in [port["name"] for port in container("gpu", "vllm")["ports"]]
+
+
+def test_the_gpu_overlay_asks_for_a_gpu_and_kind_for_none() -> None:
+    resources = {name: container(name, "vllm")["resources"]["limits"] for name in OVERLAYS}
+    assert resources["gpu"]["nvidia.com/gpu"] == "1"
+    assert "nvidia.com/gpu" not in resources["cpu-kind"]
+    assert vllm("cpu-kind").enforce_eager
+    env = {each["name"]: each.get("value") for each in container("cpu-kind", "vllm")["env"]}
+    assert env["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_model_of_the_base_is_where_its_init_container_puts_it(tmp_path: Path) -> None:
+    from servebook.engine.model import bundled_path
+    from servebook.settings import Settings
+
+    (first,) = pod("cpu-kind", "vllm")["initContainers"]
+    env = {each["name"]: each["value"] for each in first["env"]}
+    put = bundled_path(Settings(cache_dir=Path(env["SERVEBOOK_CACHE_DIR"])))
+    assert container("cpu-kind", "vllm")["command"][2] == str(put)
+    (fetch,) = pod("gpu", "vllm")["initContainers"]
+    assert fetch["command"][-1] == container("gpu", "vllm")["command"][2]

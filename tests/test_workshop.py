@@ -1,0 +1,80 @@
+"""What an instructor shows and hands out: agendas, slides and handout follow the manifests and the notebooks."""
+
+from __future__ import annotations
+
+import re
+
+import nbformat
+import pytest
+
+from servebook.lab.manifest import find_exercise
+from servebook.lab.shell import tagged
+from servebook.workbook.agenda import GUIDE, Agenda, line, load_agendas, sections, written
+from servebook.workbook.chapters import find_chapter, load_chapters
+from servebook.workbook.deck import handout, key_points, read, slides, with_slides
+
+agendas = pytest.mark.parametrize("agenda", load_agendas(), ids=lambda agenda: agenda.title)
+
+
+def test_the_guide_has_the_agendas_of_the_manifests() -> None:
+    guide = GUIDE.read_text(encoding="utf-8")
+    assert written(guide) == guide, "run `make agendas`"
+
+
+@agendas
+def test_an_agenda_names_what_there_is_and_has_breaks(agenda: Agenda) -> None:
+    since_break, first_lab = 0, True
+    for step in agenda.steps:
+        minutes, what, _ = line(step, first_lab)
+        assert minutes > 0
+        if step.chapter:
+            there = sections(find_chapter(step.chapter).stem).keys()
+            assert there == set(range(1, len(there) + 1))
+            assert set(step.skip) < there
+            shown = {int(number) for number in re.findall(r"section (\d+)", step.show)}
+            assert shown <= there - set(step.skip), f"{what}: what is skipped cannot be shown"
+        assert {find_exercise(each)[0].stem[:2] for each in step.exercises} <= {step.lab}
+        first_lab = first_lab and not step.lab
+        since_break = 0 if step.say in ("Break", "Lunch") else since_break + minutes
+        assert since_break <= 120, f"{what}: two hours without a break"
+
+
+def test_less_is_skipped_more_time_is_taken() -> None:
+    whole, part = (
+        line(step.model_copy(update={"skip": skip}), False)[0]
+        for step in load_agendas()[0].steps
+        if step.chapter == "01"
+        for skip in ((), (1, 2, 3, 4))
+    )
+    assert (whole, part) == (find_chapter("01").minutes, find_chapter("01").minutes / 2)
+
+
+def test_a_deck_has_a_slide_for_each_heading_and_the_instructors_notes() -> None:
+    chapter = find_chapter("09")
+    notebook = with_slides(read(chapter))
+    kinds = [cell.metadata.slideshow["slide_type"] for cell in notebook.cells]
+    headings = sum(cell.cell_type == "markdown" and cell.source.startswith("#") for cell in notebook.cells)
+    assert kinds.count("slide") == headings > 5
+    assert kinds.count("notes") == sum(tagged(cell, "instructor") for cell in notebook.cells) > 0
+    own = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("# x", metadata={"slideshow": {"slide_type": "skip"}})]
+    )
+    assert with_slides(own).cells[0].metadata.slideshow["slide_type"] == "skip"
+    page = slides(chapter)
+    assert '<aside class="notes">' in page
+    assert "Reveal.initialize" in page
+    assert not re.findall(r'src="(?!https?:|data:)[^"]*"', page)
+
+
+def test_the_handout_has_every_chapters_key_points_and_no_notes() -> None:
+    page = handout()
+    source = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_markdown_cell(text, metadata={"tags": tags})
+            for text, tags in (("# 01 · A", []), ("## Key points", []), ("Say it.", ["instructor"]), ("## Next", []))
+        ]
+    )
+    assert [cell.source for cell in key_points(source)] == ["# 01 · A", "## Key points"]
+    for chapter in load_chapters():
+        assert chapter.title.replace("'", "&#39;") in page or chapter.title in page
+    assert page.count("Key points</h2>") + page.count("Key points<a") == len(load_chapters())
