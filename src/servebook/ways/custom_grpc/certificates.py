@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+import trustme
 
 LIFETIME = datetime.timedelta(days=1)
+NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -32,54 +29,15 @@ def make_certificates(folder: Path) -> Certificates:
     files = Certificates(
         *(folder / name for name in ("ca.pem", "server.pem", "server.key", "client.pem", "client.key"))
     )
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-    ca_name = _name("servebook CA")
-    authority = (
-        _certificate(ca_name, ca_name, ca_key)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(ca_key, hashes.SHA256())
-    )
-    files.ca.write_bytes(authority.public_bytes(serialization.Encoding.PEM))
-    names = x509.SubjectAlternativeName(
-        [
-            x509.DNSName("localhost"),
-            x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
-            x509.IPAddress(ipaddress.ip_address("::1")),
-        ]
-    )
-    for name, usage, certificate_file, key_file in (
-        ("server", ExtendedKeyUsageOID.SERVER_AUTH, files.server_cert, files.server_key),
-        ("client", ExtendedKeyUsageOID.CLIENT_AUTH, files.client_cert, files.client_key),
+    authority = trustme.CA(organization_name="servebook")
+    authority.cert_pem.write_to_path(files.ca)
+    end = datetime.datetime.now(datetime.UTC) + LIFETIME
+    for certificate_file, key_file in (
+        (files.server_cert, files.server_key),
+        (files.client_cert, files.client_key),
     ):
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = (
-            _certificate(_name(name), ca_name, key)
-            .add_extension(names, critical=False)
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-            .sign(ca_key, hashes.SHA256())
-        )
-        certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        issued = authority.issue_cert(*NAMES, not_after=end)
+        issued.cert_chain_pems[0].write_to_path(certificate_file)
         key_file.touch(mode=0o600)
-        key_file.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
+        issued.private_key_pem.write_to_path(key_file)
     return files
-
-
-def _name(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-
-
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))  # clocks differ
-        .not_valid_after(now + LIFETIME)
-    )
