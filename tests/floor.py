@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-FLOOR = 1950
-"""How many tests pass at least, of about 2,050; raise it as they grow."""
+FLOOR = 2100
+"""How many tests pass at least, of about 2,200; raise it as they grow."""
 
 
 def shortfall(config: pytest.Config) -> str:
