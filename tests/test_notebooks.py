@@ -200,8 +200,27 @@ def test_right_answers_of_the_quizzes_are_spread() -> None:
 def test_a_chapter_leads_to_its_sources(chapter: Chapter) -> None:
     """Outside links to where a fact comes from: a specification, a paper, the documentation of the program."""
     _, notebook = chapter
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    assert re.search(r"\]\(https://(?!github\.com/\w+/servebook)", text)
+    assert re.search(r"\]\(https://(?!github\.com/\w+/servebook)", prose(notebook))
+
+
+def test_a_chapter_leads_to_the_glossary(chapter: Chapter) -> None:
+    _, notebook = chapter
+    assert "](glossary.md)" in prose(notebook)
+
+
+def test_the_glossarys_words_stand_in_the_chapters_that_it_names() -> None:
+    text = (NOTEBOOKS / "glossary.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| (.+?) \| .+ \| \[(\d\d)\]\((\2\w+\.ipynb)\) \|$", text)
+    words = [word for word, _, _ in rows]
+    assert len(rows) == len(text.split("|---|---|---|\n")[1].splitlines())
+    assert words == sorted(words, key=str.lower)
+    for word, _, file in rows:
+        assert word.lower() in prose(nbformat.read(NOTEBOOKS / file, as_version=4)).lower(), f"{file} has no {word!r}"
+
+
+def prose(notebook: NotebookNode) -> str:
+    """A notebook's text cells."""
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
 
 
 def test_no_wall_of_source_or_output(chapter: Chapter) -> None:
