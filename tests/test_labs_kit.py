@@ -80,7 +80,9 @@ def test_notebook_agrees_with_the_manifest(lab: Lab) -> None:
     assert [cell_id for cell_id in order if cell_id.endswith("-check")] == [f"{e.cell}-check" for e in lab.exercises]
     for exercise in lab.exercises:
         head = f"## {exercise.id} · {exercise.title}\n*{exercise.kind.capitalize()} · {exercise.worth} · about "
-        assert by_id[f"{exercise.cell}-brief"].source.startswith(head + f"{exercise.minutes} minutes*")
+        assert by_id[f"{exercise.cell}-brief"].source.startswith(
+            head + f"{exercise.minutes} minutes · {exercise.difficulty} · {exercise.importance}*"
+        )
         answer, check = by_id[f"{exercise.cell}-answer"], by_id[f"{exercise.cell}-check"]
         assert order.index(check.id) == order.index(answer.id) + 1
         assert answer.metadata.nbgrader.solution

@@ -22,14 +22,14 @@ STATES = {"new": "", "tried": "✗", "passed": "✓"}
 
 @app.command("list")
 def list_labs() -> None:
-    """List every exercise with your progress."""
-    table = Table("", "exercise", "", "points", "minutes", "hints", "servers")
+    """List every exercise with your progress; a + beside its level marks one that goes beyond the core."""
+    table = Table("", "exercise", "", "level", "points", "minutes", "hints", "servers")
     earned = 0
     with Store() as progress:
         for lab in load_labs():
             table.add_section()
             table.add_row(
-                "", lab.stem, f"[bold]{lab.title}", str(lab.points), str(lab.minutes), "", " ".join(lab.servers)
+                "", lab.stem, f"[bold]{lab.title}", "", str(lab.points), str(lab.minutes), "", " ".join(lab.servers)
             )
             for exercise in lab.exercises:
                 record = progress.of(exercise.id)
@@ -38,6 +38,7 @@ def list_labs() -> None:
                     STATES[record.state],
                     exercise.id,
                     exercise.title,
+                    exercise.difficulty + (" +" if exercise.importance == "extra" else ""),
                     str(exercise.points),
                     str(exercise.minutes),
                     f"{record.hints}/{len(exercise.hints)}",

@@ -14,7 +14,10 @@ from servebook.errors import ServebookError
 
 
 class Exercise(BaseModel):
-    """One blank: what it is called, what it is worth (points), how long it takes (minutes), and its hints."""
+    """One blank: what it is called, what it is worth (points), how long it takes (minutes), and its hints.
+
+    `core` exercises are what everybody should have done; an `extra` one goes deeper, or is needed by fewer people.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -23,6 +26,8 @@ class Exercise(BaseModel):
     kind: Literal["read", "write", "build"]
     points: Annotated[int, Field(ge=1)]
     minutes: Annotated[int, Field(ge=1)]
+    difficulty: Literal["easy", "medium", "hard"]
+    importance: Literal["core", "extra"]
     hints: Annotated[tuple[str, ...], Field(min_length=2)]
 
     @property
