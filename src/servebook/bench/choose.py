@@ -1,14 +1,24 @@
-"""The decision guide of chapter 9: which path for which need, each line resting on a figure of a stored run."""
+"""The decision guide of chapter 9: which path for which need, each line resting on a figure of a stored run.
+
+Its texts are in `choose.toml`.
+"""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
+
+from pydantic import BaseModel, ConfigDict
 
 from servebook.bench.report import core_full_at, interval
 from servebook.bench.results import Results
 from servebook.bench.stats import Estimate
 from servebook.bench.tensors import MIB
+
+BUSY_TOKENS_PER_S = 5000
+"""From here on the protocol takes a good part of a core in one process (chapter 8, section 8)."""
 
 
 @dataclass(frozen=True)
@@ -25,35 +35,43 @@ class Needs:
     token_ids: bool = False
     many_users: bool = False
 
-
-QUESTIONS = {
-    "browsers": "Browsers or strangers call it directly",
-    "own_rules": "It needs rules of its own: who may ask what, how much, with which prompt around it",
-    "typed_contract": "Services in several languages call it, with deadlines and a contract that a compiler checks",
-    "tokens_per_s": "Tokens a second through one server process",
-    "other_models": "Models that are no LLMs are served beside it, or Triton runs already",
-    "big_tensors": "Requests carry megabytes of numbers",
-    "kserve_cluster": "It runs on Kubernetes with KServe",
-    "token_ids": "The caller is a router that has tokenized already",
-    "many_users": "One engine is not enough",
-}
-"""How each field of `Needs` is asked for."""
+    @property
+    def busy(self) -> bool:
+        """Whether one server process has more to write than is good for it."""
+        return self.tokens_per_s >= BUSY_TOKENS_PER_S
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One line of the guide: when `applies`, take `path` at its `place` on a request's way.
+class Rule(BaseModel):
+    """One line of the guide: where one of `needs` is there, take `path` at its `place` on a request's way.
 
-    `costs` is what is given up for it; `evidence` reads the figure that it rests on.
+    `costs` is what is given up for it; `figure` is the name in FIGURES of what it rests on.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     place: str
     path: str
     because: str
     costs: str
     chapter: str
-    applies: Callable[[Needs], bool]
-    evidence: Callable[[Results], str]
+    needs: tuple[str, ...] = ()
+    figure: str
+
+    def applies(self, needs: Needs) -> bool:
+        """Whether one of its needs is among them; a rule without any always applies."""
+        return not self.needs or any(getattr(needs, need) for need in self.needs)
+
+
+class Row(BaseModel):
+    """One statement of the article, and what running it showed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    claim: str
+    verdict: str
+    why: str
+    figure: str
 
 
 def tokens_ratio(run: Results, path: str) -> str:
@@ -104,94 +122,31 @@ def _tensors(run: Results) -> str:
     return "15 MiB: " + ", ".join(f"{name} {ms}" for name, ms in times.items())
 
 
-BUSY_TOKENS_PER_S = 5000
-"""From here on the protocol takes a good part of a core in one process (chapter 8, section 8)."""
+FIGURES: dict[str, Callable[[Results], str]] = {
+    "busy": _busy,
+    "gateway": _gateway,
+    "gateway_tokens": lambda run: tokens_ratio(run, "gateway"),
+    "grpc": _grpc,
+    "grpc_instead": lambda run: f"gRPC instead: {tokens_ratio(run, 'grpc')}",
+    "killed_replica": lambda run: "a property, shown by killing a replica under load",
+    "kserve": lambda run: tokens_ratio(run, "kserve-sse"),
+    "property": lambda run: "a property",
+    "tensors": _tensors,
+    "triton": lambda run: tokens_ratio(run, "triton"),
+    "triton_cpu": lambda run: f"server CPU per token {interval(cpu_ratio(run, 'triton'))} of SSE's",
+    "vllm_grpc_cpu": lambda run: f"server CPU per token {interval(cpu_ratio(run, 'vllm-grpc'))} of SSE's",
+}
+"""What a line may rest on, read from a run."""
 
-DEFAULT = Rule(
-    "protocol",
-    "vLLM's REST and SSE",
-    "Every SDK and tool speaks it, and nothing measured here was worth giving that up for",
-    "A schema that a compiler checks; an eighth of the bytes",
-    "01, 02",
-    lambda needs: True,
-    lambda run: f"gRPC instead: {tokens_ratio(run, 'grpc')}",
-)
-
-RULES = (
-    Rule(
-        "gateway",
-        "the gateway, in front of vLLM",
-        "vLLM's key locks some paths only; limits, disconnects and your own API need a place",
-        "One process more, with CPU for every token",
-        "05",
-        lambda needs: needs.browsers or needs.own_rules,
-        _gateway,
-    ),
-    Rule(
-        "router",
-        "KServe",
-        "The cluster's way to scale, roll out and route; stream over its OpenAI route",
-        "A cluster, and people who know it",
-        "06",
-        lambda needs: needs.kserve_cluster,
-        lambda run: tokens_ratio(run, "kserve-sse"),
-    ),
-    Rule(
-        "router",
-        "vLLM's router in front of replicas",
-        "It balances, and asks another replica when one has died",
-        "A hop, and a process that must not die",
-        "10",
-        lambda needs: needs.many_users,
-        lambda run: "a property, shown by killing a replica under load",
-    ),
-    Rule(
-        "server",
-        "more server processes in front of the engine (--api-server-count)",
-        "At this rate one process that writes every message becomes the limit, whatever it speaks",
-        "Cores; memory for each process",
-        "08",
-        lambda needs: needs.tokens_per_s >= BUSY_TOKENS_PER_S,
-        _busy,
-    ),
-    Rule(
-        "server",
-        "Triton with the vLLM backend",
-        "One server, one metrics page and one client for all models; no faster than vLLM, and more to set up",
-        "CPU for every token, several times that of SSE as it was measured",
-        "03",
-        lambda needs: needs.other_models,
-        lambda run: f"server CPU per token {interval(cpu_ratio(run, 'triton'))} of SSE's",
-    ),
-    Rule(
-        "protocol",
-        "vLLM's own gRPC",
-        "Token ids in and out: made for the hop between a router and the engine, not for end users",
-        "The text is the caller's work; the contract changes with vLLM's",
-        "07",
-        lambda needs: needs.token_ids,
-        lambda run: f"server CPU per token {interval(cpu_ratio(run, 'vllm-grpc'))} of SSE's",
-    ),
-    Rule(
-        "protocol",
-        "our own gRPC server",
-        "A schema, deadlines and status codes that travel, in every language",
-        "A proto and a server to maintain; browsers need a gateway",
-        "04",
-        lambda needs: needs.typed_contract,
-        _grpc,
-    ),
-    Rule(
-        "tensors",
-        "binary tensors, over HTTP or gRPC (Triton, KServe)",
-        "Numbers as text cost more than everything else together",
-        "A request that nobody can read in a log",
-        "08",
-        lambda needs: needs.big_tensors,
-        _tensors,
-    ),
-)
+_texts = tomllib.loads(files("servebook.bench").joinpath("choose.toml").read_text(encoding="utf-8"))
+QUESTIONS: dict[str, str] = _texts["questions"]
+"""How each field of `Needs` is asked for."""
+DEFAULT = Rule(**_texts["default"])
+"""What holds where nothing else asks for the place."""
+RULES = tuple(Rule(**rule) for rule in _texts["rules"])
 """In the order in which requests pass the places; of rivals for one place, the earlier weighs more."""
+ARTICLE = tuple(Row(**row) for row in _texts["article"])
+"""The article's comparison (S14, S15, S17 to S20), row by row."""
 
 
 def choose(needs: Needs) -> list[Rule]:
@@ -209,125 +164,19 @@ def outweighed(needs: Needs) -> list[tuple[Rule, Rule]]:
     return [(rule, taken[rule.place]) for rule in RULES if rule.applies(needs) and taken[rule.place] is not rule]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One statement of the article, and what running it showed."""
-
-    id: str
-    claim: str
-    verdict: str
-    why: str
-    evidence: Callable[[Results], str]
-
-
-ARTICLE = (
-    Row(
-        "S14",
-        "REST is simple and has the standard SDK",
-        "confirmed",
-        "one POST; the SDK works unchanged (chapter 01)",
-        lambda run: "a property",
-    ),
-    Row(
-        "S14, S18",
-        "REST has overhead against gRPC",
-        "corrected",
-        "in bytes, much; in CPU, some; in tokens/s next to nothing with a real engine (chapter 08)",
-        _grpc,
-    ),
-    Row(
-        "S14",
-        "Triton + vLLM: fast, complex set-up",
-        "confirmed",
-        "fast, but not faster than vLLM itself; a repository, a backend and a tensor protocol to learn (chapter 03)",
-        lambda run: tokens_ratio(run, "triton"),
-    ),
-    Row(
-        "S14",
-        "own gRPC: full control, own maintenance",
-        "confirmed",
-        "health, cancellation, limits, TLS and status codes were all ours to write (chapter 04)",
-        lambda run: "a property",
-    ),
-    Row(
-        "S15",
-        "quick PoC, plain chat service: REST",
-        "confirmed",
-        "and not for the quick ones only",
-        lambda run: f"gRPC instead: {tokens_ratio(run, 'grpc')}",
-    ),
-    Row(
-        "S15",
-        "large production: Triton + vLLM or own gRPC",
-        "corrected",
-        "size alone asks for replicas and a router, and leaves the protocol as it is (chapter 10)",
-        _busy,
-    ),
-    Row(
-        "S15",
-        "already on Triton: Triton + vLLM",
-        "confirmed",
-        "one server, one repository and one set of metrics for all models (chapter 03)",
-        lambda run: "a property",
-    ),
-    Row(
-        "S15",
-        "extreme customisation: own gRPC",
-        "corrected",
-        "own rules need a server of your own, which may speak HTTP as well: the gateway (chapters 04, 05)",
-        lambda run: tokens_ratio(run, "gateway"),
-    ),
-    Row(
-        "S17",
-        "gRPC comes through Triton or an own server",
-        "corrected",
-        "vLLM has a gRPC server of its own since 0.14 (chapter 07); KServe is the fourth way",
-        lambda run: "a property",
-    ),
-    Row(
-        "S18",
-        "inference is the bottleneck, so the protocol hardly matters",
-        "confirmed, with a limit",
-        "until one process writes thousands of tokens a second",
-        _busy,
-    ),
-    Row(
-        "S19",
-        "vLLM is for language models only, Triton for any model",
-        "confirmed, with a limit",
-        "vLLM also embeds, ranks, classifies and hears; Triton serves any tensors, vLLM among them (chapters 03, 08)",
-        lambda run: "a property",
-    ),
-    Row(
-        "S19",
-        "gRPC need: low with vLLM, high with Triton",
-        "confirmed, with a limit",
-        "Triton streams over HTTP too (generate_stream), and its binary HTTP is as fast (chapters 03, 08)",
-        _tensors,
-    ),
-    Row(
-        "S20",
-        "15 MB of pictures gain much from gRPC, text does not",
-        "corrected",
-        "they gain from binary: HTTP binary does as well, and gRPC with typed contents does not",
-        _tensors,
-    ),
-)
-"""The article's comparison (S14, S15, S17 to S20), row by row."""
-
-
 def guide(run: Results, rules: Sequence[Rule] = (DEFAULT, *RULES)) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and rows: every rule with what it costs, its chapter and its figure."""
     head = ("place", "take", "because", "costs", "chapter", "figure")
     return head, [
-        (rule.place, rule.path, rule.because, rule.costs, rule.chapter, linked(rule.evidence(run))) for rule in rules
+        (rule.place, rule.path, rule.because, rule.costs, rule.chapter, linked(FIGURES[rule.figure](run)))
+        for rule in rules
     ]
 
 
 def article(run: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and rows: every statement with its verdict and figure."""
     head = ("item", "the article says", "verdict", "why", "figure")
-    return head, [(row.id, row.claim, row.verdict, row.why, linked(row.evidence(run))) for row in ARTICLE]
+    return head, [(row.id, row.claim, row.verdict, row.why, linked(FIGURES[row.figure](run))) for row in ARTICLE]
 
 
 def linked(figure: str) -> str:
