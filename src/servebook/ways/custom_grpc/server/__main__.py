@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import gc
-import json
-import logging
 import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import psutil
 import uvloop
-from prometheus_client import start_http_server
 
-from servebook.engine.arguments import engine_args
 from servebook.errors import ServebookError
-from servebook.settings import LOOPBACK, in_address, is_loopback, load_settings
-from servebook.ways.custom_grpc.server import metrics
-from servebook.ways.custom_grpc.server.calls import Calls
-from servebook.ways.custom_grpc.server.servicer import LLMServicer
-from servebook.ways.custom_grpc.server.transport import Health, Tls, make_server
+from servebook.settings import is_loopback, load_settings
+from servebook.ways.custom_grpc.server.serving import serve, set_up_log, start_engine
 
-if TYPE_CHECKING:
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from servebook.ways.custom_grpc.server.inputs import Inputs
-
-WATCH_SECONDS = 0.2
 MAX_FRONTS = 64
-
-log = logging.getLogger("servebook.ways.custom_grpc.server")
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"time": self.formatTime(record), "level": record.levelname, "event": record.getMessage()}
-        return json.dumps(line | getattr(record, "fields", {}))
 
 
 def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -69,94 +40,6 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             "or stay on 127.0.0.1"
         )
     return ours, engine_words
-
-
-def start_engine(words: list[str]) -> tuple[AsyncLLM, Inputs]:
-    """Import vLLM and load the model; takes half a minute, in a thread, while the port is open already."""
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from servebook.ways.custom_grpc.server.inputs import Inputs
-
-    engine = AsyncLLM.from_engine_args(engine_args(words))
-    return engine, Inputs.of(engine)
-
-
-async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM, Inputs]]) -> None:
-    """Open the port, start the engine by `start` in a thread, serve until SIGTERM or SIGINT, drain, stop.
-
-    Raises:
-        LaunchError: the port is taken or a TLS file does not serve.
-    """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(sig, stop.set)
-
-    calls, health = Calls(options.max_calls), Health()
-    servicer = LLMServicer(calls)
-    tls = Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
-    shared = options.fronts > 1
-    address = f"{in_address(options.host)}:{options.grpc_port}"
-    server = make_server(address, servicer, health, options.key, tls, shared)
-    await health.say(serving=False)
-    if not shared:  # else the process that keeps the fronts adds their figures up
-        metrics.watch_tasks()
-        start_http_server(options.metrics_port, LOOPBACK)  # it asks for no key: not for the network
-    await server.start()
-    log.info("listening", extra={"fields": {"host": options.host, "port": options.grpc_port, "tls": tls is not None}})
-
-    starting = asyncio.create_task(asyncio.to_thread(start))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():
-        # An engine that is half up cannot be shut down, only ended; its thread cannot be cancelled.
-        for process in psutil.Process().children(recursive=True):
-            process.kill()
-        log.info("stopped")
-        os._exit(0)
-    engine, inputs = await starting
-    try:
-        await engine.get_supported_tasks()  # the first answer of the engine: from here on its death is noticed, too
-        servicer.attach(engine, inputs)
-        gc.collect()
-        gc.freeze()  # what the start left is not searched again and again
-        await health.say(serving=True)
-        log.info("ready")
-        await watch(engine, stop, health)
-        log.info("draining", extra={"fields": {"open_calls": calls.open}})
-        await health.servicer.enter_graceful_shutdown()
-        metrics.SERVING.set(0)
-        # New calls are refused from here on. The grace time ends with the last call: health watchers never end.
-        grace = asyncio.create_task(server.stop(options.grace))
-        drained = asyncio.create_task(calls.none_open.wait())
-        await asyncio.wait({grace, drained}, return_when=asyncio.FIRST_COMPLETED)
-        await server.stop(0)
-    finally:
-        engine.shutdown()
-    log.info("stopped")
-
-
-async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health) -> None:
-    """Wait for `stop`; say so when the engine dies. The server stays up to answer until somebody restarts it."""
-    alive = True
-    while not stop.is_set():
-        if alive and engine.errored:
-            alive = False
-            await health.say(serving=False)
-            log.error("engine died")
-        try:
-            await asyncio.wait_for(stop.wait(), WATCH_SECONDS)
-        except TimeoutError:
-            continue
-
-
-def set_up_log() -> None:
-    """One JSON object a line, on standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 def main() -> None:

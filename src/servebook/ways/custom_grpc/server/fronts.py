@@ -146,7 +146,7 @@ class Fronts:
         # Fronts are forked from a process that has imported vLLM, but has no threads and no sockets yet.
         multiprocessing.set_forkserver_preload(
             [
-                "servebook.ways.custom_grpc.server.__main__",
+                "servebook.ways.custom_grpc.server.serving",
                 "servebook.ways.custom_grpc.server.inputs",
                 "vllm.v1.engine.async_llm",
             ]
@@ -274,11 +274,11 @@ def reserve(host: str, port: int) -> socket.socket:
 
 
 def run_front(options: argparse.Namespace, config: VllmConfig, index: int, addresses: dict[str, str]) -> None:
-    """One front, in a process of its own: the server of `__main__` with an `AsyncLLM` that is one client of several."""
+    """One front, in a process of its own: the same server, with an `AsyncLLM` that is one client of several."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from servebook.ways.custom_grpc.server.__main__ import serve, set_up_log
     from servebook.ways.custom_grpc.server.inputs import Inputs
+    from servebook.ways.custom_grpc.server.serving import serve, set_up_log
 
     end_with_parent()
     set_up_log()
