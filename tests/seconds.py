@@ -1,13 +1,50 @@
-"""A pytest plugin: where a run's time went, by file of tests: a chapter's proofs are in the file of its stem."""
+"""A pytest plugin: where a run's time went, by file of tests, and how many engines and kernels it started.
+
+A chapter's proofs are in the file of its stem.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 
+import psutil
 import pytest
 
+POLL_SECONDS = 1.0
+"""How often the machine's processes are looked at; an engine lives for a minute, a kernel for seconds."""
+COSTLY = {"engines": "VLLM::EngineCor", "kernels": "ipykernel_launcher"}
+"""What takes seconds to start, by a piece of its name or of its command."""
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+
+class Counter(threading.Thread):
+    """Counts processes that come up on this machine while the tests run, whoever starts them."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.ended = threading.Event()
+        self.seen: dict[str, set[tuple[int, float]]] = {what: set() for what in COSTLY}
+
+    def run(self) -> None:
+        started = psutil.Process().create_time()
+        while not self.ended.wait(POLL_SECONDS):
+            for process in psutil.process_iter(["name", "cmdline", "create_time"]):
+                words = " ".join([process.info["name"], *(process.info["cmdline"] or ())])
+                for what, mark in COSTLY.items():
+                    if mark in words and process.info["create_time"] > started:
+                        self.seen[what].add((process.pid, process.info["create_time"]))
+
+
+COUNTER = pytest.StashKey[Counter]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin to count."""
+    config.stash[COUNTER] = Counter()
+    config.stash[COUNTER].start()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the seconds of each file that took one or more; fixtures count where they were made."""
     seconds: defaultdict[str, float] = defaultdict(float)
     for reports in terminalreporter.stats.values():
@@ -18,3 +55,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for file, took in sorted(seconds.items(), key=lambda item: -item[1]):
         if took >= 1:
             terminalreporter.write_line(f"{took:7.0f}  {file}")
+    counter = config.stash[COUNTER]
+    counter.ended.set()
+    counter.join()
+    terminalreporter.write_line("started: " + ", ".join(f"{len(seen)} {what}" for what, seen in counter.seen.items()))

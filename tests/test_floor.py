@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,10 @@ def test_this_run_has_the_floor(pytestconfig: pytest.Config) -> None:
 
 
 def test_a_run_says_where_its_seconds_went(tmp_path: Path) -> None:
-    (tmp_path / "test_one.py").write_text("import time\n\n\ndef test_slow():\n    time.sleep(1)\n")
+    (tmp_path / "test_one.py").write_text(
+        "import subprocess, sys\n\n\ndef test_slow():\n"
+        "    subprocess.run([sys.executable, '-c', 'import time; time.sleep(3)', 'ipykernel_launcher'])\n"
+    )
     (tmp_path / "test_two.py").write_text("def test_quick():\n    pass\n")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "seconds"],
@@ -51,5 +55,8 @@ def test_a_run_says_where_its_seconds_went(tmp_path: Path) -> None:
         text=True,
     )
     table = done.stdout.partition("seconds by file")[2]
-    assert "1  test_one.py\n" in table
+    assert re.search(r"[34]  test_one.py\n", table)
     assert "test_two.py" not in table
+    started = re.search(r"started: \d+ engines, (\d+) kernels", table)
+    assert started
+    assert int(started[1]) >= 1
