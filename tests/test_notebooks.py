@@ -203,6 +203,13 @@ def test_a_chapter_leads_to_its_sources(chapter: Chapter) -> None:
     assert re.search(r"\]\(https://(?!github\.com/\w+/servebook)", prose(notebook))
 
 
+def test_a_chapter_has_something_for_those_who_are_done_early(chapter: Chapter) -> None:
+    """Nobody checks it, so it says how one knows."""
+    _, notebook = chapter
+    (text,) = (cell.source for cell in notebook.cells if cell.id == "try")
+    assert re.search(r"\*\*Stretch\.\*\* .+ \*Done when\* .+\.$", text)
+
+
 def test_a_chapter_leads_to_the_glossary(chapter: Chapter) -> None:
     _, notebook = chapter
     assert "](glossary.md)" in prose(notebook)
