@@ -210,6 +210,13 @@ def test_a_chapter_has_something_for_those_who_are_done_early(chapter: Chapter) 
     assert re.search(r"\*\*Stretch\.\*\* .+ \*Done when\* .+\.$", text)
 
 
+def test_what_is_for_instructors_is_folded_away(chapter: Chapter) -> None:
+    """In the student bundle it is not there at all."""
+    _, notebook = chapter
+    (cell,) = (cell for cell in notebook.cells if "instructor" in cell.metadata.get("tags", ()))
+    assert re.fullmatch(r"<details><summary>For instructors</summary>\n\n.+\n\n</details>", cell.source)
+
+
 def test_a_chapter_leads_to_the_glossary(chapter: Chapter) -> None:
     _, notebook = chapter
     assert "](glossary.md)" in prose(notebook)

@@ -56,6 +56,7 @@ def test_a_deck_has_a_slide_for_each_heading_and_the_instructors_notes() -> None
     headings = sum(cell.cell_type == "markdown" and cell.source.startswith("#") for cell in notebook.cells)
     assert kinds.count("slide") == headings > 5
     assert kinds.count("notes") == sum(tagged(cell, "instructor") for cell in notebook.cells) > 0
+    assert not [cell for cell in notebook.cells if tagged(cell, "instructor") and "<details>" in cell.source]
     own = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_markdown_cell("# x", metadata={"slideshow": {"slide_type": "skip"}})]
     )

@@ -6,6 +6,7 @@ A heading begins a slide; what follows is below it, prose and the code that it l
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from servebook.checkout import ROOT
 from servebook.lab.shell import tagged
 from servebook.workbook.chapters import Chapter, load_chapters
 
+FOLD = re.compile(r"</?details>|<summary>.*</summary>")
+"""What keeps an instructor's cell out of a reader's way in a notebook."""
 FOR_THE_HANDOUT = ("## Key points", "## Quiz", "## Final quiz")
 
 
@@ -27,6 +30,7 @@ def with_slides(notebook: Any) -> Any:
     for cell in notebook.cells:
         if tagged(cell, "instructor"):
             kind = "notes"
+            cell.source = FOLD.sub("", cell.source)
         elif cell.cell_type == "markdown" and cell.source.startswith("#"):
             kind = "slide"
         else:
