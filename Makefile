@@ -33,9 +33,8 @@ room: $(room)/.ready
 	@exec $(bin)/servebook room start
 
 # First of all the browser: what has none must not fail when everything else has run. A part may do without.
-# Two workers, one for what needs the engines and one for the rest: tests/conftest.py says which.
 test: browser lint $(room)/.ready
-	$(bin)/pytest --durations 25 $(if $(K),-k "$(K)",-n 2 --dist loadgroup)
+	$(bin)/pytest --durations 25 $(if $(K),-k "$(K)")
 
 browser:
 	@$(if $(K),-)scripts/browser "$(env)"

@@ -1,7 +1,4 @@
-"""One engine of each kind for the whole run; afterwards nothing of ours may be left.
-
-A whole run has two workers (pytest-xdist): one for all that needs these engines, in its order, and one for the rest.
-"""
+"""One engine of each kind for the whole run; afterwards nothing of ours may be left."""
 
 from __future__ import annotations
 
@@ -11,17 +8,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-# Before servebook is imported anywhere: this run's servers are its own, apart from those of the person at work, and
-# those of each worker.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.pop("SERVEBOOK_STATE_DIR", None)
+# Before servebook is imported anywhere: this run's servers are its own, apart from those of the person at work.
 STATE_DIR = Path(os.environ.setdefault("SERVEBOOK_STATE_DIR", tempfile.mkdtemp(prefix="servebook-tests-")))
 
 # As in an activated environment: protoc and nbgrader look for their own helpers on the path.
@@ -121,25 +113,25 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     desk.close()
 
 
-@pytest.fixture
-def run_notebook(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+NOTEBOOK_RESULTS = pytest.StashKey[list[gate.Result]]()
+
+
+@pytest.fixture(scope="session")
+def run_notebook(pytestconfig: pytest.Config) -> Callable[[str], None]:
     """Put a chapter's notebook through the gate: `run_notebook("01_openai_rest")`; the table comes at the end."""
+    results = pytestconfig.stash.setdefault(NOTEBOOK_RESULTS, [])
 
     def run(stem: str) -> None:
-        result = gate.run(gate.NOTEBOOKS / f"{stem}.ipynb")
-        record_property("notebook", asdict(result) | {"notebook": str(result.notebook)})
-        assert not result.problem, f"{stem}:\n{result.problem}"
+        results.append(gate.run(gate.NOTEBOOKS / f"{stem}.ipynb"))
+        assert not results[-1].problem, f"{stem}:\n{results[-1].problem}"
 
     return run
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print what each notebook took, and how much of it was run."""
-    reports = chain.from_iterable(terminalreporter.stats.values())
-    properties = [dict(each.user_properties) for each in reports if getattr(each, "when", "") == "call"]
-    if rows := [entry["notebook"] for entry in properties if "notebook" in entry]:
+    if results := config.stash.get(NOTEBOOK_RESULTS, []):
         terminalreporter.section("notebooks")
-        results = [gate.Result(**row | {"notebook": Path(row["notebook"])}) for row in rows]
         terminalreporter.write_line(gate.table(results))
 
 
@@ -163,7 +155,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         assert {entry["state"] for entry in launch.status() if entry["name"] in names} == {"stopped"}
 
 
-NEEDS_ENGINE = {*SHARED, "gateway", "router", "run_notebook", "doomed"}
+NEEDS_ENGINE = {"vllm", "triton", "grpc_server", "gateway", "kserve", "vllm_grpc", "router", "run_notebook", "doomed"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -180,8 +172,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("engine")
         if "desk" in fixtures:
             item.add_marker("lifetime")
-        if item.get_closest_marker("engine") or item.get_closest_marker("browser"):
-            item.add_marker(pytest.mark.xdist_group("engines"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

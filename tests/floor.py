@@ -10,8 +10,6 @@ FLOOR = 2100
 
 def shortfall(config: pytest.Config) -> str:
     """What is wrong with the number of tests that passed; "" where nothing is, or where a part was asked for."""
-    if hasattr(config, "workerinput"):
-        return ""  # a worker of a whole run; the one that hands out the tests counts
     option = config.option
     part = option.keyword or option.markexpr or option.collectonly or config.getoption("lf", False)
     if part or config.args_source is not pytest.Config.ArgsSource.TESTPATHS:

@@ -39,9 +39,7 @@ COUNTER = pytest.StashKey[Counter]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin to count; workers leave it to the one that hands out the tests."""
-    if hasattr(config, "workerinput"):
-        return
+    """Begin to count."""
     config.stash[COUNTER] = Counter()
     config.stash[COUNTER].start()
 
