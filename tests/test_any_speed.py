@@ -26,6 +26,7 @@ from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.settings import Settings
 from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.client import GrpcClient
+from servebook.ways.fastapi_gateway.steps import step_3_errors, step_4_limits
 from servebook.ways.metrics import metric
 from servebook.workbook.gate import NOTEBOOKS
 from servebook.workbook.notebook import expect_error, machine_card, measure_pace
@@ -72,7 +73,7 @@ def names_of_04(fronts: SimpleNamespace, client: GrpcClient) -> dict[str, Any]:
         "client": client,
         "metric": lambda *_: open_calls(fronts.grpc),
         **{"grpc": grpc, "time": time, "llm_pb2": llm_pb2, "GrpcAioClient": GrpcAioClient, "aclosing": aclosing},
-        **{"expect_error": expect_error, "machine_card": machine_card},
+        **{"expect_error": expect_error, "machine_card": machine_card, "endless": ENDLESS},
     }
 
 
@@ -118,15 +119,21 @@ async def test_a_full_house_refuses(fronts: SimpleNamespace, capsys: pytest.Capt
         body = {"model": fronts.vllm.model, "prompt": "Once", "max_tokens": tokens}
         httpx.post(f"{fronts.vllm.url}/v1/completions", json=body, timeout=60).raise_for_status()
 
-    space = {
-        "vllm": fronts.vllm,
-        "pace": measure_pace(write),
-        "STORY": {"message": "Tell me a long story."},
-        "GATEWAY": "servebook.ways.fastapi_gateway.server",
-        **{"headers": {}, "env": {}, "asyncio": asyncio, "httpx": httpx, "child_server": child_server},
-    }
-    await run("05", ["s7-busy"], space)
-    assert capsys.readouterr().out == "[200, 200, 503, 503, 503, 503]\n"
+    with (
+        child_server(step_3_errors.__name__, "--upstream", fronts.vllm.url) as without,
+        child_server(step_4_limits.__name__, "--upstream", fronts.vllm.url) as limited,
+    ):
+        space = {
+            "steps": {3: without, 4: limited},
+            "pace": measure_pace(write),
+            "STORY": {"message": "Tell me a long story."},
+            **{"asyncio": asyncio, "httpx": httpx},
+        }
+        await run("05", ["s7-busy"], space)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 3: [200, 200, 200, 200, 200, 200]",
+        "step 4: [200, 200, 200, 200, 503, 503]",
+    ]
 
 
 def test_a_slow_reader_loses_nothing_and_holds_up_nobody(fronts: SimpleNamespace) -> None:
