@@ -32,7 +32,7 @@ from servebook.settings import Settings, load_settings  # noqa: E402
 from servebook.workbook import gate  # noqa: E402
 from servebook.workbook.doctor import find_browser  # noqa: E402
 
-pytest_plugins = ["floor", "seconds"]
+pytest_plugins = ["floor", "seconds", "survived"]
 
 
 @pytest.fixture(scope="session")
