@@ -34,7 +34,7 @@ room: $(room)/.ready
 
 # First of all the browser: what has none must not fail when everything else has run. A part may do without.
 test: browser lint $(room)/.ready
-	$(bin)/pytest --durations 25 $(if $(K),-k "$(K)")
+	$(if $(K),$(bin)/pytest --durations 25 -k "$(K)",scripts/test "$(bin)/pytest")
 
 browser:
 	@$(if $(K),-)scripts/browser "$(env)"
