@@ -29,6 +29,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from servebook import launch
+from servebook.checkout import ROOT
 from servebook.errors import LaunchError
 from servebook.lab.manifest import load_labs
 from servebook.launch.processes import free_port
@@ -729,6 +730,7 @@ def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_
     (mallorys / long / f"{long}.ipynb").write_bytes(b"x" * (1 + (20 << 20)))
     (mallorys / foldered).symlink_to(tmp_path)
     (desks / "link").symlink_to(desks / "ada")
+    shutil.copy(ROOT / "labs" / other / f"{other}.ipynb", desks / "ada" / "labs" / other)
     ada, mallory = collect.collect(desks, submitted)
     assert (ada.learner, ada.labs, ada.left) == ("ada", [lab], {f"{lab}/foreign.sh": "not handed out"})
     assert (mallory.learner, mallory.labs) == ("mallory", [lab])
