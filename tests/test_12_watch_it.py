@@ -146,6 +146,14 @@ def test_it_does_not_go_off_for_a_moment() -> None:
     assert "firing" not in states(replace(RULE, window=1), [page(at, 100, 5 * (at > 3)) for at in range(12)])
 
 
+def test_a_break_begins_the_hold_anew() -> None:
+    """Slow in the seconds 1, 2, 4, 5, 7, 8 …: never for three without a break."""
+    slow = [at - at // 3 for at in range(20)]
+    found = states(replace(RULE, window=1), [page(at, 0, count) for at, count in enumerate(slow)])
+    assert found[:6] == ["pending", "pending", "inactive"] * 2
+    assert "firing" not in found
+
+
 def test_up_to_the_share_may_be_late() -> None:
     assert set(states(RULE, [page(at, 95 * at, 5 * at) for at in range(20)])) == {"inactive"}
     assert "firing" in states(RULE, [page(at, 94 * at, 6 * at) for at in range(20)])
