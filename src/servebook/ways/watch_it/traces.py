@@ -89,7 +89,7 @@ def waterfall(spans: Sequence[Span]) -> dict[str, tuple[float, float]]:
     """When each span began and ended, in seconds since the first began; after vLLM's, the parts that it consists of.
 
     vLLM says how long queue, prefill and decode took. They are laid end to end, back from the span's end; what is left
-    before them is the reading of the request.
+    before them is the way into the engine, which takes new requests in between two steps.
     """
     first = min(span.start for span in spans)
     rows: dict[str, tuple[float, float]] = {}
