@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -14,7 +15,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 # Before servebook is imported anywhere: this run's servers are its own, apart from those of the person at work.
-STATE_DIR = Path(os.environ.setdefault("SERVEBOOK_STATE_DIR", tempfile.mkdtemp(prefix="servebook-tests-")))
+MADE = "" if "SERVEBOOK_STATE_DIR" in os.environ else tempfile.mkdtemp(prefix="servebook-tests-")
+STATE_DIR = Path(os.environ.setdefault("SERVEBOOK_STATE_DIR", MADE))
 
 # As in an activated environment: protoc and nbgrader look for their own helpers on the path.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -32,7 +34,7 @@ from servebook.settings import Settings, load_settings  # noqa: E402
 from servebook.workbook import gate  # noqa: E402
 from servebook.workbook.doctor import find_browser  # noqa: E402
 
-pytest_plugins = ["floor", "seconds"]
+pytest_plugins = ["floor", "lanes", "seconds", "survived"]
 
 
 @pytest.fixture(scope="session")
@@ -234,8 +236,8 @@ def ours() -> dict[int, str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_left() -> Iterator[None]:
-    """End all servers after the run and assert that no process and no port of ours is left."""
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End all servers after the run and assert that no process and no port of ours is left; logs, if tests failed."""
     os.environ["SERVEBOOK_TEST_RUN"] = str(os.getpid())
     yield
     entries = launch.status()
@@ -245,3 +247,5 @@ def nothing_left() -> Iterator[None]:
     assert not ours(), f"left running: {list(ours().values())}"
     addresses = [address.rsplit(":", 1) for entry in entries for address in entry["endpoints"].values()]
     assert all(can_bind(host, int(port)) for host, port in addresses), f"left listening: one of {addresses}"
+    if MADE and not request.session.testsfailed:
+        shutil.rmtree(MADE)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-FLOOR = 2100
-"""How many tests pass at least, of about 2,200; raise it as they grow."""
+FLOOR = {None: 2200, "engines": 1030, "rest": 1190}
+"""How many tests pass at least, of about 2,250, in all and by lane; raise it as they grow."""
 
 
 def shortfall(config: pytest.Config) -> str:
@@ -16,7 +16,8 @@ def shortfall(config: pytest.Config) -> str:
         return ""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     passed = len(reporter.stats.get("passed", [])) if reporter else 0
-    return "" if passed >= FLOOR else f"FAILED: {passed} tests passed, and in a whole run at least {FLOOR} must"
+    floor = FLOOR[config.getoption("lane", None)]
+    return "" if passed >= floor else f"FAILED: {passed} tests passed, and in a whole run at least {floor} must"
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

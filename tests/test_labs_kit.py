@@ -572,13 +572,16 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path
     submit(course / "submitted/renamed" / STEM, perfect, name="my lab")
     submit(desks / "torn/labs" / STEM, perfect, lost=("setup", "01-2-check bare", "01-4-check"))
     (desks / "empty/labs" / OTHER).mkdir()
-    shutil.copy(ROOT / "labs" / OTHER / f"{OTHER}.ipynb", desks / "empty/labs" / OTHER)
+    other = (ROOT / "labs" / OTHER / f"{OTHER}.ipynb").read_text()
+    (desks / f"empty/labs/{OTHER}/{OTHER}.ipynb").write_text(f"{other} ")  # as it was handed out it would be no hand-in
     (desks / "empty/feedback").symlink_to(course)
+    for number in range(1500):  # beside what no submission may read lies more than a variable of 128 KiB could name
+        (tmp_path / f"{number:0100}").touch()
     told = learner(
         *("room", "collect", "--grade", "--course", course),
         **{"SERVEBOOK_ENGINE_URL": vllm.url, "SERVEBOOK_API_KEY": KEY},
     ).stdout
-    assert f"{STEM}: 6 graded, 2 not: grades.csv says why" in told
+    assert f"{STEM}: 6 graded, 2 not: grades.csv says why" in told, told
     assert "  empty has no feedback: Not a directory" in told
     assert f"{OTHER}: 1 graded\n" in told
     said = (tmp_path / "state/grading/nbgrader.log").read_text()

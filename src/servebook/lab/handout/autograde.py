@@ -93,23 +93,26 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
         self.scratch = confine.scratch_folder()
         self.environment = {MARK: self.mark, "SPT_NOENV": "1", "TMPDIR": str(self.scratch)}
         # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
-        self.allowed = None
-        if confine.possible():
-            self.allowed = confine.folders(self.folder, Path.cwd(), self.scratch)
-        else:
-            self.log.warning("This machine has no Landlock: submissions can read all that you can, solutions too")
-        told = {confine.TOLD: json.dumps(self.allowed)} if self.allowed else {}
-        self.judge = JudgeProcess(self.environment | told)
+        self.allowed, told = None, {}
         try:
-            tempfile.tempdir = str(self.scratch)  # for the file that tells the kernel its sockets
-            executed: tuple[Any, Any] = super().preprocess(nb, resources, km)
-            return executed
+            if confine.possible():
+                self.allowed = confine.folders(self.folder, Path.cwd(), self.scratch)
+                told[confine.TOLD] = str(self.scratch.parent / "folders.json")
+                Path(told[confine.TOLD]).write_text(json.dumps(self.allowed))
+            else:
+                self.log.warning("This machine has no Landlock: submissions can read all that you can, solutions too")
+            self.judge = JudgeProcess(self.environment | told)
+            try:
+                tempfile.tempdir = str(self.scratch)  # for the file that tells the kernel its sockets
+                executed: tuple[Any, Any] = super().preprocess(nb, resources, km)
+                return executed
+            finally:
+                tempfile.tempdir = None
+                self.judge.end()
         except DeadKernelError:
             remark(resources, "not graded: the submission's kernel died")
             raise
         finally:
-            tempfile.tempdir = None
-            self.judge.end()
             for command in end(f"{MARK}={self.mark}", GRACE_SECONDS):
                 self.log.info("Ended what the submission had started: %s", command)
             shutil.rmtree(self.scratch.parent, ignore_errors=True)

@@ -22,7 +22,10 @@ from servebook.checkout import ROOT
 from servebook.settings import load_settings
 
 TOLD = "SERVEBOOK_CONFINED_TO"
-"""In the environment of a process that is to confine itself: the folders, as JSON."""
+"""In the environment of a process that is to confine itself: the file that names the folders, in JSON.
+
+Not the folders themselves: they may be thousands, and one variable holds 128 KiB at the most (MAX_ARG_STRLEN).
+"""
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 """The numbers of Landlock's system calls, the same on every machine; uapi/linux/landlock.h for the rights."""
 FROM = "SERVEBOOK_CONFINED_FROM"
@@ -99,7 +102,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 def confine_as_told() -> None:
     """Confine this process if its environment says so; once more is stricter: it may not look into its parent then."""
     if TOLD in os.environ:
-        confine(json.loads(os.environ[TOLD]))
+        confine(json.loads(Path(os.environ[TOLD]).read_text()))
 
 
 def scratch_folder() -> Path:
