@@ -34,7 +34,7 @@ from servebook.settings import Settings, load_settings  # noqa: E402
 from servebook.workbook import gate  # noqa: E402
 from servebook.workbook.doctor import find_browser  # noqa: E402
 
-pytest_plugins = ["floor", "lanes", "seconds"]
+pytest_plugins = ["floor", "lanes", "seconds", "survived"]
 
 
 @pytest.fixture(scope="session")

@@ -392,6 +392,7 @@ async def test_a_cancel_before_the_first_token(triton: Server) -> None:
     assert vllm_metric(triton, "generation_tokens_total") - before < 20
 
 
+@pytest.mark.survives("200 callers who leave at random", "triton", lost="nothing")
 async def test_200_random_cancels(triton: Server) -> None:
     """gRPC cancels crash some Triton releases (server issues 7368, 8034)."""
     before = {role: process.pid for role, process in family(triton).items()}
@@ -560,6 +561,7 @@ def own(request: pytest.FixtureRequest) -> Iterator[Server]:
     server.stop()
 
 
+@pytest.mark.survives("the engine killed (SIGKILL)", "triton", lost="its answers, each with an error")
 @pytest.mark.parametrize("victim", ["core", "stub"])
 async def test_a_death_is_seen_at_once_by_all_and_leaves_nothing(own: Server, victim: str) -> None:
     processes = family(own)

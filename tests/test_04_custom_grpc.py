@@ -425,6 +425,7 @@ async def cancelled(aio: GrpcAioClient, after: int) -> None:
             await anext(stream)
 
 
+@pytest.mark.survives("200 callers who leave at random", "grpc", lost="nothing")
 async def test_200_cancels_at_random_leave_the_engine_idle(aio: GrpcAioClient, grpc_server: launch.Server) -> None:
     chance = random.Random(4)
     for _ in range(25):
@@ -499,6 +500,7 @@ def test_a_dropped_connection_reaches_the_engine(grpc_server: launch.Server) -> 
     eventually(lambda: is_idle(grpc_server), "idle", IDLE_SECONDS)
 
 
+@pytest.mark.survives("a reader who does not read", "grpc", lost="nothing")
 def test_a_slow_reader_gets_merged_messages_and_loses_nothing(grpc_server: launch.Server, client: GrpcClient) -> None:
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64)]  # a small window: soon full
     request = pb.StreamGenerateRequest(prompt="Once", max_tokens=250, sampling=FOREVER)
@@ -526,6 +528,7 @@ def test_a_pinging_client_may_wait_in_silence(grpc_server: launch.Server) -> Non
     assert answer.usage.completion_tokens == 150
 
 
+@pytest.mark.survives("2,000 short calls", "grpc", lost="nothing")
 async def test_2000_short_calls_leave_nothing_behind(aio: GrpcAioClient, grpc_server: launch.Server) -> None:
     def standing() -> dict[str, float]:
         names = ("servebook_grpc_asyncio_tasks", "process_open_fds", "process_resident_memory_bytes")
@@ -697,6 +700,9 @@ def is_refused(client: GrpcClient) -> bool:
     return bool(call.code() is grpc.StatusCode.UNAVAILABLE)
 
 
+@pytest.mark.survives(
+    "SIGTERM with streams open", "grpc", lost="nothing that ends in the grace time; new calls are refused"
+)
 def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient, guarded: launch.Server) -> None:
     watch = health_pb2_grpc.HealthStub(friend.channel).Watch(health_pb2.HealthCheckRequest(), timeout=120)
     assert next(watch).status == SERVING

@@ -161,6 +161,7 @@ def test_64_callers_at_once(gateway: launch.Server) -> None:
     assert all(text and 1 <= tokens <= 16 for _, text, tokens in answers)
 
 
+@pytest.mark.survives("a reader of a few bytes at a time", "gateway", lost="nothing")
 def test_a_slow_reader_gets_everything_and_holds_up_nobody(gateway: launch.Server) -> None:
     slow = half_a_request(gateway.url, "/chat/stream", JAPAN | {"max_tokens": 60, "message": "Count to twenty."})
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -475,6 +476,7 @@ def test_the_page_asks_no_other_host_and_has_a_strict_policy(gateway: launch.Ser
 # When something dies
 
 
+@pytest.mark.survives("the server killed (SIGKILL)", "gateway", lost="its streams, each broken off")
 def test_a_gateway_killed_and_started_again(vllm: launch.Server) -> None:
     port = free_port()
     eventually(lambda: running(vllm.url) == 0, "the engine is idle")
@@ -507,6 +509,9 @@ def doomed() -> launch.Server:
     return launch.serve("vllm", instance="vllm-doomed", vllm_http_port=free_port(), engine_url=None)
 
 
+@pytest.mark.survives(
+    "the engine stopped (SIGSTOP) beyond the time limit", "gateway", lost="its answers, each with an error"
+)
 async def test_an_engine_that_hangs_is_a_timeout(doomed: launch.Server) -> None:
     assert doomed.pid
     app = create_app(Config(doomed.url, idle_seconds=0.5, answer_seconds=1))
@@ -529,6 +534,7 @@ async def test_an_engine_that_hangs_is_a_timeout(doomed: launch.Server) -> None:
     assert [(answer.status_code, answer.json()["error"]["code"]) for answer in answers] == [(504, "engine_timeout")] * 2
 
 
+@pytest.mark.survives("the engine killed (SIGKILL)", "gateway", lost="its answers, each with an error")
 def test_the_engine_killed_under_load_and_back(doomed: launch.Server) -> None:
     assert doomed.pid
     with (

@@ -478,6 +478,7 @@ def test_caller_who_leaves_stops_the_engine(kserve: launch.Server, leave: Callab
     assert generated(kserve) - before < ENDLESS["max_tokens"] / 2
 
 
+@pytest.mark.survives("the engine killed (SIGKILL)", "kserve", lost="its answers, each with an error")
 def test_an_engine_that_dies_is_unavailable_to_everyone() -> None:
     doomed = launch.serve("kserve", instance="kserve-doomed")
     assert doomed.pid

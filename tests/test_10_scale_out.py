@@ -260,6 +260,7 @@ def end_of_stream(router: launch.Server, tokens: int) -> str:
     return str(last.decode())
 
 
+@pytest.mark.survives("one of two engines killed (SIGKILL)", "router", lost="what that engine had begun")
 def test_a_replica_killed_under_load_loses_no_request_that_has_not_begun(
     router: launch.Server, client: RouterClient
 ) -> None:
@@ -296,6 +297,7 @@ def test_a_replica_killed_under_load_loses_no_request_that_has_not_begun(
     eventually(lambda: min(sent_by(client, lambda: [complete(router) for _ in range(2)])) > 0, "requests at both")
 
 
+@pytest.mark.survives("the server killed (SIGKILL)", "router", lost="what was under way")
 def test_a_killed_router_comes_back_in_front_of_the_same_replicas(router: launch.Server, client: RouterClient) -> None:
     pids = [entry(name)["pid"] for name in REPLICAS]
     os.kill(entry("router")["pid"], signal.SIGKILL)

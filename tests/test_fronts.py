@@ -111,6 +111,7 @@ def test_each_front_serves_and_their_figures_add_up(server: launch.Server) -> No
     assert figure(server, "servebook_grpc_open_calls ") == 0
 
 
+@pytest.mark.survives("one of two fronts killed (SIGKILL)", "grpc", lost="its own streams")
 @pytest.mark.engine
 def test_a_killed_front_costs_its_own_streams_and_is_back_soon(server: launch.Server) -> None:
     with ExitStack() as stack:
@@ -135,6 +136,7 @@ def test_a_killed_front_costs_its_own_streams_and_is_back_soon(server: launch.Se
     assert figure(server, "servebook_grpc_fronts ") == FRONTS
 
 
+@pytest.mark.survives("the engine killed (SIGKILL)", "grpc", lost="its answers, each with an error")
 @pytest.mark.engine
 def test_a_dead_engine_is_told_by_every_front(server: launch.Server) -> None:
     """The last test of this server."""

@@ -572,7 +572,8 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path
     submit(course / "submitted/renamed" / STEM, perfect, name="my lab")
     submit(desks / "torn/labs" / STEM, perfect, lost=("setup", "01-2-check bare", "01-4-check"))
     (desks / "empty/labs" / OTHER).mkdir()
-    shutil.copy(ROOT / "labs" / OTHER / f"{OTHER}.ipynb", desks / "empty/labs" / OTHER)
+    other = (ROOT / "labs" / OTHER / f"{OTHER}.ipynb").read_text()
+    (desks / f"empty/labs/{OTHER}/{OTHER}.ipynb").write_text(f"{other} ")  # as it was handed out it would be no hand-in
     (desks / "empty/feedback").symlink_to(course)
     for number in range(1500):  # beside what no submission may read lies more than a variable of 128 KiB could name
         (tmp_path / f"{number:0100}").touch()

@@ -349,6 +349,9 @@ def test_an_interrupted_up_ends_what_it_started(desk: Desk, sig: signal.Signals)
     assert desk.status()["state"] == "stopped"
 
 
+@pytest.mark.survives(
+    "server, keeper or guardian killed (SIGKILL)", "every server", lost="the server; nothing is left running"
+)
 @pytest.mark.parametrize("victim", ["server", "supervisor", "guardian"])
 def test_killed_by_9(desk: Desk, victim: str) -> None:
     desk.run("up", "vllm", engine_args="--deaf")
@@ -365,6 +368,7 @@ def test_killed_by_9(desk: Desk, victim: str) -> None:
     assert desk.status()["state"] == "ready"
 
 
+@pytest.mark.survives("state files of any content", "every server", lost="nothing")
 @pytest.mark.parametrize(
     "rubbish", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"pid": 1, "state": "running", "endpoints": 7, "model": []}']
 )
@@ -390,6 +394,7 @@ def test_a_lost_record_does_not_hide_a_server(desk: Desk) -> None:
     desk.nothing_left()
 
 
+@pytest.mark.survives("a state folder that cannot be written", "every server", lost="the start, with the remedy")
 @pytest.mark.parametrize("place", ["/dev/null/state", "/proc/servebook"])
 def test_state_folder_that_cannot_be_written(desk: Desk, place: str) -> None:
     text = desk.run("up", "vllm", expect=1, state_dir=place)
@@ -560,6 +565,7 @@ def test_the_first_exception_is_the_cause(log: str, cause: str) -> None:
     assert bool(root_cause(log)) is bool(cause)
 
 
+@pytest.mark.survives("a full disk at start", "every server", lost="the start, with the cause and the remedy")
 def test_the_cause_stands_before_the_log_and_what_to_do_after_it(tmp_path: Path) -> None:
     files = Files(tmp_path, "vllm")
     files.make_folders()
@@ -692,6 +698,7 @@ def engine_cores(desk: Desk) -> list[psutil.Process]:
     return [process for process in desk.family() if is_engine(process)]
 
 
+@pytest.mark.survives("the engine killed (SIGKILL)", "vllm", lost="the server; nothing is left running")
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_real_engine_killed_while_it_serves(real: Desk) -> None:

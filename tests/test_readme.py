@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from survived import BY_HAND, PAGE, in_every_run, load, marked, written
 from typer.testing import CliRunner
 
 from servebook.cli import app
@@ -54,11 +55,25 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_page_on_security_names_tests_that_there_are() -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/security.md").read_text()))
-    there = {
-        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
-    }
+    tests = [*(ROOT / "tests").glob("test_*.py"), BY_HAND]
+    there = {name for path in tests for name in re.findall(r"def (test_\w+)", path.read_text())}
     assert len(named) > 30
     assert named <= there, named - there
+
+
+def test_the_table_of_faults_survived_is_that_of_the_tests() -> None:
+    """A row for every fault at every server that a test proves; by hand: `make survived` stores what was seen."""
+    stored, page = load(), PAGE.read_text()
+    by_hand = {row[:4] for row in marked(BY_HAND)}
+    assert {row[:4] for row in stored} <= by_hand, "what was seen is of a test that there is"
+    assert len(by_hand) > 40
+    assert page == written(page, stored), "pytest tests/faults_by_hand.py --store-survived --collect-only writes it"
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    for row in [*in_every_run(), *stored]:
+        assert any(
+            row.fault in line and re.search(rf"[|,] {row.server}[ ,]", line) and f"`{row.test}`" in line
+            for line in lines
+        ), row
 
 
 @pytest.mark.parametrize("name", re.findall(r"\]\((docs/images/\w+\.png)\)", README))

@@ -368,6 +368,7 @@ def test_a_desk_that_forks_without_end_stops_at_its_limit(kernels: dict[str, Ker
     solve(kernels["alan"])
 
 
+@pytest.mark.survives("the proxy killed (SIGKILL)", "room", lost="nothing: desks are back in seconds")
 def test_desks_are_back_in_a_moment_when_the_proxy_is_killed(room: Room, kernels: dict[str, Kernel]) -> None:
     kernel = kernels["grace"]
     kernel.run("kept = 'through a new proxy'")
@@ -384,6 +385,7 @@ def test_desks_are_back_in_a_moment_when_the_proxy_is_killed(room: Room, kernels
     assert kernel.run("print(kept)") == "through a new proxy\n"
 
 
+@pytest.mark.survives("the hub killed (SIGKILL)", "room", lost="nothing: desks go on")
 def test_desks_outlive_a_hub_that_is_killed(room: Room, kernels: dict[str, Kernel]) -> None:
     kernel = kernels["grace"]
     kernel.run("kept = 'still here'")

@@ -26,6 +26,7 @@ from classroom import bearer
 from desk import eventually
 
 from servebook import launch
+from servebook.checkout import ROOT
 from servebook.errors import LaunchError
 from servebook.lab.manifest import load_labs
 from servebook.launch.processes import free_port
@@ -60,6 +61,9 @@ def test_a_key_counts_until_it_is_replaced_or_revoked(tmp_path: Path) -> None:
         roll.issue("../x")
 
 
+@pytest.mark.survives(
+    "a full disk while a key is revoked", "room", lost="nothing: it is refused, and the key is as it was"
+)
 @pytest.mark.parametrize("change", ["revoke", "forget"])
 def test_a_revocation_that_cannot_be_written_is_not_said_to_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -643,6 +647,7 @@ def test_an_opened_room_has_a_certificate_of_its_own_for_its_address(tmp_path: P
     assert tls.address(given, 8100) == "https://x"
 
 
+@pytest.mark.survives("the engine killed (SIGKILL)", "room", lost="its answers; it is started again")
 @pytest.mark.lifetime
 def test_an_engine_that_dies_is_brought_back_where_the_front_looks_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -681,6 +686,7 @@ def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_
     (mallorys / long / f"{long}.ipynb").write_bytes(b"x" * (1 + (20 << 20)))
     (mallorys / foldered).symlink_to(tmp_path)
     (desks / "link").symlink_to(desks / "ada")
+    shutil.copy(ROOT / "labs" / other / f"{other}.ipynb", desks / "ada" / "labs" / other)
     ada, mallory = collect.collect(desks, submitted)
     assert (ada.learner, ada.labs, ada.left) == ("ada", [lab], {f"{lab}/foreign.sh": "not handed out"})
     assert (mallory.learner, mallory.labs) == ("mallory", [lab])

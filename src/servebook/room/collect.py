@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from servebook.checkout import ROOT
 from servebook.lab.manifest import load_labs
 
 MAX_BYTES = 20 << 20
@@ -31,8 +32,9 @@ def collect(desks: Path, submitted: Path) -> list[Collected]:
     """Copy the labs' notebooks, and nothing else, from every desk to `submitted/LEARNER/LAB/LAB.ipynb`.
 
     A desk's files are its learner's: a link could name a file of ours, a pipe never end. Those are left, and named; so
-    is whatever else lies beside a notebook. One that has changed gets a new time in `timestamp.txt`, by which nbgrader
-    knows that it has to be graded anew; one that is gone from a desk stays as it was handed in before.
+    is whatever else lies beside a notebook. What is as it was handed out has not been worked on, and is no hand-in. One
+    that has changed gets a new time in `timestamp.txt`, by which nbgrader knows that it has to be graded anew; one that
+    is gone from a desk stays as it was handed in before.
     """
     found = []
     for desk in sorted(path for path in desks.iterdir() if path.is_dir() and not path.is_symlink()):
@@ -49,6 +51,8 @@ def collect(desks: Path, submitted: Path) -> list[Collected]:
                 continue
             except OSError as error:
                 left[lab.stem] = error.strerror or str(error)
+                continue
+            if text == (ROOT / "labs" / lab.path).read_bytes():
                 continue
             hand_in(submitted / desk.name / lab.stem, f"{lab.stem}.ipynb", text)
             labs.append(lab.stem)
