@@ -19,7 +19,7 @@ ready := $(env)/.servebook-$(device)
 room := $(env)/room
 locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
-.PHONY: lab room test browser check lint setup offline lock notebooks pictures labs deck agendas survived protos clean
+.PHONY: lab room test browser check lint setup offline lock notebooks pictures labs deck agendas sheets survived protos clean
 
 # The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
 # `|| true`: the doctor prints what it found; a failed check must not keep the reader from the notebooks.
@@ -81,6 +81,10 @@ deck: $(ready)
 
 agendas: $(ready)
 	$(python) -m servebook.workbook.agenda
+
+# The cheat sheets in docs/, from the tested snippets.
+sheets: $(ready)
+	$(python) -m servebook.workbook.cheatsheets
 
 # Faults that take too long for `make test`, at every server (an hour): what was seen goes into docs/security.md.
 survived: $(ready)

@@ -1,10 +1,13 @@
-"""Checks of lab 08: numbers out of a stream, arms that take turns, and what a result does and does not say."""
+"""Checks of lab 08: numbers out of a stream, arms that take turns, tails and promises, and what a result says."""
 
 from __future__ import annotations
 
 import json
+import math
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -237,4 +240,206 @@ def check_08_3(submission: Submission) -> None:
             ),
             otherwise="see the three rules in the brief, in their order",
             expected=f"{right!r} for means of {', '.join(means)}",
+        )
+
+
+def check_08_4(submission: Submission) -> None:
+    """Two workers of which one is slow, at times far too slow, and at times without an answer."""
+    service = submission.function("service")
+    draw = np.random.default_rng(84)
+    quick = [float(value) for value in draw.gamma(20, 0.01, 148)]
+    slow = [*map(float, draw.gamma(6, 0.1, 41)), *[None] * 11]
+    seconds = 8.0
+    cases: list[tuple[list[list[float | None]], float]] = [([[*quick], slow], 0.35), ([[0.25], []], 0.25)]
+    for workers, limit in cases:
+        everything = [value for worker in workers for value in worker]
+        values = sorted(value for value in everything if value is not None)
+        kept, count = sum(value <= limit for value in values), len(everything)
+        right = {
+            "p50": values[math.ceil(len(values) * 0.5) - 1],
+            "p99": values[math.ceil(len(values) * 0.99) - 1],
+            "kept": kept / count,
+            "goodput": kept / seconds,
+        }
+        missing = "a failed request has no time: leave the None out before you sort"
+        single_cause = (
+            "one answer is enough for both percentiles, and a worker may have none: put all into one list first"
+        )
+        got = submission.call(
+            service,
+            [list(worker) for worker in workers],
+            limit,
+            seconds,
+            causes={TypeError: missing, IndexError: single_cause, ZeroDivisionError: single_cause},
+        )
+        shown = {name: round(value, 4) for name, value in right.items()}
+        require(isinstance(got, dict) and got.keys() == right.keys(), shown, got, "return a dict with these four names")
+        each = [[value for value in worker if value is not None] or [0.0] for worker in workers]
+        of_workers = np.mean([np.percentile(worker, 99, method="inverted_cdf") for worker in each])
+        interpolated = "that was interpolated between two: by nearest rank it is a value that was measured"
+        known: dict[str, list[tuple[float, str]]] = {
+            "p50": [
+                (float(np.mean(values)), "that is the mean: the slow ones pull at it, and half of the requests do not"),
+                (float(np.median(values)), interpolated),
+            ],
+            "p99": [
+                (float(of_workers), "that is the mean of the workers' own: put all values together first"),
+                (values[-1], "that is the slowest of all: one in a hundred may be slower than the p99"),
+                (float(np.percentile(values, 99)), interpolated),
+                (values[min(math.ceil(len(values) * 0.99), len(values) - 1)], "one too far: ranks are counted from 1"),
+            ],
+            "kept": [
+                (kept / len(values), "the failed ones are missing: who got nothing was not kept a promise either"),
+                (len(values) / count, "that is the share that was answered: late ones did not keep the promise"),
+                (100 * kept / count, "that is per cent; the brief asks for a share from 0 to 1"),
+                (sum(value < limit for value in values) / count, "what takes the limit exactly is within it"),
+            ],
+            "goodput": [
+                (len(values) / seconds, "that is all answers per second: only those within the limit count"),
+                (count / seconds, "those are all requests per second: only the answers within the limit count"),
+                (kept / count, "that is a share: goodput is requests per second"),
+                (sum(value < limit for value in values) / seconds, "what takes the limit exactly is within it"),
+                (kept, "that is a number of requests: goodput is requests per second"),
+            ],
+        }
+        for name, value in right.items():
+            judge(
+                value,
+                got[name],
+                *((lambda got, _, wrong=wrong: _close_to(got, wrong), cause) for wrong, cause in known[name]),
+                otherwise="see the table in the brief",
+                expected=f"{name}: {shown[name]}",
+                shown=f"{name}: {got[name]!r}",
+                fits=_close_to,
+            )
+
+
+LATE_SECONDS = 3.0
+"""How long the check of 08.5 waits for the last question."""
+
+
+def check_08_5(submission: Submission) -> None:
+    """A server that answers nobody until the last one has asked: whoever waits for an answer waits in vain."""
+    open_loop = submission.function("open_loop")
+    at = [0.05 * number for number in range(12)]
+    everybody = threading.Barrier(len(at))
+    began: list[float] = []
+    released: list[float] = []
+
+    def ask() -> str:
+        number = len(began)
+        began.append(time.perf_counter())
+        with suppress(threading.BrokenBarrierError):  # it is too late for all: nobody waits any more
+            everybody.wait(LATE_SECONDS)
+        released.append(time.perf_counter())
+        if number == 3:
+            raise ConnectionError("the server has closed the connection")
+        return "an answer"
+
+    raises = "a request that raises must not end the others: its place in the list has None"
+    before = time.perf_counter()
+    got = submission.call(open_loop, ask, list(at), causes={ConnectionError: raises}, busy=lambda: len(began) < len(at))
+    after = time.perf_counter()
+    wanted = f"{len(at)} questions, all of them asked before the first answer"
+    early = sum(moment < before + due for moment, due in zip(sorted(began), at, strict=False))
+    asked_in_time = len(at) if not everybody.broken else sum(moment < min(released) for moment in began)
+    judge(
+        len(at),
+        asked_in_time,
+        (len(began) != len(at), "ask() is called once for each moment in at"),
+        (asked_in_time == 1, "that is a closed loop: the next question waits for the answer to the one before"),
+        otherwise="too few threads: all of them were waiting for answers when the next question was due",
+        expected=wanted,
+        shown=f"{asked_in_time} were asked, and then none for {LATE_SECONDS:g} s",
+    )
+    require(
+        not early,
+        f"the last question {at[-1]:g} s after the start",
+        f"{early} questions came before they were due",
+        "a question has its moment: sleep until start + due",
+    )
+    is_list = isinstance(got, list | tuple) and len(got) == len(at)
+    require(is_list, f"a list of {len(at)}", got, "return one value for each moment, in the order of at")
+    numbers = [value for value in got if value is not None]
+    require(
+        len(numbers) == len(at) - 1, "one None, for the question that raised", got, "None stands for what raised, alone"
+    )
+    least, most = min(released) - min(began), after - before
+
+    def taken(values: list[float | None], shift: float = 0.0, factor: float = 1.0) -> bool:
+        """Whether that is how long each took, if its clock had begun `shift` times its moment later."""
+        pairs = [(value, due) for value, due in zip(values, at, strict=True) if value is not None]
+        slack = 0.001
+        return all(least - slack <= value / factor + (1 - shift) * due <= most + slack for value, due in pairs)
+
+    falling = sorted(numbers, reverse=True)
+    judge(
+        [round(least - due, 2) for due in at],
+        list(got),
+        (lambda got, _: taken(got, shift=1.0), "those are seconds since the start: count from the moment it was due"),
+        (lambda got, _: taken(got, factor=1000.0), "these are milliseconds"),
+        (
+            lambda got, _: any(taken([*falling[:place], None, *falling[place:]]) for place in range(len(at))),
+            "the values are right, and in another order: that of at is wanted, not that of the answers",
+        ),
+        otherwise="count from the moment when the question was due to its answer, in seconds",
+        fits=lambda got, _: taken(got),
+    )
+
+
+def check_08_6(submission: Submission) -> None:
+    """Curves with a knee, a dip, a tie and a noisy tail."""
+    read_curve = submission.function("read_curve")
+    curves = [
+        (0.25, (1, 4, 8, 16), (30, 100, 120, 122), (0.1, 0.2, 0.4, 0.9)),
+        (0.5, (1, 2, 4, 8, 16, 32), (30, 55, 90, 130, 129, 131), (0.1, 0.12, 0.6, 0.4, 0.45, 1.2)),
+        (0.45, (1, 4, 16, 64), (40, 120, 400, 410), (0.05, 0.1, 0.45, 2.0)),
+        (0.1, (1, 8, 64), (30, 190, 150), (0.2, 0.5, 3.0)),
+    ]
+    for limit, callers, tokens, tails in curves:
+        rows = [
+            {"callers": n, "tokens_per_s": rate, "ttft_p99": tail}
+            for n, rate, tail in zip(callers, tokens, tails, strict=True)
+        ]
+        most = max(tokens)
+        knee = next(n for n, rate in zip(callers, tokens, strict=True) if rate >= most / 1.05)
+        over = next((place for place, tail in enumerate(tails) if tail > limit), len(tails))
+        capacity = callers[over - 1] if over else None
+        within = [n for n, tail in zip(callers, tails, strict=True) if tail <= limit]
+        strictly = [n for n, tail in zip(callers, tails, strict=True) if tail < limit]
+        nothing: Causes = {
+            ValueError: "no load keeps the limit here: the capacity is None then",
+            IndexError: "no load keeps the limit here: the capacity is None then",
+        }
+        got = submission.call(read_curve, [rows[place] for place in (-1, *range(len(rows) - 1))], limit, causes=nothing)
+        given = f"tokens/s of {tokens} and a p99 of {tails} s at {callers} callers, limit {limit} s"
+        pair = isinstance(got, list | tuple) and len(got) == 2
+        require(pair, (knee, capacity), got, "return two numbers of callers: the knee, and the capacity")
+        judge(
+            knee,
+            got[0],
+            (
+                got[0] == callers[tokens.index(most)],
+                "that is the highest of all: the knee is within 5 % of it, with fewer callers",
+            ),
+            (got[0] == callers[-1], "the loads come in no order: sort them by callers"),
+            (got[0] in tokens, "that is tokens/s: the answer is a number of callers"),
+            otherwise="the fewest callers with at least the highest tokens/s / 1.05",
+            expected=f"{knee} as the knee, for {given}",
+        )
+        judge(
+            capacity,
+            got[1],
+            (capacity is None, "no load keeps the limit here: the capacity is None then"),
+            (
+                got[1] == max(within, default=None),
+                "a smaller load is over the limit already: the capacity ends before it",
+            ),
+            (got[1] == max(strictly, default=None), "a p99 of the limit exactly is within it"),
+            (
+                got[1] in callers[over:],
+                "that load is over the limit: the capacity is the one before the first of those",
+            ),
+            otherwise="walk up from the fewest callers, as long as ttft_p99 is at most the limit",
+            expected=f"{capacity} as the capacity, for {given}",
         )
