@@ -4,32 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import grpc
 import pytest
 import requests
 
 from servebook.launch import Server
 from servebook.ways.more_than_text import carries
 from servebook.ways.more_than_text.carries import Cell
-from servebook.ways.vllm_native_grpc.client import VllmGrpcClient
 
 pytestmark = pytest.mark.timeout(600)
-
-
-def of_python(server: Server) -> dict[str, Cell]:
-    with VllmGrpcClient(server.grpc) as client:
-        tokenizer = client.tokenizer
-        return carries.of_python_grpc(client.channel, lambda text: tokenizer.encode(text).ids, tokenizer.decode)
 
 
 ASK: dict[str, tuple[Callable[[Server], dict[str, Cell]], set[str]]] = {
     "vllm": (lambda at: carries.over_http(at.url, model=at.model), {"JSON", "Responses", "Messages"}),
     "gateway": (lambda at: carries.of_the_gateway(at.url), set()),
-    "triton": (lambda at: carries.of_triton(at.grpc, at.http), {"JSON"}),
-    "grpc_server": (lambda at: carries.of_own_grpc(grpc.insecure_channel(at.grpc)), {"JSON"}),
-    "kserve": (lambda at: carries.over_http(at.url, model=at.model, prefix="/openai"), {"JSON"}),
-    "vllm_grpc": (of_python, {"JSON"}),
-    "vllm_rs": (lambda at: carries.of_rust_grpc(grpc.insecure_channel(at.grpc)), {"JSON"}),
 }
 """By fixture: how a way is asked, and what it carries as the workbook starts it."""
 
