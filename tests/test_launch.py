@@ -29,7 +29,7 @@ from servebook import launch
 from servebook.bench.resources import is_engine
 from servebook.errors import LaunchError
 from servebook.launch import find_server, supervisor
-from servebook.launch.files import Files
+from servebook.launch.files import Files, visible
 from servebook.launch.link import died, root_cause
 from servebook.launch.plan import Start
 from servebook.launch.processes import free_port
@@ -579,6 +579,14 @@ def test_the_cause_stands_before_the_log_and_what_to_do_after_it(tmp_path: Path)
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), lambda inner: st.lists(inner))
+
+
+@given(st.text())
+def test_of_any_log_a_terminal_gets_nothing_that_it_would_obey(text: str) -> None:
+    shown = visible(text)
+    assert all(each.isprintable() or each in "\n\t" for each in shown)
+    assert shown.count("\n") == text.count("\n"), "line by line as it was"
+    assert visible(shown) == shown
 
 
 @given(

@@ -28,6 +28,7 @@ from servebook.workbook.notebook import (
     expect_error,
     machine_card,
     measure_pace,
+    pieces,
     show,
     show_difference,
     squares,
@@ -123,6 +124,13 @@ def test_curves_and_bars_label_their_axes(displayed: list[dict[str, str]]) -> No
     assert "requests at once" in svg
     assert "tokens/s" in svg
     assert svg_of(displayed[1])[0] == "Encoding, ms: raw 9.5; JSON 122."
+
+
+def test_pieces_say_when_and_how_long(displayed: list[dict[str, str]]) -> None:
+    pieces({"gateway": (0, 0.5), "  queue": (0.1, 0.35)}, title="One request")
+    alt, svg = svg_of(displayed[0])
+    assert alt == "One request: gateway from 0.000 s to 0.500 s; queue from 0.100 s to 0.350 s."
+    assert not [text for text in ("seconds", "500 ms", "250 ms", "One request") if f">{text}<" not in svg]
 
 
 def test_squares_are_as_many_as_there_are(displayed: list[dict[str, str]]) -> None:

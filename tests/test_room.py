@@ -172,6 +172,38 @@ def test_only_who_has_the_code_signs_up_and_a_guesser_does_not_lock_the_door(roo
     assert learner.sign_in("emmy", "long enough", f" {room.code().lower().replace('-', ' ')}") == (302, "")
 
 
+GUESSING = """
+from door import REMEMBERED, HTTPError, Tries
+def compared(who):
+    try:
+        tries.take(who)
+    except HTTPError as refused:
+        assert refused.status_code == 429
+        return False
+    return True
+tries = Tries()
+print(sum(compared(("code", "127.0.0.66")) for _ in range(1000)), compared(("code", "127.0.0.2")))
+for number in range(2 * REMEMBERED):
+    compared(("password", "127.0.0.66", f"name-{number}"))
+print(len(tries.left) <= REMEMBERED)
+"""
+
+
+@pytest.mark.usefixtures("room")
+def test_of_a_thousand_guesses_ten_are_compared_and_they_fill_no_memory() -> None:
+    python = load_settings().room.env / "bin" / "python"
+    told = subprocess.run([python, "-c", GUESSING], cwd=ROOT / "jupyterhub", capture_output=True, text=True, timeout=60)
+    assert told.stdout == "10 True\nTrue\n", told.stderr
+
+
+def test_of_two_who_choose_one_name_at_once_one_gets_it(room: Room) -> None:
+    doors = [Door(room.url, f"127.0.0.{number}") for number in (4, 5)]
+    with ThreadPoolExecutor() as pool:
+        came = list(pool.map(lambda door: door.sign_in("twin", f"the password of {id(door)}", room.code()), doors))
+    assert sorted(status for status, _ in came) == [302, 403], came
+    assert any("taken" in said for _, said in came)
+
+
 def test_who_guesses_a_password_does_not_lock_its_learner_out(room: Room) -> None:
     """The learner comes from elsewhere; or from the same address, with the browser that has signed in before."""
     emmy, stranger, elsewhere = Door(room.url), Door(room.url), Door(room.url, "127.0.0.2")
@@ -404,6 +436,28 @@ def test_desks_outlive_a_hub_that_is_killed(room: Room, kernels: dict[str, Kerne
     assert kernel.desk.servers()[""]["ready"]
     assert kernel.run("print(kept)") == "still here\n"
     assert kernel.desk.ask("GET", "api/kernels")
+
+
+def test_a_room_whose_machine_slept_goes_on_where_it_was(room: Room, kernels: dict[str, Kernel]) -> None:
+    """Everything stands still, as with the lid closed: hub, proxy, front, keeper, desks and kernels."""
+    kernel = kernels["grace"]
+    kernel.run("kept = 'slept well'")
+    hub, asleep = room.hub().pid, room.family()
+    try:
+        for process in asleep:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        with pytest.raises(requests.Timeout):
+            requests.get(f"{room.url}/hub/health", timeout=4)
+    finally:
+        for process in asleep:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+    assert kernel.run("print(kept)") == "slept well\n"
+    solve(kernel)
+    assert requests.get(f"{room.url}/hub/health", timeout=30).ok
+    assert room.hub().pid == hub
+    assert kernel.desk.servers()[""]["ready"]
 
 
 def test_a_revoked_key_opens_nothing_any_more(room: Room, kernels: dict[str, Kernel]) -> None:

@@ -24,6 +24,9 @@ from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestServer
 from classroom import bearer
 from desk import eventually
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from servebook import launch
 from servebook.checkout import ROOT
@@ -134,6 +137,47 @@ def test_tokens_count_as_asked_for_and_what_is_not_asked_for_as_the_most(
 ) -> None:
     read = asking.read(path, json.dumps(ask).encode(), CONTEXT, places=16)
     assert (read.answers, read.tokens) == (answers, tokens)
+
+
+FIELDS = [
+    *("prompt", "n", "max_tokens", "max_completion_tokens", "max_output_tokens", "sampling_params", "background"),
+    *("stream", "stream_options", "stream_interval", "logprobs", "top_logprobs", "prompt_logprobs", "stop", "tools"),
+    *("logit_bias", "structured_outputs", "response_format", "text", "output_config", "json", "regex", "function"),
+]
+"""Names that mean something to the front, in any place."""
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=3), inner),
+    max_leaves=10,
+)
+
+
+def asked_or_refused(path: str, body: bytes) -> asking.Ask | Refused:
+    try:
+        return asking.read(path, body, CONTEXT, places=16)
+    except Refused as refused:
+        return refused
+
+
+NUMBERS = st.sampled_from([-1, 0, 1, 17, 4096, 10**9])
+
+
+@given(st.sampled_from(list(asking.GENERATING)), st.dictionaries(st.sampled_from(FIELDS), NUMBERS | VALUES, max_size=5))
+@hypothesis_settings(max_examples=300, deadline=None)
+def test_whatever_is_asked_counts_within_the_places_and_the_context_or_is_refused(
+    path: str, ask: dict[str, Any]
+) -> None:
+    read = asked_or_refused(path, json.dumps(ask).encode())
+    if isinstance(read, Refused):
+        assert read.status == 400
+        assert len(read.message) < 200
+        return
+    assert 1 <= read.answers <= 16
+    assert 0 <= read.tokens <= CONTEXT
+    there = json.loads(read.body)
+    added = there.pop("stream_options", None) if read.adds_usage else None
+    assert json.dumps(there) == json.dumps({k: v for k, v in ask.items() if not (added and k == "stream_options")})
+    assert read.adds_usage == bool(added and added["include_usage"])
 
 
 HUGE = {"type": "array", "items": {"type": "integer"}, "minItems": 1_000_000_000}

@@ -9,10 +9,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic import SecretStr, ValidationError
 
 from servebook import settings as module
 from servebook.errors import ServebookError
@@ -229,6 +231,18 @@ def test_keys_that_nobody_could_use_or_anybody_guess(key: str) -> None:
 @pytest.mark.parametrize("key", ["eight-ch", "sk-" + 60 * "x", "with a space", "!\"#$%&'()"])
 def test_keys_that_do(key: str) -> None:
     assert load_settings(api_key=key).key == key
+
+
+@given(st.text(min_size=1) | st.text(st.characters(max_codepoint=255), min_size=8))
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_any_key_is_refused_or_travels_in_a_header_as_it_is(key: str) -> None:
+    try:
+        there = Settings(api_key=SecretStr(key)).key
+    except ValidationError:
+        return
+    headers = httpx.Request("GET", "http://127.0.0.1", headers={"Authorization": f"Bearer {there}"}).headers
+    assert there == key
+    assert dict(headers.raw)[b"Authorization"] == f"Bearer {key}".encode("ascii")
 
 
 def test_a_working_folder_that_was_removed(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ WORDS = {
     ".svg": "the map of who talks to whom",
     ".toml": "right and wrong answers that prove the checks",
     ".pbtxt": "how Triton is to run the model",
-    ".json": "the engine's arguments, or stored results",
+    ".json": "the engine's arguments, stored results, or a dashboard",
     ".binpb": "the contract as it was released",
     ".html": "the chat page",
     ".css": "the chat page's looks",

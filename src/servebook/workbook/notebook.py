@@ -277,6 +277,21 @@ def bars(values: Mapping[str, float], *, xlabel: str, title: str, alt: str = "")
     picture(figure, alt or f"{title}, {xlabel}: {'; '.join(rows)}.")
 
 
+def pieces(rows: Mapping[str, tuple[float, float]], *, title: str, alt: str = "") -> None:
+    """Draw one row per label, with a bar from when that piece of work began to when it ended, in seconds."""
+    figure = Figure(figsize=(8, 0.9 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    lengths = [end - begin for begin, end in rows.values()]
+    begins = [begin for begin, _ in rows.values()]
+    drawn = axes.barh(list(rows), lengths, left=begins, color="#9dc3e6", edgecolor="#1f4e79")
+    axes.bar_label(drawn, [f"{_figure(1000 * length)} ms" for length in lengths], padding=4)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds", title=title)
+    parts = (f"{label.strip()} from {begin:.3f} s to {end:.3f} s" for label, (begin, end) in rows.items())
+    picture(figure, alt or f"{title}: {'; '.join(parts)}.")
+
+
 def squares(owners: Mapping[str, int], total: int, *, unit: str, title: str, alt: str = "") -> None:
     """Draw `total` squares, one for each `unit`: first those of each owner, in its colour and with its name, then free.
 

@@ -19,12 +19,19 @@ def main(
     host: str = "127.0.0.1",
     http_port: int = 8080,
     max_concurrent: Annotated[int, typer.Option(min=1, help="Requests at a time; beyond, 503.")] = 128,
+    otlp_traces_endpoint: Annotated[str | None, typer.Option(help="Where spans go, by OTLP over gRPC.")] = None,
     cors_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may call; repeatable.")] = None,
 ) -> None:
     """Serve until a signal comes. Callers must show SERVEBOOK_API_KEY, where it is set."""
     settings = load_settings(host=host)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    config = Config(upstream, settings.key, max_concurrent=max_concurrent, cors_origins=tuple(cors_origin or ()))
+    config = Config(
+        upstream,
+        settings.key,
+        max_concurrent=max_concurrent,
+        cors_origins=tuple(cors_origin or ()),
+        traces_endpoint=otlp_traces_endpoint,
+    )
     uvicorn.run(
         create_app(config),
         host=host,

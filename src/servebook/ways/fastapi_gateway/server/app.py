@@ -34,10 +34,20 @@ SWAGGER = "vllm/entrypoints/serve/instrumentator/static"
 def create_app(config: Config) -> FastAPI:
     """The gateway as an ASGI application; its connections to the engine live as long as its lifespan."""
 
+    tracing = None
+    if config.traces_endpoint:
+        from servebook.ways.fastapi_gateway.server.tracing import Tracing  # half a second that others need not spend
+
+        tracing = Tracing(config.traces_endpoint)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with Engine(config) as app.state.engine:
+            if tracing:
+                tracing.follow(app.state.engine.session)
             yield
+        if tracing:
+            tracing.close()
 
     app = FastAPI(
         title="servebook gateway",
@@ -63,6 +73,8 @@ def create_app(config: Config) -> FastAPI:
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["POST"], allow_headers=["*"]
         )
     app.add_middleware(Telemetry, metrics=metrics)
+    if tracing:
+        app.add_middleware(tracing.middleware)
     return app
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 class Config:
     """`upstream` is vLLM's root URL; `key` is asked of callers and shown to vLLM. Times are in seconds.
 
+    `traces_endpoint` is the URL of an OTLP/gRPC receiver of spans; without it nobody is traced.
     `idle_seconds` bounds the wait for the next bytes of a stream, `answer_seconds` that for a whole answer.
     """
 
@@ -21,3 +22,4 @@ class Config:
     answer_seconds: float = 300
     reader_seconds: float = 30
     cors_origins: tuple[str, ...] = ()
+    traces_endpoint: str | None = None
