@@ -70,7 +70,10 @@ def table(stored: list[Row]) -> str:
         seen = f"{row.seen} ({row.on})" if row.on else "passes in every run"
         servers.setdefault((row.fault, row.lost, seen, row.test), []).append(row.server)
     seen_by_hand = {row[:3] for row in stored}
-    missing = [f"{row.fault}: {row.server}" for row in marked(BY_HAND) if row[:3] not in seen_by_hand]
+    missing: dict[str, list[str]] = {}
+    for row in marked(BY_HAND):
+        if row[:3] not in seen_by_hand:
+            missing.setdefault(row.fault, []).append(row.server)
     return "\n".join(
         [
             "| what happens | to | what is lost | what was seen | proved by |",
@@ -81,7 +84,9 @@ def table(stored: list[Row]) -> str:
             ),
             "",
             f"With a date: by hand, on {'; '.join(sorted({row.machine for row in stored}))}, beside other work.",
-            *([f"Not tried yet: {'; '.join(missing)}."] if missing else []),
+            "",
+            "No result stored yet:" if missing else "",
+            *(f"- {fault}: {', '.join(at)}" for fault, at in missing.items()),
         ]
     )
 
