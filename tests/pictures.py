@@ -1,4 +1,7 @@
-"""Takes README's pictures, in docs/images/: `make pictures`. A notebook as JupyterLab opens it, and the chat page."""
+"""Takes the pictures of README and docs/room.md, in docs/images/: `make pictures`, six minutes.
+
+A notebook as JupyterLab opens it, the chat page, and a room's live view.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
+import requests
 from desk import eventually
 from PIL import Image, PngImagePlugin
 from playwright.sync_api import Page, expect, sync_playwright
@@ -17,6 +22,9 @@ from servebook import launch
 from servebook.checkout import ROOT
 from servebook.launch.probes import http_ok
 from servebook.launch.processes import free_port
+from servebook.room.admin import RoomAdmin
+from servebook.room.board import watch_key
+from servebook.settings import load_settings
 from servebook.workbook.doctor import find_browser
 
 PICTURES = ROOT / "docs" / "images"
@@ -68,13 +76,57 @@ def chat(page: Page) -> None:
     save(page, "chat")
 
 
+def live_view(page: Page) -> None:
+    """A room's live view, with names and without, once somebody is at an exercise for longer than it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = load_settings(
+            state_dir=Path(folder),
+            api_key="the-pictures-instructor",
+            engine_url=launch.serve("vllm").url,
+            front_http_port=free_port(),
+        )
+        launch.serve("front", settings=settings)
+        try:
+            room = RoomAdmin(settings)
+            keys = {name: room.admit(name) for name in ("ada", "alan", "emmy", "grace", "joan", "ken")}
+
+            def check(name: str, exercise: str, state: str, cause: str = "") -> None:
+                """As a desk tells it; the causes are those of the checks."""
+                told = {"exercise": exercise, "state": state, "cause": cause}
+                headers = {"Authorization": f"Bearer {keys[name]}"}
+                requests.post(f"{room.url}/room/checks", json=told, headers=headers, timeout=10).raise_for_status()
+
+            for name in keys:
+                check(name, "01.1", "passed")
+            for _ in range(3):
+                check(
+                    "joan", "01.2", "wrong", "total_tokens counts the prompt too; the answer alone is completion_tokens"
+                )
+            page.goto(f"{room.url}/services/watch/#{watch_key(room.key)}")
+            rows = page.locator("#learners tr")
+            expect(rows.first).to_contain_text("2 min", timeout=200_000)
+            for name in ("ada", "alan", "grace"):
+                check(name, "01.2", "passed")
+            check("alan", "01.3", "wrong", "return the longer history, not the reply alone")
+            check("grace", "01.4", "open")
+            expect(rows.first).to_have_class("help", timeout=200_000)
+            check("emmy", "01.2", "passed")
+            check("ada", "01.3", "passed")
+            expect(rows.filter(has_text="01.3✓ passed")).to_have_count(1)
+            save(page, "live_view")
+            page.get_by_label("hide names").check()
+            save(page, "live_view_projector")
+        finally:
+            launch.down("front", settings)
+
+
 def main() -> None:
     """Take all of them; the servers that it starts end with it."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     expect.set_options(timeout=120_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox", "--disable-gpu"])
-        for take, size in ((notebook, (1100, 720)), (chat, (800, 560))):
+        for take, size in ((notebook, (1100, 720)), (chat, (800, 560)), (live_view, (1400, 460))):
             take(browser.new_page(viewport={"width": size[0], "height": size[1]}))
         browser.close()
 
