@@ -182,6 +182,10 @@ def test_a_rule_written_for_prometheus_is_read_as_the_same(tmp_path: Path) -> No
     assert written["scrape_configs"][0]["authorization"] == {"credentials": "secret"}
 
 
+def test_the_rule_that_ships_is_read_in_seconds() -> None:
+    assert read_rule("FirstTokenSlow") == Rule("FirstTokenSlow", TTFT, share=0.95, window=300, limit=0.5, hold=120)
+
+
 def test_rules_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     with pytest.raises(ServebookError, match="0 rules called Nobody"):
         read_rule("Nobody")

@@ -1,0 +1,1 @@
+"""Chapter 13: which way carries what goes beyond text."""
