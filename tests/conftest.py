@@ -157,7 +157,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         assert {entry["state"] for entry in launch.status() if entry["name"] in names} == {"stopped"}
 
 
-NEEDS_ENGINE = {"vllm", "triton", "grpc_server", "gateway", "kserve", "vllm_grpc", "router", "run_notebook", "doomed"}
+NEEDS_ENGINE = {*SHARED, "gateway", "router", "run_notebook", "doomed"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
