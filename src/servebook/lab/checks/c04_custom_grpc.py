@@ -1,4 +1,4 @@
-"""Checks of lab 04: a changed contract, a servicer that learners wrote, a client with a deadline."""
+"""Checks of lab 04: a changed contract, servicers that learners wrote, a client with a deadline, an interceptor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import requests
 from google.protobuf import descriptor_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.learner_server.judge import GATHERED, StreamWatch, own_server, written
@@ -486,3 +487,95 @@ def _judge_client(submission: Submission, ask_within: Any, stub: llm_pb2_grpc.LL
 
 def _same_pair(got: Any, right: tuple[str, bool]) -> bool:
     return bool(got == right and isinstance(got[1], bool))
+
+
+def check_04_5(submission: Submission) -> None:
+    """Calls with the key, without, and with wrong ones, of both shapes; and health, which nobody needs a key for."""
+    vllm = submission.server("vllm")
+    code, key = grpc.StatusCode, key_of(vllm)
+
+    with (
+        Tap(vllm.url) as tap,
+        own_server(submission, "door.py", tap, vllm) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub, health = llm_pb2_grpc.LLMServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+
+        def ask(action: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
+            def call() -> tuple[grpc.StatusCode, str]:
+                try:
+                    return code.OK, repr(action())
+                except grpc.RpcError as error:
+                    return error.code(), error.details() or ""
+
+            endless = {TimeoutError: "the call never ends: does intercept_service return a handler?"}
+            return submission.run(call, endless, lambda: tap.busy() or server.working())  # type: ignore[no-any-return]
+
+        def generate(*metadata: tuple[str, str]) -> tuple[grpc.StatusCode, str]:
+            request = llm_pb2.GenerateRequest(prompt="Hello", max_tokens=2)
+            return ask(lambda: stub.Generate(request, timeout=SECONDS, metadata=metadata).text)
+
+        def stream(*metadata: tuple[str, str]) -> tuple[grpc.StatusCode, str]:
+            request = llm_pb2.StreamGenerateRequest(prompt="Hello", max_tokens=2)
+            return ask(lambda: [each.text for each in stub.StreamGenerate(request, timeout=SECONDS, metadata=metadata)])
+
+        right = ("authorization", f"Bearer {key}")
+        wrong: dict[str, list[tuple[str, str]]] = {
+            "no key": [],
+            "a wrong key": [("authorization", "Bearer somebody-else's")],
+            "the key and a letter more": [("authorization", f"Bearer {key}x")],
+            "the key without Bearer": [("authorization", key)],
+            "Bearer and no key": [("authorization", "Bearer ")],
+            "the key in another place": [("x-key", f"Bearer {key}")],
+        }
+        for method, call in {"Generate": generate, "StreamGenerate": stream}.items():
+            for what, metadata in {"the key": [right], "the key beside others": [("x-request-id", "7"), right]}.items():
+                _judge_door(code.OK, call(*metadata), f"{method} with {what}")
+            before = len(tap.exchanges)
+            for what, metadata in wrong.items():
+                _judge_door(code.UNAUTHENTICATED, call(*metadata), f"{method} with {what}")
+            require(
+                len(tap.exchanges) == before,
+                "no request to the engine for who has no key",
+                len(tap.exchanges) - before,
+                "the handler has run: return another one in its place",
+            )
+            require(before > 0, "a request to the engine", "none", FROM_ENGINE)
+        check = health_pb2.HealthCheckRequest()
+        _judge_door(code.OK, ask(lambda: health.Check(check, timeout=10).status), "a health check without a key")
+        _judge_door(
+            code.OK, ask(lambda: next(iter(health.Watch(check, timeout=10))).status), "a health watch without a key"
+        )
+        _judge_door(
+            code.UNIMPLEMENTED,
+            ask(lambda: channel.unary_unary("/llm.v1.LLMService/Sing", None, None)(b"", timeout=10, metadata=(right,))),
+            "a method that there is not, with the key",
+        )
+
+
+def _judge_door(right: grpc.StatusCode, answer: tuple[grpc.StatusCode, str], what: str) -> None:
+    code, (got, details) = grpc.StatusCode, answer
+    shape = got in (code.INTERNAL, code.UNKNOWN) and "Stream" in what
+    judge(
+        right,
+        got,
+        ("health" in what, "who asks for health has no key: let /grpc.health.v1.Health/ through"),
+        (got is code.UNIMPLEMENTED, "no handler came back: return what continuation gives, awaited"),
+        (
+            right is code.UNAUTHENTICATED and got is code.OK,
+            "this one got in: compare all of the value with `Bearer ` and the key",
+        ),
+        (shape, "a stream needs a handler of its own shape: grpc.unary_stream_rpc_method_handler"),
+        (got is code.UNKNOWN, "your interceptor raised: its error is the last line under `got`"),
+        (
+            right is code.UNAUTHENTICATED,
+            "a caller who has shown no key is UNAUTHENTICATED; PERMISSION_DENIED is for one who is known",
+        ),
+        (
+            right is code.UNIMPLEMENTED,
+            "for a method that there is not, continuation gives None: return that, gRPC knows what to say",
+        ),
+        otherwise="whoever has the key goes on as if nothing were there",
+        expected=f"{right.name}: {what}",
+        shown=f"{got.name}: {details[:200]}",
+    )

@@ -1,6 +1,7 @@
 """Runs a server that a learner wrote: `python -m servebook.lab.learner_server FILE PORT`.
 
-FILE defines `app`, an ASGI application, or `Servicer`, a class that implements `llm.v1.LLMService` with grpc.aio.
+FILE defines `app`, an ASGI application, or `Servicer`, a class that implements `llm.v1.LLMService` with grpc.aio, and
+may have a list of `interceptors` for it. Beside a Servicer there is grpc.health.v1.
 """
 
 from __future__ import annotations
@@ -28,11 +29,16 @@ def load(path: Path) -> ModuleType:
 async def serve_grpc(module: ModuleType, port: int) -> None:
     """Serve `module.Servicer` until the process ends."""
     import grpc
+    from grpc_health.v1 import health, health_pb2_grpc
 
     from servebook.protos.llm.v1 import llm_pb2_grpc
 
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=list(getattr(module, "interceptors", [])))
     llm_pb2_grpc.add_LLMServiceServicer_to_server(module.Servicer(), server)
+    health_pb2_grpc.add_HealthServicer_to_server(
+        health.aio.HealthServicer(),  # type: ignore[attr-defined]  # the stubs are older
+        server,
+    )
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     await server.wait_for_termination()
