@@ -11,26 +11,33 @@ from typing import Any
 
 import requests
 
+from servebook.lab.capstone.contract import ID as CAPSTONE
+from servebook.lab.capstone.judge import judge_service
 from servebook.lab.feedback import NotPassed, NotYet, Result, StillOpen
 from servebook.lab.judge import process
 from servebook.lab.manifest import Exercise, find_exercise
 from servebook.lab.record import Store
 from servebook.lab.submission import CheckFunction, Submission
+from servebook.launch import Server
 from servebook.settings import load_settings
 
 TELL_SECONDS = 2.0
 
 
 def check(exercise_id: str) -> None:
-    """Check an exercise in the notebook that calls this, and print what was found.
+    """Check an exercise in the notebook that calls this, or the capstone's service ("14"), and print what was found.
 
     Under nbgrader a failed check is an error too, because that is what costs the points.
 
     Raises:
-        ServebookError: there is no such exercise.
+        ServebookError: there is no such exercise, or no service to judge.
         NotPassed: the check failed, and nbgrader is grading or validating.
     """
     namespace = sys._getframe(1).f_globals
+    if exercise_id == CAPSTONE:
+        found = namespace.get("vllm")
+        print(judge_service(vllm=found if isinstance(found, Server) else None).render())
+        return
     if process.APART in os.environ:
         result = process.judged_apart(exercise_id, namespace)
     else:

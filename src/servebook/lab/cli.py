@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from servebook.lab.capstone.contract import ID as CAPSTONE
 from servebook.lab.manifest import find_exercise, load_labs
 from servebook.lab.record import Store
 
@@ -49,7 +50,13 @@ def list_labs() -> None:
 
 @app.command()
 def check(exercise_id: ID) -> None:
-    """Check an exercise in the notebook as it is saved; exit code 1 unless it passes."""
+    """Check an exercise in the notebook as it is saved, or 14, the service in ./capstone; exit code 1 if it fails."""
+    if exercise_id == CAPSTONE:
+        from servebook.lab.capstone.judge import judge_service
+
+        verdict = judge_service()
+        print(verdict.render())
+        raise typer.Exit(0 if verdict.passed else 1)
     from servebook.lab.checking import remember
     from servebook.lab.handout.copy import lab_notebook
     from servebook.lab.shell import LabShell

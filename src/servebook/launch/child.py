@@ -42,13 +42,14 @@ def run_child(
     *,
     name: str = "",
     env: dict[str, str] | None = None,
+    cwd: Path | None = None,
     seconds: float = START_SECONDS,
     grace: float = GRACE_SECONDS,
 ) -> Iterator[Child]:
     """Run a command, wait until `ready` is true of it, and end its whole family with the block.
 
-    `env` is added to its environment; `grace` is how long the family may take to end after SIGTERM (0: it is killed).
-    It survives a notebook's Interrupt, and ends with this thread whatever ends that.
+    `env` is added to its environment; it starts in the folder `cwd`; `grace` is how long the family may take to end
+    after SIGTERM (0: it is killed). It survives a notebook's Interrupt, and ends with this thread whatever ends that.
 
     Raises:
         LaunchError: it ended, or was not ready in time; the message has the end of its output.
@@ -59,6 +60,7 @@ def run_child(
             words,
             # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
             env=child_environment() | (env or {}) | {"SPT_NOENV": "1"} | dict([mark.split("=")]),
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

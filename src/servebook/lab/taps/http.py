@@ -68,13 +68,20 @@ class Exchange:
             return True
 
 
+class Listener(ThreadingHTTPServer):
+    """Has room for a crowd that comes at one moment; with the default of 5 some would wait a second for another try."""
+
+    request_queue_size = 128
+
+
 Filter = Callable[[Iterator[bytes], Exchange], Iterator[bytes]]
 
 
 class Tap:
     """Relays to the server at `target` (a URL) while the `with` block lasts.
 
-    `more` is added to the JSON of each request on its way, such as {"temperature": 0}.
+    `more` is added to the JSON of each request on its way, such as {"temperature": 0}. Without `port` a free one is
+    taken.
 
     Attributes:
         url: where the learner's code is to connect to.
@@ -82,7 +89,9 @@ class Tap:
         most_at_once: how many requests were under way together at most.
     """
 
-    def __init__(self, target: str, filter: Filter | None = None, more: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, target: str, filter: Filter | None = None, more: Mapping[str, Any] | None = None, port: int = 0
+    ) -> None:
         self.target = urlsplit(target)
         self.more = more
         self.filter = filter or (lambda chunks, _: chunks)
@@ -105,7 +114,7 @@ class Tap:
             def log_message(self, *_: Any) -> None:
                 """Be silent."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = Listener(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self._server.block_on_close = False
         self.url = f"http://127.0.0.1:{self._server.server_port}"

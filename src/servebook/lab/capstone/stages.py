@@ -1,0 +1,587 @@
+"""The ten stages, each told by what comes over the wire."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from servebook.errors import ServebookError
+from servebook.lab.capstone.bench import LISTEN_SECONDS, Answer, Bench, Stream, at_once, written
+from servebook.lab.capstone.contract import (
+    CAPACITY,
+    END_SECONDS,
+    GONE_SECONDS,
+    MAX_TOKENS,
+    PROMPT_CHARACTERS,
+    REQUESTS,
+    TOKENS,
+)
+from servebook.lab.feedback import NotYet, judge, require
+from servebook.lab.learner_server.judge import GATHERED, last_error
+from servebook.lab.rest import key_of
+from servebook.lab.taps.http import Exchange
+from servebook.launch.processes import wait_until
+
+PROMPT = "The sea is"
+BACK_SECONDS = 5.0
+TOGETHER_SECONDS = 8.0
+"""How long the first of a crowd is held for the last to come."""
+BEYOND = 4
+"""Callers beyond the capacity."""
+HELD_AT = 2
+"""The event of a stream that is held, from 0: a busy engine may put several tokens into one."""
+LEAVERS_TOKENS = 200
+PIECES_AFTER_LEAVING = 40
+UNLIMITED = "there is no such limit: look at the body before the engine gets it"
+WRONG_STATUS = {
+    401: "the right key is Authorization: Bearer and SERVICE_KEY from the environment",
+    404: "there is no such path",
+    405: "the path is there, but not for this method",
+    422: "the service refuses a body as the brief has it",
+    500: "the service raised an error of its own: its log says which",
+}
+
+
+def ok(answer: Answer | Stream, what: str = "POST /generate") -> None:
+    """Require status 200."""
+    require(
+        answer.status == 200,
+        f"200 for {what}",
+        answer if isinstance(answer, Answer) else f"{answer.status}",
+        WRONG_STATUS.get(answer.status, "the service refuses what it is to answer"),
+    )
+
+
+def ready(bench: Bench) -> None:
+    """It starts while the engine is away."""
+    with bench.without_engine():
+        wait_until(lambda: not bench.alive() or bench.listens(), LISTEN_SECONDS)
+        require(
+            bench.alive(),
+            "a service that runs on",
+            last_error(bench.child.said()) or bench.child.said()[-400:],
+            "it has ended by itself; where its engine is not there yet, it has to wait for it",
+        )
+        require(
+            bench.listens(),
+            f"a service at 127.0.0.1:{bench.port}",
+            f"nobody listens, {LISTEN_SECONDS:.0f} s after its start",
+            "listen on PORT of the environment, at once: a service that waits for its engine says so by 503",
+        )
+        away = bench.get("/health", GONE_SECONDS)
+        judge(
+            503,
+            away.status,
+            (away.status == 200, "health says ready without having asked the engine: ask it, over and over"),
+            (away.status == 404, "there is no GET /health"),
+            (away.status == 401, "who looks after the service has no key: health is open"),
+            otherwise="that the engine does not answer has to become a 503",
+            expected="503 for GET /health while the engine is away",
+            shown=away,
+        )
+    wait_until(lambda: bench.get("/health").status == 200, BACK_SECONDS)
+    here = bench.get("/health")
+    require(
+        here.status == 200,
+        "200 for GET /health once the engine is there",
+        here,
+        "it looked for the engine once and keeps to that: ask again",
+    )
+
+
+def right(bench: Bench) -> None:
+    """The engine's own greedy text."""
+    tokens = 12
+    own = engines_own(bench, tokens)
+    answer = bench.post(PROMPT, tokens)
+    ok(answer)
+    made = bench.asked()[-1:]
+    require(bool(made), "a request to ENGINE_URL", "none", "the text is to come from the engine")
+    asked = made[0].body if isinstance(made[0].body, dict) else {}
+    given = answer.json() if isinstance(answer.json(), dict) else {}
+    judge(
+        own,
+        given.get("text"),
+        ("text" not in given, 'the answer is JSON: {"text": …, "tokens": …}'),
+        ("chat" in made[0].path, "the prompt goes to /v1/completions as it is: a chat's template changes it"),
+        (asked.get("prompt") not in (PROMPT, [PROMPT]), "the engine was asked another prompt than the caller's"),
+        (asked.get("max_tokens") != tokens, "max_tokens goes on to the engine: its own default is another"),
+        (asked.get("temperature") != 0, "greedy is temperature 0; without it the engine draws lots"),
+        (lambda got, right: got.strip() == right.strip(), "the text was trimmed: a leading space is part of it"),
+        (lambda got, right: got == PROMPT + right, "the prompt is no part of the answer"),
+        otherwise="the text is choices[0].text as it came",
+    )
+    judge(tokens, given.get("tokens"), otherwise="the engine counts: usage.completion_tokens")
+
+
+def engines_own(bench: Bench, tokens: int) -> str:
+    """What the engine writes after PROMPT, asked without a service between.
+
+    Raises:
+        ServebookError: it does not answer.
+    """
+    body = {"model": bench.vllm.model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {key_of(bench.vllm)}"}
+    try:
+        answer = requests.post(f"{bench.vllm.url}/v1/completions", headers=headers, json=body, timeout=60)
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        raise ServebookError(f"The engine does not answer: {error}", "See `servebook status`.") from None
+    return str(answer.json()["choices"][0]["text"])
+
+
+def streams(bench: Bench) -> None:
+    """The engine's stream is held at its third piece until the caller has read the first."""
+    first_read, early = threading.Event(), threading.Event()
+
+    def hold(exchange: Exchange, number: int) -> None:
+        if number == HELD_AT and first_read.wait(5):
+            early.set()
+
+    with bench.gated(hold):
+        stream = bench.stream(PROMPT, 32)
+        ok(stream)
+        require(
+            stream.kind.startswith("text/event-stream"),
+            "Content-Type: text/event-stream where stream is true",
+            stream.kind or "none",
+            "stream: true was not looked at, or the answer does not say what it is",
+        )
+        first = stream.piece()
+        first_read.set()
+        stream.rest()
+    require(first is not None, "events with text", "none", 'each piece is an event: data: {"text": …}')
+    require(early.is_set(), "the first piece before the engine has written the last", "all at the end", GATHERED)
+    judge(
+        written(bench.asked()[-1]).get(PROMPT, ""),
+        stream.text,
+        otherwise="the pieces, joined, are the engine's text: nothing trimmed, left out or twice",
+    )
+    require(
+        stream.done,
+        "data: [DONE] as the last event",
+        "the stream just ends",
+        "without it nobody can tell a whole stream from one that was cut",
+    )
+
+
+def leaves(bench: Bench) -> None:
+    """The engine's stream goes on slowly after the caller left, so that a service may notice at its next piece."""
+    gone, enough = threading.Event(), threading.Event()
+
+    def hold(exchange: Exchange, number: int) -> None:
+        if number > 3 and not enough.is_set() and gone.wait(5):
+            wait_until(exchange.client_gone, 0.2)
+            if number > PIECES_AFTER_LEAVING:
+                enough.set()
+
+    with bench.gated(hold):
+        stream = bench.stream(PROMPT, LEAVERS_TOKENS)
+        ok(stream)
+        stream.piece()
+        stream.leave()
+        gone.set()
+        exchange = bench.asked()[-1]
+        wait_until(lambda: enough.is_set() or exchange.done.is_set(), 30)
+    require(
+        exchange.left is not None,
+        "the engine let go once the caller is gone",
+        f"it writes on, {PIECES_AFTER_LEAVING} pieces later",
+        "nobody reads, and the engine still computes: close its stream when the caller's connection closes",
+    )
+    require(bench.get("/health").status == 200, "200 for GET /health afterwards", "another", "a leaver broke something")
+
+
+def keys(bench: Bench) -> None:
+    """Without the key nobody gets to the engine, and the key is nowhere to be read."""
+    before = len(bench.asked())
+    for what, shown in (
+        ("no key", ""),
+        ("a wrong key", "Bearer wrong"),
+        ("the key with more behind it", f"Bearer {bench.key}x"),
+        ("the key without Bearer", bench.key),
+        ("a key that is no ASCII", "Bearer ü".encode().decode("latin-1")),
+    ):
+        answer = bench.post(PROMPT, 1, key=shown)
+        judge(
+            401,
+            answer.status,
+            (answer.status == 200, "anybody can have the engine work"),
+            (answer.status == 403, "403 is for those who are known; who shows no right key gets 401"),
+            (answer.status == 500, "what stands in a header may be anything: compare bytes, and never raise"),
+            (answer.status == 422, "the key comes first: who has none learns nothing about the body"),
+            otherwise="look at the header Authorization before all else",
+            expected=f"401 for {what}",
+            shown=answer,
+        )
+        require(
+            bench.key.encode() not in answer.body, "no key in an answer", answer, "the refusal tells what the key is"
+        )
+    require(
+        len(bench.asked()) == before,
+        "no request to the engine without a key",
+        f"{len(bench.asked()) - before}",
+        "the engine was asked before the key was looked at",
+    )
+    ok(bench.post(PROMPT, 1))
+    log = bench.child.said()
+    secrets = [bench.key, *([bench.vllm.settings.key] if bench.vllm.settings.key else [])]
+    require(
+        not any(secret in log for secret in secrets),
+        "no key in the log",
+        next((line for line in log.splitlines() if any(secret in line for secret in secrets)), ""),
+        "logs are read by many: headers and settings are not for them",
+    )
+
+
+def limits(bench: Bench) -> None:
+    """What is beyond the limits is refused by name, and costs the engine nothing."""
+    before = len(bench.asked())
+    long = "sea " * (PROMPT_CHARACTERS // 4) + "s"
+    for what, field, limit, prompt, tokens in (
+        (f"max_tokens = {MAX_TOKENS + 1}", "max_tokens", str(MAX_TOKENS), PROMPT, MAX_TOKENS + 1),
+        ("max_tokens = 0", "max_tokens", "", PROMPT, 0),
+        ('max_tokens = "many"', "max_tokens", "", PROMPT, "many"),
+        (f"a prompt of {len(long)} characters", "prompt", str(PROMPT_CHARACTERS), long, 1),
+        ("a prompt that is a number", "prompt", "", 5, 1),
+        ("an empty prompt", "prompt", "", "", 1),
+    ):
+        try:
+            answer = bench.post(prompt, tokens)
+        except NotYet as fault:  # the engine writes for longer than a caller waits
+            require(len(bench.asked()) == before, f"413 or 422 for {what}", "the engine at work on it", UNLIMITED)
+            raise fault from None
+        judge(
+            True,
+            answer.status in (413, 422),
+            (answer.status == 200, UNLIMITED),
+            (answer.status >= 500, "what a caller did wrong is no error of the service: check before you use it"),
+            otherwise="a body that is understood and not accepted is 422, one that is too large 413",
+            expected=f"413 or 422 for {what}",
+            shown=answer,
+        )
+        said = answer.body.decode(errors="replace")
+        require(
+            field in said and limit in said,
+            f"a refusal that names {field}{' and its limit ' * bool(limit)}{limit}",
+            answer,
+            "whoever reads it has to know what to change",
+        )
+    require(
+        len(bench.asked()) == before,
+        "no request to the engine",
+        f"{len(bench.asked()) - before}",
+        "it was asked before the limits were looked at",
+    )
+    ok(bench.post(long[:PROMPT_CHARACTERS], 1), f"a prompt of exactly {PROMPT_CHARACTERS} characters")
+
+
+def crowd(bench: Bench) -> None:
+    """The engine's answers are held until all callers are at work: no clock says whether they were together."""
+    before = len(bench.asked())
+    together, apart = threading.Event(), threading.Event()
+
+    def hold(exchange: Exchange, number: int) -> None:
+        if len(bench.asked()) - before >= CAPACITY:
+            together.set()
+        if not apart.is_set() and not together.wait(TOGETHER_SECONDS):
+            apart.set()
+
+    def one(number: int) -> Answer:
+        return bench.post(f"Caller {number} says:", 8, seconds=30)
+
+    with bench.gated(hold):
+        answers = at_once(CAPACITY, one)
+    made = bench.asked()[before:]
+    for answer in answers:
+        require(
+            isinstance(answer, NotYet) or answer.status not in (429, 503),
+            f"200 for {CAPACITY} callers at once, as CAPACITY says",
+            answer,
+            "refused though there is room: is each place given back when its answer is sent, or its caller gone?",
+        )
+    require(
+        not apart.is_set(),
+        f"{CAPACITY} requests at work in the engine together",
+        f"{bench.most_at_once(made)}",
+        "a call that blocks keeps all others waiting: await it, or give each caller a thread",
+    )
+    for answer in answers:
+        if isinstance(answer, NotYet):
+            raise answer
+        ok(answer)
+    texts = {prompt: text for exchange in made for prompt, text in written(exchange).items()}
+    for number, answer in enumerate(answers):
+        given = answer.json()
+        judge(
+            texts.get(f"Caller {number} says:"),
+            given.get("text") if isinstance(given, dict) else given,
+            (lambda got, _: got in texts.values(), "this is the answer to another caller: what is shared by calls?"),
+            otherwise="each caller gets the text of their own prompt",
+        )
+
+
+def refusals(bench: Bench) -> None:
+    """CAPACITY streams are held; some more callers come; all who had a place then leave."""
+    let_go = threading.Event()
+
+    def hold(exchange: Exchange, number: int) -> None:
+        if number > 0:
+            let_go.wait(10)
+
+    with bench.gated(hold):
+        streams = at_once(CAPACITY, lambda number: bench.stream(PROMPT, 16))
+        try:
+            for stream in streams:
+                if isinstance(stream, NotYet):
+                    raise stream
+                ok(stream, f"{CAPACITY} callers at once, as CAPACITY says")
+                stream.piece()
+            beyond = at_once(BEYOND, lambda number: bench.post(PROMPT, 1, seconds=GONE_SECONDS))
+        finally:
+            for stream in streams:
+                if isinstance(stream, Stream):
+                    stream.leave()
+            let_go.set()
+    for answer in beyond:
+        what = f"429 or 503 at once for callers beyond {CAPACITY}"
+        if isinstance(answer, NotYet):
+            raise NotYet(what, answer.got, "who does not fit waits, and nobody knows how long: refuse")
+        judge(
+            True,
+            answer.status in (429, 503),
+            (answer.status == 200, "there is no limit: everybody gets in, and all become slow together"),
+            otherwise="full is 429 or 503",
+            expected=what,
+            shown=answer,
+        )
+        later(answer)
+    wait_until(lambda: bench.post(PROMPT, 1).status == 200, BACK_SECONDS)
+    again = bench.post(PROMPT, 1)
+    require(
+        again.status == 200,
+        "200 once all the others have left",
+        again,
+        "who leaves keeps the place: give it back in a finally",
+    )
+
+
+def later(answer: Answer) -> None:
+    """Require a Retry-After in seconds."""
+    require(
+        answer.headers.get("Retry-After", "").isdigit(),
+        f"the header Retry-After with {answer.status}",
+        answer.headers.get("Retry-After", "no such header"),
+        "without it callers try again at once, all together",
+    )
+
+
+def gone(bench: Bench) -> None:
+    """The engine goes away in the midst of a stream, is away for a while, and comes back."""
+    read = threading.Event()
+
+    def breaks(exchange: Exchange, number: int) -> None:
+        if number == HELD_AT:
+            read.wait(5)
+            raise ConnectionAbortedError
+
+    with bench.gated(breaks):
+        stream = bench.stream(PROMPT, 32)
+        ok(stream)
+        stream.piece()
+        with bench.without_engine():
+            read.set()
+            stream.rest()
+            require(
+                not stream.done,
+                "no [DONE] where the engine went away in the midst of the text",
+                "data: [DONE]",
+                "half an answer is told to be a whole one: [DONE] only after the engine's own end",
+            )
+            try:
+                answer = bench.post(PROMPT, 1, seconds=GONE_SECONDS)
+            except NotYet as fault:
+                cause = "it tries for too long: one try, a short time to connect, and the caller comes back later"
+                raise NotYet("503 while the engine is away", fault.got, cause) from None
+            judge(
+                503,
+                answer.status,
+                (answer.status == 500, "the error of the connection to the engine came through: it is no bug, but 503"),
+                (answer.status in (502, 504), "502 and 504 are near; what passes by itself is 503, with Retry-After"),
+                otherwise="what passes by itself is 503",
+                expected="503 while the engine is away",
+                shown=answer,
+            )
+            later(answer)
+            wait_until(lambda: bench.get("/health").status == 503, GONE_SECONDS)
+            health = bench.get("/health", GONE_SECONDS)
+            require(health.status == 503, "503 for GET /health", health, "health has to follow the engine, both ways")
+    wait_until(lambda: bench.get("/health").status == 200 and bench.post(PROMPT, 1).status == 200, BACK_SECONDS)
+    health = bench.get("/health")
+    require(health.status == 200, "200 for GET /health once it is back", health, "health has to follow it, both ways")
+    ok(bench.post(PROMPT, 1), "a request once the engine is back")
+
+
+def in_order(bench: Bench) -> None:
+    """What the counters say of known requests; then SIGTERM while a stream is under way."""
+    before = counters(bench)
+    ok(bench.post(PROMPT, 5))
+    stream = bench.stream(PROMPT, 7)
+    stream.rest()
+    bench.post(PROMPT, 1, key="")
+    bench.post(PROMPT, 0)
+    right = {f"{REQUESTS} 200": 2, f"{REQUESTS} 401": 1, f"{REQUESTS} 422": 1, TOKENS: 12}
+
+    def moved() -> dict[str, float]:
+        now = counters(bench)
+        return {name: now[name] - before.get(name, 0) for name in now if now[name] != before.get(name, 0)}
+
+    wait_until(lambda: moved() == right, 2)  # a counter may follow its answer by a moment
+    judge(
+        right,
+        moved(),
+        (lambda got, right: got.get(TOKENS) != right[TOKENS], "tokens are what the engine counts, streams included"),
+        (lambda got, right: sum(got.values()) < sum(right.values()), "refusals are answers too: count where all end"),
+        otherwise="each answer of POST /generate counts once, by its status",
+    )
+    ends(bench)
+
+
+def counters(bench: Bench) -> dict[str, float]:
+    """The two counters; that of requests by status."""
+    page = bench.get("/metrics")
+    ok(page, "GET /metrics")
+    try:
+        families = list(text_string_to_metric_families(page.body.decode()))
+    except ValueError as error:
+        cause = "the format is Prometheus' text: prometheus_client's generate_latest writes it"
+        raise NotYet("a page for Prometheus", str(error), cause) from None
+    found: dict[str, float] = {}
+    for sample in (sample for family in families for sample in family.samples):
+        if sample.name in (REQUESTS, TOKENS):
+            name = f"{REQUESTS} {sample.labels.get('status', '')}" if sample.name == REQUESTS else TOKENS
+            found[name] = found.get(name, 0) + sample.value
+    require(
+        TOKENS in found and any(name.startswith(f"{REQUESTS} ") for name in found),
+        f"{REQUESTS} and {TOKENS} on /metrics",
+        ", ".join(found) or "neither",
+        "the names are the brief's; prometheus_client puts _total behind a Counter's by itself",
+    )
+    return found
+
+
+def ends(bench: Bench) -> None:
+    """SIGTERM while a stream is held: it comes to its end, and then the service does."""
+    told = threading.Event()
+
+    def hold(exchange: Exchange, number: int) -> None:
+        if number == HELD_AT:
+            told.wait(5)
+
+    with bench.gated(hold):
+        stream = bench.stream(PROMPT, 32)
+        ok(stream)
+        stream.piece()
+        bench.child.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not bench.listens(), 1)
+        told.set()
+        stream.rest()
+    require(
+        stream.done,
+        "a stream that comes to its end after SIGTERM",
+        f"it broke off after {stream.text!r}",
+        "what is under way is finished first: let your server shut down by itself, and give it the time",
+    )
+    require(
+        wait_until(lambda: not bench.alive(), END_SECONDS),
+        f"the end of the service within {END_SECONDS:.0f} s of SIGTERM",
+        "it runs on",
+        "somebody swallows the signal, or a thread or task never ends (through a shell, write exec before the command)",
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its number, what it is about, its points, how it is judged, and a hint for who fails it."""
+
+    number: int
+    title: str
+    points: int
+    judge: Callable[[Bench], None]
+    hint: str
+
+
+STAGES = tuple(
+    Stage(number, *each)
+    for number, each in enumerate(
+        [
+            (
+                "Ready only when the engine is",
+                1,
+                ready,
+                "What does your service do when nobody answers at ENGINE_URL? Chapter 05, section on health.",
+            ),
+            ("The engine's own answer", 1, right, "Print the engine's JSON for one prompt. Chapter 01 has the call."),
+            (
+                "Piece by piece",
+                2,
+                streams,
+                "A generator that yields inside the loop over the engine's stream, in a response that streams. "
+                "Chapter 02 has the format, chapter 05 the gateway.",
+            ),
+            (
+                "Who leaves frees the engine",
+                2,
+                leaves,
+                "Which object holds the connection to the engine, and what closes it when your generator is "
+                "cancelled? `async with` does. Chapter 05, step 2.",
+            ),
+            (
+                "Nobody without the key",
+                2,
+                keys,
+                "hmac.compare_digest on bytes, in one place that all of POST /generate goes through first.",
+            ),
+            (
+                "Limits that say what they are",
+                2,
+                limits,
+                "A model of the body with its bounds says both by itself: pydantic's Field(ge=…, le=…, max_length=…).",
+            ),
+            (
+                "32 at once, each their own",
+                2,
+                crowd,
+                "Which of your calls does not let the event loop go on while it waits? Chapter 05 begins with one.",
+            ),
+            (
+                "No more than it can carry",
+                3,
+                refusals,
+                "Count who is at work: one more before the engine is asked, one less in a finally, also for leavers. "
+                "Chapter 05, step 4.",
+            ),
+            (
+                "The engine goes, and comes back",
+                3,
+                gone,
+                "Which error does your client raise when nobody listens, and how often does it try again before it "
+                "says so? max_retries=0, a short time to connect, and one except that answers 503.",
+            ),
+            (
+                "It adds up, and ends in order",
+                2,
+                in_order,
+                "Count where every answer of POST /generate passes, whatever its status. uvicorn and aiohttp finish "
+                "what is under way after SIGTERM, if they are the process that gets it.",
+            ),
+        ],
+        1,
+    )
+)
+"""In their order."""

@@ -1,0 +1,2 @@
+# exec: the signal is for the service.
+exec python with_aiohttp.py

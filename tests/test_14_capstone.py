@@ -1,0 +1,114 @@
+"""Chapter 14: the judge, proved by services that are right and by others that are wrong in one stage each."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from servebook.checkout import ROOT
+from servebook.cli import app
+from servebook.errors import ServebookError
+from servebook.lab import check
+from servebook.lab.capstone.contract import begin, command_of
+from servebook.lab.capstone.judge import judge_service
+from servebook.lab.capstone.stages import STAGES
+from servebook.launch import Server
+from servebook.ways.metrics import metric
+
+MODEL = ROOT / "solutions/14_capstone"
+ANSWERS = ROOT / "tests/capstone"
+WRONG = tomllib.loads((ANSWERS / "answers.toml").read_text())["wrong"]
+
+
+def right_ones() -> list[Any]:
+    return [
+        pytest.param(path.parent, id=path.parent.name) for path in (MODEL / "service.toml", *ANSWERS.glob("*/*.toml"))
+    ]
+
+
+@pytest.mark.parametrize("folder", right_ones())
+def test_a_right_service_has_all_points(folder: Path, vllm: Server) -> None:
+    verdict = judge_service(folder, vllm)
+    assert verdict.passed, verdict.render()
+    assert verdict.points == sum(stage.points for stage in STAGES)
+    assert metric(vllm.url, "vllm:num_requests_running") == 0
+
+
+@pytest.mark.parametrize("wrong", [pytest.param(each, id=each["name"].replace(" ", "_")) for each in WRONG])
+def test_a_wrong_service_fails_its_stage_and_is_told_the_cause(
+    wrong: dict[str, Any], vllm: Server, tmp_path: Path
+) -> None:
+    source = (MODEL / "service.py").read_text()
+    for old, new in wrong["edits"]:
+        assert old in source, old
+        source = source.replace(old, new)
+    shutil.copy(MODEL / "service.toml", tmp_path)
+    (tmp_path / "service.py").write_text(source)
+    verdict = judge_service(tmp_path, vllm, last=wrong["stage"])
+    failed = verdict.first_wrong
+    assert failed is not None, verdict.render()
+    assert failed.stage.number == wrong["stage"], verdict.render()
+    assert wrong["cause"] in failed.cause, verdict.render()
+    for text in (failed.expected, failed.got, failed.stage.hint):
+        assert text, verdict.render()
+        assert text.splitlines()[0] in verdict.render()
+    assert "Traceback" not in verdict.render()
+
+
+def test_the_beginning_is_a_service_with_much_left_to_do(vllm: Server, tmp_path: Path) -> None:
+    """And what is there already is not written over."""
+    folder = tmp_path / "capstone"
+    assert begin(folder) == ["service.py", "service.toml"]
+    verdict = judge_service(folder, vllm, last=4)
+    assert [each.state for each in verdict.outcomes[:5]] == ["passed", "passed", "wrong", "wrong", "not judged"]
+    (folder / "service.py").write_text("mine")
+    begin(folder)
+    assert (folder / "service.py").read_text() == "mine"
+
+
+def test_what_cannot_start_is_told_why(
+    vllm: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ServebookError, match=r"no .*capstone/service.toml here"):
+        check("14")
+    begin()
+    start = Path("capstone/service.toml")
+    start.write_text("command = 5")
+    with pytest.raises(ServebookError, match="no command that can be read"):
+        command_of(start.parent)
+    start.write_text('command = "no-such-program"')
+    check("14")
+    said = capsys.readouterr().out
+    assert said.startswith("14 Capstone: 0 of 20 points\n✗  1 Ready only when the engine is")
+    assert "names no program that is here" in said
+    told = CliRunner().invoke(app, ["labs", "check", "14"])
+    assert (told.exit_code, told.stdout) == (1, said), "the command line says the same"
+    start.write_text('command = "python service.py"')
+    Path("capstone/service.py").write_text("import nothing_of_that_name")
+    check("14")
+    assert "got           ModuleNotFoundError: No module named 'nothing_of_that_name'" in capsys.readouterr().out
+
+
+def test_each_stage_has_its_hint_and_points() -> None:
+    assert [stage.number for stage in STAGES] == list(range(1, 11))
+    assert sum(stage.points for stage in STAGES) == 20
+    assert all(stage.hint for stage in STAGES)
+    assert {each["stage"] for each in WRONG} == {stage.number for stage in STAGES}
+
+
+def test_notebook(vllm: Server, run_notebook: Callable[[str], None]) -> None:
+    """It puts a beginning beside itself, which goes with this test where it came with it."""
+    folder = ROOT / "notebooks/capstone"
+    there = folder.exists()
+    try:
+        run_notebook("14_capstone")
+    finally:
+        if not there:
+            shutil.rmtree(folder, ignore_errors=True)
