@@ -553,7 +553,7 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path
         (course / name).parent.mkdir(parents=True, exist_ok=True)
         (course / name).write_bytes((ROOT / name).read_bytes())
     with (course / "nbgrader_config.py").open("a") as config:
-        config.write("c.Execute.timeout = 20\n")
+        config.write("c.Execute.timeout = 20\nautograde.GRACE_SECONDS = 5\n")
     (course / f"solutions/{STEM}/answer.py").write_text("# what a solution writes when it runs")
     nbgrader(course, "generate_assignment", STEM)
     assert [path.name for path in (course / "labs" / STEM).iterdir()] == [f"{STEM}.ipynb"]
