@@ -38,6 +38,18 @@ def seconds_until(condition: Callable[[], Any], what: str, seconds: float = 30) 
     return time.monotonic() - start
 
 
+def half_a_request(url: str, path: str, ask: dict[str, Any]) -> socket.socket:
+    """Send a request and leave its answer unread."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    body = json.dumps(ask).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + body)
+    return connection
+
+
 class Desk:
     """One person's state folder, and the commands that this person types."""
 

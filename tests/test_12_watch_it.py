@@ -32,7 +32,7 @@ from servebook.ways.watch_it.histogram import quantile
 from servebook.ways.watch_it.pages import Page, parse, read, record
 from servebook.ways.watch_it.traces import Collector, Span, collect, waterfall
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.one_engine, pytest.mark.timeout(600)]
 
 INF = math.inf
 TTFT = "vllm:time_to_first_token_seconds"
@@ -100,11 +100,6 @@ wait_bucket{engine="1",le="1.0"} 10
 wait_bucket{engine="1",le="+Inf"} 20
 """
     assert parse(text, 0).buckets("wait") == {1: 13, INF: 24}
-
-
-def test_no_page_is_said_in_words() -> None:
-    with pytest.raises(ServebookError, match=r"no metrics at http://127.0.0.1:1 .*\n→ Is the server up"):
-        read("127.0.0.1:1")
 
 
 async def test_the_record_begins_before_the_work_and_ends_after_it(vllm: Server) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from servebook.checkout import ROOT
 from servebook.lab.feedback import NotYet, StillOpen, judge
+from servebook.lab.handout import confine
 from servebook.lab.judge import process
 from servebook.lab.judge.__main__ import Judge, Names
 from servebook.lab.judge.learner import Session
@@ -120,3 +126,20 @@ def test_a_process_judges(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         process.judge().end()
         process.judge.cache_clear()
+
+
+@pytest.mark.skipif(not confine.possible(), reason="needs Landlock (Linux 6.2 or newer)")
+def test_who_is_graded_cannot_look_into_the_judges_memory() -> None:
+    looked = subprocess.run(
+        [sys.executable, "-c", f"open('/proc/{os.getpid()}/mem', 'rb')"],
+        preexec_fn=lambda: confine.confine({"read": ["/"], "write": []}),
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert "PermissionError" in looked.stderr
+
+
+def test_a_rooms_desks_ask_a_judge() -> None:
+    for path in ("jupyterhub/jupyterhub_config.py", "kubernetes/jupyterhub/values.yaml"):
+        assert re.search(rf"{APART}\"?: \"1\"", (ROOT / path).read_text(encoding="utf-8")), path

@@ -52,7 +52,8 @@ def main() -> None:
     if hasattr(module, "app"):
         import uvicorn
 
-        uvicorn.run(module.app, port=port, log_level="warning")
+        # A caller who pauses must not meet the end of a connection, which uvicorn leaves open for 5 idle seconds.
+        uvicorn.run(module.app, port=port, log_level="warning", timeout_keep_alive=120)
     elif hasattr(module, "Servicer"):
         asyncio.run(serve_grpc(module, port))
     else:

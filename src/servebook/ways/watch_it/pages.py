@@ -8,10 +8,10 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from servebook.errors import ServebookError
+from servebook.ways.metrics import page_text
 
 EVERY_SECONDS = 0.25
 """Between two readings. A Prometheus takes 15 s or 60 s; this one watches a few seconds."""
@@ -66,14 +66,7 @@ def read(url: str, key: str | None = None) -> Page:
     Raises:
         ServebookError: it cannot be read.
     """
-    page = url if "://" in url else f"http://{url}"
-    try:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        answer = requests.get(f"{page.rstrip('/')}/metrics", headers=headers, timeout=30)
-        answer.raise_for_status()
-    except requests.RequestException as error:
-        raise ServebookError(f"There are no metrics at {page} ({type(error).__name__}).", "Is the server up?") from None
-    return parse(answer.text, time.time())
+    return parse(page_text(url, key), time.time())
 
 
 def parse(text: str, at: float) -> Page:

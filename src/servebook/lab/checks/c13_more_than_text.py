@@ -1,0 +1,243 @@
+"""Checks of lab 13: a schema for a ticket, whether a proposed call may run, and a conversation that ends."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from typing import Any
+
+import requests
+from jsonschema import Draft202012Validator
+
+from servebook.lab.feedback import NotYet, judge, require
+from servebook.lab.rest import key_of
+from servebook.lab.submission import Submission
+
+TEAMS = (["network", "mail"], ["printing"])
+TICKET = {"team": "network", "urgent": True, "summary": "No Wi-Fi in room 3"}
+
+
+def check_13_1(submission: Submission) -> None:
+    """What the schema lets through and what it keeps out, for two lists of teams; and whether the engine takes it."""
+    ticket_schema, vllm = submission.function("ticket_schema"), submission.server("vllm")
+    for teams in TEAMS:
+        schema = submission.call(ticket_schema, list(teams))
+        require(isinstance(schema, dict), "a dict", schema, "return the schema as a dict, not as a text")
+        _judge_schema(schema, teams)
+    form = {"type": "json_schema", "json_schema": {"name": "ticket", "schema": schema}}
+    turn = [{"role": "user", "content": "The printer is on fire!"}]
+    answer = requests.post(
+        f"{vllm.url}/v1/chat/completions",
+        headers={"Authorization": f"Bearer {key_of(vllm)}"},
+        json={"model": vllm.model, "messages": turn, "max_tokens": 1, "response_format": form},
+        timeout=60,
+    )
+    cause = "the schema is right, but the engine cannot make a grammar of it: say it in plainer words"
+    require(answer.ok, "a schema that the engine takes", answer.text[:300], cause)
+
+
+def _judge_schema(schema: dict[str, Any], teams: list[str]) -> None:
+    def fits(instance: Any) -> bool:
+        try:
+            Draft202012Validator.check_schema(schema)
+            return bool(Draft202012Validator(schema).is_valid(instance))
+        except Exception as error:  # whatever a reference to nothing, or to itself, may raise
+            raise NotYet("a JSON schema", f"{type(error).__name__}: {error}"[:300], "this is no JSON schema") from None
+
+    ticket = TICKET | {"team": teams[-1]}
+    short = {name: value for name, value in ticket.items() if name != "summary"}
+    cases = [
+        ("text", False, 'the type is missing: without "type": "object", any text or list fits'),
+        (ticket, True, "the teams are those that the function is given"),
+        (ticket | {"summary": "x" * 40}, True, "40 characters are allowed"),
+        (ticket | {"urgent": False}, True, "urgent may be false"),
+        (short, False, "nothing says that every field must be there: look at required"),
+        (ticket | {"colour": "red"}, False, "other fields get through: look at additionalProperties"),
+        (ticket | {"urgent": "yes"}, False, "urgent is true or false, and no text"),
+        (ticket | {"summary": 7}, False, "summary is a text"),
+        (ticket | {"summary": "x" * 41}, False, "nothing bounds the summary: maxLength, beside its type"),
+        (ticket | {"team": "gardening"}, False, "any team gets through: an enum lists those that there are"),
+        (ticket | {"team": teams}, False, "team is one of the teams, not a list of them"),
+    ]
+    for instance, right, cause in cases:
+        judge(
+            right,
+            fits(instance),
+            otherwise=cause,
+            expected=f"{json.dumps(instance)} {'fits' if right else 'does not fit'}",
+            shown=f"it {'does not' if right else 'does'}, by {json.dumps(schema, default=repr)}"[:400],
+        )
+
+
+WORD = {
+    "type": "object",
+    "properties": {"word": {"type": "string", "maxLength": 20}, "times": {"type": "integer", "minimum": 1}},
+    "required": ["word"],
+    "additionalProperties": False,
+}
+TOOLS = {"repeat": WORD, "now": {"type": "object", "additionalProperties": False}}
+
+
+def check_13_2(submission: Submission) -> None:
+    """Calls that may run, and what models have been seen to write instead."""
+    judged = submission.function("judged")
+    unknown, no_json, misfit = ({"error": what} for what in ("unknown tool", "not JSON", "does not fit"))
+    known_only = "the name is looked up in tools, letter by letter: what is not there is an unknown tool"
+    cases: list[tuple[str, str, dict[str, Any], str]] = [
+        ("repeat", '{"word": "ha", "times": 3}', {"arguments": {"word": "ha", "times": 3}}, "this call may run"),
+        ("now", "{}", {"arguments": {}}, "no arguments are arguments, too: {} is not nothing"),
+        ("rm", '{"word": "ha"}', unknown, known_only),
+        ("rm", "oops", unknown, "whichever comes first: the name is looked at before the arguments"),
+        ("Repeat", '{"word": "ha"}', unknown, known_only),
+        ("repeat_all", '{"word": "ha"}', unknown, known_only),
+        ("repeat", '{"word": "ha"', no_json, "a call that was cut off is no JSON: json.loads raises ValueError"),
+        ("repeat", "{'word': 'ha'}", no_json, "that is Python, not JSON: a model's words are read, never evaluated"),
+        ("repeat", "", no_json, "an empty text is no JSON"),
+        ("repeat", "{}", misfit, "a required argument is missing, and nobody has seen it"),
+        ("repeat", '{"word": 7}', misfit, "the names are right and a value is not: let the schema judge all of it"),
+        (
+            "repeat",
+            '{"word": "ha", "times": 0}',
+            misfit,
+            "a value is beyond its bounds: let the schema judge all of it",
+        ),
+        ("repeat", '{"word": "ha", "path": "/"}', misfit, "an argument too many: the schema allows no others"),
+        ("repeat", '["ha"]', misfit, "this is JSON, but no object"),
+    ]
+    for name, arguments, right, cause in cases:
+        call = {"name": name, "arguments": arguments}
+        got = submission.call(
+            judged,
+            call,
+            deepcopy(TOOLS),
+            causes={KeyError: f"it must not raise: {known_only}", Exception: f"it must not raise: {cause}"},
+        )
+        judge(
+            right,
+            got,
+            (got is None, "the function returns nothing: `return` is missing"),
+            (lambda got, _: isinstance(got["arguments"], str), "the arguments are still a text: return them as a dict"),
+            otherwise=cause,
+            expected=f"{right} for {call}",
+        )
+
+
+QUESTION = [{"role": "system", "content": "Count."}, {"role": "user", "content": "How many?"}]
+
+
+def _calls(*calls: tuple[str, str]) -> dict[str, Any]:
+    tool_calls = [
+        {"id": f"call-{name}-{len(arguments)}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for name, arguments in calls
+    ]
+    return {"role": "assistant", "content": None, "tool_calls": tool_calls}
+
+
+def check_13_3(submission: Submission) -> None:
+    """A model that answers at once, after one round, after two calls in one, and never."""
+    answer = submission.function("answer")
+    one, two = _calls(("count", '{"letter": "r"}')), _calls(("count", '{"letter": "a"}'), ("now", "{}"))
+    text = {"role": "assistant", "content": "Three."}
+    for script, rounds in (
+        ([text], 3),
+        ([text | {"tool_calls": []}], 1),
+        ([one, text], 2),
+        ([two, text], 3),
+        ([one, two, text], 3),
+        ([one, two, one], 3),
+        ([one], 1),
+    ):
+        _converse(submission, answer, script, rounds)
+
+
+def _converse(submission: Submission, answer: Any, script: list[dict[str, Any]], rounds: int) -> None:
+    asked: list[Any] = []
+    ran: list[Any] = []
+
+    def ask(messages: Any) -> dict[str, Any]:
+        asked.append(deepcopy(messages))
+        return deepcopy(script[len(asked) - 1]) if len(asked) <= len(script) else {"role": "assistant", "content": "!"}
+
+    def run(name: Any, arguments: Any) -> str:
+        ran.append((name, arguments))
+        return f"{name} {arguments} done"
+
+    got = submission.call(answer, ask, run, deepcopy(QUESTION), rounds)
+    require(
+        len(asked) <= rounds,
+        f"{rounds} questions at most",
+        f"{len(asked)}",
+        "the model is asked more often than `rounds` says: one that always wants a tool would never end",
+    )
+    told = list(QUESTION)
+    for number, message in enumerate(script):
+        require(len(asked) > number, f"{number + 1} questions", f"{len(asked)}", "there were rounds left, so ask again")
+        _judge_messages(asked[number], told)
+        calls = message.get("tool_calls") or []
+        if calls and number < len(script) - 1:
+            wanted = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+            made = ran[: len(wanted)]
+            del ran[: len(wanted)]
+            judge(
+                wanted,
+                made,
+                (lambda made, wanted: len(made) < len(wanted), "a message may hold several calls: run each of them"),
+                (
+                    lambda made, _: any(not isinstance(arguments, str) for _, arguments in made),
+                    "run takes the arguments as the text that they are",
+                ),
+                otherwise="run gets the name and the arguments of each call, in their order",
+            )
+            results = [f"{name} {arguments} done" for name, arguments in wanted]
+            told += [message] + [
+                {"role": "tool", "tool_call_id": call["id"], "content": result}
+                for call, result in zip(calls, results, strict=True)
+            ]
+    final = None if script[-1].get("tool_calls") else script[-1]["content"]
+    judge(
+        final,
+        got,
+        (
+            lambda got, _: isinstance(got, dict),
+            "that is the whole message: its content is wanted",
+        ),
+        (final is None, "the model has not answered in so many rounds: return None"),
+        (got is None, "the function returns nothing: `return` is missing"),
+        otherwise="return the content of the first message without calls",
+    )
+
+
+def _judge_messages(got: Any, right: list[dict[str, Any]]) -> None:
+    roles = [each.get("role") if isinstance(each, dict) else None for each in (got if isinstance(got, list) else ())]
+    tools = [message for message in right if message["role"] == "tool"]
+    judge(
+        right,
+        got,
+        (not isinstance(got, list), "ask takes the list of all messages"),
+        (
+            lambda got, right: "assistant" not in roles and "assistant" in [each["role"] for each in right],
+            "the model's own message is missing: it stands before the results of its calls",
+        ),
+        (
+            lambda got, right: len(got) == len(right) and roles != [each["role"] for each in right],
+            "a result has the role `tool`, and stands behind the message that wanted it",
+        ),
+        (lambda got, right: len(got) < len(right), "a message is missing: one for each call, beside all that was said"),
+        (lambda got, right: len(got) > len(right), "there are more messages than were said"),
+        (
+            lambda got, _: (
+                [each.get("tool_call_id") for each in got if each["role"] == "tool"]
+                != [each["tool_call_id"] for each in tools]
+            ),
+            "tool_call_id says which call a result belongs to: the call's own id",
+        ),
+        (
+            lambda got, _: (
+                [each.get("content") for each in got if each["role"] == "tool"] != [each["content"] for each in tools]
+            ),
+            "the content is what run has returned, as it is",
+        ),
+        otherwise="the messages that were there, then the model's, then a result for each call",
+        expected=json.dumps(right, ensure_ascii=False)[:400],
+        shown=json.dumps(got, ensure_ascii=False, default=repr)[:400],
+    )
