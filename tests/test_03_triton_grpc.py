@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, closing, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from servebook import launch
 from servebook.launch import Server
 from servebook.ways.client import Answer, Piece
 from servebook.ways.metrics import metric
+from servebook.ways.triton_grpc import steps
 from servebook.ways.triton_grpc.aio_client import TritonAioClient
 from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
 from servebook.ways.triton_grpc.client import TritonClient
-from servebook.workbook.notebook import measure_pace
+from servebook.workbook.notebook import difference, measure_pace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -42,6 +44,7 @@ MODEL = "vllm_model"
 PROMPT = "The capital of France is"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
 LONG: dict[str, Any] = {"max_tokens": 1500, "ignore_eos": True}
+STORY: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True}
 WITH_STATUS = {"triton_grpc_error": "true"}
 
 
@@ -594,3 +597,71 @@ async def test_a_death_is_seen_at_once_by_all_and_leaves_nothing(own: Server, vi
 
 def is_alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+# From the model that one writes first to the backend
+
+
+@pytest.mark.parametrize(("before", "after"), list(pairwise(steps.STEPS)), ids=lambda step: step.stem)
+def test_a_step_is_small_and_says_what_it_leaves(before: Path, after: Path) -> None:
+    assert 1 <= sum(line[:1] == "+" and line[1:] != "" for line in difference(before, after)) <= 30
+    assert re.search("\nStill (wrong|missing): ", after.read_text())
+
+
+@pytest.fixture(scope="class")
+def ladder(triton: Server) -> Iterator[str]:
+    with steps.ladder(triton.grpc) as address:
+        yield address
+
+
+class TestSteps:
+    """A class, for their Triton to end with the last of these tests."""
+
+    def written(self, triton: Server) -> float:
+        """How many tokens the engine has written, for whomever."""
+        return vllm_metric(triton, "generation_tokens_total")
+
+    def test_from_step_1_on_the_answer_comes_in_pieces(self, ladder: str, triton: Server) -> None:
+        whole = TritonClient(triton.grpc).generate(PROMPT, **GREEDY).text
+        for step in range(len(steps.STEPS)):
+            pieces = list(steps.stream(ladder, step, PROMPT, **GREEDY))
+            assert "".join(pieces) == whole
+            assert (len(pieces) > 1) == (step > 0)
+
+    @pytest.mark.parametrize(("step", "waits"), [(1, True), (2, False)])
+    def test_from_step_2_on_callers_do_not_wait_for_one_another(
+        self, ladder: str, triton: Server, step: int, waits: bool
+    ) -> None:
+        """`waits`: the first caller has everything before the second one has a first piece."""
+        tokens = STORY["max_tokens"]
+        if not waits:  # it must not be over before the second caller has connected, however fast the engine is
+            pace = measure_pace(lambda n: TritonClient(triton.grpc).generate(PROMPT, max_tokens=n, ignore_eos=True))
+            tokens = pace.tokens(3, at_least=tokens)
+        before = self.written(triton)
+        with (
+            closing(steps.stream(ladder, step, PROMPT, **STORY | {"max_tokens": tokens})) as first,
+            closing(steps.stream(ladder, step, PROMPT, **GREEDY)) as second,
+        ):
+            next(first)
+            next(second)
+            assert (self.written(triton) - before > tokens) == waits
+        eventually(lambda: running(triton) == 0, "an idle engine")
+
+    @pytest.mark.parametrize(("step", "sampling", "whole"), [(2, STORY, True), (3, LONG, False)])
+    def test_step_3_does_not_write_on_for_who_has_left(
+        self, ladder: str, triton: Server, step: int, sampling: dict[str, Any], whole: bool
+    ) -> None:
+        before = self.written(triton)
+        with closing(steps.stream(ladder, step, PROMPT, **sampling)) as pieces:
+            next(pieces)
+        eventually(lambda: running(triton) == 0, "an idle engine")
+        assert (self.written(triton) - before == sampling["max_tokens"]) == whole
+
+    @pytest.mark.parametrize(
+        ("step", "status"), [(2, "StatusCode.DEADLINE_EXCEEDED"), (3, "StatusCode.INVALID_ARGUMENT")]
+    )
+    def test_step_3_says_what_is_wrong(self, ladder: str, step: int, status: str) -> None:
+        with pytest.raises(InferenceServerException) as caught:
+            list(steps.stream(ladder, step, PROMPT, timeout=1 if step == 2 else 30, temperature=-1))
+        assert caught.value.status() == status
+        assert step == 2 or "temperature" in caught.value.message()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import socket
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,7 +19,7 @@ import requests
 import schemathesis
 import tritonclient.grpc as v2
 import tritonclient.http as v2_http
-from desk import eventually
+from desk import eventually, half_a_request
 from hypothesis import HealthCheck
 from hypothesis import given as hypothesis_given
 from hypothesis import settings as hypothesis_settings
@@ -25,11 +27,14 @@ from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 
 from servebook import launch
+from servebook.checkout import ROOT
+from servebook.lab.taps.http import Exchange, Tap
 from servebook.settings import TENSOR_MODEL_NAME
 from servebook.ways.client import Answer
 from servebook.ways.kserve.client import V2Client, tensor
+from servebook.ways.kserve.steps import ladder
 from servebook.ways.metrics import metric
-from servebook.workbook.notebook import measure_pace
+from servebook.workbook.notebook import difference, measure_pace
 
 pytestmark = pytest.mark.engine
 
@@ -440,11 +445,8 @@ def generated(kserve: launch.Server) -> float:
 
 
 def leave_rest(kserve: launch.Server) -> None:
-    host, _, port = kserve.http.rpartition(":")
-    body = json.dumps({"inputs": [given("text_input", PROMPT), sampling(**ENDLESS)]}).encode()
-    head = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    body = {"inputs": [given("text_input", PROMPT), sampling(**ENDLESS)]}
+    with half_a_request(kserve.url, f"/v2/models/{MODEL}/infer", body):
         eventually(lambda: running(kserve) == 1, "the request in the engine")
 
 
@@ -470,7 +472,12 @@ def leave_openai_stream(kserve: launch.Server) -> None:
         next(stream.iter_lines())
 
 
-@pytest.mark.parametrize("leave", [leave_rest, leave_grpc, leave_by_deadline, leave_openai_stream])
+def leave_openai(kserve: launch.Server) -> None:
+    with half_a_request(kserve.url, "/openai/v1/completions", {"model": MODEL, "prompt": PROMPT, **ENDLESS}):
+        eventually(lambda: running(kserve) == 1, "the request in the engine")
+
+
+@pytest.mark.parametrize("leave", [leave_rest, leave_grpc, leave_by_deadline, leave_openai_stream, leave_openai])
 def test_caller_who_leaves_stops_the_engine(kserve: launch.Server, leave: Callable[[launch.Server], None]) -> None:
     before = generated(kserve)
     leave(kserve)
@@ -564,6 +571,101 @@ def test_openai_errors_keep_their_codes(kserve: launch.Server, fields: dict[str,
     answer = requests.post(f"{kserve.url}/openai/v1/completions", json=fields, timeout=30)
     assert answer.status_code == status
     assert answer.json()["error"]
+
+
+# From the predictor that one writes first to ours
+
+STEPS = sorted((ROOT / "src/servebook/ways/kserve/steps").glob("step_*.py"))
+CUT = "The wire is cut."
+
+
+@pytest.mark.parametrize(("before", "after"), list(pairwise(STEPS)), ids=lambda step: step.stem)
+def test_a_step_is_small_and_says_what_it_leaves(before: Path, after: Path) -> None:
+    assert 1 <= sum(line[:1] == "+" and line[1:] != "" for line in difference(before, after)) <= 30
+    assert re.search("\nStill (wrong|missing): ", after.read_text())
+
+
+@pytest.fixture(scope="class")
+def steps(kserve: launch.Server) -> Iterator[tuple[list[str], Tap]]:
+    """The steps' URLs, and the wire to the engine, the chapter's own, that they share."""
+
+    def cut(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
+        if exchange.body["prompt"] == CUT:
+            raise ConnectionResetError
+        yield from chunks
+
+    with Tap(kserve.url, cut) as tap, ladder(f"{tap.url}/openai") as urls:
+        yield urls, tap
+
+
+class TestSteps:
+    """A class, for the steps' processes to end with the last of these tests."""
+
+    @pytest.fixture(scope="class")
+    def long(self, client: V2Client) -> JsonTensor:
+        """Two seconds of work, however fast the engine is: it can be seen there before it is done."""
+        pace = measure_pace(lambda tokens: client.generate("Once", max_tokens=tokens, ignore_eos=True))
+        return sampling(max_tokens=pace.tokens(2, at_least=48), ignore_eos=True)
+
+    def refused(self, url: str, *inputs: JsonTensor) -> tuple[int, str]:
+        answer = requests.post(f"{url}/v2/models/{MODEL}/infer", json={"inputs": inputs}, timeout=60)
+        return answer.status_code, answer.json()["error"]
+
+    def test_every_step_answers_as_the_server_does(self, steps: tuple[list[str], Tap], client: V2Client) -> None:
+        urls, _ = steps
+        assert len(urls) == len(STEPS)
+        for url in urls:
+            body = {"inputs": [given("text_input", PROMPT), sampling(**GREEDY)]}
+            answer = requests.post(f"{url}/v2/models/{MODEL}/infer", json=body, timeout=60).json()
+            assert answer["outputs"][0]["data"] == [client.generate(PROMPT, **GREEDY).text]
+
+    def test_step_0_stops_everybody(
+        self, steps: tuple[list[str], Tap], kserve: launch.Server, long: JsonTensor
+    ) -> None:
+        def lives_meanwhile(url: str) -> bool:
+            body = {"inputs": [given("text_input", "Once"), long]}
+            with half_a_request(url, f"/v2/models/{MODEL}/infer", body) as caller:
+                eventually(lambda: running(kserve) == 1, "the request in the engine")
+                assert requests.get(f"{url}/v2/health/live", timeout=60).ok
+                caller.setblocking(False)
+                try:
+                    return not caller.recv(1)
+                except BlockingIOError:
+                    return True
+                finally:
+                    eventually(lambda: running(kserve) == 0, "an idle engine")
+
+        assert not lives_meanwhile(steps[0][0])
+        assert lives_meanwhile(steps[0][1])
+
+    def test_step_2_says_whose_fault_it_was(self, steps: tuple[list[str], Tap]) -> None:
+        (_, awaits, errors, _), _ = steps
+        fine = given("text_input", "Hello"), sampling(max_tokens=1)
+        faults = [
+            (400, "text_input: ", [given("text_inptu", "Hello"), fine[1]]),
+            (400, "text_input: ", [given("text_input", 1.5, "FP32"), fine[1]]),
+            (400, "sampling_parameters: ", [fine[0]]),
+            (400, "sampling_parameters: ", [fine[0], given("sampling_parameters", "{")]),
+            (400, "sampling_parameters: ", [fine[0], given("sampling_parameters", "1")]),
+            (400, "sampling_parameters: ", [fine[0], sampling(temperature=-1)]),
+            (503, "The engine cannot be reached.", [given("text_input", CUT), fine[1]]),
+        ]
+        for status, words, inputs in faults:
+            assert self.refused(awaits, *inputs)[0] == 500
+            got, error = self.refused(errors, *inputs)
+            assert got == status, error
+            assert words in error
+
+    @pytest.mark.parametrize(("step", "hangs_up"), [(2, False), (3, True)])
+    def test_step_3_takes_the_request_to_the_engine_along(
+        self, steps: tuple[list[str], Tap], kserve: launch.Server, long: JsonTensor, step: int, hangs_up: bool
+    ) -> None:
+        urls, tap = steps
+        body = {"inputs": [given("text_input", "Once"), long]}
+        with half_a_request(urls[step], f"/v2/models/{MODEL}/infer", body):
+            eventually(lambda: running(kserve) == 1, "the request in the engine")
+        assert tap.exchanges[-1].done.wait(60)
+        assert (tap.exchanges[-1].left is not None) == hangs_up
 
 
 @pytest.mark.timeout(600)

@@ -22,6 +22,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from servebook.launch import Server
+from servebook.ways.limits import GIVEN_UP
 from servebook.ways.refusals import MOST_CHARS
 from servebook.ways.v2.contract import INPUTS, OPTIONAL_OUTPUTS, OUTPUTS, BadRequest, GaveUp, UnsupportedRequest
 from servebook.ways.v2.request import GenerateRequest, read_request
@@ -172,7 +173,9 @@ def test_the_prompt_is_echoed_before_each_choice_and_only_what_was_asked_for_is_
 
 
 def test_what_the_engine_gave_up_is_no_success() -> None:
-    with pytest.raises(BadRequest, match=r"^sampling_parameters\.structured_outputs\.regex: the engine found no token"):
+    with pytest.raises(
+        BadRequest, match=r"^sampling_parameters\.structured_outputs\.regex: takes more than 10 s .* fits it"
+    ):
         Responses(parse(parameters='{"structured_outputs": {"regex": "a"}}')).values(output((0, "", [], "error")))
     for reason in ("error", "abort"):
         with pytest.raises(GaveUp):
@@ -284,7 +287,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (structured(json=LOOP), f"{CONSTRAINT}.json: may not have a $ref that leads to itself"),
     (structured(json="{"), f"{CONSTRAINT}.json: "),
     (structured(json={"type": "integer", "multipleOf": 7}), f"{CONSTRAINT}.json: "),
-    (structured(grammar="root ::= root"), f"{CONSTRAINT}.grammar: the engine found no token that it allows"),
+    (structured(grammar="root ::= root"), f"{CONSTRAINT}.grammar: {GIVEN_UP}"),
     *((structured(regex=regex), f"{CONSTRAINT}.regex: ") for regex in ("foo**", r"\p{L}+", "(?P<a>x)", "(?i)a", "a++")),
     (structured(regex="([" * 3500), f"{CONSTRAINT}.regex: "),
     (structured(choice=[]), f"{CONSTRAINT}.choice: "),

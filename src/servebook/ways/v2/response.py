@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.outputs import RequestOutput
 
+from servebook.ways.limits import GIVEN_UP
 from servebook.ways.v2.contract import BadRequest, GaveUp
 from servebook.ways.v2.logprobs import logprobs_json
 from servebook.ways.v2.request import GenerateRequest
@@ -57,7 +58,7 @@ class Responses:
 def _success(word: str, request: GenerateRequest) -> str:
     """A finish reason that is a success: "stop", "length" or "repetition"."""
     if word == "error" and request.constraint:
-        raise BadRequest(request.constraint, "the engine found no token that it allows")
+        raise BadRequest(request.constraint, GIVEN_UP)
     if word in ("error", "abort"):
         raise GaveUp("the engine gave this request up")
     return word

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from types import ModuleType
@@ -73,7 +74,7 @@ async def guarded(answer: Callable[[Any, Request], Awaitable[Any]], request: Any
     """Let `answer` have a request that is within the limits, and keep a stream's events one line each.
 
     Raises:
-        VLLMValidationError: it is beyond a limit.
+        VLLMValidationError: it is beyond a limit, or cannot be answered by this model.
     """
     prompt = getattr(request, "prompt", None)
     is_list = isinstance(prompt, list) and not all(isinstance(part, int) for part in prompt)  # token ids are one prompt
@@ -82,7 +83,12 @@ async def guarded(answer: Callable[[Any, Request], Awaitable[Any]], request: Any
         check_limits(request.to_sampling_params(1, {}))
     except LimitExceeded as error:
         raise VLLMValidationError(str(error), parameter=error.field) from None
-    answered = await answer(request, raw_request)
+    if task := asyncio.current_task():  # vLLM's decorator began it, and would let it run on
+        raw_request.scope["tasks"].add(task)
+    try:
+        answered = await answer(request, raw_request)
+    except ValueError as error:  # such as a picture for a model that reads text; vLLM's own server says 400, too
+        raise VLLMValidationError(str(error)) from None
     if isinstance(answered, AsyncGenerator):
         return (event.translate(LINE_ENDS) async for event in answered)
     return answered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest
 from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor
 from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.grpc.servicer import InferenceServicer
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.exceptions import VLLMError
 
 from servebook.settings import in_address
@@ -142,6 +143,30 @@ class V2Paths:
         await self.app(scope, receive, send)
 
 
+class CancelTasks:
+    """ASGI middleware that ends with a request the tasks in `scope["tasks"]`, and all that wait for its messages.
+
+    vLLM's handlers of OpenAI's API work in a task of their own, beside another that waits for the caller to leave. Both
+    would stay when `CancelOnDisconnect` cancels the request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tasks = scope["tasks"] = set()
+
+        async def note_and_receive() -> Message:
+            tasks.add(asyncio.current_task())
+            return await receive()
+
+        try:
+            await self.app(scope, note_and_receive, send)
+        finally:
+            for task in tasks - {asyncio.current_task()}:
+                task.cancel()
+
+
 def refuse(_: Scope, status: int, reason: str) -> ASGIApp:
     """An error in KServe's shape."""
     return JSONResponse({"error": reason}, status)
@@ -184,6 +209,7 @@ class BoundModelServer(ModelServer):  # type: ignore[misc]
         self.grpc_port = grpc_port
         self.dataplane = NamedDataPlane(model_registry=self.registered_models)
         # The last one added is the outermost.
+        app.add_middleware(CancelTasks)
         app.add_middleware(CancelOnDisconnect)
         app.add_middleware(BodyLimit, limit=MAX_BODY_BYTES, refuse=refuse)
         app.add_middleware(V2Paths, models=self.registered_models)

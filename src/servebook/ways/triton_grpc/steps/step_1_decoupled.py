@@ -1,0 +1,60 @@
+"""Step 1 of the backend: a decoupled model. A request has a sender, through which any number of responses go.
+
+Still wrong: callers wait for one another.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from servebook.ways.triton_grpc.client import TritonClient
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """What Triton calls. It hands each request on to the Triton that has the engine."""
+
+    @staticmethod
+    def auto_complete_config(config: Any) -> Any:
+        """Declare the tensors, and that a request may have many responses."""
+        config.add_input({"name": "text_input", "data_type": "TYPE_STRING", "dims": [1]})
+        config.add_input({"name": "sampling_parameters", "data_type": "TYPE_STRING", "dims": [1]})
+        config.add_output({"name": "text_output", "data_type": "TYPE_STRING", "dims": [1]})
+        config.set_max_batch_size(0)
+        config.set_model_transaction_policy({"decoupled": True})
+        return config
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read from config.pbtxt where the engine is."""
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.client = TritonClient(parameters["upstream"]["string_value"])
+
+    def execute(self, requests: list[Any]) -> None:
+        """Answer one request after the other."""
+        for request in requests:
+            self.answer(text_in(request, "text_input"), sampling_in(request), request.get_response_sender())
+
+    def answer(self, prompt: str, sampling: dict[str, Any], sender: Any) -> None:
+        """Send a response for each piece, the last one with a flag that says so."""
+        for piece in self.client.stream(prompt, **sampling):
+            sender.send(response(piece.text), flags=FINAL if piece.finish_reason else 0)
+
+
+def text_in(request: Any, name: str) -> str:
+    """The one text in an input."""
+    return str(pb_utils.get_input_tensor_by_name(request, name).as_numpy()[0].decode())
+
+
+def sampling_in(request: Any) -> dict[str, Any]:
+    """The fields of vLLM's SamplingParams."""
+    return dict(json.loads(text_in(request, "sampling_parameters")))
+
+
+def response(text: str) -> Any:
+    """A response of one tensor."""
+    return pb_utils.InferenceResponse([pb_utils.Tensor("text_output", np.array([text.encode()], dtype=np.object_))])
