@@ -111,12 +111,14 @@ class Recorder:
         report: pytest.TestReport = yield  # type: ignore[assignment]
         mark = item.get_closest_marker("survives")
         if mark and item.path == BY_HAND:
-            key = (str(mark.args[0]), str(item.callspec.params["server"]), item.originalname)
+            at = mark.args[1] if len(mark.args) > 1 else item.callspec.params["server"]
+            key = (str(mark.args[0]), str(at), item.originalname)
             if not report.passed:
                 self.rows.pop(key, None)
             elif report.when == "call":
                 seen = str(dict(report.user_properties)["seen"])
                 self.rows[key] = Row(*key, mark.kwargs["lost"], seen, str(date.today()), self.machine)
+            self.pytest_sessionfinish()  # a run that is ended has stored what it saw
         return report  # type: ignore[return-value]
 
     def pytest_sessionfinish(self) -> None:

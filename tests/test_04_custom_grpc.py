@@ -35,7 +35,8 @@ from hypothesis import strategies as st
 
 from servebook import launch, serve
 from servebook.checkout import ROOT
-from servebook.engine.quiet_compiler import LOWEST_PRIORITY
+from servebook.engine.quiet_compiler import NICE, TITLE
+from servebook.launch.processes import free_port
 from servebook.protos.llm.v1 import llm_pb2 as pb
 from servebook.protos.llm.v1 import llm_pb2_grpc
 from servebook.settings import Settings
@@ -43,6 +44,7 @@ from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
 from servebook.ways.custom_grpc.steps import Ladder, ladder
+from servebook.ways.limits import GIVEN_UP
 from servebook.ways.metrics import metric
 from servebook.workbook.notebook import difference, measure_pace
 
@@ -201,17 +203,26 @@ def test_constraints_hold(client: GrpcClient) -> None:
     assert digits.text.isdecimal()
 
 
-def test_compiling_a_constraint_yields_to_those_who_wait_for_tokens(
-    client: GrpcClient, grpc_server: launch.Server
-) -> None:
-    """The threads that compiled stay, at the lowest priority; those that write tokens have the usual one."""
-    client.generate("Two letters:", sampling=pb.Sampling(regex="[a-z]{2}"))
-    family = psutil.Process(grpc_server.pid).children(recursive=True)
-    [core] = [process for process in family if process.name().startswith("VLLM::EngineCor")]
-    stats = [path.read_text().rpartition(")")[2].split() for path in Path(f"/proc/{core.pid}/task").glob("*/stat")]
-    priorities = [int(fields[16]) for fields in stats]
-    assert priorities.count(LOWEST_PRIORITY) >= 1
-    assert core.nice() == psutil.Process(grpc_server.pid).nice() < LOWEST_PRIORITY
+async def test_a_dear_schema_is_refused_and_holds_up_no_other(aio: GrpcAioClient, grpc_server: launch.Server) -> None:
+    """Its compiler has a low priority and ten seconds; beside it others get their constraints and their tokens."""
+    sampling = pb.Sampling(json_schema=json.dumps({"type": "string", "pattern": "." * 2000}))
+    dear = asyncio.create_task(aio.generate("x", max_tokens=1, sampling=sampling, timeout=120))
+
+    def compilers() -> list[psutil.Process]:
+        family = psutil.Process(grpc_server.pid).children(recursive=True)
+        return [process for process in family if process.name() == TITLE]
+
+    await asyncio.to_thread(eventually, compilers, "a process that compiles")
+    [compiler] = compilers()
+    assert compiler.nice() == psutil.Process(grpc_server.pid).nice() + NICE
+    year = await aio.generate("A year:", sampling=pb.Sampling(regex=r"(17|18)[0-9][0-9]"))
+    assert year.text[:2] in ("17", "18")
+    assert compiler.is_running(), "still beside them"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await dear
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == f"sampling.json_schema: {GIVEN_UP}"
+    assert not compiler.is_running()
 
 
 async def test_32_streams_neither_mix_nor_skip(aio: GrpcAioClient) -> None:
@@ -314,7 +325,7 @@ def test_the_status_carries_an_id_that_the_log_has_without_the_prompt(
     request_id = dict(call.trailing_metadata())["x-request-id"]
     with pytest.raises(grpc.RpcError):
         client.generate(secret, sampling=pb.Sampling(regex=f"{secret}("))
-    eventually(lambda: '"code": "INVALID_ARGUMENT"' in grpc_server.tail(50), "the call in the log", 5)
+    eventually(lambda: '"code": "INVALID_ARGUMENT"' in grpc_server.tail(50), "the call in the log")
     lines = [json.loads(line) for line in grpc_server.tail(50).splitlines() if line.startswith("{")]
     [line] = [line for line in lines if line.get("id") == request_id]
     assert (line["method"], line["code"], line["completion_tokens"]) == ("Generate", "OK", 2)
@@ -594,7 +605,7 @@ def test_metrics_count_calls_by_code(client: GrpcClient, grpc_server: launch.Ser
     client.generate("x", max_tokens=1)
     with pytest.raises(grpc.RpcError):
         client.generate("")
-    eventually(lambda: (count("OK"), count("INVALID_ARGUMENT")) == (good + 1, bad + 1), "both counted", 5)
+    eventually(lambda: (count("OK"), count("INVALID_ARGUMENT")) == (good + 1, bad + 1), "both counted")
 
 
 # A server of its own: TLS, certificates, keys, its queue, its end
@@ -792,12 +803,18 @@ def test_an_unsafe_start_is_refused(words: list[str], problem: str) -> None:
     assert problem in ended.stderr
 
 
-def test_a_taken_port_is_refused(grpc_server: launch.Server) -> None:
-    port = grpc_server.grpc.rsplit(":", 1)[1]
-    command = [sys.executable, "-m", "servebook.ways.custom_grpc.server", "--grpc-port", port]
+@pytest.mark.parametrize(
+    ("taken", "free", "advice"),
+    [("grpc", "metrics", "Choose another port"), ("metrics", "grpc", "Choose another --metrics-port")],
+)
+def test_a_taken_port_is_refused(grpc_server: launch.Server, taken: str, free: str, advice: str) -> None:
+    port = grpc_server.endpoints[taken].rsplit(":", 1)[1]
+    ports = [f"--{taken}-port", port, f"--{free}-port", str(free_port())]
+    command = [sys.executable, "-m", "servebook.ways.custom_grpc.server", *ports]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 1
-    assert "Choose another port" in ended.stderr
+    assert advice in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 # From what one writes first to this server

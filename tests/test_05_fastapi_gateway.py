@@ -22,7 +22,8 @@ import psutil
 import pytest
 import requests
 import schemathesis
-from desk import eventually
+import urllib3
+from desk import eventually, half_a_request
 from fastapi import FastAPI
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
@@ -43,6 +44,8 @@ from servebook.ways.fastapi_gateway.steps import step_1_await, step_2_disconnect
 from servebook.ways.metrics import metric
 from servebook.workbook.notebook import difference, measure_pace
 
+pytestmark = [pytest.mark.one_engine, pytest.mark.timeout(600)]
+
 GATEWAY = "servebook.ways.fastapi_gateway.server"
 KEY = "only-for-this-test"
 JAPAN = {"message": "What is the capital of Japan?", "temperature": 0, "max_tokens": 20}
@@ -60,18 +63,6 @@ def texts(body: str) -> list[dict[str, Any]]:
 
 def running(engine: str) -> float:
     return metric(engine, "vllm:num_requests_running") + metric(engine, "vllm:num_requests_waiting")
-
-
-def half_a_request(url: str, path: str, ask: dict[str, Any]) -> socket.socket:
-    """Send a request and leave its answer unread."""
-    host, port = url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=30)
-    body = json.dumps(ask).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    connection.sendall(head.encode() + body)
-    return connection
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +164,16 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(gateway: launch.Serve
         raw += piece
     slow.close()
     assert raw.count(b'data: {"text"') > 2
+
+
+def test_an_idle_connection_outlives_what_its_client_keeps(gateway: launch.Server, vllm: launch.Server) -> None:
+    """httpx keeps one for 5 s, as uvicorn does by itself: the client would meet its end, and lose a request."""
+    pools = [urllib3.connection_from_url(server.url) for server in (gateway, vllm)]
+    for idle_seconds in (6, 0):
+        for pool in pools:
+            assert pool.request("GET", "/metrics", retries=False).status == 200
+        time.sleep(idle_seconds)
+    assert [pool.num_connections for pool in pools] == [1, 1]
 
 
 async def test_unicodes_line_ends_keep_an_event_on_one_line(vllm: launch.Server) -> None:
@@ -355,28 +356,31 @@ def test_documentation_has_examples_and_needs_no_other_host(gateway: launch.Serv
 
 
 def seconds_to_let_go(url: str, path: str, ask: dict[str, Any], engine: str) -> float:
-    """From the moment that a caller hangs up to an idle engine, the median of five."""
-    took = []
-    for _ in range(5):
-        eventually(lambda: running(engine) == 0, "the engine is idle")
-        caller = half_a_request(url, path, ask)
-        eventually(lambda: metric(engine, "vllm:num_requests_running") == 1, "the engine has the request")
-        left = time.monotonic()
-        caller.close()
-        eventually(lambda: running(engine) == 0, "the engine let go", seconds=5)
-        took.append(time.monotonic() - left)
-    return statistics.median(took)
+    """From the moment that a caller hangs up to an idle engine."""
+    eventually(lambda: running(engine) == 0, "the engine is idle")
+    caller = half_a_request(url, path, ask)
+    eventually(lambda: metric(engine, "vllm:num_requests_running") == 1, "the engine has the request")
+    left = time.monotonic()
+    caller.close()
+    eventually(lambda: running(engine) == 0, "the engine let go", seconds=5)
+    return time.monotonic() - left
 
 
 @pytest.mark.parametrize("path", ["/chat", "/chat/stream"])
 def test_a_disconnect_aborts_in_the_engine_within_200_ms(
     gateway: launch.Server, vllm: launch.Server, path: str
 ) -> None:
-    """Beyond what the engine itself takes to let go of a caller of its own: it does so between two steps."""
+    """Beyond what the engine itself takes to let go of a caller of its own: it does so between two steps.
+
+    By turns, so that both meet the same machine; medians of five.
+    """
     ask = {"model": vllm.model, "messages": [{"role": "user", "content": STORY["message"]}], "max_tokens": 1500}
     ask["stream"] = path == "/chat/stream"
-    direct = seconds_to_let_go(vllm.url, "/v1/chat/completions", ask, vllm.url)
-    assert seconds_to_let_go(gateway.url, path, STORY, vllm.url) - direct < 0.2
+    direct, ours = [], []
+    for _ in range(5):
+        direct.append(seconds_to_let_go(vllm.url, "/v1/chat/completions", ask, vllm.url))
+        ours.append(seconds_to_let_go(gateway.url, path, STORY, vllm.url))
+    assert statistics.median(ours) - statistics.median(direct) < 0.2, (direct, ours)
 
 
 # Units: the application without a socket
@@ -412,7 +416,7 @@ async def test_an_error_of_ours_is_a_500_without_details() -> None:
 
 async def test_metrics_count_by_route_and_status(app: FastAPI) -> None:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway", timeout=60) as client:
-        await client.post("/chat", json=JAPAN)
+        usage = (await client.post("/chat", json=JAPAN)).json()["usage"]
         await client.post("/chat/stream", json=JAPAN)
         await client.post("/chat", json={})
         await client.get("/made/up%0Apath")
@@ -427,8 +431,8 @@ async def test_metrics_count_by_route_and_status(app: FastAPI) -> None:
     ):
         assert line in page
     assert "made" not in page
-    tokens = re.findall(r'gateway_tokens_total{kind="(\w+)"} (\S+)', page)
-    assert {kind: float(n) > 0 for kind, n in tokens} == {"prompt": True, "completion": True}
+    tokens = {kind: float(n) for kind, n in re.findall(r'gateway_tokens_total{kind="(\w+)"} (\S+)', page)}
+    assert tokens == {kind: 2 * usage[f"{kind}_tokens"] for kind in ("prompt", "completion")}, "the stream's, too"
 
 
 async def test_a_caller_who_leaves_is_a_499() -> None:
@@ -646,7 +650,7 @@ def test_from_step_2_on_nobody_computes_for_who_has_left(
     with half_a_request(steps[step], path, {"message": STORY["message"], "max_tokens": 100}):
         eventually(lambda: running(vllm.url) == 1, "the engine has the request")
     eventually(lambda: running(vllm.url) == 0, "the engine is idle again", 60)
-    eventually(lambda: written() - before == ended, "it is counted", 5)
+    eventually(lambda: written() - before == ended, "it is counted")
 
 
 async def test_step_3_says_in_time_that_there_is_no_engine() -> None:

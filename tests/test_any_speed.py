@@ -41,7 +41,10 @@ def fronts(
     request: pytest.FixtureRequest, settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SimpleNamespace]:
     """vLLM's server and our own gRPC server, each around the scripted source at one speed."""
-    here = settings.model_copy(update={"state_dir": tmp_path_factory.mktemp("any-speed"), "engine_url": None})
+    # The context is all that the model has: what fits into it lasts 0.4 s, and any machine may stand still for a tenth.
+    here = settings.model_copy(
+        update={"state_dir": tmp_path_factory.mktemp("any-speed"), "engine_url": None, "max_model_len": 8192}
+    )
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setenv("SERVEBOOK_SCRIPTED_RATE", str(request.param))
         vllm, own = pool.map(lambda name: serve_scripted(name, here), ("vllm", "grpc"))
@@ -108,7 +111,7 @@ async def test_a_short_request_overtakes_a_long_one_and_patience_ends(
     capsys.readouterr()
     await run("01", ["s5-overtake", "s6-down-run"], space)
     assert capsys.readouterr().out.splitlines() == [
-        "['short, came later', 'long, first to come']",
+        "The short one is done. Is the long one? False",
         "APIConnectionError: Connection error.",
         "APITimeoutError: Request timed out.",
     ]

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import psutil
 import pytest
-from vllm.v1.structured_output import StructuredOutputManager
+import xgrammar
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from servebook.engine import arguments as engine
 from servebook.engine.model import model_path
-from servebook.engine.quiet_compiler import LOWEST_PRIORITY, register
+from servebook.engine.quiet_compiler import ProcessCompiler, TooDear
 from servebook.errors import LaunchError
 from servebook.settings import Settings, load_settings
+from servebook.ways import limits
+from servebook.ways.limits import Limits
 
 GIB = 2**30
 
@@ -138,17 +145,94 @@ def test_a_gpus_engine_builds_no_sampler(gpu: Settings) -> None:
     assert engine.engine_env(gpu)["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
 
 
-def test_grammars_compile_at_the_lowest_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In vLLM's pool of threads for this, and not where it has none and compiles in the engine's own thread."""
+@pytest.fixture(scope="module")
+def compiler() -> ProcessCompiler:
+    """One that gives a second of a core to each, with the vocabulary of the workbook's model."""
+    tokens = AutoTokenizer.from_pretrained(model_path(load_settings()))
+    return ProcessCompiler(xgrammar.TokenizerInfo.from_huggingface(tokens), seconds=1.0)
 
-    def priority(*_: object) -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
-    monkeypatch.setattr(StructuredOutputManager, "_create_grammar", priority)
-    register()
-    compile_grammar = StructuredOutputManager._create_grammar
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(compile_grammar, None, None).result() == LOWEST_PRIORITY
-    assert compile_grammar(None, None) == priority() < LOWEST_PRIORITY
+RULES = "\n".join(f'r{n} ::= [^a]* r{(n + 1) % 32} | [a-z] r{n * 7 % 32} | ""' for n in range(32))
+DEAR = {
+    "rules that lead to each other": ("compile_grammar", f"root ::= r0\n{RULES}"),
+    "a grammar of 2,000 characters": ("compile_grammar", "root ::= " + "[^a] " * 2000),
+    "a regex of 2,000 characters": ("compile_regex", "." * 2000),
+    "a regex of 500 repetitions": ("compile_regex", ".*" * 500),
+}
+
+
+@pytest.mark.parametrize("name", DEAR)
+def test_a_dear_constraint_is_given_up_and_holds_up_no_other(
+    name: str, compiler: ProcessCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = set(psutil.Process().children())
+    method, text = DEAR[name]
+    limits.check(Limits(), **{method.removeprefix("compile_"): text})  # type: ignore[arg-type]
+    with ThreadPoolExecutor(2) as pool:
+        dear = [pool.submit(getattr(compiler, method), text) for _ in range(2)]
+        assert compiler.compile_json_schema(json.dumps({"const": name})).memory_size_bytes
+        assert not any(each.done() for each in dear), "the other was compiled beside them"
+        for each in dear:
+            with pytest.raises(TooDear, match=r"more than 1\.0 s of a core"):
+                each.result()
+    monkeypatch.delattr(os, "fork")
+    frames: set[int] = set()
+    for _ in range(3):
+        with pytest.raises(TooDear) as caught:
+            getattr(compiler, method)(text)
+        frames.add(len(caught.traceback))
+    assert len(frames) == 1, "who is refused leaves nothing behind"
+    assert set(psutil.Process().children()) <= others, "nothing compiles on"
+
+
+PIECES = st.sampled_from(["a", ".", "[^a]", "[a-z]", r"\d", "(ab|c)", "(.|a)", "(a*)"])
+REGEXES = st.lists(st.tuples(PIECES, st.sampled_from(["", "*", "+", "?"])), min_size=1, max_size=60).map(
+    lambda pieces: "".join(map("".join, pieces))
+)
+ELEMENTS = st.sampled_from(["r0", "r1", "r2", "r3", "[^a]*", "[a-z]", '"b"', '""', "(r1 | r2)?"])
+ALTERNATIVES = st.lists(st.lists(ELEMENTS, min_size=1, max_size=4).map(" ".join), min_size=1, max_size=4)
+GRAMMARS = st.lists(ALTERNATIVES.map(" | ".join), min_size=4, max_size=4).map(
+    lambda rules: "\n".join(["root ::= r0", *(f"r{at} ::= {rule}" for at, rule in enumerate(rules))])
+)
+
+
+@given(regex=REGEXES, grammar=GRAMMARS)
+@hypothesis_settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_compiled_comes_to_an_end(compiler: ProcessCompiler, regex: str, grammar: str) -> None:
+    """It is compiled, too dear, or wrong: no compiler crashes or goes on."""
+    others = set(psutil.Process().children())
+    brief = ProcessCompiler(compiler.vocabulary, seconds=0.2)
+    for compile_it, text in ((brief.compile_regex, regex), (brief.compile_grammar, grammar)):
+        with suppress(ValueError):
+            assert xgrammar.GrammarMatcher(compile_it(text))
+    assert set(psutil.Process().children()) <= others
+
+
+def test_a_compiler_that_cannot_be_begun_leaves_nothing_open(
+    compiler: ProcessCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise BlockingIOError
+
+    before = psutil.Process().num_fds()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fork", refuse)
+        with pytest.raises(BlockingIOError):
+            compiler.compile_regex("not begun")
+    assert psutil.Process().num_fds() == before
+    assert compiler.compile_regex("not begun"), "another try is made"
+
+
+def test_what_is_compiled_elsewhere_is_the_same(compiler: ProcessCompiler) -> None:
+    for method, text in (("compile_regex", "(19|20)[0-9]{2}"), ("compile_grammar", 'root ::= "a" | "b" root')):
+        here = getattr(compiler.compiler, method)(text)
+        there = getattr(compiler, method)(text)
+        assert there.serialize_json() == here.serialize_json()
+        assert getattr(compiler, method)(text) is there, "remembered"
+    with pytest.raises(ValueError, match="EBNF parser error"):
+        compiler.compile_grammar("root ::=")
+
+
+def test_vllm_is_told_of_the_plugin() -> None:
     names = {point.value for point in entry_points(group="vllm.general_plugins")}
     assert "servebook.engine.quiet_compiler:register" in names, "`make setup` tells vLLM of it"

@@ -225,7 +225,10 @@ def test_a_front_takes_the_engine_that_was_opened_on_purpose(desk: Desk) -> None
 @pytest.mark.parametrize(("name", "behind"), [("gateway", "vllm"), ("front", "vllm"), ("hub", "front")])
 def test_needs_stay_on_this_machine(name: str, behind: str) -> None:
     settings = load_settings(host="0.0.0.0", api_key=KEY, model="of-mine")
-    assert find_server(name).needs(settings) == {behind: settings.model_copy(update={"host": "127.0.0.1"})}
+    needed = find_server(name).needs(settings)
+    # A room's engine has arguments of its own, which tests/test_room_front.py holds.
+    alike = {name: each.model_copy(update={"engine_args": ""}) for name, each in needed.items()}
+    assert alike == {behind: settings.model_copy(update={"host": "127.0.0.1"})}
 
 
 @pytest.mark.parametrize(

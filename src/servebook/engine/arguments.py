@@ -36,6 +36,10 @@ the first time on the machine and 30 s from then on, eager 28 s; on an H200 torc
 SEQUENCES, BATCHED_TOKENS = 256, 2048
 """Of one step on a GPU. vLLM's own defaults depend on the card and on the kind of server; memory and the comparison of
 servers must depend on neither."""
+KEEP_ALIVE_SECONDS = 120
+"""How long an HTTP server leaves an idle connection open: longer than its clients do (httpx 5 s, aiohttp 15, nginx 60,
+Go and Rust's reqwest 90). Where the server closes first, a request may be on its way just then and is lost with the
+connection; and a POST must not simply be sent again. uvicorn, and with it vLLM, has 5 s by itself, as httpx has."""
 
 
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -111,6 +115,7 @@ def engine_env(settings: Settings) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_CACHE_ROOT": str(settings.cache_dir / "vllm"),
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
         "PYTHONUNBUFFERED": "1",
         # vLLM's gRPC server would first visit some fifty shapes of GPU kernels, for minutes on a CPU.
         "SMG_VLLM_SERVICER_WARMUP": "off",

@@ -1,4 +1,4 @@
-"""Keeps the compiler of schemas, regexes and grammars out of the way of those who wait for tokens.
+"""Compiles schemas, regexes and grammars where they hold up nobody: behind all other work, for a while at most.
 
 vLLM loads this into each of its engines, as a plugin (`vllm.general_plugins` in pyproject.toml).
 """
@@ -6,25 +6,146 @@ vLLM loads this into each of its engines, as a plugin (`vllm.general_plugins` in
 from __future__ import annotations
 
 import os
+import signal
 import threading
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
-LOWEST_PRIORITY = 19
+from servebook.launch.processes import die_with_parent
+from servebook.ways.limits import Limits
+
+if TYPE_CHECKING:
+    from vllm.v1.structured_output import StructuredOutputManager
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+    from xgrammar import CompiledGrammar, TokenizerInfo
+
+NICE = 10
+"""Of what compiles: a tenth of a core beside a busy engine. At 19 a hundredth: four digits took longer than 5 s."""
+TITLE = "VLLM::Compiler"
+AT_ONCE = 4
+"""So many compile at a time; a dear one leaves room for others."""
+KEPT = 64
+"""So many are remembered, those that are too dear among them. One takes 3 MB where it is large."""
+WAITING = 1024
+"""Threads for requests that wait for theirs, of low priority; vLLM's pool has one for two cores."""
+WALL_SECONDS = 60
+"""Beside a busy engine, seconds of a core take long."""
+
+
+class TooDear(ValueError):
+    """A constraint that takes too long to compile. vLLM gives up its request, and no other."""
+
+
+class ProcessCompiler:
+    """Has the methods of xgrammar's compiler, and tries each thing in a child process before it compiles it here.
+
+    What `ways/limits.py` lets pass may take for hours: a grammar of 32 rules that lead to each other, a regex of 1,000
+    dots. Native code cannot be broken off within a process, but the kernel ends a child that has had its `seconds` of
+    a core. What was too dear once is refused from then on. To compile twice is less than to pass the child's result on:
+    200 properties compile in 0.2 s, and become 99 MB of JSON in 7.3 s and a grammar again in 2.7 (xgrammar 0.2.8).
+    """
+
+    def __init__(self, vocabulary: TokenizerInfo, seconds: float = Limits.compile_seconds) -> None:
+        from vllm.utils.system_utils import set_process_title
+        from xgrammar import GrammarCompiler
+
+        self.set_title = partial(set_process_title, TITLE.removeprefix("VLLM::"))
+        self.vocabulary = vocabulary
+        self.compiler = GrammarCompiler(vocabulary, max_threads=1, cache_enabled=False)
+        self.seconds = seconds
+        self.places = threading.BoundedSemaphore(AT_ONCE)
+        self.lock = threading.Lock()
+        self.begun: dict[str, Future[CompiledGrammar]] = {}
+        """By what was asked for; who was asked for last comes last."""
+
+    def __getattr__(self, method: str) -> Any:
+        if not method.startswith("compile_"):
+            raise AttributeError(method)
+        return partial(self._once, method)
+
+    def _once(self, method: str, *args: Any, **options: Any) -> CompiledGrammar:
+        """What was compiled earlier, or is by another thread, or now."""
+        key = repr((method, args, options))
+        with self.lock:
+            mine = key not in self.begun
+            future = self.begun[key] = Future() if mine else self.begun.pop(key)
+            if len(self.begun) > KEPT:
+                del self.begun[next(iter(self.begun))]
+        if mine:
+            try:
+                with self.places:
+                    future.set_result(self._compile(method, args, options))
+            except Exception as error:
+                future.set_exception(error)
+                if not isinstance(error, TooDear):
+                    with self.lock:
+                        self.begun.pop(key, None)
+        if isinstance(dear := future.exception(), TooDear):
+            raise TooDear(*dear.args)  # a new one: raised again and again, one keeps the frames of all who asked
+        return future.result()
+
+    def _compile(self, method: str, args: Any, options: Any) -> CompiledGrammar:
+        self._try(method, args, options)
+        compiled: CompiledGrammar = getattr(self.compiler, method)(*args, **options)
+        return compiled
+
+    def _try(self, method: str, args: Any, options: Any) -> None:
+        """Return if it can be compiled in time."""
+        with self.lock:  # a child begun in between would hold this pipe open
+            reading, writing = os.pipe()
+            try:
+                if not (child := os.fork()):
+                    self._be_the_child(writing, method, args, options)
+            except OSError:  # there are as many processes as there may be
+                os.close(reading)
+                raise
+            finally:
+                os.close(writing)
+        with os.fdopen(reading, encoding="utf-8") as pipe:
+            wrong = pipe.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == -signal.SIGPROF:
+            raise TooDear(f"it takes more than {self.seconds} s of a core to compile")
+        if status < 0:
+            raise RuntimeError(f"its compiler was ended by {signal.Signals(-status).name}")
+        if status:
+            raise ValueError(wrong)
+
+    def _be_the_child(self, writing: int, method: str, args: Any, options: Any) -> NoReturn:
+        status = 1
+        try:
+            signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, self.seconds)
+            die_with_parent()
+            self.set_title()
+            with os.fdopen(writing, "w", encoding="utf-8") as pipe:
+                try:
+                    getattr(self.compiler, method)(*args, **options)
+                    status = 0
+                except Exception as error:
+                    pipe.write(str(error))
+        finally:
+            os._exit(status)
 
 
 def register() -> None:
-    """Let grammars compile at the lowest priority.
+    """Put such a compiler in the place of vLLM's, and let each request wait for its own."""
+    from vllm.v1.structured_output import StructuredOutputManager, backend_xgrammar
 
-    What `ways/limits.py` lets pass may take a core for six seconds (200 letters, counted, in a JSON schema, with a
-    vocabulary of 49,152; measured on an AMD EPYC), and xgrammar takes eight threads: more than the engine has.
-    """
-    from vllm.v1.structured_output import StructuredOutputManager
+    begin_manager, begin_backend = StructuredOutputManager.__init__, backend_xgrammar.XgrammarBackend.__post_init__
 
-    compile_grammar = StructuredOutputManager._create_grammar
+    def with_places(manager: StructuredOutputManager, *args: Any, **options: Any) -> None:
+        begin_manager(manager, *args, **options)
+        # Linux gives each thread a priority of its own; the child that it begins inherits it.
+        manager.executor = ThreadPoolExecutor(WAITING, initializer=os.nice, initargs=(NICE,))
 
-    def quietly(manager: StructuredOutputManager, request: Any) -> Any:
-        if threading.current_thread() is not threading.main_thread():  # vLLM's pool for this; its threads are no others
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)  # and of those begun from here
-        return compile_grammar(manager, request)
+    def with_processes(backend: XgrammarBackend) -> None:
+        begin_backend(backend)
+        vocabulary = backend.compiler.compile_grammar('root ::= "x"').tokenizer_info  # it has no other word for it
+        backend.compiler = ProcessCompiler(vocabulary)
+        # vLLM gives up a regex after 5 s by the clock, however busy the machine is.
+        backend_xgrammar.compile_regex_with_timeout = lambda compile_it, pattern: compile_it(pattern)
 
-    StructuredOutputManager._create_grammar = quietly
+    StructuredOutputManager.__init__ = with_places
+    backend_xgrammar.XgrammarBackend.__post_init__ = with_processes

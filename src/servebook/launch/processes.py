@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -35,6 +36,23 @@ def wait_until(condition: Callable[[], T], seconds: float, every: float = POLL_S
 def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
     """Let the kernel send `sig` to this process when the thread that started it ends; for a `preexec_fn`."""
     _libc.prctl(PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
+
+
+def die_with_asker(sig: signal.Signals = signal.SIGKILL) -> None:
+    """In a process that a fork server made: send it `sig` when the process that asked for it ends, however that ends.
+
+    The fork server is its parent and does not end then: it lives as long as what it has forked.
+    """
+    from multiprocessing import connection, parent_process
+
+    asker = parent_process()
+    assert asker, "this process was not made by multiprocessing"
+
+    def watch() -> None:
+        connection.wait([asker.sentinel])
+        os.kill(os.getpid(), sig)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def adopt_orphans() -> None:

@@ -24,6 +24,9 @@ Env = Callable[[Settings, Callable[[str], None]], dict[str, str]]
 REPLICA = "vllm-replica-"
 """What the names of the router's engines begin with; their numbers count from 1."""
 
+ROOM_STEP_TOKENS = 24
+"""What one step of a room's engine computes at most, on a CPU; see `in_a_room`."""
+
 ENGINE_PHASES = {
     "Initializing a V1 LLM engine": "starting the engine",
     "Starting to load model": "loading weights",
@@ -149,6 +152,20 @@ def _rust_env(settings: Settings, say: Callable[[str], None]) -> dict[str, str]:
 def behind(settings: Settings) -> Settings:
     """The settings of what stands behind a front: it listens on this machine only, wherever the front listens."""
     return settings.model_copy(update={"host": LOOPBACK})
+
+
+def in_a_room(settings: Settings) -> Settings:
+    """The settings of a room's engine: on a CPU with short steps, so that nobody's long prompts hold up the others.
+
+    All who are in a step wait until it is computed, and vLLM's own computes up to 2,048 tokens of prompts. Measured on
+    2 cores (AMD EPYC), the p99 between one learner's tokens beside another's 16 prompts of 2,000 tokens: 23 times what
+    it is alone; with steps of 64 tokens 5 times, of 32 3.1, of 24 2.5. The price: a prompt of 256 tokens is read in
+    1.2 s instead of 0.6, four of 1,900 in 48 s instead of 30, and of more than 24 answers some wait for a step.
+    """
+    if settings.on_gpu:
+        return settings
+    words = f"--max-num-batched-tokens {ROOM_STEP_TOKENS} --max-num-seqs {ROOM_STEP_TOKENS}"
+    return settings.model_copy(update={"engine_args": f"{words} {settings.engine_args}"})
 
 
 def _replicas(settings: Settings) -> dict[str, Settings]:
@@ -294,7 +311,7 @@ SERVERS: dict[str, ServerSpec] = {
             argv=_front,
             ready=lambda at: http_ok(at["http"], "/room/health"),
             has_engine=False,
-            needs=lambda settings: {"vllm": behind(settings)},
+            needs=lambda settings: {"vllm": in_a_room(behind(settings))},
         ),
         ServerSpec(
             name="hub",

@@ -1,4 +1,4 @@
-"""Reads one figure from a server's Prometheus page."""
+"""Reads a server's Prometheus page, or one figure of it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,39 @@ from prometheus_client.parser import text_string_to_metric_families
 from servebook.errors import ServebookError
 
 
-def metric(url: str, name: str, *, key: str | None = None, **labels: str) -> float:
-    """The value of the sample `name` on the Prometheus page at `url`, summed over all samples that have `labels`.
+def page_text(url: str, key: str | None = None) -> str:
+    """The Prometheus page at `url`, as it came.
 
-    `url` is a server's root or its whole `/metrics` address; "host:port" is enough. A counter's sample ends
-    in `_total`, a histogram's in `_sum`, `_count` or `_bucket`, as the page has it. `key` is shown to a server that
+    `url` is a server's root or its whole `/metrics` address; "host:port" is enough. `key` is shown to a server that
     asks for one, as a vLLM does that is open to the network.
 
     Raises:
-        ServebookError: the page cannot be read, or has no such sample.
+        ServebookError: the page cannot be read.
     """
     page = url if "://" in url else f"http://{url}"
     page = page if page.endswith("/metrics") else f"{page.rstrip('/')}/metrics"
     try:
-        answer = requests.get(page, headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=10)
+        answer = requests.get(page, headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=30)
         answer.raise_for_status()
     except requests.RequestException as error:
         raise ServebookError(f"There are no metrics at {page} ({type(error).__name__}).", "Is the server up?") from None
+    return answer.text
+
+
+def metric(url: str, name: str, *, key: str | None = None, **labels: str) -> float:
+    """The value of the sample `name` on the page at `url`, as in `page_text`, summed over all that have `labels`.
+
+    A counter's sample ends in `_total`, a histogram's in `_sum`, `_count` or `_bucket`, as the page has it.
+
+    Raises:
+        ServebookError: the page cannot be read, or has no such sample.
+    """
     found = [
         sample.value
-        for family in text_string_to_metric_families(answer.text)
+        for family in text_string_to_metric_families(page_text(url, key))
         for sample in family.samples
         if sample.name == name and labels.items() <= sample.labels.items()
     ]
     if not found:
-        raise ServebookError(f"{page} has no sample {name} {labels or ''}".rstrip() + ".", "Open the page and look.")
+        raise ServebookError(f"{url} has no sample {name} {labels or ''}".rstrip() + ".", "Open its page and look.")
     return sum(found)

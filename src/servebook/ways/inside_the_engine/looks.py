@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
-import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from servebook.errors import ServebookError
+from servebook.ways.metrics import page_text
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ def look(url: str, key: str | None = None) -> Look:
     Raises:
         ServebookError: the page cannot be read.
     """
-    page, at = _page(url, key), time.perf_counter()
+    page, at = page_text(url, key), time.perf_counter()
     found = dict.fromkeys(SAMPLES, 0.0)
     for field, name in SAMPLES.items():
         # The few lines that are wanted: parsing the whole page would take as long as a step of the engine.
@@ -97,7 +97,7 @@ def cache_of(url: str, key: str | None = None) -> Cache:
     Raises:
         ServebookError: the page cannot be read, or is not that of a vLLM server.
     """
-    for family in text_string_to_metric_families(_page(url, key)):
+    for family in text_string_to_metric_families(page_text(url, key)):
         if family.name == "vllm:cache_config_info":
             labels = family.samples[0].labels
             size = labels["kv_cache_memory_bytes"]
@@ -137,13 +137,3 @@ def stretches(looks: Sequence[Look]) -> Iterator[Stretch]:
         row = Stretch(first, now.steps - looks[0].steps, tokens, now.running, now.waiting)
     if row:
         yield row
-
-
-def _page(url: str, key: str | None) -> str:
-    try:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        answer = requests.get(f"{url.rstrip('/')}/metrics", headers=headers, timeout=30)
-        answer.raise_for_status()
-    except requests.RequestException as error:
-        raise ServebookError(f"There are no metrics at {url} ({type(error).__name__}).", "Is the server up?") from None
-    return answer.text

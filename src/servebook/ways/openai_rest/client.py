@@ -29,7 +29,7 @@ class OpenAIClient:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        self.client = OpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0)
+        self.client = OpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0, timeout=60)
 
     @cached_property
     def model(self) -> str:
@@ -72,7 +72,7 @@ class OpenAIAioClient:
     """The same for asyncio; use it in an `async with` block."""
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        self.client = AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0)
+        self.client = AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0, timeout=60)
         self._model = ""
 
     async def model(self) -> str:

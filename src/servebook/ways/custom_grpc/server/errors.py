@@ -7,6 +7,7 @@ from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from servebook.ways.limits import GIVEN_UP
 from servebook.ways.refusals import cut, reason
 
 DOMAIN = "servebook"
@@ -70,7 +71,7 @@ def engine_dead() -> Refusal:
 def no_text(constraint: str) -> Refusal:
     """The engine could not end the text: no token fits the `constraint`, or it gave the request up by itself."""
     if constraint:
-        return invalid(constraint, "the engine found no token that it allows")
+        return invalid(constraint, GIVEN_UP)
     return unavailable("ENGINE_ABORTED", "The engine gave this request up.")
 
 

@@ -9,7 +9,6 @@ engine step and front. All fronts listen on the same port (SO_REUSEPORT): the ke
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -27,11 +26,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import uvloop
 import zmq
-from prometheus_client import CollectorRegistry, Gauge, multiprocess, start_http_server
+from prometheus_client import CollectorRegistry, Gauge, multiprocess
 
 from servebook.engine.arguments import engine_args
 from servebook.errors import LaunchError
-from servebook.settings import LOOPBACK
+from servebook.launch.processes import die_with_asker
+from servebook.ways.custom_grpc.server.transport import show_metrics
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
@@ -142,7 +142,7 @@ class Fronts:
         reserved = reserve(self.options.host, self.options.grpc_port)
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, self.stop)
-        start_http_server(self.options.metrics_port, LOOPBACK, registry=self.registry)
+        show_metrics(self.options.metrics_port, self.registry)
         # Fronts are forked from a process that has imported vLLM, but has no threads and no sockets yet.
         multiprocessing.set_forkserver_preload(
             [
@@ -280,7 +280,7 @@ def run_front(options: argparse.Namespace, config: VllmConfig, index: int, addre
     from servebook.ways.custom_grpc.server.inputs import Inputs
     from servebook.ways.custom_grpc.server.serving import serve, set_up_log
 
-    end_with_parent()
+    die_with_asker(signal.SIGTERM)
     set_up_log()
     config.parallel_config._api_process_rank = index
 
@@ -291,8 +291,3 @@ def run_front(options: argparse.Namespace, config: VllmConfig, index: int, addre
         return engine, Inputs.of(engine)
 
     uvloop.run(serve(options, start))
-
-
-def end_with_parent() -> None:
-    """This process ends when the one that forked it does, however that ends (Linux)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -12,15 +12,15 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import grpc
 import psutil
-from prometheus_client import start_http_server
 
 from servebook.engine.arguments import engine_args
-from servebook.settings import LOOPBACK, in_address
+from servebook.settings import in_address
 from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.calls import Calls
 from servebook.ways.custom_grpc.server.servicer import LLMServicer
-from servebook.ways.custom_grpc.server.transport import Health, Tls, make_server
+from servebook.ways.custom_grpc.server.transport import Health, Tls, make_server, show_metrics
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -45,8 +45,10 @@ def start_engine(words: list[str]) -> tuple[AsyncLLM, Inputs]:
 async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM, Inputs]]) -> None:
     """Open the port, start the engine by `start` in a thread, serve until SIGTERM or SIGINT, drain, stop.
 
+    One of several fronts opens the port last: what it could not serve yet is for the others.
+
     Raises:
-        LaunchError: the port is taken or a TLS file does not serve.
+        LaunchError: a port is taken or a TLS file does not serve.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -58,13 +60,20 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
     tls = Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
     shared = options.fronts > 1
     address = f"{in_address(options.host)}:{options.grpc_port}"
-    server = make_server(address, servicer, health, options.key, tls, shared)
+
+    async def listen() -> grpc.aio.Server:
+        server = make_server(address, servicer, health, options.key, tls, shared)
+        if not shared:  # else the process that keeps the fronts adds their figures up
+            metrics.watch_tasks()
+            show_metrics(options.metrics_port)
+        await server.start()
+        where = {"host": options.host, "port": options.grpc_port, "tls": tls is not None}
+        log.info("listening", extra={"fields": where})
+        return server
+
     await health.say(serving=False)
-    if not shared:  # else the process that keeps the fronts adds their figures up
-        metrics.watch_tasks()
-        start_http_server(options.metrics_port, LOOPBACK)  # it asks for no key: not for the network
-    await server.start()
-    log.info("listening", extra={"fields": {"host": options.host, "port": options.grpc_port, "tls": tls is not None}})
+    if not shared:
+        server = await listen()
 
     starting = asyncio.create_task(asyncio.to_thread(start))
     stopping = asyncio.create_task(stop.wait())
@@ -82,6 +91,8 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
         gc.collect()
         gc.freeze()  # what the start left is not searched again and again
         await health.say(serving=True)
+        if shared:  # whoever connects meanwhile gets a front that can answer
+            server = await listen()
         log.info("ready")
         await watch(engine, stop, health)
         log.info("draining", extra={"fields": {"open_calls": calls.open}})

@@ -8,9 +8,11 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
 from servebook.errors import LaunchError
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from servebook.settings import LOOPBACK
 from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.auth import KeyInterceptor
 
@@ -92,3 +94,17 @@ def make_server(
             f"Cannot listen on {address}: {error}", "Choose another port, or check the TLS files."
         ) from None
     return server
+
+
+def show_metrics(port: int, registry: CollectorRegistry = REGISTRY) -> None:
+    """Prometheus' page, on 127.0.0.1 only: it asks for no key.
+
+    Raises:
+        LaunchError: the port is taken.
+    """
+    try:
+        start_http_server(port, LOOPBACK, registry)
+    except OSError as error:
+        raise LaunchError(
+            f"Cannot show metrics on {LOOPBACK}:{port}: {error.strerror}", "Choose another --metrics-port."
+        ) from None

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 import uvicorn
 
+from servebook.engine.arguments import KEEP_ALIVE_SECONDS
 from servebook.settings import load_settings
 from servebook.ways.asgi import Protocol
 from servebook.ways.fastapi_gateway.server.app import create_app
@@ -38,6 +39,7 @@ def main(
         port=http_port,
         access_log=False,
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         loop="uvloop",
         http=Protocol,
     )

@@ -98,7 +98,7 @@ async def chat(request: Request, ask: ChatRequest, call: Call) -> ChatResponse:
     """Answer a message, all at once."""
     answer = await call.complete(ask.for_engine())
     choice, usage = answer["choices"][0], Usage(**answer["usage"])
-    request.app.state.metrics.count(usage)
+    request.app.state.metrics.count(**usage.model_dump())
     return ChatResponse(response=choice["message"]["content"] or "", finish_reason=choice["finish_reason"], usage=usage)
 
 
@@ -152,6 +152,7 @@ async def chat_events(chunks: AsyncIterator[dict[str, Any]], request_id: str, me
                 last["finish_reason"] = choice["finish_reason"]
             if usage := chunk.get("usage"):
                 last["usage"] = Usage(**usage).model_dump()
+                metrics.count(**last["usage"])
     except GatewayError as error:
         metrics.broken_streams.labels(error.code).inc()
         yield event(error_body(error, request_id), name="error")

@@ -16,7 +16,7 @@ from servebook.ways.fastapi_gateway.server.errors import GatewayError
 log = logging.getLogger("servebook.ways.fastapi_gateway.server")
 
 KEEPALIVE_SECONDS = 3
-"""Shorter than vLLM's 5, so that a connection is never taken from the pool while vLLM closes it."""
+"""Shorter than the 5 that vLLM has by itself: a connection is never taken from the pool while vLLM closes it."""
 
 TOO_LONG = {"input_tokens", "max_tokens"}
 """The parameters that vLLM blames when prompt and answer do not fit the model's context."""

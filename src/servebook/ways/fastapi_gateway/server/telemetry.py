@@ -6,14 +6,10 @@ import logging
 import re
 import time
 import uuid
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-if TYPE_CHECKING:
-    from servebook.ways.fastapi_gateway.server.chat import Usage
 
 log = logging.getLogger("servebook.ways.fastapi_gateway.server")
 
@@ -46,10 +42,10 @@ class Metrics:
             "gateway_broken_streams", "Streams that ended in an error event.", ["code"], registry=registry
         )
 
-    def count(self, usage: Usage) -> None:
+    def count(self, *, prompt_tokens: int, completion_tokens: int) -> None:
         """Count the tokens of one finished answer."""
-        self.tokens.labels("prompt").inc(usage.prompt_tokens)
-        self.tokens.labels("completion").inc(usage.completion_tokens)
+        self.tokens.labels("prompt").inc(prompt_tokens)
+        self.tokens.labels("completion").inc(completion_tokens)
 
 
 class Telemetry:
