@@ -1,4 +1,4 @@
-"""Learners at the desks of a room's hub, as a browser drives them: the door, the hub's API, a kernel's channel."""
+"""Learners at the desks of a room's hub, as a browser drives them: the door, the hub's pages, a kernel's channel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Kernel:
 
     def connect(self) -> WebSocket:
         url = f"{self.desk.url}/api/kernels/{self.id}/channels".replace("http", "ws", 1)
-        return create_connection(url, header=self.desk.headers, timeout=SECONDS)
+        headers = {"Sec-Fetch-Mode": "websocket"}
+        return create_connection(url, header=headers, cookie=self.desk.cookies, timeout=SECONDS)
 
     def reconnect(self) -> None:
         """Open the channel anew, and ask until the kernel is heard on it: a cell that is sent before may get lost."""
@@ -116,39 +117,54 @@ class Door:
     def xsrf(self) -> str:
         return next(cookie.value or "" for cookie in self.browser.cookies if cookie.name == "_xsrf")
 
-    def token(self, name: str) -> str:
-        """A token of the learner's own, as the hub's page for it makes one."""
-        url, headers = f"{self.hub}/hub/api/users/{name}/tokens", {"X-XSRFToken": self.xsrf}
-        answer = self.browser.post(url, json={}, headers=headers, timeout=SECONDS)
-        assert answer.status_code == 201, answer.text
-        return str(answer.json()["token"])
-
 
 class LearnersDesk:
-    """A learner's own server behind the hub's proxy; the learner comes in by the door, and signs up there."""
+    """A learner's own server behind the hub's proxy, by the pages and cookies that a browser has; no token.
+
+    The learner comes in by the door, and signs up there.
+    """
 
     def __init__(self, hub: str, code: str, name: str, password: str) -> None:
         self.hub, self.name = hub, name
         self.url = f"{hub}/user/{name}"
         door = Door(hub)
         assert door.sign_in(name, password, code) == (302, "")
-        self.headers = {"Authorization": f"token {door.token(name)}"}
+        self.browser = door.browser
+
+    def xsrf(self, path: str) -> str:
+        """What a page at this path sends beside its cookies."""
+        return str(self.browser.cookies.get("_xsrf", path=path))
+
+    def send(self, method: str, path: str, body: Any = None) -> requests.Response:
+        """A page's request for this path of the hub's address."""
+        owner = "/hub/" if path.startswith("hub/") else f"/user/{self.name}/"
+        headers = {"X-XSRFToken": self.xsrf(owner), "Sec-Fetch-Mode": "same-origin"}
+        headers |= {"Content-Type": "application/json"}  # without it a POST might be a form's, of any page
+        return self.browser.request(method, f"{self.hub}/{path}", headers=headers, json=body, timeout=SECONDS)
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        answer = requests.request(method, f"{self.url}/{path}", headers=self.headers, json=body, timeout=SECONDS)
+        answer = self.send(method, f"user/{self.name}/{path}", body)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
     def hub_ask(self, method: str, path: str) -> requests.Response:
-        return requests.request(method, f"{self.hub}/hub/api/{path}", headers=self.headers, timeout=SECONDS)
+        return self.send(method, f"hub/api/{path}")
+
+    @property
+    def cookies(self) -> str:
+        """Those for the desk, as a header's value."""
+        return str(self.browser.prepare_request(requests.Request("GET", f"{self.url}/")).headers["Cookie"])
 
     def open(self) -> None:
-        asked = self.hub_ask("POST", f"users/{self.name}/server")
-        assert asked.status_code in (201, 202), asked.text
+        """By the hub's page that starts a desk, to JupyterLab."""
+        waiting = self.browser.get(f"{self.hub}/hub/spawn/{self.name}", timeout=SECONDS)
+        assert f"/hub/spawn-pending/{self.name}" in waiting.url, waiting.text
         progress = f"{self.hub}/hub/api/users/{self.name}/server/progress"
-        with requests.get(progress, headers=self.headers, stream=True, timeout=SECONDS) as events:
+        with self.browser.get(progress, params={"_xsrf": self.xsrf("/hub/")}, stream=True, timeout=SECONDS) as events:
             told = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith(b"data: ")]
         assert told[-1].get("ready"), told
+        lab = self.browser.get(f"{self.url}/lab", timeout=SECONDS)
+        assert "<title>JupyterLab</title>" in lab.text, lab.text
 
     def close(self) -> None:
         """End the desk, and wait until the hub says so."""
@@ -168,3 +184,11 @@ def answer_of(solutions: Path, lab: str, cell: str) -> str:
     """The solution's code of an exercise."""
     notebook = nbformat.read(solutions / lab / f"{lab}.ipynb", as_version=4)
     return next(str(each.source) for each in notebook.cells if each.id == f"{cell}-answer")
+
+
+def save(desk: LearnersDesk, path: str, answers: dict[str, str]) -> None:
+    """Write these cells, by id, into a notebook on the desk, as JupyterLab saves it."""
+    notebook = desk.notebook(path)
+    for cell in notebook.cells:
+        cell.source = answers.get(cell.id, cell.source)
+    desk.ask("PUT", f"api/contents/{path}", {"type": "notebook", "format": "json", "content": notebook})

@@ -1,6 +1,6 @@
 """Takes the pictures of README and docs/room.md, in docs/images/: `make pictures`, six minutes.
 
-A notebook as JupyterLab opens it, the chat page, and a room's live view.
+A notebook as JupyterLab opens it, the chat page, and a room's live view; or those named, `tests/pictures.py live_view`.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def live_view(page: Page) -> None:
             check("emmy", "01.2", "passed")
             check("ada", "01.3", "passed")
             expect(rows.filter(has_text="01.3✓ passed")).to_have_count(1)
+            expect(page.get_by_role("status")).to_contain_text("engine ready")
             save(page, "live_view")
             page.get_by_label("hide names").check()
             save(page, "live_view_projector")
@@ -121,13 +122,14 @@ def live_view(page: Page) -> None:
 
 
 def main() -> None:
-    """Take all of them; the servers that it starts end with it."""
+    """Take all of them, or those named; the servers that it starts end with it."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     expect.set_options(timeout=120_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox", "--disable-gpu"])
         for take, size in ((notebook, (1100, 720)), (chat, (800, 560)), (live_view, (1400, 460))):
-            take(browser.new_page(viewport={"width": size[0], "height": size[1]}))
+            if take.__name__ in sys.argv[1:] or not sys.argv[1:]:
+                take(browser.new_page(viewport={"width": size[0], "height": size[1]}))
         browser.close()
 
 

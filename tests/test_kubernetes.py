@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import typer.main
 import yaml
+from kubernetes.utils.quantity import parse_quantity
 from kustomization import Object, render
 from vllm_router.launch_router import parse_router_args
 
@@ -324,6 +325,41 @@ def test_the_gpu_overlay_asks_for_a_gpu_and_kind_for_none() -> None:
     assert vllm("cpu-kind").enforce_eager
     env = {each["name"]: each.get("value") for each in container("cpu-kind", "vllm")["env"]}
     assert env["OMP_NUM_THREADS"] == "1"
+
+
+def test_what_kinds_pods_ask_for_fits_the_laptop_that_is_named() -> None:
+    """Four cores and 16 GiB, less a core and a GiB for kind's own pods (`kubectl describe node`: 0.95, 0.3 GiB)."""
+    cores, memory = 0.0, 0.0
+    for name, each in of_kind("cpu-kind", "Deployment").items():
+        spec = pod("cpu-kind", name)
+        (asked,) = (one["resources"]["requests"] for one in spec["containers"])
+        first = [one["resources"]["requests"] for one in spec.get("initContainers", ())]  # one after the other
+        copies = each["spec"]["replicas"]
+        cores += copies * max(float(parse_quantity(one["cpu"])) for one in [asked, *first])
+        memory += copies * max(float(parse_quantity(one["memory"])) for one in [asked, *first])
+    assert cores <= 3
+    assert memory <= 15 * 2**30
+
+
+def test_the_autoscalers_prometheus_may_read_the_replicas() -> None:
+    """Its namespace is the one that the network's rules let in, at the port that it is told of."""
+    (trigger,) = objects("gpu")["ScaledObject", "vllm"]["spec"]["triggers"]
+    namespace = re.fullmatch(r"http://[\w-]+\.([\w-]+):\d+", trigger["metadata"]["serverAddress"])
+    assert namespace
+    admitted = find_from(objects("gpu")["NetworkPolicy", "vllm"])
+    named = [each["namespaceSelector"]["matchLabels"] for each in admitted if "namespaceSelector" in each]
+    assert named == [{"kubernetes.io/metadata.name": namespace[1]}]
+    assert f"namespace `{namespace[1]}`" in README
+
+
+@each_overlay
+def test_no_pod_is_restarted_for_the_fault_of_whom_it_calls(overlay: str) -> None:
+    """The gateway's and the router's readiness ask those behind them; whether they live is a path of their own."""
+    for name in ("gateway", "vllm-router"):
+        ready, live = (
+            container(overlay, name)[kind]["httpGet"]["path"] for kind in ("readinessProbe", "livenessProbe")
+        )
+        assert ready != live
 
 
 def test_the_model_of_the_base_is_where_its_init_container_puts_it(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ import pytest
 import typer
 import typer.main
 import yaml
+from aiohttp import ClientSession
 from aiohttp.test_utils import TestServer
 from kustomization import Object, render
 from tornado.web import HTTPError
 
+from servebook.room.__main__ import SHUTDOWN_SECONDS
 from servebook.room.__main__ import main as room
 from servebook.room.front import Front
 from servebook.room.keys import Roll
@@ -70,6 +72,29 @@ def test_the_front_reaches_the_router_and_keeps_its_roll() -> None:
     assert options()["roll"].parent == Path(CONTAINER["volumeMounts"][0]["mountPath"])
     assert ("PersistentVolumeClaim", FRONT["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]) in OBJECTS
     assert OBJECTS["Deployment", "front"]["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_the_front_lets_the_longest_answer_end_and_may_do_nothing_else() -> None:
+    base = {(each["kind"], each["metadata"]["name"]): each for each in render(ROOT / "kubernetes/base")}
+    router = base["Deployment", "vllm-router"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    (longest,) = (int(word.partition("=")[2]) for word in router if word.startswith("--request-timeout-secs="))
+    sleep = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert FRONT["spec"]["terminationGracePeriodSeconds"] > sleep + SHUTDOWN_SECONDS > longest
+    gateway = base["Deployment", "gateway"]["spec"]["template"]["spec"]
+    within = {"runAsGroup": 1000, "fsGroup": 1000}  # its volume is its own
+    assert FRONT["spec"]["securityContext"] == gateway["securityContext"] | within
+    assert CONTAINER["securityContext"] == gateway["containers"][0]["securityContext"]
+    for setting in ("automountServiceAccountToken", "enableServiceLinks"):
+        assert FRONT["spec"][setting] is gateway[setting] is False
+
+
+async def test_the_front_is_not_restarted_for_an_engine_that_is_gone(tmp_path: Path) -> None:
+    front = Front("http://127.0.0.1:9", "the instructor's key", Roll(tmp_path / "keys.json"), Limits())
+    async with TestServer(front.app()) as server, ClientSession(server.make_url("/")) as session:
+        for kind in ("readinessProbe", "livenessProbe"):
+            assert CONTAINER[kind]["httpGet"]["port"] == "http"
+            async with session.get(CONTAINER[kind]["httpGet"]["path"]) as answer:
+                assert answer.status == 200, kind
 
 
 def test_desks_and_the_hub_reach_the_front_and_desks_nothing_else() -> None:

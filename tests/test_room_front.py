@@ -41,6 +41,7 @@ from servebook.room.front import RELAYED, Front, Learner
 from servebook.room.keys import Roll
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.settings import Settings, load_settings
+from servebook.ways.limits import GIVEN_UP
 
 KEY = "the-instructors-key"
 
@@ -259,7 +260,7 @@ class StandIn:
     def __init__(self) -> None:
         self.seen: list[str] = []
         self.status = 200
-
+        self.health = 200
         self.bodies: list[bytes] = []
         self.says: Any = {}
         """Its answer, or the events of a stream."""
@@ -271,6 +272,8 @@ class StandIn:
             return web.json_response({"data": [{"max_model_len": CONTEXT}]})
         self.seen.append(request.raw_path)
         self.bodies.append(await request.read())
+        if request.path == "/health":
+            return web.json_response({}, status=self.health)
         if not isinstance(self.says, list):
             if self.goes_on:
                 await self.goes_on.wait()
@@ -369,6 +372,31 @@ async def test_what_the_engine_refused_costs_no_tokens(engine: tuple[StandIn, st
         status, _, wait = await ada.complete(CONTEXT // 2)
         assert status == 429
         assert 0 < int(wait) <= 30  # not the hours that it would take to make up for a million
+
+
+@pytest.mark.parametrize(
+    ("form", "health", "status", "field"),
+    [
+        ({"structured_outputs": {"grammar": "root ::= root"}}, 200, 400, "structured_outputs.grammar"),
+        ({"response_format": {"type": "json_object"}}, 200, 400, "response_format"),
+        ({"response_format": {"type": "json_object"}}, 503, 503, None),
+        ({"response_format": {"type": "text"}}, 200, 500, None),
+        ({"text": {"format": {"type": "text"}}}, 200, 500, None),
+        ({}, 200, 500, None),
+    ],
+)
+async def test_a_constraint_that_the_engine_gave_up_is_named(
+    engine: tuple[StandIn, str], tmp_path: Path, form: dict[str, Any], health: int, status: int, field: str | None
+) -> None:
+    """A dying engine gives up all it has, and that is no fault of theirs."""
+    stand_in, url = engine
+    stand_in.health, stand_in.status = health, 500
+    stand_in.says = {"error": {"message": "Internal server error", "param": None}}
+    async with caller(tmp_path, url) as ada:
+        got, answer, _ = await ada.ask("POST", "/v1/chat/completions", {"messages": []} | form)
+    assert (got, answer["error"]["param"]) == (status, field)
+    if field:
+        assert answer["error"]["message"] == f"{field} {GIVEN_UP}."
 
 
 async def test_the_instructor_sees_who_is_where_and_learners_see_nobody(
@@ -689,6 +717,14 @@ def test_an_opened_room_has_a_certificate_of_its_own_for_its_address(tmp_path: P
     given = load_settings(state_dir=tmp_path, room={"tls_cert": files[0], "tls_key": files[1], "url": "https://x/"})
     assert tls.files(given) == files
     assert tls.address(given, 8100) == "https://x"
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("cpu", "--max-num-batched-tokens 24 --max-num-seqs 24 --seed 7"), ("gpu", "--seed 7")]
+)
+def test_a_rooms_engine_takes_short_steps_where_a_long_one_would_hold_up_all(device: str, words: str) -> None:
+    settings = load_settings(device=device, engine_args="--seed 7")
+    assert SERVERS["front"].needs(settings)["vllm"].engine_args == words
 
 
 @pytest.mark.survives("the engine killed (SIGKILL)", "room", lost="its answers; it is started again")

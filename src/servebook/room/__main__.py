@@ -15,6 +15,9 @@ from servebook.room.keys import Roll
 from servebook.room.limits import Limits
 from servebook.settings import load_settings
 
+SHUTDOWN_SECONDS = 5.0
+"""What is running when SIGTERM comes has so long to end."""
+
 
 def main(
     upstream: Annotated[str, typer.Option(help="vLLM's root URL.")],
@@ -45,7 +48,7 @@ def main(
         backlog=1024,
         access_log=None,
         handler_cancellation=True,  # a caller who leaves must not keep the engine at work
-        shutdown_timeout=5,
+        shutdown_timeout=SHUTDOWN_SECONDS,
         print=lambda *_: None,
     )
 

@@ -24,6 +24,8 @@ DEFAULT_TOKENS = {"/v1/completions": 16}
 """vLLM's own where a request does not say; on the other paths, and for null, it may write to the end of the context."""
 WITH_USAGE = {"/v1/completions", "/v1/chat/completions"}
 """Where a stream says how many tokens it had only if it is asked to."""
+PLAIN = ({"type": "text"}, {"format": {"type": "text"}})
+"""What the fields for a form say where there is none."""
 JSON = dict[str, Any]
 
 
@@ -32,7 +34,8 @@ class Ask:
     """One request: `answers` are written at the same time, of `tokens` at most each.
 
     `interval` is how many tokens a piece of its stream may hold. `body` is what the engine gets: the same JSON; with
-    `adds_usage`, it also asks for a last piece with the usage, which the learner did not ask for.
+    `adds_usage`, it also asks for a last piece with the usage, which the learner did not ask for. `constraint` is the
+    field that says which form the answer must have.
     """
 
     body: bytes
@@ -40,6 +43,7 @@ class Ask:
     tokens: int = 0
     interval: int = 1
     adds_usage: bool = False
+    constraint: str = ""
 
 
 def read(path: str, body: bytes, context: int, places: int) -> Ask:
@@ -82,6 +86,7 @@ def read(path: str, body: bytes, context: int, places: int) -> Ask:
             answers,
             min(max(0, length), context),
             whole("stream_interval", interval) if interval else 1,
+            constraint=next((field for field, _, form in constraints(said, ask) if form and field != "tools"), ""),
         ),
         path,
         ask,
@@ -137,7 +142,7 @@ def constraints(said: JSON, ask: JSON) -> Iterator[tuple[str, str, Any]]:
             yield f"{field}.choice", "choice", forms.get("choice")
     for field, inner in (("response_format", "json_schema"), ("text", "format"), ("output_config", "format")):
         form = ask.get(field)
-        yield field, "schema", form
+        yield field, "schema", form if form not in PLAIN else None
         within = form.get(inner) if isinstance(form, dict) else None
         yield f"{field}.{inner}.schema", "schema", within.get("schema") if isinstance(within, dict) else None
     tools = ask.get("tools")

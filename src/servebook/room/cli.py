@@ -22,7 +22,7 @@ from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
 from servebook.lab.manifest import load_labs
 from servebook.launch.states import Status
-from servebook.launch.table import behind
+from servebook.launch.table import behind, in_a_room
 from servebook.room import collect as hand_in
 from servebook.room.admin import RoomAdmin, forget_password, instructors_key, join_code
 from servebook.room.board import watch_key
@@ -82,7 +82,7 @@ def bring_back(engine: Status, settings: Settings) -> None:
     out.print(f"{when} The engine has ended, and is started again. `servebook logs front` says who asked last.")
     port = int(engine["endpoints"]["http"].rpartition(":")[2])
     try:
-        launch.serve("vllm", settings=behind(settings).model_copy(update={"vllm_http_port": port}))
+        launch.serve("vllm", settings=in_a_room(behind(settings)).model_copy(update={"vllm_http_port": port}))
     except LaunchError as error:
         out.print(f"{error}\nThe room stays open without an engine; the next try is in a moment.", markup=False)
 

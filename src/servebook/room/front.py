@@ -26,6 +26,7 @@ from servebook.room.board import Attempt, Board, stuck_first, watch_key
 from servebook.room.keys import Roll
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.room.usage import Usage
+from servebook.ways.limits import GIVEN_UP
 
 log = logging.getLogger("servebook.room")
 
@@ -45,7 +46,7 @@ WATCH = "/services/watch/"
 CHECKS_PER_MINUTE = 60
 """Of one learner; more are not heard."""
 KEEPALIVE_SECONDS = 3
-"""Shorter than vLLM's 5, so that a connection is never taken from the pool while vLLM closes it."""
+"""Shorter than the 5 that vLLM has by itself: a connection is never taken from the pool while vLLM closes it."""
 
 
 @dataclass
@@ -250,6 +251,10 @@ class Front:
         except (aiohttp.ClientError, TimeoutError):
             raise Refused(503, "engine_unavailable", "The room's engine cannot be reached.", retry_after=5) from None
         async with upstream:
+            if upstream.status == 500 and usage and usage.ask.constraint:  # vLLM names neither cause nor field
+                if (await self.fetch("/health")).status != 200:  # an engine that dies gave up everybody's
+                    raise Refused(503, "engine_unavailable", "The room's engine has died.", retry_after=5)
+                raise Refused(400, "constraint", f"{usage.ask.constraint} {GIVEN_UP}.", usage.ask.constraint)
             response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
             response.headers.extend((k, v) for k, v in upstream.headers.items() if k.lower() not in HOP_BY_HOP)
             response.content_length = upstream.content_length

@@ -24,6 +24,7 @@ from servebook.lab.feedback import Result
 from servebook.lab.handout.blanks import require_solutions
 from servebook.lab.manifest import Lab, load_labs
 from servebook.lab.shell import CellError, LabShell
+from servebook.launch.processes import die_with_asker
 from servebook.room.admin import RoomAdmin
 
 LABS = ("01_openai_rest", "02_sse_streaming")
@@ -121,7 +122,8 @@ def run(room: RoomAdmin, learners: int) -> Outcome:
 
 
 def get_ready(ready: Barrier) -> None:
-    """In a learner's process: wait for the others."""
+    """In a learner's process: end with the command, and wait for the others."""
+    die_with_asker()
     ready.wait(START_SECONDS)
 
 
