@@ -53,32 +53,42 @@ SHARED = {
 """The engines that stay up from chapter to chapter: their servers' names by fixture."""
 
 
+class Starts:
+    """Starts the shared engines that this run wants, in its order: each of them while the one before is in use."""
+
+    def __init__(self, wanted: list[str], pool: ThreadPoolExecutor) -> None:
+        self.wanted, self.pool = wanted, pool
+        self.begun: dict[str, Future[launch.Server]] = {}
+
+    def server(self, fixture: str) -> launch.Server:
+        """The engine of a fixture, ready; a test that asks by `getfixturevalue` only has it started now."""
+        ahead = self.wanted[self.wanted.index(fixture) + 1 :] if fixture in self.wanted else []
+        for each in [fixture, *ahead[:1]]:
+            if each not in self.begun:
+                self.begun[each] = self.pool.submit(launch.serve, SHARED[each])
+        return self.begun[fixture].result()
+
+
 @pytest.fixture(scope="session")
-def starts(request: pytest.FixtureRequest) -> dict[str, Future[launch.Server]]:
-    """The shared engines that this run wants, all started or failed. Two at a time: each start keeps one core busy."""
-    wanted = {fixture for item in request.session.items for fixture in getattr(item, "fixturenames", ())}
+def starts(request: pytest.FixtureRequest) -> Iterator[Starts]:
+    used = (fixture for item in request.session.items for fixture in getattr(item, "fixturenames", ()))
     with ThreadPoolExecutor(2) as pool:
-        return {fixture: pool.submit(launch.serve, name) for fixture, name in SHARED.items() if fixture in wanted}
-
-
-def shared(starts: dict[str, Future[launch.Server]], fixture: str) -> launch.Server:
-    """One of them; a test that asks for its fixture by `getfixturevalue` only has it started now."""
-    return starts[fixture].result() if fixture in starts else launch.serve(SHARED[fixture])
+        yield Starts([fixture for fixture in dict.fromkeys(used) if fixture in SHARED], pool)
 
 
 @pytest.fixture(scope="session")
-def vllm(starts: dict[str, Future[launch.Server]]) -> launch.Server:
-    return shared(starts, "vllm")
+def vllm(starts: Starts) -> launch.Server:
+    return starts.server("vllm")
 
 
 @pytest.fixture(scope="session")
-def triton(starts: dict[str, Future[launch.Server]]) -> launch.Server:
-    return shared(starts, "triton")
+def triton(starts: Starts) -> launch.Server:
+    return starts.server("triton")
 
 
 @pytest.fixture(scope="session")
-def grpc_server(starts: dict[str, Future[launch.Server]]) -> launch.Server:
-    return shared(starts, "grpc_server")
+def grpc_server(starts: Starts) -> launch.Server:
+    return starts.server("grpc_server")
 
 
 @pytest.fixture(scope="session")
@@ -87,18 +97,18 @@ def gateway(vllm: launch.Server) -> launch.Server:
 
 
 @pytest.fixture(scope="session")
-def kserve(starts: dict[str, Future[launch.Server]]) -> launch.Server:
-    return shared(starts, "kserve")
+def kserve(starts: Starts) -> launch.Server:
+    return starts.server("kserve")
 
 
 @pytest.fixture(scope="session")
-def vllm_grpc(starts: dict[str, Future[launch.Server]]) -> launch.Server:
-    return shared(starts, "vllm_grpc")
+def vllm_grpc(starts: Starts) -> launch.Server:
+    return starts.server("vllm_grpc")
 
 
 @pytest.fixture(scope="session")
-def vllm_rs(starts: dict[str, Future[launch.Server]]) -> launch.Server:
-    return shared(starts, "vllm_rs")
+def vllm_rs(starts: Starts) -> launch.Server:
+    return starts.server("vllm_rs")
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +167,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         assert {entry["state"] for entry in launch.status() if entry["name"] in names} == {"stopped"}
 
 
+SEVERAL = {*SHARED, "router"} - {"vllm"}
 NEEDS_ENGINE = {*SHARED, "gateway", "router", "run_notebook", "doomed"}
 
 
@@ -172,6 +183,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = set(getattr(item, "fixturenames", ()))
         if NEEDS_ENGINE & fixtures:
             item.add_marker("engine")
+        if SEVERAL & fixtures:
+            item.add_marker("several_engines")
         if "desk" in fixtures:
             item.add_marker("lifetime")
 

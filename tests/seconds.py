@@ -58,6 +58,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     counter = config.stash[COUNTER]
     counter.ended.set()
     counter.join()
-    if config.getoption("lane", None) == "rest":
+    if config.getoption("lane", None) == "one":
         return  # the other lane's are counted there
     terminalreporter.write_line("started: " + ", ".join(f"{len(seen)} {what}" for what, seen in counter.seen.items()))

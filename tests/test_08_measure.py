@@ -50,13 +50,23 @@ async def answer(path: str, server: Server, job: Job) -> Sample:
         return await ask(send, job)
 
 
+REFERENCES: dict[Job, Sample] = {}
+
+
+async def reference(vllm: Server, job: Job, *, chat: bool) -> Sample:
+    """What vLLM's own server answers, asked once."""
+    if job not in REFERENCES:
+        REFERENCES[job] = await answer("rest-chat" if chat else "rest", vllm, job)
+    return REFERENCES[job]
+
+
 @pytest.mark.parametrize("name", [name for name, path in PATHS.items() if path.spec is None])
 async def test_parity(name: str, vllm: Server, request: pytest.FixtureRequest) -> None:
     """The same greedy request gives the same text, finish reason and usage on every path."""
     path = find_path(name)
     server = request.getfixturevalue(FIXTURES.get(path.server, path.server))
     job = PROMPTS[path.chat]
-    expected = await answer("rest-chat" if path.chat else "rest", vllm, job)
+    expected = await reference(vllm, job, chat=path.chat)
     found = await answer(name, server, job)
     assert found.text == expected.text
     assert (found.finish_reason, found.prompt_tokens, found.output_tokens) == (
@@ -73,7 +83,7 @@ async def test_a_natural_end_is_told_on_every_path(name: str, vllm: Server, requ
     path = find_path(name)
     server = request.getfixturevalue(FIXTURES.get(path.server, path.server))
     job = Job(ENDING[path.chat], 100)
-    expected = await answer("rest-chat" if path.chat else "rest", vllm, job)
+    expected = await reference(vllm, job, chat=path.chat)
     assert expected.finish_reason == "stop"
     found = await answer(name, server, job)
     assert (found.text, found.finish_reason) == (expected.text, "stop")

@@ -21,6 +21,8 @@ from servebook.lab.capstone.stages import STAGES
 from servebook.launch import Server
 from servebook.ways.metrics import metric
 
+pytestmark = [pytest.mark.one_engine, pytest.mark.timeout(600)]
+
 MODEL = ROOT / "solutions/14_capstone"
 ANSWERS = ROOT / "tests/capstone"
 WRONG = tomllib.loads((ANSWERS / "answers.toml").read_text())["wrong"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
@@ -63,22 +64,72 @@ def test_a_run_says_where_its_seconds_went(tmp_path: Path) -> None:
 
 
 def test_two_lanes_are_all_tests(tmp_path: Path) -> None:
-    """And each has a floor of its own."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = .\nmarkers =\n  engine:\n  browser:\n")
-    (tmp_path / "conftest.py").write_text('import floor\nfloor.FLOOR = {"engines": 2, "rest": 2}\n')
-    (tmp_path / "test_three.py").write_text(
-        "import pytest\n\n\n@pytest.mark.engine\ndef test_a():\n    pass\n\n\ndef test_b():\n    pass\n\n\n"
-        "@pytest.mark.browser\ndef test_c():\n    pass\n"
+    """Each has a floor of its own; in the one without large servers, what needs an engine comes first."""
+    marks = "".join(f"  {name}:\n" for name in ("engine", "browser", "one_engine", "several_engines"))
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\ntestpaths = .\nmarkers =\n{marks}")
+    (tmp_path / "conftest.py").write_text('import floor\nfloor.FLOOR = {"several": 3, "one": 3}\n')
+    (tmp_path / "test_five.py").write_text(
+        """
+import pytest
+mark = pytest.mark
+
+@mark.engine
+def test_a(): pass
+
+def test_b(): pass
+
+@mark.browser
+def test_c(): pass
+
+@mark.engine
+@mark.one_engine
+def test_d(): pass
+
+@mark.engine
+@mark.one_engine
+@mark.several_engines
+def test_e(): pass
+"""
     )
+    (tmp_path / "lock").touch()
     said = {}
-    for lane, code in (("engines", 0), ("rest", 1)):
+    for lane, code in (("several", 0), ("one", 1)):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-v", "-p", "floor", "-p", "lanes", "--lane", lane],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+            env=os.environ
+            | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+            | {"TEST_LANES": str(tmp_path / "lock"), "SERVEBOOK_STATE_DIR": str(tmp_path / "state")},
             capture_output=True,
             text=True,
         )
         assert done.returncode == code, done.stdout + done.stderr
         said[lane] = re.findall(r"::(test_\w) PASSED", done.stdout)
-    assert said == {"engines": ["test_a", "test_c"], "rest": ["test_b"]}
+    assert said == {"several": ["test_a", "test_c", "test_e"], "one": ["test_d", "test_b"]}
+
+
+def test_the_large_wait_for_the_other_lanes_engine(tmp_path: Path) -> None:
+    """Whatever comes before them does not."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  engine:\n  one_engine:\n  browser:\n")
+    for name, body in {"05": "print('before')", "06": "print('large')"}.items():
+        text = f"import pytest\n\n\n@pytest.mark.engine\ndef test_{name}():\n    {body}\n"
+        (tmp_path / f"test_{name}.py").write_text(text)
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-s", "-p", "lanes", "--lane", "several"],
+            cwd=tmp_path,
+            env=os.environ
+            | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+            | {"TEST_LANES": lock.name, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert run.stdout
+        said = iter(run.stdout)
+        assert any("before" in line for line in said)
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(1)
+    rest = "".join(said)
+    assert "large" in rest
+    assert run.wait() == 0

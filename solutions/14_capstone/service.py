@@ -23,7 +23,7 @@ LATER = {"Retry-After": "1"}
 engine = httpx.AsyncClient(
     base_url=os.environ["ENGINE_URL"],
     headers={"Authorization": f"Bearer {os.environ['ENGINE_KEY']}"},
-    timeout=httpx.Timeout(60, connect=1),  # and one try: the caller comes again when Retry-After says so
+    timeout=httpx.Timeout(60, connect=2),  # and one try: the caller comes again when Retry-After says so
 )
 requests = Counter("service_requests", "Answers of POST /generate.", ["status"])
 tokens = Counter("service_generated_tokens", "Tokens that were written.")
@@ -82,7 +82,7 @@ async def place() -> AsyncIterator[None]:
 async def health() -> dict[str, str]:
     """Ready when the engine is."""
     try:
-        (await engine.get("/health", timeout=1)).raise_for_status()
+        (await engine.get("/health", timeout=2)).raise_for_status()
     except httpx.HTTPError:
         raise HTTPException(503, "The engine does not answer.", LATER) from None
     return {"status": "ok"}

@@ -23,6 +23,7 @@ from servebook.bench.report import Row, Rows
 from servebook.bench.results import Machine, now, this_machine
 from servebook.bench.stats import ServiceLevel, Summary, goodput, summarize
 from servebook.launch import Server
+from servebook.launch.processes import die_with_parent
 
 GAIN = 1.05
 """Twice the callers for less than this many times the tokens/s: the path is saturated."""
@@ -195,8 +196,12 @@ def _in_process(asked: tuple[str, Server, Workload, int, int, float | None, int]
 
 
 def _meet_at(barrier: Barrier) -> None:
-    """What each process is told at its start: where all wait for each other, so that no part begins early."""
+    """What each process is told at its start: where all wait for each other, so that no part begins early.
+
+    It ends with who started it: one that is killed cannot tell it to.
+    """
     global _barrier
+    die_with_parent()
     _barrier = barrier
 
 

@@ -109,7 +109,7 @@ async def read(lines: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
 async def is_there(session: ClientSession) -> bool:
     """Whether the engine is ready."""
     try:
-        async with session.get("/health", timeout=ClientTimeout(1)) as answer:
+        async with session.get("/health", timeout=ClientTimeout(2)) as answer:
             return answer.status == 200
     except AWAY:
         return False
@@ -128,7 +128,7 @@ async def metrics(request: web.Request) -> web.Response:
 async def opened(app: web.Application) -> AsyncIterator[None]:
     """A session towards the engine, and the places."""
     headers = {"Authorization": f"Bearer {os.environ['ENGINE_KEY']}"}
-    timeout, connector = ClientTimeout(total=60, connect=1), TCPConnector(limit=0, force_close=True)
+    timeout, connector = ClientTimeout(total=60, connect=2), TCPConnector(limit=0, force_close=True)
     async with ClientSession(
         os.environ["ENGINE_URL"], headers=headers, timeout=timeout, connector=connector
     ) as session:

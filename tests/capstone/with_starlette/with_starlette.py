@@ -23,7 +23,7 @@ SHOWN = sha256(f"Bearer {os.environ['SERVICE_KEY']}".encode()).digest()
 CAPACITY = int(os.environ["CAPACITY"])
 KEY = {"Authorization": f"Bearer {os.environ['ENGINE_KEY']}"}
 engine = httpx.AsyncClient(
-    base_url=os.environ["ENGINE_URL"], headers=KEY, timeout=httpx.Timeout(60, connect=1), limits=httpx.Limits()
+    base_url=os.environ["ENGINE_URL"], headers=KEY, timeout=httpx.Timeout(60, connect=2), limits=httpx.Limits()
 )
 answered: Counter[int] = Counter()
 written = 0
@@ -144,7 +144,7 @@ async def watching(app: Starlette) -> AsyncIterator[None]:
         global ready
         while True:
             try:
-                ready = (await engine.get("/health", timeout=1)).status_code == 200
+                ready = (await engine.get("/health", timeout=2)).status_code == 200
             except httpx.HTTPError:
                 ready = False
             await asyncio.sleep(0.25)

@@ -29,6 +29,7 @@ from servebook.launch.processes import wait_until
 
 PROMPT = "The sea is"
 BACK_SECONDS = 5.0
+HEARD_SECONDS = 3 * GONE_SECONDS
 TOGETHER_SECONDS = 8.0
 """How long the first of a crowd is held for the last to come."""
 BEYOND = 4
@@ -73,7 +74,7 @@ def ready(bench: Bench) -> None:
             f"nobody listens, {LISTEN_SECONDS:.0f} s after its start",
             "listen on PORT of the environment, at once: a service that waits for its engine says so by 503",
         )
-        away = bench.get("/health", GONE_SECONDS)
+        away = bench.get("/health", HEARD_SECONDS)
         judge(
             503,
             away.status,
@@ -342,7 +343,7 @@ def refusals(bench: Bench) -> None:
                     raise stream
                 ok(stream, f"{CAPACITY} callers at once, as CAPACITY says")
                 stream.piece()
-            beyond = at_once(BEYOND, lambda number: bench.post(PROMPT, 1, seconds=GONE_SECONDS))
+            beyond = at_once(BEYOND, lambda number: bench.post(PROMPT, 1, seconds=HEARD_SECONDS))
         finally:
             for stream in streams:
                 if isinstance(stream, Stream):
@@ -404,7 +405,7 @@ def gone(bench: Bench) -> None:
                 "half an answer is told to be a whole one: [DONE] only after the engine's own end",
             )
             try:
-                answer = bench.post(PROMPT, 1, seconds=GONE_SECONDS)
+                answer = bench.post(PROMPT, 1, seconds=HEARD_SECONDS)
             except NotYet as fault:
                 cause = "it tries for too long: one try, a short time to connect, and the caller comes back later"
                 raise NotYet("503 while the engine is away", fault.got, cause) from None
@@ -418,8 +419,8 @@ def gone(bench: Bench) -> None:
                 shown=answer,
             )
             later(answer)
-            wait_until(lambda: bench.get("/health").status == 503, GONE_SECONDS)
-            health = bench.get("/health", GONE_SECONDS)
+            wait_until(lambda: bench.get("/health").status == 503, HEARD_SECONDS)
+            health = bench.get("/health", HEARD_SECONDS)
             require(health.status == 503, "503 for GET /health", health, "health has to follow the engine, both ways")
     wait_until(lambda: bench.get("/health").status == 200 and bench.post(PROMPT, 1).status == 200, BACK_SECONDS)
     health = bench.get("/health")
@@ -441,7 +442,7 @@ def in_order(bench: Bench) -> None:
         now = counters(bench)
         return {name: now[name] - before.get(name, 0) for name in now if now[name] != before.get(name, 0)}
 
-    wait_until(lambda: moved() == right, 2)  # a counter may follow its answer by a moment
+    wait_until(lambda: moved() == right, BACK_SECONDS)  # a counter may follow its answer by a moment
     judge(
         right,
         moved(),
