@@ -467,6 +467,39 @@ def test_no_link_leads_a_submission_to_what_is_hidden(tmp_path: Path) -> None:
     assert list(confine.around(tmp_path, [tmp_path / "room"])) == [tmp_path / "grading"]
 
 
+CONFINED = """
+import sys
+from pathlib import Path
+from servebook.lab.handout import confine
+room, submission, scratch, solution = map(Path, sys.argv[1:])
+confine.confine(confine.folders(submission, room, scratch))
+for look in (solution.read_text, (solution.parent / "mine").touch, solution.unlink):
+    try:
+        look()
+    except PermissionError:
+        print("no")
+from servebook.lab.dry_run.load import loaded_config
+print(loaded_config(submission / "models", "mine").backend)
+"""
+
+
+def test_triton_loads_beside_what_is_hidden_in_tmp() -> None:
+    """Its stub makes a folder in /tmp, and where that holds a clone or a room a submission may not write all of it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as room:
+        folders = [Path(room, name) for name in ("submission", "scratch")]
+        model = folders[0] / "models/mine"
+        for folder in (*folders, model / "1"):
+            folder.mkdir(parents=True)
+        (model / "config.pbtxt").write_text('backend: "vllm"\ninstance_group [{ count: 1, kind: KIND_MODEL }]')
+        (model / "1/model.json").write_text('{"model": "unread"}')
+        solution = Path(room, "solution")
+        solution.write_text("42")
+        words = [sys.executable, "-P", "-c", CONFINED, room, *map(str, folders), str(solution)]
+        environment = os.environ | {"TMPDIR": str(folders[1])}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        assert done.stdout.split() == ["no", "no", "no", "vllm"], done.stdout + done.stderr
+
+
 def test_grading_is_nbgraders_but_for_the_end() -> None:
     assert autograde.ExecuteAndEnd(config=Config(Execute={"timeout": 7})).timeout == 7
     steps = Autograde.autograde_preprocessors.default_args[0]

@@ -28,6 +28,7 @@ from servebook.launch.processes import free_port
 from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
 
 LOAD_SECONDS = 30
+LAST_WORDS = 500
 COMPLAINT = re.compile(r"Error parsing.*|(?<=\] \").*(?:[Pp]oll failed|failed to load).*(?=\")")
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -41,6 +42,7 @@ def loaded_config(repository: Path, name: str) -> Any:
 
     Raises:
         Refused: Triton does not load it.
+        LaunchError: Triton cannot run here.
     """
     with tempfile.TemporaryDirectory() as scratch:
         command = tritonserver_command(
@@ -54,11 +56,13 @@ def loaded_config(repository: Path, name: str) -> Any:
             # Ending in good order takes Triton three seconds, and there is nothing in it to be saved: no grace.
             with run_child(command, env=tritonserver_env(), grace=0) as triton:
                 config = _config_once_ready(triton, f"127.0.0.1:{address}", name)
-                said = triton.said()
+                said, ended = triton.said(), triton.process.poll() is not None
         finally:
             for segment in SHARED_MEMORY.glob(f"{segments}*"):
                 segment.unlink()
         if config is None:
+            if ended and not COMPLAINT.search(said):
+                raise LaunchError(f"Triton ended by itself, and named no model: {said[-LAST_WORDS:].strip()}")
             raise Refused("\n".join(COMPLAINT.findall(said)[:2]) or "it never becomes ready")
         return config
 

@@ -21,6 +21,7 @@ from jupyter_core.paths import jupyter_runtime_dir
 from servebook.checkout import ROOT
 from servebook.settings import load_settings
 
+TMP = Path("/tmp")
 TOLD = "SERVEBOOK_CONFINED_TO"
 """In the environment of a process that is to confine itself: the file that names the folders, in JSON.
 
@@ -34,6 +35,8 @@ READ = 0b1101
 """Execute, read files, read folders."""
 WRITE = 0x7FFF
 """All of the third version (Linux 6.2): also make, remove, link and cut."""
+MAKE_FOLDERS = 0b10010000
+"""Also to remove them, where they are empty; neither what is in them nor their names can be seen."""
 VERSION = 3
 PR_SET_NO_NEW_PRIVS = 38
 O_PATH = getattr(os, "O_PATH", 0)
@@ -46,7 +49,7 @@ def possible() -> bool:
 
 
 def folders(submission: Path, course: Path, scratch: Path) -> dict[str, list[str]]:
-    """What a submission may read and write; `scratch` is its folder for temporary files."""
+    """Where a submission may read, write and make folders; `scratch` is its folder for temporary files."""
     from servebook.lab.handout.bundle import BUNDLE
 
     submission, course, scratch = submission.resolve(), course.resolve(), scratch.resolve()
@@ -59,9 +62,14 @@ def folders(submission: Path, course: Path, scratch: Path) -> dict[str, list[str
     own = [submission, scratch, Path("/dev"), Path("/proc"), settings.state_dir, settings.cache_dir]
     for name in (".cache", ".config", ".ipython", ".jupyter", ".triton"):
         own += around(home / name, hidden)
-    own += around(Path("/tmp"), hidden)  # Triton's stub unpacks there, whatever TMPDIR says
+    own += around(TMP, hidden)
     own.append(Path(jupyter_runtime_dir()))
-    return {"read": [*map(str, [*around(Path("/"), hidden), *given])], "write": [*map(str, own)]}
+    return {
+        "read": [*map(str, [*around(Path("/"), hidden), *given])],
+        "write": [*map(str, own)],
+        # Triton's stub makes itself a folder there, whatever TMPDIR says. Beside what is hidden that is all.
+        "make folders": [str(TMP)],
+    }
 
 
 def around(folder: Path, hidden: Iterable[Path]) -> Iterator[Path]:
@@ -77,8 +85,8 @@ def around(folder: Path, hidden: Iterable[Path]) -> Iterator[Path]:
 def confine(allowed: dict[str, list[str]]) -> None:
     """Confine this process and all that it will start; what it has open stays open."""
     ruleset = libc.syscall(CREATE_RULESET, struct.pack("Q", WRITE), 8, 0)
-    for paths, rights in ((allowed["read"], READ), (allowed["write"], WRITE)):
-        for path in paths:
+    for what, rights in (("read", READ), ("write", WRITE), ("make folders", MAKE_FOLDERS)):
+        for path in allowed[what]:
             _allow(ruleset, path, rights)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if libc.syscall(RESTRICT_SELF, ruleset, 0):
