@@ -96,6 +96,16 @@ def test_openmp_is_preloaded_from_a_folder_with_a_blank_too(
     assert not done.stderr
 
 
+def test_large_memory_comes_in_large_pages(cpu: Settings) -> None:
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not pages.is_file() or "[madvise]" not in pages.read_text():
+        pytest.skip("this kernel gives large pages to all or to nobody")
+    show = [sys.executable, "-c", "large = bytearray(2**26); print(open('/proc/self/smaps').read())"]
+    for env, wanted in ((engine.engine_env(cpu), True), ({}, False)):
+        done = subprocess.run(show, env=os.environ | env, capture_output=True, text=True, check=True)
+        assert any(line.startswith("VmFlags:") and "hg" in line.split() for line in done.stdout.splitlines()) is wanted
+
+
 def test_a_gpus_engine_keeps_vllms_threads(gpu: Settings) -> None:
     assert not engine.engine_env(gpu).keys() & {"OMP_NUM_THREADS", "KMP_BLOCKTIME", "VLLM_ENABLE_V1_MULTIPROCESSING"}
 
