@@ -194,6 +194,7 @@ TINY = Plan(
     workload=Workload(rounds=1, max_tokens=4, block_seconds=0.05),
     control=(1,),
     engine=(("rest", 1), ("rest", 2)),
+    rounds={"control": 2},
 )
 
 
@@ -222,6 +223,7 @@ async def test_an_interrupted_run_goes_on_where_it_was(vllm: Server, tmp_path: F
         *["[3/3] rest @2"] * 2,
     ]
     assert [found.name for found in results.engine] == ["rest @1", "rest @2"]
+    assert [found.tokens_per_s.pairs for found in (*results.control, *results.engine)] == [4, 2, 2]
     jsonschema.validate(json.loads(output.read_text()), Results.model_json_schema())
     with pytest.raises(BenchError, match="finished run"):
         start(TINY, vllm.settings, output)

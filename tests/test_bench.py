@@ -457,7 +457,15 @@ def test_stored_results_can_be_read_and_are_not_void() -> None:
     for results in stored():
         assert not results.void
         assert results.plan == "full"
-        assert len(results.done) == len(FULL)
+        assert set(results.done) <= set(FULL.steps)
+        for missing in set(FULL.steps) - set(results.done):
+            assert re.search(rf"this run does not have: .*{missing}[,.]", report.section(results))
+
+
+def test_each_step_has_the_rounds_that_the_plan_gives_it() -> None:
+    steps = ("control @1", "control @32", "grpc @1", "rest @32", "scripted grpc @25")
+    assert [FULL.workload_of(step).rounds for step in steps] == [24, 8, 6, 3, 3]
+    assert len(FULL) == len(set(FULL.steps))
 
 
 @pytest.mark.parametrize(

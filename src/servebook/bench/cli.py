@@ -26,7 +26,7 @@ Callers = Annotated[list[int] | None, typer.Option("-c", "--concurrency", min=1,
 
 def bench(
     paths: Annotated[list[str] | None, typer.Argument(metavar="[PATH]…", help="Only these, such as grpc.")] = None,
-    full: Annotated[bool, typer.Option("--full/--quick", help="Everything (2 to 4 hours), or a look.")] = False,
+    full: Annotated[bool, typer.Option("--full/--quick", help="Everything (1.5 to 3 hours), or a look.")] = False,
     output: Annotated[Path, typer.Option(help="Grows step by step; the same command goes on.")] = Path("bench.json"),
     concurrency: Callers = None,
     rate: Annotated[float | None, typer.Option(min=0.01, help="Open loop: requests a second, not callers.")] = None,

@@ -12,6 +12,7 @@ from servebook.bench.cost import LENGTHS
 from servebook.bench.crosscheck import CrossCheck
 from servebook.bench.load import BenchError
 from servebook.bench.results import Results
+from servebook.bench.run import FULL
 from servebook.bench.stats import Estimate, Percentiles
 
 Row = Sequence[str]
@@ -251,12 +252,14 @@ def section(run: Results) -> str:
     machine = run.machine
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     engines = max((each.engines_up for each in run.engine), default=0)
+    missing = [step for step in FULL.steps if step not in run.done]
     parts = [
         f"## {machine.cpu}, {machine.cores} cores, engine on {machine.device}",
         f"Model {run.model}; {run.started:%Y-%m-%d}, {run.seconds / 60:.0f} minutes; at most {engines} engines in "
         f"memory, one of them at work; {machine.memory_gib:g} GiB; {machine.system}; Python {machine.python}; "
         f"{versions}.",
         *([run.note] if run.note else []),
+        *([f"Of today's full plan this run does not have: {', '.join(missing)}."] if missing else []),
         "### Targets, set before anything was measured",
         markdown_table(*verdict_table(run)),
         "### Ratios to vLLM's own server",
@@ -281,21 +284,25 @@ def section(run: Results) -> str:
         ]
     if run.tensors:
         parts += ["### Big tensors, there and back, ms", markdown_table(*tensor_table(run))]
-    if check := run.cross_check:
-        parts += ["### Cross-check", markdown_table(*cross_check_table(check))]
+    if run.cross_check:
+        parts += ["### Cross-check", markdown_table(*cross_check_table(run.cross_check))]
     return "\n\n".join(parts) + "\n"
 
 
-def cross_check_table(check: CrossCheck) -> Rows:
-    """Head and rows: this generator and `vllm bench serve` under the same load."""
-    ours, tpot = check.ours, check.ours.tpot_ms
-    rows = (
-        ("tokens/s", ours.tokens_per_s, check.theirs_tokens_per_s),
-        ("TTFT p50, ms", ours.ttft_ms.p50, check.theirs_ttft_p50_ms),
-        ("TPOT p50, ms", tpot.p50 if tpot else float("nan"), check.theirs_tpot_p50_ms),
-    )
-    head = (f"{check.concurrency} callers, not interleaved", "this generator", "`vllm bench serve`", "ratio")
-    return head, [(name, f"{mine:.1f}", f"{theirs:.1f}", f"{mine / theirs:.3f}") for name, mine, theirs in rows]
+def cross_check_table(checks: Sequence[CrossCheck]) -> Rows:
+    """Head and rows: this generator and `vllm bench serve` under the same loads, one after the other."""
+    head = ("callers", "requests", "", "this generator", "`vllm bench serve`", "ratio")
+    rows: list[Row] = []
+    for check in checks:
+        ours, tpot = check.ours, check.ours.tpot_ms
+        for name, mine, theirs in (
+            ("tokens/s", ours.tokens_per_s, check.theirs_tokens_per_s),
+            ("TTFT p50, ms", ours.ttft_ms.p50, check.theirs_ttft_p50_ms),
+            ("TPOT p50, ms", tpot.p50 if tpot else float("nan"), check.theirs_tpot_p50_ms),
+        ):
+            counts = (str(check.concurrency), f"{ours.requests} and {check.requests}")
+            rows.append((*counts, name, f"{mine:.1f}", f"{theirs:.1f}", f"{mine / theirs:.3f}"))
+    return head, rows
 
 
 def control_line(run: Results) -> str:

@@ -42,7 +42,7 @@ class Machine(BaseModel):
 class Results(BaseModel):
     """One run. Each list grows as the run goes on; `done` names the steps that a resumed run need not repeat."""
 
-    format: int = Field(default=2, description="Of this file.")
+    format: int = Field(default=3, description="Of this file.")
     note: str = Field(default="", description="What a reader must know about this run before its tables.")
     plan: str = Field(description="quick, full, or what was asked for instead.")
     started: datetime
@@ -59,7 +59,7 @@ class Results(BaseModel):
     wire: list[WireCost] = []
     costs: list[Cost] = Field(default=[], description="CPU per request and per token, by a fit; scripted source.")
     tensors: list[TensorCost] = []
-    cross_check: CrossCheck | None = None
+    cross_check: list[CrossCheck] = Field(default=[], description="Beside `vllm bench serve`, one for each load.")
 
     @property
     def void(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path as File
@@ -34,7 +34,8 @@ class Plan:
     `own_control` gives the A/A control an engine of its own, as every other arm has one; else both of its
     arms are the same server. The workload's rounds decide how sure every cell is: with one caller, neighbouring blocks
     of one engine differed by 6 % (one standard deviation) on a quiet machine with two shared cores, so that a median
-    is good to 3 % only after two dozen pairs.
+    is good to 3 % only after two dozen pairs. `rounds` is for steps that need more or fewer than the workload has, by
+    their name or its first word: a control that is to show 3 %, and what nothing is claimed of.
     """
 
     name: str
@@ -44,12 +45,29 @@ class Plan:
     protocol: tuple[Cell, ...] = ()
     wire: tuple[str, ...] = ()
     tensors: tuple[int, ...] = ()
-    cross_check: bool = False
+    cross_check: tuple[int, ...] = ()
     own_control: bool = False
+    rounds: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> list[str]:
+        """Their names, as `Results.done` has them."""
+        return [
+            *(f"control @{callers}" for callers in self.control),
+            *(f"{path} @{callers}" for path, callers in self.engine),
+            *(f"cross-check @{callers}" for callers in self.cross_check),
+            *(f"wire {path}" for path in self.wire),
+            *(f"scripted {path} @{callers}" for path, callers in self.protocol),
+            *(f"tensors {server}" for server in SERVERS if self.tensors),
+        ]
 
     def __len__(self) -> int:
-        tensors = len(SERVERS) if self.tensors else 0
-        return len([*self.control, *self.engine, *self.protocol, *self.wire]) + tensors + self.cross_check
+        return len(self.steps)
+
+    def workload_of(self, step: str) -> Workload:
+        """The workload, with as many rounds as this step has."""
+        rounds = self.rounds.get(step) or self.rounds.get(step.split()[0], self.workload.rounds)
+        return self.workload.model_copy(update={"rounds": rounds})
 
 
 def cells(path: str, *concurrencies: int) -> tuple[Cell, ...]:
@@ -59,6 +77,9 @@ def cells(path: str, *concurrencies: int) -> tuple[Cell, ...]:
 
 SCRIPTED_CALLERS = int(500 / SCRIPTED_RATE)
 """500 tokens a second through one server process."""
+
+CHECKED = 32
+"""Requests of a cross-check, at least; six for each caller where that is more."""
 
 STREAMING = ("grpc", "triton", "vllm-grpc", "kserve-sse", "gateway")
 
@@ -71,7 +92,10 @@ QUICK = Plan(
 
 FULL = Plan(
     name="full",
-    workload=Workload(rounds=12, max_tokens=32),
+    workload=Workload(rounds=6, max_tokens=32),
+    rounds={"control @1": 24, "control @32": 8}
+    | dict.fromkeys(("rest", "gateway-article", "grpc-unary", "kserve-rest", "kserve-grpc", "kserve-sse"), 3)
+    | dict.fromkeys(("vllm-grpc", "rust-sse", "rust-grpc", "scripted"), 3),
     control=(1, 32),
     own_control=True,
     engine=(
@@ -85,11 +109,13 @@ FULL = Plan(
         *cells("kserve-rest", 8),
         *cells("kserve-grpc", 8),
         *cells("vllm-grpc", 1, 8, 32),
+        *cells("rust-sse", 1, 32),
+        *cells("rust-grpc", 1, 32),
     ),
     protocol=tuple((path, SCRIPTED_CALLERS) for path in STREAMING),
     wire=("sse", "sse-chat", *STREAMING),
     tensors=SIZES,
-    cross_check=True,
+    cross_check=(1, 8, 32),
 )
 
 
@@ -161,11 +187,15 @@ class Run:
                     self.results.engine.append(await self.compare(title, path, against, concurrency, self.up))
             if server != "vllm":
                 self.end(server)
-        if self.plan.cross_check and not self.skip("cross-check"):
-            server_there = self.up(find_path("sse"))
-            with self.measured("cross-check"):
-                found = self.results.cross_check = await cross_check(server_there, self.plan.workload, 8, 64)
-                self.say(f"  ours / vllm bench serve: {found.tokens_per_s_ratio:.3f} tokens/s")
+        for concurrency in self.plan.cross_check:
+            name = f"cross-check @{concurrency}"
+            if not self.skip(name):
+                server_there = self.up(find_path("sse"))
+                with self.measured(name):
+                    requests = max(CHECKED, 6 * concurrency)
+                    found = await cross_check(server_there, self.plan.workload, concurrency, requests)
+                    self.results.cross_check.append(found)
+                    self.say(f"  ours / vllm bench serve: {found.tokens_per_s_ratio:.3f} tokens/s")
         self.end("gateway")
         self.end("vllm")
 
@@ -217,7 +247,7 @@ class Run:
         arm: Server | None = None,
     ) -> Comparison:
         """One cell on the servers that `up` gives; the CPU of those behind a gateway counts as its own."""
-        wants, seed = self.plan.workload, 1000 * self.step
+        wants, seed = self.plan.workload_of(name), 1000 * self.step
         async with (
             open_arm(path, arm or up(path), wants, seed, self.behind(path, up)) as one,
             open_arm(against, up(against), wants, seed + 1, self.behind(against, up)) as other,
