@@ -469,13 +469,16 @@ def test_no_link_leads_a_submission_to_what_is_hidden(tmp_path: Path) -> None:
 
 CONFINED = """
 import sys
+from functools import partial
 from pathlib import Path
 from servebook.lab.handout import confine
 room, submission, scratch, solution = map(Path, sys.argv[1:])
 confine.confine(confine.folders(submission, room, scratch))
-for look in (solution.read_text, (solution.parent / "mine").touch, solution.unlink):
+folder = solution.parent
+renamed = partial(folder.rename, room / "mine")
+for attempt in (solution.read_text, solution.unlink, (folder / "mine").touch, folder.rmdir, renamed):
     try:
-        look()
+        attempt()
     except PermissionError:
         print("no")
 from servebook.lab.dry_run.load import loaded_config
@@ -492,12 +495,13 @@ def test_triton_loads_beside_what_is_hidden_in_tmp() -> None:
             folder.mkdir(parents=True)
         (model / "config.pbtxt").write_text('backend: "vllm"\ninstance_group [{ count: 1, kind: KIND_MODEL }]')
         (model / "1/model.json").write_text('{"model": "unread"}')
-        solution = Path(room, "solution")
+        solution = Path(room, "solutions/solution")
+        solution.parent.mkdir()
         solution.write_text("42")
         words = [sys.executable, "-P", "-c", CONFINED, room, *map(str, folders), str(solution)]
         environment = os.environ | {"TMPDIR": str(folders[1])}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
-        assert done.stdout.split() == ["no", "no", "no", "vllm"], done.stdout + done.stderr
+        assert done.stdout.split() == [*["no"] * 5, "vllm"], done.stdout + done.stderr
 
 
 def test_grading_is_nbgraders_but_for_the_end() -> None:

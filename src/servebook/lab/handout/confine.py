@@ -35,8 +35,8 @@ READ = 0b1101
 """Execute, read files, read folders."""
 WRITE = 0x7FFF
 """All of the third version (Linux 6.2): also make, remove, link and cut."""
-MAKE_FOLDERS = 0b10010000
-"""Also to remove them, where they are empty; neither what is in them nor their names can be seen."""
+MAKE_FOLDERS = 0b10000000
+"""And nothing else: who may also remove them can give another name to one that is full."""
 VERSION = 3
 PR_SET_NO_NEW_PRIVS = 38
 O_PATH = getattr(os, "O_PATH", 0)
@@ -67,7 +67,7 @@ def folders(submission: Path, course: Path, scratch: Path) -> dict[str, list[str
     return {
         "read": [*map(str, [*around(Path("/"), hidden), *given])],
         "write": [*map(str, own)],
-        # Triton's stub makes itself a folder there, whatever TMPDIR says. Beside what is hidden that is all.
+        # Triton's stub makes itself a folder there, whatever TMPDIR says. Where something is hidden there that is all.
         "make folders": [str(TMP)],
     }
 
