@@ -37,6 +37,7 @@ WRITE = 0x7FFF
 """All of the third version (Linux 6.2): also make, remove, link and cut."""
 MAKE_FOLDERS = 0b10000000
 """And nothing else: who may also remove them can give another name to one that is full."""
+RIGHTS = {"read": READ, "write": WRITE, "make folders": MAKE_FOLDERS}
 VERSION = 3
 PR_SET_NO_NEW_PRIVS = 38
 O_PATH = getattr(os, "O_PATH", 0)
@@ -85,9 +86,9 @@ def around(folder: Path, hidden: Iterable[Path]) -> Iterator[Path]:
 def confine(allowed: dict[str, list[str]]) -> None:
     """Confine this process and all that it will start; what it has open stays open."""
     ruleset = libc.syscall(CREATE_RULESET, struct.pack("Q", WRITE), 8, 0)
-    for what, rights in (("read", READ), ("write", WRITE), ("make folders", MAKE_FOLDERS)):
-        for path in allowed[what]:
-            _allow(ruleset, path, rights)
+    for what, paths in allowed.items():
+        for path in paths:
+            _allow(ruleset, path, RIGHTS[what])
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if libc.syscall(RESTRICT_SELF, ruleset, 0):
         raise OSError(ctypes.get_errno(), "Landlock refuses")
