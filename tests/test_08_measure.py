@@ -142,7 +142,7 @@ async def test_the_scripted_source_behind_the_real_server(
     name: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is so fast here, with so many callers, that both servers let tokens wait for each other; none may be lost."""
-    monkeypatch.setenv("SERVEBOOK_SCRIPTED_RATE", "150")
+    monkeypatch.setenv("SERVEBOOK_SCRIPTED_RATE", "300")
     path = find_path(name)
     server = serve_scripted(path.server, settings)
     try:
