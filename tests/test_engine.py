@@ -98,6 +98,7 @@ def test_openmp_is_preloaded_from_a_folder_with_a_blank_too(
 
 def test_large_memory_comes_in_large_pages(cpu: Settings) -> None:
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    # With [always] there is nothing to ask for, with [never] nothing to be had: malloc asks in neither case.
     if not pages.is_file() or "[madvise]" not in pages.read_text():
         pytest.skip("this kernel gives large pages to all or to nobody")
     show = [sys.executable, "-c", "large = bytearray(2**26); print(open('/proc/self/smaps').read())"]
