@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-# Before servebook is imported anywhere: this run's servers are its own, apart from those of the person at work.
-MADE = "" if "SERVEBOOK_STATE_DIR" in os.environ else tempfile.mkdtemp(prefix="servebook-tests-")
-STATE_DIR = Path(os.environ.setdefault("SERVEBOOK_STATE_DIR", MADE))
+# Before servebook is imported anywhere: this run's servers are its own, apart from those of the person at work, and
+# where pytest-xdist runs tests side by side, each of its workers has a folder of its own.
+OWN = "SERVEBOOK_STATE_DIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ
+MADE = tempfile.mkdtemp(prefix="servebook-tests-") if OWN else ""
+STATE_DIR = Path(MADE or os.environ["SERVEBOOK_STATE_DIR"])
+os.environ["SERVEBOOK_STATE_DIR"] = str(STATE_DIR)
 
 # As in an activated environment: protoc and nbgrader look for their own helpers on the path.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -249,8 +252,8 @@ def ours() -> dict[int, str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """End all servers after the run and assert that no process and no port of ours is left; logs, if tests failed."""
+def nothing_left() -> Iterator[None]:
+    """End all servers after the run and assert that no process and no port of ours is left."""
     os.environ["SERVEBOOK_TEST_RUN"] = str(os.getpid())
     yield
     entries = launch.status()
@@ -260,5 +263,10 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not ours(), f"left running: {list(ours().values())}"
     addresses = [address.rsplit(":", 1) for entry in entries for address in entry["endpoints"].values()]
     assert all(can_bind(host, int(port)) for host, port in addresses), f"left listening: one of {addresses}"
-    if MADE and not request.session.testsfailed:
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Remove the run's folder; where tests failed it stays, with the servers' logs."""
+    if MADE and not session.testsfailed:
         shutil.rmtree(MADE)

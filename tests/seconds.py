@@ -39,7 +39,9 @@ COUNTER = pytest.StashKey[Counter]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin to count."""
+    """Begin to count, but not once more in each worker of pytest-xdist."""
+    if hasattr(config, "workerinput"):
+        return
     config.stash[COUNTER] = Counter()
     config.stash[COUNTER].start()
 

@@ -46,7 +46,7 @@ OTHERS: dict[str, tuple[Callable[[Server], dict[str, Cell]], str]] = {
     "triton": (lambda at: carries.of_triton(at.grpc, at.http), "Triton"),
     "grpc_server": (over_channel(carries.of_own_grpc), "own gRPC"),
     "kserve": (lambda at: carries.over_http(at.url, model=TENSOR_MODEL_NAME, prefix="/openai"), "KServe"),
-    "vllm_rs": (over_channel(carries.of_rust_grpc), "vLLM gRPC"),
+    "vllm_rs": (over_channel(carries.of_rust_grpc), "Rust gRPC"),
     "vllm_grpc": (of_python, "token ids"),
 }
 """By fixture: how the other ways are asked, and their row in the table that is stored."""

@@ -44,7 +44,7 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_glibc(("glibc", "2.36")), "OK", "2.36"),
         (doctor.check_glibc(("glibc", "2.31")), "FAIL", "2.35"),
         (doctor.check_glibc(("", "")), "FAIL", "another C library"),
-        (doctor.check_libpython(Path("/usr/lib/libpython3.11.so.1.0")), "OK", "/usr/lib"),
+        (doctor.check_libpython(Path("/usr/lib/libpython3.11.so.1.0")), "OK", "libpython3.11.so.1.0"),
         (doctor.check_libpython(None), "WARN", "libpython3.11"),
         (doctor.check_cpu({"avx2", "avx512f", "amx_tile"}, 8, False), "OK", "AMX, 8 cores"),
         (doctor.check_cpu({"avx2", "avx512f"}, 2, False), "OK", "AVX-512"),

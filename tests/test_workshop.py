@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import symtable
+from collections import defaultdict
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
+from servebook.checkout import ROOT
 from servebook.lab.manifest import find_exercise
 from servebook.lab.shell import tagged
 from servebook.workbook.agenda import GUIDE, Agenda, line, load_agendas, sections, written
@@ -37,6 +41,47 @@ def test_an_agenda_names_what_there_is_and_has_breaks(agenda: Agenda) -> None:
         first_lab = first_lab and not step.lab
         since_break = 0 if step.say in ("Break", "Lunch") else since_break + minutes
         assert since_break <= 120, f"{what}: two hours without a break"
+
+
+@agendas
+def test_what_is_skipped_is_not_needed_later(agenda: Agenda) -> None:
+    """No cell of a section that is kept uses a name that only skipped sections set."""
+    for step in agenda.steps:
+        if step.chapter:
+            made, used = names_by_section(find_chapter(step.chapter).stem)
+            kept = {name for number, names in made.items() if number not in step.skip for name in names}
+            skipped = {name: number for number in step.skip for name in made[number]}
+            lost = {
+                (number, name, skipped[name])
+                for number, names in used.items()
+                if number not in step.skip
+                for name in (names - kept) & skipped.keys()
+            }
+            assert not lost, f"{agenda.title}, chapter {step.chapter}: (section, name, where it is set) {lost}"
+
+
+def names_by_section(stem: str) -> tuple[dict[int, set[str]], dict[int, set[str]]]:
+    """The names that the cells of each section of a notebook set, and those that they use; 0 is what comes before."""
+    made: defaultdict[int, set[str]] = defaultdict(set)
+    used: defaultdict[int, set[str]] = defaultdict(set)
+    section = 0
+    for cell in nbformat.read(ROOT / f"notebooks/{stem}.ipynb", as_version=4).cells:
+        if heading := re.match(r"## (\d+)", cell.source):
+            section = int(heading[1])
+        elif cell.cell_type == "code":
+            top = symtable.symtable(TransformerManager().transform_cell(cell.source), cell.id, "exec")
+            made[section] |= {each.get_name() for each in top.get_symbols() if each.is_assigned() or each.is_imported()}
+            used[section] |= {each.get_name() for each in top.get_symbols() if each.is_referenced()}
+            used[section] |= globals_within(top)
+    return made, used
+
+
+def globals_within(scope: symtable.SymbolTable) -> set[str]:
+    """The global names that functions, classes and comprehensions of this scope use."""
+    found = set[str]()
+    for inner in scope.get_children():
+        found |= {each.get_name() for each in inner.get_symbols() if each.is_global()} | globals_within(inner)
+    return found
 
 
 def test_less_is_skipped_more_time_is_taken() -> None:

@@ -250,6 +250,7 @@ SERVERS: dict[str, ServerSpec] = {
             ports=("grpc", "metrics", "http"),
             argv=_module("triton_grpc.backend", "grpc", "metrics", "http"),
             ready=lambda at: http_ok(at["http"], f"/v2/models/{TENSOR_MODEL_NAME}/ready"),
+            checks_key=False,
         ),
         ServerSpec(
             name="grpc",

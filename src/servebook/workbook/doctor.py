@@ -140,7 +140,7 @@ def check_glibc(library: tuple[str, str]) -> Finding:
 def check_libpython(library: Path | None) -> Finding:
     """Triton's Python stub is an embedded interpreter: it needs Python as a shared library."""
     if library:
-        return Finding("OK", "libpython", str(library))
+        return Finding("OK", "libpython", library.name)
     return Finding(
         "WARN",
         "libpython",

@@ -19,11 +19,13 @@ from servebook.lab.manifest import load_labs
 BUNDLE = (
     *("README.md", "BENCHMARKS.md", "LICENSE", "Makefile", "pyproject.toml", "environment.yml"),
     *("requirements", "scripts", "shims", "src", "protos", "triton", "kubernetes", "jupyter", "notebooks"),
-    "docs/images",
+    *("docs/images", "docs/cheatsheets"),
 )
 """What a student's machine needs: tests hold answers, most of `docs` is the instructor's, and labs are made anew."""
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#]+)[^)]*\)")
 """A relative link in Markdown: its words, and the file. Not a picture."""
+INSTRUCTORS = re.compile(r"^\$ make test .*\n|^## A room of learners\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
+"""What README says of parts that a bundle does not have."""
 
 
 def write_bundle(target: Path, root: Path = ROOT, solutions: bool = False) -> None:
@@ -49,7 +51,8 @@ def write_bundle(target: Path, root: Path = ROOT, solutions: bool = False) -> No
     for folder in ("notebooks", "solutions"):
         clean_notebooks(target / folder)
     for path in target.glob("*.md"):
-        path.write_text(without_dead_links(path.read_text(encoding="utf-8"), target))
+        text = INSTRUCTORS.sub("", path.read_text(encoding="utf-8"))
+        path.write_text(without_dead_links(text, target), encoding="utf-8")
 
 
 def copy_tracked(root: Path, names: Iterable[str], target: Path) -> None:
