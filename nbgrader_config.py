@@ -4,11 +4,8 @@ Instructor's guide: docs/instructor.md.
 """
 
 import os
-from pathlib import Path
 
-from jupyter_core.paths import jupyter_runtime_dir
-
-from servebook.lab.handout import autograde, blanks, remarks
+from servebook.lab.handout import autograde, blanks, confine, remarks
 
 c = get_config()  # type: ignore[name-defined]  # noqa: F821
 
@@ -23,10 +20,10 @@ c.ExportApp.plugin_class = remarks.GradesWithRemarks
 
 # Plain TCP would open a student's kernel to every user of this machine. The sockets' place has to be absolute:
 # the kernel works in the folder of the submission, its manager in this one.
-sockets = Path(jupyter_runtime_dir())
-sockets.mkdir(parents=True, exist_ok=True)
+sockets = confine.sockets_folder()
+sockets.mkdir(parents=True, exist_ok=True, mode=0o700)
 c.KernelManager.transport = "ipc"
-c.KernelManager.ip = str(sockets / f"nbgrader-{os.getpid()}")
+c.KernelManager.ip = str(sockets / str(os.getpid()))
 
 # Seconds for one cell, more than the longest that a check takes. A hanging answer costs this once, then it has an
 # error and no points, and the next cell runs.

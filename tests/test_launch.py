@@ -28,7 +28,7 @@ from jupyter_client.manager import KernelManager
 from servebook import launch
 from servebook.bench.resources import is_engine
 from servebook.errors import LaunchError
-from servebook.launch import find_server, supervisor
+from servebook.launch import find_server, link, supervisor
 from servebook.launch.files import Files, visible
 from servebook.launch.link import died, root_cause
 from servebook.launch.plan import Start
@@ -369,6 +369,28 @@ def test_killed_by_9(desk: Desk, victim: str) -> None:
     assert entry["pid"] is None
     desk.run("up", "vllm")
     assert desk.status()["state"] == "ready"
+
+
+def test_a_server_that_ended_by_chance_is_started_once_more(desk: Desk, tmp_path: Path) -> None:
+    said = desk.run("up", "vllm", engine_args=f"--lost {tmp_path}/lost")
+    assert "ready: http" in said
+    assert desk.status()["state"] == "ready"
+    assert "nobody's fault" in Path(f"{desk.status()['log']}.1").read_text(), "the log of the first try"
+
+
+def test_a_keeper_that_does_not_answer_is_not_waited_for_for_ever(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.run("up", "vllm")
+    keeper = desk.supervisor()
+    monkeypatch.setattr(link, "STOP_SECONDS", 0.5)
+    order: Any = {"name": "vllm", "state_dir": str(desk.folder), "fingerprint": "", "host": "127.0.0.1"}
+    keeper.suspend()
+    try:
+        with pytest.raises(LaunchError, match="has not answered"):
+            link.attach(order)
+    finally:
+        keeper.resume()
 
 
 @pytest.mark.survives("state files of any content", "every server", lost="nothing")

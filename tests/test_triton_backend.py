@@ -23,6 +23,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from servebook.engine.arguments import engine_args, engine_argv
 from servebook.errors import LaunchError
+from servebook.launch import SERVERS
 from servebook.launch.child import run_child
 from servebook.launch.probes import http_ok
 from servebook.launch.processes import free_port
@@ -150,7 +151,7 @@ def test_the_server_listens_on_this_machine_only(tmp_path: Path) -> None:
 STUB = """
 import subprocess, sys
 from servebook.ways.triton_grpc.backend.guardian import start_guardian
-guardian = start_guardian(death_seconds=0.5)
+guardian = start_guardian(death_seconds=0.5, lost_seconds=0.5)
 engine = subprocess.Popen(["sleep", "60"], start_new_session=True)
 print(engine.pid, guardian.process.pid, flush=True)
 word = sys.stdin.readline()
@@ -164,7 +165,7 @@ SERVER = """
 import subprocess, sys, time
 stub = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
 print(stub.pid, flush=True)
-time.sleep(60)
+stub.wait() if "waits" in sys.argv else time.sleep(60)
 """
 
 
@@ -190,6 +191,19 @@ def test_a_stub_that_is_stuck_after_its_engines_death_is_ended_with_all() -> Non
     assert server.wait(10) == -signal.SIGKILL
     _, alive = psutil.wait_procs([stub, engine, guardian], timeout=10)
     assert not alive
+
+
+def test_a_server_that_waits_for_a_stub_that_is_well_is_ended_with_all() -> None:
+    words = [sys.executable, "-c", SERVER, STUB, "waits"]
+    server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert server.stdout
+    assert server.stderr
+    stub = psutil.Process(int(server.stdout.readline()))
+    engine, guardian = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
+    server.wait(10)
+    _, alive = psutil.wait_procs([stub, engine, guardian], timeout=10)
+    assert not alive
+    assert SERVERS["triton"].again in server.stderr.read().decode(), "by which `serve` knows that it may start another"
 
 
 @pytest.mark.parametrize("word", [b"end\n", b"dying\n"])

@@ -25,6 +25,7 @@ import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
 time.sleep(600)
 """
+AGAIN = "nobody's fault"
 GRANDCHILD = "import time; time.sleep(600)"
 DEAF_GRANDCHILD = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + GRANDCHILD
 
@@ -52,6 +53,7 @@ def serve_http(words: list[str]) -> None:
     parser.add_argument("--linger", type=float, default=0, help="seconds that it takes to end")
     parser.add_argument("--deaf", action="store_true", help="the grandchild ignores SIGTERM")
     parser.add_argument("--die", type=int, help="exit code of a server that does not come up")
+    parser.add_argument("--lost", type=Path, help="a file; where it is not there it is made, and the server ends")
     for ours in ("--max-num-batched-tokens", "--max-num-seqs"):
         parser.add_argument(ours, type=int, help="of a room's engine; this one computes nothing")
     args = parser.parse_args(words)
@@ -59,6 +61,10 @@ def serve_http(words: list[str]) -> None:
     if args.die is not None:
         print("tiny: the weights are torn", flush=True)
         sys.exit(args.die)
+
+    if args.lost and not args.lost.exists():
+        args.lost.touch()
+        sys.exit(f"tiny: {AGAIN}")
 
     def end(*_: object) -> None:
         time.sleep(args.linger)
@@ -79,6 +85,7 @@ def install() -> None:
     SERVERS["vllm"] = replace(
         SERVERS["vllm"],
         has_engine=False,
+        again=AGAIN,
         argv=lambda settings, model, needs: [
             *(sys.executable, str(Path(__file__)), "server", "--host", settings.host, "--port", "{http}"),
             *shlex.split(settings.engine_args),

@@ -50,10 +50,11 @@ def short_tmpdir(given: Mapping[str, str]) -> str:
 
 
 def writable_homes(cache_dir: Path, given: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """A folder below `cache_dir` for each of HOMES that cannot be written to."""
+    """A folder below `cache_dir` for each of HOMES that cannot be written to; vLLM's own where one is given."""
     cache = Path("~/.cache").expanduser()
     folders = {name: Path(given.get(name) or cache / default) for name, default in HOMES.items()}
-    return {name: str(cache_dir / name.lower()) for name, folder in folders.items() if not can_write(folder)}
+    found = {name: str(cache_dir / name.lower()) for name, folder in folders.items() if not can_write(folder)}
+    return found | {name: given[name] for name in ("VLLM_CACHE_ROOT",) if name in given}
 
 
 def can_write(folder: Path) -> bool:

@@ -54,8 +54,15 @@ def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
                     one = begin(start, at, display, starting, engines=1 + sum(not other.attached for other in begun))
                     leases.callback(one.link.close)
                     begun.append(one)
-                for one in begun:
-                    await_ready(one)
+                for number, one in enumerate(begun):
+                    try:
+                        await_ready(one)
+                    except LaunchError:
+                        if not by_chance(one):
+                            raise
+                        begun[number] = one = begin(one.start, at, one.display, starting, engines=1)
+                        leases.callback(one.link.close)
+                        await_ready(one)
                     at[one.start.instance] = one.there["endpoints"]
                 kept += begun
         leases.pop_all()
@@ -110,6 +117,12 @@ def await_ready(kept: Kept) -> None:
     ]
     taken = f"; port {', '.join(moved)} was taken" if moved else ""
     display.done(f"{'attached to' if kept.attached else 'ready'}: {where} ({display.elapsed}){taken}")
+
+
+def by_chance(kept: Kept) -> bool:
+    """Whether it ended for a reason that another start does not meet."""
+    words = kept.start.spec.again
+    return bool(words) and not kept.link.alive() and words in read_log(kept.start.files.log)
 
 
 def phase(files: Files) -> str:

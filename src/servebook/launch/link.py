@@ -33,6 +33,7 @@ class Link:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.connection.settimeout(STOP_SECONDS)
+        self.silent = False
 
     @classmethod
     def open(cls, files: Files) -> Link | None:
@@ -41,7 +42,7 @@ class Link:
         return cls(connection) if connection else None
 
     def ask(self, op: Op) -> Description | None:
-        """Send one request; None where the supervisor has gone."""
+        """Send one request; None where the supervisor has gone, or is `silent`."""
         try:
             self.connection.sendall(json.dumps({"op": op}).encode() + b"\n")
             answer = b""
@@ -50,6 +51,9 @@ class Link:
                     return None
                 answer += chunk
             description: Description = json.loads(answer)
+        except TimeoutError:
+            self.silent = True
+            return None
         except (OSError, ValueError):
             return None
         return description
@@ -82,13 +86,18 @@ def attach(order: Order) -> Lease | None:
     """A lease on the server that is there; None where there is none, or none any more.
 
     Raises:
-        LaunchError: it is not the one that is ordered.
+        LaunchError: it is not the one that is ordered, or does not answer.
     """
     while link := Link.open(files_of(order)):
         there = link.ask("attach")
         if there and serves(there, order):
             return link, there
         link.close()
+        if link.silent:
+            raise LaunchError(
+                f"The process that keeps {order['name']} has not answered for {STOP_SECONDS:.0f} s.",
+                f"`servebook down {order['name']}` ends it; if that fails, too, the processes of `ps ax | grep {order['name']}`.",
+            )
         if there:
             raise LaunchError(
                 f"{there['name']} is up with other settings (model {there['model']}).",

@@ -16,7 +16,7 @@ from servebook.launch.supervisor import Order, Owner
 from servebook.launch.table import SERVERS, Endpoints, ServerSpec, behind, kind_of
 from servebook.settings import LOOPBACK, Settings, in_address, is_loopback
 
-ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+ANY = {"0.0.0.0": LOOPBACK, "::": "::1"}
 """Where a client on this machine reaches a server that listens on all its addresses."""
 
 
@@ -44,7 +44,7 @@ class Start:
     def order(self, model: Path, needs: dict[str, Endpoints]) -> Order:
         """What a supervisor is told, once it is known where the model lies and where the servers that it needs are."""
         spec, settings = self.spec, self.settings
-        env = engine_env(settings) | writable_homes(settings.cache_dir)
+        env = engine_env(settings)
         if settings.key:
             # In the environment, not in argv: `ps` shows argv to every user of the machine.
             env |= {"VLLM_API_KEY": settings.key, "SERVEBOOK_API_KEY": settings.key}
@@ -55,11 +55,11 @@ class Start:
             "name": self.instance,
             "server": spec.name,
             "argv": spec.argv(settings, model, needs),
-            "env": child_environment() | env,
+            "env": child_environment() | env | writable_homes(settings.cache_dir),
             "host": settings.host,
             "hosts": hosts,
             "client_hosts": {
-                kind: in_address({"0.0.0.0": LOOPBACK, "::": "::1"}.get(at, at)) for kind, at in hosts.items()
+                kind: in_address(ANY.get(at, at)) for kind, at in hosts.items()
             },
             "ports": {kind: settings.port(spec.name, kind) for kind in spec.ports},
             "avoid": [settings.port(other.name, kind) for other in SERVERS.values() for kind in other.ports],

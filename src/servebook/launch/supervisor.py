@@ -50,6 +50,8 @@ EX_IOERR, EX_TEMPFAIL = 74, 75
 FIRST_LEASE_SECONDS = 15.0
 """How long a server without an owner waits for its first lease (its starter may have died)."""
 OPEN_FILES = 65536
+CONNECT_SECONDS = 10.0
+"""How long a supervisor may take to see that somebody is there; one that is well takes no time."""
 TERM_SECONDS = 15.0
 """Grace time of the server itself."""
 STARTING_SECONDS = 3.0
@@ -119,6 +121,7 @@ def short_path(path: Path) -> Iterator[str]:
 def connect(path: Path) -> socket.socket | None:
     """A connection to the supervisor of this user that listens there; None where there is none."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(CONNECT_SECONDS)
     try:
         with short_path(path) as name:
             connection.connect(name)

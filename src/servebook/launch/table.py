@@ -47,6 +47,7 @@ class ServerSpec:
     at start; those that are `local` listen on 127.0.0.1 wherever the others do. `ready` asks the server itself.
     `needs` names the instances that must be up before, each with its settings; engines among them start at once.
     `env` adds to the environment; where it has to fetch something for that, it says so to its second argument.
+    Where its log has the words `again`, it ended by chance and is started once more.
     One that checks no API key is refused beyond this machine.
     """
 
@@ -58,6 +59,7 @@ class ServerSpec:
     has_engine: bool = True
     checks_key: bool = True
     local: tuple[str, ...] = ()
+    again: str = ""
     needs: Needs = lambda _: {}
     env: Env = lambda *_: {}
 
@@ -251,6 +253,7 @@ SERVERS: dict[str, ServerSpec] = {
             argv=_module("triton_grpc.backend", "grpc", "metrics", "http"),
             ready=lambda at: http_ok(at["http"], f"/v2/models/{TENSOR_MODEL_NAME}/ready"),
             checks_key=False,
+            again="Triton lost sight of its backend",  # as the backend's guardian says
         ),
         ServerSpec(
             name="grpc",

@@ -91,7 +91,7 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
         self.mark = uuid4().hex
         self.folder = Path(resources["metadata"]["path"]).resolve()
         self.scratch = confine.scratch_folder()
-        self.environment = {MARK: self.mark, "SPT_NOENV": "1", "TMPDIR": str(self.scratch)}
+        self.environment = {MARK: self.mark, "SPT_NOENV": "1", "TMPDIR": str(self.scratch)} | confine.home(self.scratch)
         # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
         self.allowed, told = None, {}
         try:

@@ -1,7 +1,7 @@
 """Confines what a submission runs to the files that a student has: neither solutions, nor others' work, nor grades.
 
 By Linux's Landlock, which needs no rights and lasts for the process and all that it starts. Reading is allowed
-everywhere but in the instructor's folders, writing where a learner writes.
+everywhere but in the instructor's folders, writing in the submission's own. Root's powers are given up, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from jupyter_core.paths import jupyter_runtime_dir
 from servebook.checkout import ROOT
 from servebook.settings import load_settings
 
-TMP = Path("/tmp")
+TMP, DEVICES = Path("/tmp"), Path("/dev")
+EVERYBODYS = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "nvidia*")
+"""The devices that a program may need. Root's include disks."""
 TOLD = "SERVEBOOK_CONFINED_TO"
 """In the environment of a process that is to confine itself: the file that names the folders, in JSON.
 
@@ -39,7 +41,9 @@ MAKE_FOLDERS = 0b10000000
 """And nothing else: who may also remove them can give another name to one that is full."""
 RIGHTS = {"read": READ, "write": WRITE, "make folders": MAKE_FOLDERS}
 VERSION = 3
-PR_SET_NO_NEW_PRIVS = 38
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
+CAPABILITIES = struct.pack("=Ii", 0x20080522, 0), bytes(24)
+"""What capset wants to take all of them from this process: linux/capability.h, version 3."""
 O_PATH = getattr(os, "O_PATH", 0)
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -50,27 +54,54 @@ def possible() -> bool:
 
 
 def folders(submission: Path, course: Path, scratch: Path) -> dict[str, list[str]]:
-    """Where a submission may read, write and make folders; `scratch` is its folder for temporary files."""
+    """Where a submission may read, write and make folders; `scratch` is its folder for temporary files.
+
+    It writes nothing that anybody else runs or reads: no home folder, whose configuration is code to Jupyter and
+    IPython, no cache, and of the devices those that every program may have.
+    """
     from servebook.lab.handout.bundle import BUNDLE
 
     submission, course, scratch = submission.resolve(), course.resolve(), scratch.resolve()
-    home, prefix = Path.home().resolve(), Path(sys.prefix).resolve()
-    hidden = [ROOT.resolve(), course, prefix]
+    settings = load_settings()
+    prefix, state = Path(sys.prefix).resolve(), settings.state_dir.resolve()
+    hidden = [ROOT.resolve(), course, prefix, Path.home().resolve(), DEVICES, state / "room"]
     if FROM in os.environ:
         hidden.append(Path(os.environ[FROM]).resolve())
-    given = [ROOT / name for name in (*BUNDLE, "labs", ".venv")] + [prefix]
-    settings = load_settings()
-    own = [submission, scratch, Path("/dev"), Path("/proc"), settings.state_dir, settings.cache_dir]
-    for name in (".cache", ".config", ".ipython", ".jupyter", ".triton"):
-        own += around(home / name, hidden)
-    own += around(TMP, hidden)
-    own.append(Path(jupyter_runtime_dir()))
+    given = [*(ROOT / name for name in (*BUNDLE, "labs", ".venv")), prefix, Path(sys.base_prefix).resolve()]
+    given += [settings.cache_dir, hub_cache(), scratch.parent, Path(settings.model).expanduser().resolve()]
+    own = [submission, scratch, *around(state, hidden), sockets_folder()]
+    own += [path for name in EVERYBODYS for path in DEVICES.glob(name)]
     return {
         "read": [*map(str, [*around(Path("/"), hidden), *given])],
         "write": [*map(str, own)],
-        # Triton's stub makes itself a folder there, whatever TMPDIR says. Where something is hidden there that is all.
+        # Triton's stub makes itself a folder there, whatever TMPDIR says.
         "make folders": [str(TMP)],
     }
+
+
+def home(scratch: Path) -> dict[str, str]:
+    """The environment in which a submission has a home of its own in `scratch`, and finds model and servers."""
+    settings, place = load_settings(), scratch / "home"
+    place.mkdir()
+    names = {"HOME": "", "IPYTHONDIR": ".ipython", "JUPYTER_CONFIG_DIR": ".jupyter", "JUPYTER_DATA_DIR": ".data"}
+    names |= {"XDG_CACHE_HOME": ".cache", "XDG_CONFIG_HOME": ".config", "XDG_DATA_HOME": ".data", "HF_HOME": ".hf"}
+    return {name: str(place / folder) for name, folder in names.items()} | {
+        "HF_HUB_CACHE": str(hub_cache()),
+        "SERVEBOOK_CACHE_DIR": str(settings.cache_dir),
+        "SERVEBOOK_STATE_DIR": str(settings.state_dir),
+        "VLLM_CACHE_ROOT": str(place / "vllm"),
+    }
+
+
+def hub_cache() -> Path:
+    """Where models from the hub lie; beside them is a token."""
+    ours = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(ours, "hub")).expanduser()
+
+
+def sockets_folder() -> Path:
+    """For the sockets of submissions' kernels, and nothing else: beside it lie the keys to the instructor's own."""
+    return Path(jupyter_runtime_dir(), "nbgrader")
 
 
 def around(folder: Path, hidden: Iterable[Path]) -> Iterator[Path]:
@@ -89,6 +120,9 @@ def confine(allowed: dict[str, list[str]]) -> None:
     for what, paths in allowed.items():
         for path in paths:
             _allow(ruleset, path, RIGHTS[what])
+    for capability in range(64):  # root has them again with each program that it starts, but for these
+        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    libc.capset(*CAPABILITIES)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if libc.syscall(RESTRICT_SELF, ruleset, 0):
         raise OSError(ctypes.get_errno(), "Landlock refuses")

@@ -6,7 +6,6 @@ Everything that talks to the engine or to a response sender happens on that loop
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import os
 import threading
 import uuid
@@ -32,10 +31,6 @@ from servebook.ways.triton_grpc.backend.tensors import arrays, elements
 from servebook.ways.v2.contract import BadRequest, GaveUp, UnsupportedRequest
 from servebook.ways.v2.request import GenerateRequest, read_request, refused
 from servebook.ways.v2.response import Responses
-
-STUCK_SECONDS = 240.0
-"""After so long a start writes where each of its threads stands into the log, and goes on: Triton itself would load for
-ever without a word. It is less than `servebook up` waits."""
 
 POLL_SECONDS = 0.05
 """How often cancelled requests are looked for: Triton offers no callback. A cancel must be seen within 0.2 s."""
@@ -70,7 +65,7 @@ class Engine:
         stat_loggers: list[Factory],
         on_death: Callable[[], None] | None,
     ) -> None:
-        # vLLM's default loggers feed a Prometheus registry that nobody can reach inside a stub.
+        # The log's statistics: Triton has them. (vLLM fills its own Prometheus registry all the same.)
         engine_args.disable_log_stats = True
         self.loras = loras
         self.on_death = on_death
@@ -81,15 +76,12 @@ class Engine:
         self.loop = uvloop.new_event_loop()
         self.thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self.thread.start()
-        faulthandler.dump_traceback_later(STUCK_SECONDS)
         try:
             self._on_loop(self._start(engine_args, stat_loggers))
         except BaseException:
             self._end_loop()
             self.guardian.release()
             raise
-        finally:
-            faulthandler.cancel_dump_traceback_later()
 
     def submit(self, tensors: Mapping[str, Any], parameters: str, sender: Any) -> None:
         """Take a request over from Triton, or refuse it. Called on Triton's thread."""

@@ -7,6 +7,11 @@ and whoever keeps the server can start it again.
 
 Nor does Triton always finish the unload of a model whose engine died, and a timer in a stuck stub may never fire. So
 the stub says when the unload begins, and the same happens if it takes too long.
+
+And a load may never end. While it lasts, Triton 24.10 wants a sign of life from the stub in each second of the clock on
+the wall. If one is missing, as on a machine that was paused, it waits without a word for the end of the stub, which is
+well and waits for Triton (`StubLauncher::ReceiveMessageFromStub` in its Python backend). So a server that waits for a
+child before the stub has said that it ends is ended, too, and `serve` starts another.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +31,11 @@ MARK = "SERVEBOOK_TRITON_STUB"
 DYING, DONE = b"dying", b"done"
 DEATH_SECONDS = 10.0
 """How long a stub whose engine died may take to end."""
+LOST_SECONDS = 5.0
+"""How long Triton may wait for the end of a process: another model's may be ending, which takes a second or two."""
+LOST = "Triton lost sight of its backend (was this machine paused, or its clock set?)"
+POLL_SECONDS = 2.0
+"""How often that is looked for."""
 
 
 class Guardian:
@@ -44,10 +55,12 @@ class Guardian:
         self.process.communicate(DONE)
 
 
-def start_guardian(death_seconds: float = DEATH_SECONDS) -> Guardian:
+def start_guardian(death_seconds: float = DEATH_SECONDS, lost_seconds: float = LOST_SECONDS) -> Guardian:
     """Start a guardian of this process, and mark what this process starts from now on."""
-    os.environ[MARK] = str(os.getpid())
-    words = [sys.executable, "-I", __file__, str(os.getppid()), str(death_seconds), *shared_memory()]
+    # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
+    os.environ |= {MARK: str(os.getpid()), "SPT_NOENV": "1"}
+    times = [str(death_seconds), str(lost_seconds)]
+    words = [sys.executable, "-I", __file__, str(os.getppid()), *times, *shared_memory()]
     return Guardian(subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True))
 
 
@@ -72,29 +85,52 @@ def marked(stub: str) -> list[int]:
     return found
 
 
-def hear(seconds: float | None) -> bytes:
-    """What the stub says next; nothing if it has died, or says nothing for so many seconds."""
+def hear(seconds: float) -> bytes | None:
+    """What the stub says next; nothing if it has died, None if it says nothing for so many seconds."""
     ready, _, _ = select.select([sys.stdin], [], [], seconds)
-    return os.read(sys.stdin.fileno(), 64) if ready else b""
+    return os.read(sys.stdin.fileno(), 64) if ready else None
+
+
+def waits_for_a_child(pid: int) -> bool:
+    """Whether a thread of the process is in the kernel's `waitpid`; False where the kernel does not tell."""
+    with suppress(OSError):
+        return any(file.read_text() == "do_wait" for file in Path(f"/proc/{pid}/task").glob("*/wchan"))
+    return False
+
+
+def what_went_wrong(server: int, death_seconds: float, lost_seconds: float) -> str:
+    """Listen until the stub ends; "" if it said that it would."""
+    dying = lost = None  # since when
+    while (word := hear(min(POLL_SECONDS, lost_seconds))) != b"":
+        now = time.monotonic()
+        if word and word.endswith(DONE):
+            return ""
+        if word and word.endswith(DYING):
+            dying = now
+        if dying and now > dying + death_seconds:
+            return "the stub is stuck"
+        lost = (lost or now) if not dying and waits_for_a_child(server) else None
+        if lost and now > lost + lost_seconds:
+            return LOST
+    return "the stub died"
 
 
 def main() -> None:
     """Wait for the stub's end; unless it said "done", end it, its engine and its server."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who ends the whole family must not end this one first
-    server = os.pidfd_open(int(sys.argv[1]))  # not the bare id, which the kernel may give to another process
-    word = hear(None)
-    if word == DYING:
-        word = hear(float(sys.argv[2]))
-    if word.endswith(DONE):
+    pid, death_seconds, lost_seconds = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+    server = os.pidfd_open(pid)  # not the bare id, which the kernel may give to another process
+    what = what_went_wrong(pid, death_seconds, lost_seconds)
+    if not what:
         return
-    print("servebook: the stub died or is stuck; ending it, the engine and the server", file=sys.stderr, flush=True)
+    print(f"servebook: {what}; ending it, the engine and the server", file=sys.stderr, flush=True)
     if os.getppid() == int(os.environ[MARK]):
         os.kill(os.getppid(), signal.SIGKILL)
     for pid in marked(os.environ[MARK]):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     # Before the server: whoever keeps that may end this process with it.
-    for region in sys.argv[3:]:
+    for region in sys.argv[4:]:
         Path(region).unlink(missing_ok=True)
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(server, signal.SIGKILL)
