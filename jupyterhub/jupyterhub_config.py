@@ -39,8 +39,8 @@ if room["secure"]:
     c.JupyterHub.tornado_settings = {"cookie_options": {"secure": True}}
 c.Authenticator.allow_all = True
 c.JupyterHub.template_paths = [str(here / "templates")]
-# The proxy stands in between: whom it names as the caller, or a web server before it on this machine, is believed.
-c.JupyterHub.trusted_downstream_ips = ["127.0.0.1"]
+# The proxy stands in between: whom it names as the caller is believed (proxy.py, Handler).
+c.JupyterHub.trusted_downstream_ips = ["127.0.0.1", "::1"]
 
 # How many: beyond these the hub refuses in words, and its page tries again by itself where that helps.
 c.JupyterHub.active_server_limit = room["seats"]

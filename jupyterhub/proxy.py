@@ -10,31 +10,61 @@ import os
 import ssl
 import sys
 
-from configurable_http_proxy.configproxy import PythonProxy
+from configurable_http_proxy import configproxy
 from tornado.httpclient import AsyncHTTPClient
 from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPHeaders
 from tornado.ioloop import IOLoop
 
 CONNECTIONS = 1024
 SECONDS = 600
 """How long an answer may take."""
+BELIEVED = ("127.0.0.1", "::1")
 
-options = json.loads(sys.argv[1])
-logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-logging.getLogger("tornado.access").setLevel(logging.CRITICAL)  # its lines have tokens in their addresses
-AsyncHTTPClient.configure(None, max_clients=CONNECTIONS)
-proxy = PythonProxy(
-    {
-        "default_target": options["hub_url"],
-        "error_target": f"{options['hub_url']}/hub/error",
-        "auth_token": os.environ["CONFIGPROXY_AUTH_TOKEN"],
-        "proxy_timeout": SECONDS,
-    }
-)
-tls = None
-if options["cert"]:
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(options["cert"], options["cert_key"])
-HTTPServer(proxy.proxy_app, ssl_options=tls).listen(options["port"], options["host"])
-HTTPServer(proxy.api_app).listen(options["routes_port"], "127.0.0.1")
-IOLoop.current().start()
+
+class Handler(configproxy.ProxyHandler):
+    """Tells the hub who calls: it counts tries by address.
+
+    What a caller says of itself is taken out, but for the addresses that a web server on this machine names, where
+    there is one (`behind`): tornado would believe X-Real-Ip, and X-Scheme, of anybody.
+    """
+
+    def _get_proxy_request(self, url):
+        request = super()._get_proxy_request(url)
+        request.headers = HTTPHeaders(request.headers)
+        for name in ("X-Real-Ip", "X-Scheme"):
+            request.headers.pop(name, None)
+        caller = self.request.remote_ip
+        believed = self.proxy.options["behind"] and caller in BELIEVED
+        named = self.request.headers.get("X-Forwarded-For") if believed else None
+        request.headers["X-Forwarded-For"] = ", ".join(filter(None, [named, caller]))
+        return request
+
+
+def main() -> None:
+    """Serve until this process is ended."""
+    options = json.loads(sys.argv[1])
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("tornado.access").setLevel(logging.CRITICAL)  # its lines have tokens in their addresses
+    AsyncHTTPClient.configure(None, max_clients=CONNECTIONS)
+    configproxy.ProxyHandler = Handler
+    proxy = configproxy.PythonProxy(
+        {
+            "default_target": options["hub_url"],
+            "error_target": f"{options['hub_url']}/hub/error",
+            "auth_token": os.environ["CONFIGPROXY_AUTH_TOKEN"],
+            "proxy_timeout": SECONDS,
+            "behind": options["behind"],
+        }
+    )
+    tls = None
+    if options["cert"]:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(options["cert"], options["cert_key"])
+    HTTPServer(proxy.proxy_app, ssl_options=tls).listen(options["port"], options["host"])
+    HTTPServer(proxy.api_app).listen(options["routes_port"], "127.0.0.1")
+    IOLoop.current().start()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,10 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,6 +128,25 @@ def test_a_process_judges(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         process.judge().end()
         process.judge.cache_clear()
+
+
+@pytest.mark.lifetime
+def test_who_keeps_the_judge_busy_for_ever_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session is done, and what it handed over is called, and never returns."""
+    monkeypatch.delenv(APART, raising=False)
+    monkeypatch.setattr(process, "VERDICT_SECONDS", 0.5)
+    judges = process.JudgeProcess()
+    try:
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
+            judges.ask("08.3", Path(folder), Path(folder) / "judge")
+            connection.connect(f"{folder}/judge")
+            assert connection.recv(65536), "a question, which nobody answers"
+            result = judges.verdict("08.3")
+            assert (result.state, result.got.partition(":")[0]) == ("stuck", "none")
+            judges.ask("08.3", Path(folder), Path(folder) / "another")
+            assert judges.verdict("08.3").cause == "the kernel does not answer the judge"
+    finally:
+        judges.end()
 
 
 @pytest.mark.skipif(not confine.possible(), reason="needs Landlock (Linux 6.2 or newer)")

@@ -378,9 +378,7 @@ def test_a_server_that_ended_by_chance_is_started_once_more(desk: Desk, tmp_path
     assert "nobody's fault" in Path(f"{desk.status()['log']}.1").read_text(), "the log of the first try"
 
 
-def test_a_keeper_that_does_not_answer_is_not_waited_for_for_ever(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_keeper_that_does_not_answer_is_not_waited_for_for_ever(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.run("up", "vllm")
     keeper = desk.supervisor()
     monkeypatch.setattr(link, "STOP_SECONDS", 0.5)

@@ -194,7 +194,11 @@ def test_names_that_are_none_are_refused_with_the_rule(room: Room) -> None:
 def test_only_who_has_the_code_signs_up_and_a_guesser_does_not_lock_the_door(room: Room) -> None:
     stranger, learner = Door(room.url, "127.0.0.66"), Door(room.url, "127.0.0.2")
     assert stranger.sign_in("mallory", "long enough")[0] == 403
-    guesses = [stranger.sign_in("mallory", "long enough", f"AAAA-{number:04}") for number in range(20)]
+    guesses = []
+    for number in range(20):  # each as if it came from elsewhere
+        names = {name: f"10.0.0.{number}" for name in ("X-Real-IP", "X-Forwarded-For", "x-forwarded-for")}
+        stranger.browser.headers.update(names)
+        guesses.append(stranger.sign_in("mallory", "long enough", f"AAAA-{number:04}"))
     assert guesses[0] == (403, "That is not the join code of this room.")
     assert guesses[-1][0] == 429
     assert "Too many wrong tries from here. Wait" in guesses[-1][1]
@@ -224,6 +228,28 @@ def test_of_a_thousand_guesses_ten_are_compared_and_they_fill_no_memory() -> Non
     python = load_settings().room.env / "bin" / "python"
     told = subprocess.run([python, "-c", GUESSING], cwd=ROOT / "jupyterhub", capture_output=True, text=True, timeout=60)
     assert told.stdout == "10 True\nTrue\n", told.stderr
+
+
+CALLED = """
+import sys
+from types import SimpleNamespace
+from proxy import Handler
+from tornado.httputil import HTTPHeaders
+for behind, caller in ((True, "127.0.0.1"), (True, "10.0.0.1"), (False, "127.0.0.1")):
+    handler = Handler.__new__(Handler)
+    headers = HTTPHeaders({"X-Forwarded-For": "10.0.0.9", "X-Real-Ip": "10.0.0.8"})
+    handler.request = SimpleNamespace(headers=headers, uri="/", remote_ip=caller, method="GET", body=b"")
+    handler.proxy = SimpleNamespace(custom_headers={}, x_forward=True, proxy_timeout=1, options={"behind": behind})
+    sent = handler._get_proxy_request("http://127.0.0.1/").headers
+    print(sent["X-Forwarded-For"], sent.get("X-Real-Ip"))
+"""
+
+
+@pytest.mark.usefixtures("room")
+def test_a_web_server_before_the_room_is_believed_and_nobody_else() -> None:
+    python = load_settings().room.env / "bin" / "python"
+    told = subprocess.run([python, "-c", CALLED], cwd=ROOT / "jupyterhub", capture_output=True, text=True, timeout=60)
+    assert told.stdout.splitlines() == ["10.0.0.9, 127.0.0.1 None", "10.0.0.1 None", "127.0.0.1 None"], told.stderr
 
 
 def test_of_two_who_choose_one_name_at_once_one_gets_it(room: Room) -> None:

@@ -40,6 +40,7 @@ from servebook.room.board import Attempt, Board, stuck_first, watch_key
 from servebook.room.front import RELAYED, Front, Learner
 from servebook.room.keys import Roll
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
+from servebook.room.usage import Usage
 from servebook.settings import Settings, load_settings
 from servebook.ways.limits import GIVEN_UP
 
@@ -458,9 +459,20 @@ def test_who_is_longest_at_it_comes_first(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("why", "limits"), [("room_full", Limits(waiting=0)), ("engine_unavailable", Limits())])
 async def test_what_the_room_refused_costs_no_tokens(tmp_path: Path, why: str, limits: Limits) -> None:
     async with caller(tmp_path, f"http://127.0.0.1:{free_port()}", limits) as ada:
+        if why == "room_full":
+            ada.front_app.turnstile.running["grace"] = limits.places
         for _ in range(2):
             status, answer, _ = await ada.complete(6000)
             assert (status, answer["error"]["type"]) == (503, why)
+
+
+def test_a_piece_that_says_what_its_own_answer_has_is_no_total() -> None:
+    """`continuous_usage_stats` has vLLM say it with each piece, for one of n answers."""
+    usage = Usage(asking.read("/v1/completions", b'{"n": 4, "stream": true}', CONTEXT, places=4))
+    usage.counted = 0
+    for number in range(8):
+        usage.passes(b"data: " + json.dumps(PIECE | {"usage": USAGE | {"completion_tokens": 1 + number // 4}}).encode())
+    assert (usage.told, usage.counted) == (None, 8)
 
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
@@ -654,6 +666,23 @@ async def test_free_places_go_round() -> None:
     assert turnstile.waiting == 0
 
 
+async def test_who_waits_for_a_share_keeps_nobody_from_free_places() -> None:
+    turnstile = Turnstile(Limits(places=4, waiting=1, learner_places=2))
+    entered: list[str] = []
+    leave = asyncio.Event()
+    tasks = [asyncio.create_task(hold(turnstile, name, entered, leave)) for name in ("ada", "ada", "ada", "grace")]
+    await asyncio.sleep(0)
+    assert (entered, turnstile.waiting) == (["ada", "ada", "grace"], 1)
+    leave.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_nobody_asks_for_more_places_than_a_small_room_has(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    async with caller(tmp_path, engine[1], Limits(places=2, learner_places=16)) as ada:
+        assert (await ada.ask("POST", "/v1/completions", {"n": 3}))[0] == 400
+        assert (await ada.ask("POST", "/v1/completions", {"n": 2}))[0] == 200
+
+
 async def test_too_many_are_refused_and_leavers_free_their_place() -> None:
     turnstile = Turnstile(Limits(places=1, waiting=2, patience=0.2, learner_places=1))
     leave = asyncio.Event()
@@ -706,16 +735,21 @@ def test_an_opened_room_has_a_certificate_of_its_own_for_its_address(tmp_path: P
     first = load_settings(state_dir=tmp_path, **OPENED | {"host": "192.0.2.7"})
     files = tls.files(first)
     assert files
+    assert not files[0].exists(), "made by the room that starts, not by whoever asks for its address"
+    assert tls.prepare(first) == files
     assert tls.address(first, 8100) == "https://192.0.2.7:8100"
     assert stat.S_IMODE(files[1].stat().st_mode) == 0o600
     kept = tls.fingerprint(files[0])
     assert re.fullmatch(r"([0-9A-F]{2}:){31}[0-9A-F]{2}", kept)
-    tls.files(first)
+    tls.prepare(first)
     assert tls.fingerprint(files[0]) == kept  # who compared it once need not do so again
-    tls.files(load_settings(state_dir=tmp_path, **OPENED | {"host": "room.example.org"}))
+    moved = load_settings(state_dir=tmp_path, **OPENED | {"host": "room.example.org"})
+    assert tls.files(moved) == files
+    assert tls.fingerprint(files[0]) == kept  # the room that is up goes on with it
+    tls.prepare(moved)
     assert tls.fingerprint(files[0]) != kept
     given = load_settings(state_dir=tmp_path, room={"tls_cert": files[0], "tls_key": files[1], "url": "https://x/"})
-    assert tls.files(given) == files
+    assert tls.files(given) == tls.prepare(given) == files
     assert tls.address(given, 8100) == "https://x"
 
 
@@ -729,6 +763,10 @@ def test_a_rooms_engine_takes_short_steps_where_a_long_one_would_hold_up_all(dev
 
 @pytest.mark.survives("the engine killed (SIGKILL)", "room", lost="its answers; it is started again")
 @pytest.mark.lifetime
+def health(front: launch.Server) -> int:
+    return requests.get(f"{front.url}/room/health", timeout=5).status_code
+
+
 def test_an_engine_that_dies_is_brought_back_where_the_front_looks_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -741,9 +779,9 @@ def test_an_engine_that_dies_is_brought_back_where_the_front_looks_for_it(
         assert engine["pid"]
         os.kill(engine["pid"], signal.SIGKILL)
         eventually(lambda: not cli.state_of("vllm", settings)["pid"], "the end of the engine")
-        assert requests.get(f"{front.url}/room/health", timeout=5).status_code == 503
+        eventually(lambda: health(front) == 503, "the front's word of it, which may be a second old")
         cli.bring_back(engine, settings)
-        assert requests.get(f"{front.url}/room/health", timeout=5).status_code == 200
+        eventually(lambda: health(front) == 200, "its word of the other")
         assert cli.state_of("vllm", settings)["endpoints"] == engine["endpoints"]
         assert "The engine has ended, and is started again." in capsys.readouterr().out
     finally:

@@ -40,7 +40,8 @@ async def cross_check(server: Server, wants: Workload, concurrency: int, request
     Raises:
         BenchError: vLLM's benchmark fails.
     """
-    jobs = workload.completions(wants.prompt_tokens, wants.max_tokens, seed=7)
+    # A seed for each load, and none of a step's: what an earlier one has sent may still be in the prefix cache.
+    jobs = workload.completions(wants.prompt_tokens, wants.max_tokens, seed=7_000_000 + concurrency)
     async with find_path("sse").open(server) as send:
         await closed_loop(send, workload.take(jobs, concurrency), concurrency)
         before = await closed_loop(send, workload.take(jobs, requests), concurrency)

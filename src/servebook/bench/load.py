@@ -76,8 +76,8 @@ class Sample:
 
     @property
     def tpot(self) -> float:
-        """Seconds per output token after the first message; NaN for a request that came in one message."""
-        if len(self.arrivals) < 2:
+        """Seconds per output token after the first, as in `vllm bench serve`; NaN for what came in one message."""
+        if len(self.arrivals) < 2 or self.output_tokens < 2:
             return float("nan")
         return (self.arrivals[-1] - self.arrivals[0]) / (self.output_tokens - 1)
 

@@ -34,7 +34,9 @@ class Summary(BaseModel):
     tokens_per_message: float = Field(description="1 where no tokens were merged; all of them without streaming.")
     ttft_ms: Percentiles = Field(description="From the moment the request was due to its first text.")
     itl_ms: Percentiles | None = Field(description="Between messages with text; None without streaming.")
-    tpot_ms: Percentiles | None = Field(description="Per request: time after the first message / tokens after it.")
+    tpot_ms: Percentiles | None = Field(
+        description="Per request: time after the first message / tokens after the first."
+    )
 
 
 class ServiceLevel(BaseModel):

@@ -96,7 +96,7 @@ def attach(order: Order) -> Lease | None:
         if link.silent:
             raise LaunchError(
                 f"The process that keeps {order['name']} has not answered for {STOP_SECONDS:.0f} s.",
-                f"`servebook down {order['name']}` ends it; if that fails, too, the processes of `ps ax | grep {order['name']}`.",
+                f"End it with `servebook down {order['name']}`, and start it again.",
             )
         if there:
             raise LaunchError(

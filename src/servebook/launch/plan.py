@@ -58,9 +58,7 @@ class Start:
             "env": child_environment() | env | writable_homes(settings.cache_dir),
             "host": settings.host,
             "hosts": hosts,
-            "client_hosts": {
-                kind: in_address(ANY.get(at, at)) for kind, at in hosts.items()
-            },
+            "client_hosts": {kind: in_address(ANY.get(at, at)) for kind, at in hosts.items()},
             "ports": {kind: settings.port(spec.name, kind) for kind in spec.ports},
             "avoid": [settings.port(other.name, kind) for other in SERVERS.values() for kind in other.ports],
             "model": settings.model_name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -27,8 +28,8 @@ from servebook.room import collect as hand_in
 from servebook.room.admin import RoomAdmin, forget_password, instructors_key, join_code
 from servebook.room.board import watch_key
 from servebook.room.hub import require_safe, why_not_apart
-from servebook.room.tls import address, files, fingerprint
-from servebook.settings import Settings, load_settings
+from servebook.room.tls import address, files, fingerprint, host_for_learners
+from servebook.settings import LOOPBACK, Settings, is_loopback, load_settings
 
 app = typer.Typer(no_args_is_help=True, help="A room of learners: JupyterHub, and one engine with a key for each.")
 out = Console(highlight=False, soft_wrap=True)
@@ -97,7 +98,7 @@ def show_door(settings: Settings, port: str) -> None:
         picture = [str(settings.room.env / "bin" / "segno"), "--compact", "--error", "L", f"{url}/hub/login#{code}"]
         print(subprocess.run(picture, capture_output=True, text=True, check=False).stdout)
         out.print(f"Learners sign up at {url} with the join code {code}.")
-    if tls := files(settings):
+    if (tls := files(settings)) and tls[0].exists():
         out.print(f"Its certificate's SHA-256 fingerprint, to compare in the browser: {fingerprint(tls[0])}")
     if why := why_not_apart(settings):
         out.print(
@@ -179,9 +180,12 @@ def board_table(board: dict[str, Any], hide_names: bool) -> Table:
 
 @app.command()
 def admit(name: Name) -> None:
-    """Give a learner a new key: for a machine of their own, or after `revoke`."""
-    room = RoomAdmin(load_settings())
-    print(f"export SERVEBOOK_ENGINE_URL={room.url} SERVEBOOK_API_KEY={room.admit(name)}")
+    """Give a learner a new key in place of the old: for a machine of their own, or after `revoke`."""
+    settings = load_settings()
+    room = RoomAdmin(settings)
+    url = room.url if is_loopback(settings.host) else room.url.replace(LOOPBACK, host_for_learners(settings))
+    print(f"export SERVEBOOK_ENGINE_URL={url} SERVEBOOK_API_KEY={room.admit(name)}")
+    print(f"{name}'s key before this one is void: a desk that is open has to be opened anew.", file=sys.stderr)
 
 
 @app.command()

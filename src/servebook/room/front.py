@@ -39,6 +39,8 @@ READ_HERE = {"accept-encoding", "content-encoding"}
 """How bodies are packed: the front reads them on their way."""
 BODY_BYTES = 1 << 20
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 60, 120)
+HEALTH_SECONDS = 2.0
+"""How long the engine may take to say that it is well."""
 PAGE_SECONDS = 1.0
 """How old a page may be that is shown without a key: many who ask for it cost the engine's server no more than one."""
 WATCH = "/services/watch/"
@@ -202,7 +204,7 @@ class Front:
         path = request.rel_url.raw_path
         if request.method != "POST" or path not in GENERATING:
             return await self.forward(request, body)
-        ask = asking.read(path, body, await self.context_tokens(), self.limits.learner_places)
+        ask = asking.read(path, body, await self.context_tokens(), self.limits.answers)
         asked = ask.answers * ask.tokens
         if wait := learner.tokens.take(asked):
             each = self.limits.learner_tokens_per_minute
@@ -394,12 +396,9 @@ class Front:
 
     async def health(self, _: web.Request) -> web.Response:
         """Whether the front and the engine behind it can serve."""
-        try:
-            async with self.session.get(f"{self.upstream}/health", timeout=aiohttp.ClientTimeout(total=2)) as answer:
-                if answer.status == 200:
-                    return web.json_response({"status": "ready"})
-        except (aiohttp.ClientError, TimeoutError):
-            pass
+        with suppress(TimeoutError):
+            if (await asyncio.wait_for(self.page("/health"), HEALTH_SECONDS)).status == 200:
+                return web.json_response({"status": "ready"})
         return error_response(503, "engine_unavailable", "The room's engine cannot be reached.", retry_after=5)
 
     async def show_metrics(self, _: web.Request) -> web.Response:

@@ -29,7 +29,7 @@ from servebook.errors import LaunchError, ServebookError
 from servebook.launch.processes import adopt_orphans, children
 from servebook.room.admin import join_code
 from servebook.room.desk import make_master
-from servebook.room.tls import files
+from servebook.room.tls import prepare
 from servebook.settings import Settings, is_loopback, load_settings
 
 log = logging.getLogger("servebook.room")
@@ -213,7 +213,7 @@ def main(
     require_safe(settings)
     make_master(folder / "master")
     join_code(settings)
-    tls = files(settings)
+    tls = prepare(settings)
     urls = {
         "public_url": f"{'https' if tls else 'http'}://{host}:{http_port}",
         "routes_url": f"http://127.0.0.1:{routes_port}",
@@ -231,6 +231,7 @@ def main(
         "hub_url": urls["hub_url"],
         "cert": str(tls[0]) if tls else "",
         "cert_key": str(tls[1]) if tls else "",
+        "behind": bool(settings.room.url),
     }
     proxy = [str(programs / "python"), str(PROXY), json.dumps(options)]
     commands = {"proxy": proxy, "hub": [str(programs / "jupyterhub"), "--config", str(CONFIG)]}

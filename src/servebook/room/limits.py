@@ -28,6 +28,11 @@ class Limits:
     learner_requests_per_minute: int = 120
     learner_tokens_per_minute: int = 6000
 
+    @property
+    def answers(self) -> int:
+        """The most that one request may ask for; with more than there are places it would wait before all others."""
+        return min(self.places, self.learner_places)
+
 
 class Refused(Exception):
     """A request that is not served.
@@ -120,16 +125,17 @@ class Turnstile:
                 "Wait for some of them to end.",
                 retry_after=2,
             )
-        if self.waiting >= limits.waiting:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.queues.setdefault(learner, deque()).append((places, turn))
+        self._admit()
+        if not turn.done() and self.waiting > limits.waiting:
+            self._leave(learner, (places, turn))
             raise Refused(
                 503,
                 "room_full",
                 f"The room's engine is full: {self.waiting} requests wait. Try again in a moment.",
                 retry_after=5,
             )
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.queues.setdefault(learner, deque()).append((places, turn))
-        self._admit()
         try:
             async with asyncio.timeout(limits.patience):
                 await turn

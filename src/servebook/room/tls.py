@@ -45,10 +45,16 @@ def files(settings: Settings) -> tuple[Path, Path] | None:
     if is_loopback(settings.host):
         return None
     folder = settings.state_dir / "room" / "tls"
-    cert, key = folder / "room.pem", folder / "room.key"
-    if not still_good(cert, host_for_learners(settings)):
-        make(cert, key, host_for_learners(settings))
-    return cert, key
+    return folder / "room.pem", folder / "room.key"
+
+
+def prepare(settings: Settings) -> tuple[Path, Path] | None:
+    """The same for a room that starts: its own are made, or made anew. A room that is up goes on with what it read."""
+    found = files(settings)
+    given = settings.room.tls_cert and settings.room.tls_key
+    if found and not given and not still_good(found[0], host_for_learners(settings)):
+        make(*found, host_for_learners(settings))
+    return found
 
 
 def fingerprint(cert: Path) -> str:

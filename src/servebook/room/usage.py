@@ -80,7 +80,8 @@ class Usage:
     def passes(self, event: bytes) -> bool:
         """Count an event; whether the learner gets to see it."""
         said = loads(event.partition(b"data:")[2])
-        if (told := written(said)) is not None:
+        piece = isinstance(said, dict) and said.get("choices")  # its usage, where it has any, is of one answer alone
+        if not piece and (told := written(said)) is not None:
             self.told = told
         elif isinstance(said, dict):
             assert self.counted is not None

@@ -42,7 +42,7 @@ from servebook.launch.link import OPEN_FILES
 from servebook.launch.memory import held_by
 from servebook.launch.processes import KEPT, can_bind
 from servebook.launch.supervisor import connect
-from servebook.settings import BUNDLED_MODEL, Settings, installed_vllm, load_settings
+from servebook.settings import BUNDLED_MODEL, RoomSettings, Settings, installed_vllm, load_settings
 
 Level = Literal["OK", "WARN", "FAIL"]
 
@@ -311,7 +311,8 @@ def check_folder(variable: str, folder: Path) -> Finding:
 
 def check_environment(environment: Mapping[str, str], cache_dir: Path = Path("/tmp")) -> Finding:
     """Misspelt settings, what servers do not get or get otherwise, and a proxy before this very machine."""
-    known = {f"SERVEBOOK_{name.upper()}" for name in Settings.model_fields} | {KEPT}
+    known = {f"SERVEBOOK_{name.upper()}" for name in Settings.model_fields} | {KEPT, "SERVEBOOK_JUDGE_APART"}
+    known |= {f"SERVEBOOK_ROOM_{name.upper()}" for name in RoomSettings.model_fields}
     unknown = sorted(name for name in environment if name.startswith("SERVEBOOK_") and name not in known)
     found = [
         (f"unknown, so without effect: {', '.join(unknown)}" if unknown else "", "Correct the name."),
