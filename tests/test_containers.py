@@ -74,6 +74,9 @@ def test_targets_exist_and_the_last_is_the_workbook() -> None:
     assert container["postCreateCommand"] == "make setup"
 
 
+GITIGNORE = (ROOT / ".gitignore").read_text()
+
+
 def test_what_runs_there_is_not_root() -> None:
     """For each image: the last `USER` before its end is the number that Kubernetes' `runAsNonRoot` can check."""
     for stage in DOCKERFILE.split("\nFROM ")[1:3]:
@@ -83,6 +86,12 @@ def test_what_runs_there_is_not_root() -> None:
 def test_an_image_gets_no_secret_and_no_environment_of_this_machine() -> None:
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".venv", ".git", "servebook.toml", "scratch"} <= set(ignored)
+    assert {"solutions", "tests"} <= set(ignored), "a learner's desk is made from it"
+    by_nbgrader = set(
+        re.findall(r"^/(gradebook.db|\w+ed|feedback|grades.csv|remarks.json)/?$", GITIGNORE, re.MULTILINE)
+    )
+    assert len(by_nbgrader) == 6
+    assert by_nbgrader <= set(ignored)
 
 
 def test_the_workflow_is_yaml_with_the_jobs() -> None:

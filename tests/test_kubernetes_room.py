@@ -147,7 +147,7 @@ def test_the_desk_starts_what_its_image_has() -> None:
     assert f"--version {chart} " in README
     *_, master, home = desk["lifecycleHooks"]["postStart"]["exec"]["command"]
     assert master == "/servebook/master"
-    assert "RUN mkdir master" in DOCKERFILE
+    assert "&& mkdir master" in DOCKERFILE
     assert home == desk["storage"]["homeMountPath"] == VALUES["hub"]["config"]["KubeSpawner"]["notebook_dir"]
     assert desk["extraEnv"]["SERVEBOOK_STATE_DIR"].startswith(home)
 

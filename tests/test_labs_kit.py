@@ -490,7 +490,7 @@ print(loaded_config(submission / "models", "mine").backend)
 
 
 def test_triton_loads_beside_what_is_hidden_in_tmp() -> None:
-    """Its stub makes a folder in /tmp, and where that holds a clone or a room a submission may not write all of it."""
+    """Its stub makes a folder in /tmp, which a submission may not write."""
     with tempfile.TemporaryDirectory(dir="/tmp") as room:
         folders = [Path(room, name) for name in ("submission", "scratch")]
         model = folders[0] / "models/mine"
@@ -505,6 +505,73 @@ def test_triton_loads_beside_what_is_hidden_in_tmp() -> None:
         environment = os.environ | {"TMPDIR": str(folders[1])}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
         assert done.stdout.split() == [*["no"] * 5, "vllm"], done.stdout + done.stderr
+
+
+TRIES = """
+import os, sys
+from pathlib import Path
+from servebook.lab.handout import confine
+submission, course, scratch, home, state, cache = map(Path, sys.argv[1:])
+os.environ |= confine.home(scratch)
+os.environ["HOME"] = str(home)  # whose is hidden is asked before
+allowed = confine.folders(submission, course, scratch)
+confine.confine(allowed)
+disk = next((each for each in Path("/dev").iterdir() if each.is_block_device()), None)
+tries = {
+    "read home": (home / "token").read_text,
+    "configure Jupyter": (home / ".jupyter/jupyter_config.py").touch,
+    "start with IPython": (home / ".ipython/startup.py").touch,
+    "read the room": (state / "room/instructor.key").read_text,
+    "change the model": (cache / "model").touch,
+    "change the kernel's settings": lambda: Path("/proc/self/oom_score_adj").write_text("0"),
+    "read a disk": lambda: disk and disk.open("rb"),
+    "read the model": (cache / "weights").read_text,
+    "attach to servers": (state / "servers/vllm.lock").touch,
+    "write what is its own": (scratch / "home/.jupyter").mkdir,
+    "write to nowhere": lambda: Path("/dev/null").write_text("x"),
+}
+for what, attempt in tries.items():
+    try:
+        attempt()
+        print(what, "yes", sep=": ")
+    except PermissionError:
+        print(what, "no", sep=": ")
+print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapBnd")).split()[1])
+"""
+
+
+@pytest.mark.skipif(not confine.possible(), reason="needs Landlock (Linux 6.2 or newer)")
+def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path: Path) -> None:
+    names = ("submission", "course", "scratch", "home", "state", "cache")
+    places = {name: tmp_path / name / ("it" if name == "scratch" else "") for name in names}
+    for folder in (
+        *places.values(),
+        places["home"] / ".jupyter",
+        places["home"] / ".ipython",
+        places["state"] / "room",
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+    for secret in ("home/token", "state/room/instructor.key", "cache/weights"):
+        (tmp_path / secret).write_text("secret")
+    environment = os.environ | {
+        "HOME": str(places["home"]),
+        "SERVEBOOK_STATE_DIR": str(places["state"]),
+        "SERVEBOOK_CACHE_DIR": str(places["cache"]),
+    }
+    words = [sys.executable, "-P", "-c", TRIES, *map(str, places.values())]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    *told, capabilities = done.stdout.splitlines()
+    answers = dict(line.split(": ") for line in told)
+    assert [what for what, answer in answers.items() if answer == "yes"] == [
+        *(["read a disk"] if not any(each.is_block_device() for each in Path("/dev").iterdir()) else []),
+        "read the model",
+        "attach to servers",
+        "write what is its own",
+        "write to nowhere",
+    ], done.stdout + done.stderr
+    assert len(answers) == 11
+    assert int(capabilities, 16) == 0 or os.getuid() != 0
 
 
 def test_grading_is_nbgraders_but_for_the_end() -> None:

@@ -88,6 +88,7 @@ def test_the_file_is_found_from_a_notebooks_folder(bare: Path, monkeypatch: pyte
         ({"max_model_len": 1}, "SERVEBOOK_MAX_MODEL_LEN"),
         ({"device": "tpu"}, "SERVEBOOK_DEVICE"),
         ({"engine_url": "gpu-box:8000"}, "http://"),
+        ({"engine_url": "http://ada:secret@gpu-box:8000"}, "must hold no password"),
         ({"engine_args": "--a 'b"}, "SERVEBOOK_ENGINE_ARGS"),
         ({"vllm_http_port": 70000}, "SERVEBOOK_VLLM_HTTP_PORT"),
         ({"host": "0.0.0.0"}, "SERVEBOOK_API_KEY"),

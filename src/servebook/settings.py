@@ -11,6 +11,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from platformdirs import user_cache_path, user_state_path
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -153,6 +154,8 @@ class Settings(BaseSettings):
             return None
         if not url.startswith(("http://", "https://")):
             raise ValueError("must start with http:// or https://, for example http://gpu-box:8000")
+        if "@" in urlsplit(url).netloc:
+            raise ValueError("must hold no password, which would stand on command lines: set SERVEBOOK_API_KEY")
         return url.rstrip("/").removesuffix("/v1")
 
     @field_validator("api_key")

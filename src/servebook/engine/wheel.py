@@ -18,6 +18,7 @@ from zipfile import BadZipFile, ZipFile
 
 import requests
 from remotezip import RangeNotSupported, RemoteZip, RemoteZipError
+from urllib3.exceptions import HTTPError
 from uv import find_uv_bin
 
 from servebook.errors import ServebookError
@@ -61,7 +62,7 @@ def take(package: str, version: str, member: str, folder: Path, say: Say) -> Pat
             draft.chmod(0o755)
             (folder / "RECORD").write_text(f"{recorded}\n")
             return draft.replace(folder / name)
-    except (requests.RequestException, RemoteZipError) as error:
+    except (requests.RequestException, HTTPError, RemoteZipError) as error:
         why = type(error.__context__ or error).__name__  # not its words: an address may hold a password
         raise ServebookError(f"{_name(url)} cannot be read ({why}).") from None
     except (BadZipFile, KeyError, StopIteration):

@@ -35,8 +35,8 @@ from servebook.settings import Settings, is_loopback, load_settings
 log = logging.getLogger("servebook.room")
 
 NOBODY = 65534
-SEEN = ("src", "jupyter", "jupyterhub", "labs", "notebooks", "protos", "triton", "shims", "docs", "requirements")
-"""What a desk sees of the checkout."""
+SEEN = ("src", "jupyter", "jupyterhub", "labs", "protos", "triton", "kubernetes", "shims", "requirements")
+"""What a desk sees of the checkout: what its own notebooks show and import. Those here have an instructor's notes."""
 ENTER = ROOT / "jupyterhub" / "enter_desk.py"
 PROXY = ROOT / "jupyterhub" / "proxy.py"
 CONFIG = ROOT / "jupyterhub" / "jupyterhub_config.py"

@@ -97,7 +97,7 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
         try:
             if confine.possible():
                 self.allowed = confine.folders(self.folder, Path.cwd(), self.scratch)
-                told[confine.TOLD] = str(self.scratch.parent / "folders.json")
+                told[confine.TOLD] = str(self.scratch.parent / confine.NAMED)
                 Path(told[confine.TOLD]).write_text(json.dumps(self.allowed))
             else:
                 self.log.warning("This machine has no Landlock: submissions can read all that you can, solutions too")

@@ -29,6 +29,8 @@ TOLD = "SERVEBOOK_CONFINED_TO"
 
 Not the folders themselves: they may be thousands, and one variable holds 128 KiB at the most (MAX_ARG_STRLEN).
 """
+NAMED = "folders.json"
+"""That file's name, beside the folder for temporary files."""
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 """The numbers of Landlock's system calls, the same on every machine; uapi/linux/landlock.h for the rights."""
 FROM = "SERVEBOOK_CONFINED_FROM"
@@ -39,7 +41,9 @@ WRITE = 0x7FFF
 """All of the third version (Linux 6.2): also make, remove, link and cut."""
 MAKE_FOLDERS = 0b10000000
 """And nothing else: who may also remove them can give another name to one that is full."""
-RIGHTS = {"read": READ, "write": WRITE, "make folders": MAKE_FOLDERS}
+LIST = 0b1000
+"""The names in a folder."""
+RIGHTS = {"read": READ, "list": LIST, "write": WRITE, "make folders": MAKE_FOLDERS}
 VERSION = 3
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 CAPABILITIES = struct.pack("=Ii", 0x20080522, 0), bytes(24)
@@ -64,15 +68,17 @@ def folders(submission: Path, course: Path, scratch: Path) -> dict[str, list[str
     submission, course, scratch = submission.resolve(), course.resolve(), scratch.resolve()
     settings = load_settings()
     prefix, state = Path(sys.prefix).resolve(), settings.state_dir.resolve()
-    hidden = [ROOT.resolve(), course, prefix, Path.home().resolve(), DEVICES, state / "room"]
-    if FROM in os.environ:
-        hidden.append(Path(os.environ[FROM]).resolve())
+    for name in ("", "logs", "servers", "triton"):  # beside a room nothing can be made
+        (state / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+    hidden = [ROOT.resolve(), course, prefix, Path.home().resolve(), DEVICES]
+    hidden += [room for room in (state / "room", Path(os.environ.get(FROM, state / "room")).resolve()) if room.exists()]
     given = [*(ROOT / name for name in (*BUNDLE, "labs", ".venv")), prefix, Path(sys.base_prefix).resolve()]
-    given += [settings.cache_dir, hub_cache(), scratch.parent, Path(settings.model).expanduser().resolve()]
+    given += [settings.cache_dir, hub_cache(), scratch.parent / NAMED, Path(settings.model).expanduser().resolve()]
     own = [submission, scratch, *around(state, hidden), sockets_folder()]
     own += [path for name in EVERYBODYS for path in DEVICES.glob(name)]
     return {
         "read": [*map(str, [*around(Path("/"), hidden), *given])],
+        "list": [str(DEVICES)],
         "write": [*map(str, own)],
         # Triton's stub makes itself a folder there, whatever TMPDIR says.
         "make folders": [str(TMP)],

@@ -121,6 +121,8 @@ def check_limits(sampling: SamplingParams, prefix: str = "") -> None:
     for name in ("bad_words", "stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
         listed = getattr(sampling, name, None)
         check(LIMITS, logit_bias=dict.fromkeys(map(str, listed or ())), names={"logit_bias": prefix + name})
+    for word in sampling.bad_words or ():  # vLLM tokenizes each, twice
+        check(LIMITS, stop=word, names={"stop": f"{prefix}bad_words"})
     if kind := constraint_of(sampling):
         limit = CONSTRAINTS[kind]
         value = getattr(sampling.structured_outputs, kind)

@@ -12,7 +12,6 @@ import argparse
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import tempfile
@@ -122,7 +121,8 @@ class Fronts:
 
     def __init__(self, options: argparse.Namespace, words: list[str]) -> None:
         self.options, self.words = options, words
-        self.folder = Path(tempfile.mkdtemp(prefix="servebook-fronts-"))
+        self.scratch = tempfile.TemporaryDirectory(prefix="servebook-fronts-", ignore_cleanup_errors=True)
+        self.folder = Path(self.scratch.name)
         self.serving = self.stopping = self.engine_dead = False
         self.deaths: deque[float] = deque(maxlen=GIVE_UP_DEATHS)
         self.metrics = self.folder / "metrics"
@@ -249,7 +249,7 @@ class Fronts:
         for _, process in running:
             process.kill()
         self.engine.shutdown()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.scratch.cleanup()
         log.info("stopped")
 
 
