@@ -761,12 +761,12 @@ def test_a_rooms_engine_takes_short_steps_where_a_long_one_would_hold_up_all(dev
     assert SERVERS["front"].needs(settings)["vllm"].engine_args == words
 
 
-@pytest.mark.survives("the engine killed (SIGKILL)", "room", lost="its answers; it is started again")
-@pytest.mark.lifetime
 def health(front: launch.Server) -> int:
     return requests.get(f"{front.url}/room/health", timeout=5).status_code
 
 
+@pytest.mark.survives("the engine killed (SIGKILL)", "room", lost="its answers; it is started again")
+@pytest.mark.lifetime
 def test_an_engine_that_dies_is_brought_back_where_the_front_looks_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,6 @@ from importlib.resources import files
 
 from pydantic import BaseModel, ConfigDict
 
-from servebook.bench.arms import Comparison
 from servebook.bench.report import core_full_at, interval
 from servebook.bench.results import Results
 from servebook.bench.stats import Estimate
@@ -76,16 +75,13 @@ class Row(BaseModel):
     figure: str
 
 
-def at_most_callers(run: Results, path: str) -> Comparison | None:
-    """What `path` showed on a real engine at the most callers that were measured."""
-    found = [each for each in run.engine if each.arm.path == path]
-    return max(found, key=lambda each: each.concurrency, default=None)
-
-
 def tokens_ratio(run: Results, path: str) -> str:
     """The ratio of tokens/s that `path` has to its reference, at the most callers that were measured."""
-    most = at_most_callers(run, path)
-    return f"tokens/s {interval(most.tokens_per_s)} @{most.concurrency}" if most else "not in this run"
+    found = [each for each in run.engine if each.arm.path == path]
+    if not found:
+        return "not in this run"
+    most = max(found, key=lambda each: each.concurrency)
+    return f"tokens/s {interval(most.tokens_per_s)} @{most.concurrency}"
 
 
 def cpu_ratio(run: Results, path: str) -> Estimate | None:
@@ -122,11 +118,6 @@ def _busy(run: Results) -> str:
     return f"SSE: {fills_a_core(run, 'sse')}; gRPC: {fills_a_core(run, 'grpc')}"
 
 
-def _rust_grpc(run: Results) -> str:
-    most = at_most_callers(run, "rust-grpc")
-    return f"server CPU per token {interval(most and most.front_cpu)} of SSE's; {tokens_ratio(run, 'rust-grpc')}"
-
-
 def _tensors(run: Results) -> str:
     times = {name: tensor_ms(run, "triton", name) for name in ("JSON list", "HTTP binary", "gRPC raw")}
     return "15 MiB: " + ", ".join(f"{name} {ms}" for name, ms in times.items())
@@ -141,7 +132,6 @@ FIGURES: dict[str, Callable[[Results], str]] = {
     "killed_replica": lambda run: "a property, shown by killing a replica under load",
     "kserve": lambda run: tokens_ratio(run, "kserve-sse"),
     "property": lambda run: "a property",
-    "rust_grpc": _rust_grpc,
     "tensors": _tensors,
     "triton": lambda run: tokens_ratio(run, "triton"),
     "triton_cpu": lambda run: f"server CPU per token {interval(cpu_ratio(run, 'triton'))} of SSE's",
