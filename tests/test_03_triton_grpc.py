@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,8 @@ from vllm.platforms import current_platform
 
 from servebook import launch
 from servebook.launch import Server
+from servebook.launch.files import Files, read_log
+from servebook.settings import load_settings
 from servebook.ways.client import Answer, Piece
 from servebook.ways.metrics import metric
 from servebook.ways.triton_grpc import steps
@@ -562,6 +565,32 @@ def own(request: pytest.FixtureRequest) -> Iterator[Server]:
     server = launch.serve("triton", instance="triton-kill")
     yield server
     server.stop()
+
+
+@pytest.mark.survives("a pause of 2 s while it loads (SIGSTOP)", "triton", lost="seconds: it is started once more")
+def test_a_pause_while_it_loads_is_no_load_that_lasts_for_ever() -> None:
+    name, begun = "triton-paused", time.time()
+    log = Files(load_settings().state_dir, name).log
+
+    def stub() -> psutil.Process | None:
+        """Once it loads the model; before it does, Triton is patient."""
+        if "Resolved architecture" not in read_log(log):
+            return None
+        ours = (each for each in psutil.process_iter(["name", "create_time"]) if each.info["create_time"] > begun)
+        return next((each for each in ours if each.info["name"].startswith("triton_python")), None)
+
+    with ThreadPoolExecutor() as pool:
+        served = pool.submit(launch.serve, "triton", instance=name)
+        paused = eventually(stub, "the stub")
+        paused.suspend()
+        time.sleep(2)  # the pause
+        paused.resume()
+        server = served.result()
+    try:
+        assert requests.get(f"{server.url}/v2/models/{MODEL}/ready", timeout=5).status_code == 200
+        assert "Triton lost sight of its backend" in Path(f"{log}.1").read_text(), "the log of the first try"
+    finally:
+        server.stop()
 
 
 @pytest.mark.survives("the engine killed (SIGKILL)", "triton", lost="its answers, each with an error")
