@@ -151,7 +151,7 @@ def _versions() -> dict[str, str]:
 
 
 def _rounded(value: object) -> object:
-    """Four significant places are more than the measurement has."""
+    """Five significant places are more than the measurement has."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):

@@ -70,7 +70,8 @@ def folders(submission: Path, course: Path, scratch: Path) -> dict[str, list[str
     prefix, state = Path(sys.prefix).resolve(), settings.state_dir.resolve()
     for name in ("", "logs", "servers", "triton"):  # beside a room nothing can be made
         (state / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-    hidden = [ROOT.resolve(), course, prefix, Path.home().resolve(), DEVICES]
+    hidden = [ROOT.resolve(), course, prefix, DEVICES]
+    hidden += [each for each in (Path.home().resolve(),) if each.parts[1:]]  # "/" in some containers
     hidden += [room for room in (state / "room", Path(os.environ.get(FROM, state / "room")).resolve()) if room.exists()]
     given = [*(ROOT / name for name in (*BUNDLE, "labs", ".venv")), prefix, Path(sys.base_prefix).resolve()]
     given += [settings.cache_dir, hub_cache(), scratch.parent / NAMED, Path(settings.model).expanduser().resolve()]
