@@ -448,6 +448,7 @@ async def test_a_deadline_in_asyncio(triton: Server) -> None:
 def test_closing_the_synchronous_stream_cancels(triton: Server) -> None:
     with closing(TritonClient(triton.grpc).stream(PROMPT, **LONG)) as endless:
         next(endless)
+        eventually(lambda: running(triton) == 1, "the request runs")
     eventually(lambda: running(triton) == 0, "the engine is free")
 
 
