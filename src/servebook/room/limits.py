@@ -102,7 +102,7 @@ class Turnstile:
 
     @asynccontextmanager
     async def place(self, learner: str, places: int = 1) -> AsyncIterator[None]:
-        """Hold so many places in the engine, `limits.learner_places` at most.
+        """Hold so many places in the engine, `limits.answers` at most.
 
         Raises:
             Refused: 429, this learner has too many under way; 503, the room has, or no place fell free in time.
