@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -46,14 +47,16 @@ def settings() -> Settings:
 
 
 SHARED = {
+    "router": "router",
     "vllm": "vllm",
-    "triton": "triton",
     "grpc_server": "grpc",
+    "triton": "triton",
     "kserve": "kserve",
     "vllm_grpc": "vllm-grpc",
     "vllm_rs": "vllm-rs",
 }
-"""The engines that stay up from chapter to chapter: their servers' names by fixture."""
+"""The servers with engines of their own that several tests share: their names by fixture, in the order of the tests
+that need them. Each ends after its last test, so that four are up at a time and not seven, of 3 GB each."""
 
 
 class Starts:
@@ -64,7 +67,7 @@ class Starts:
         self.begun: dict[str, Future[launch.Server]] = {}
 
     def server(self, fixture: str) -> launch.Server:
-        """The engine of a fixture, ready; a test that asks by `getfixturevalue` only has it started now."""
+        """The engine of a fixture, ready."""
         ahead = self.wanted[self.wanted.index(fixture) + 1 :] if fixture in self.wanted else []
         for each in [fixture, *ahead[:1]]:
             if each not in self.begun:
@@ -74,9 +77,9 @@ class Starts:
 
 @pytest.fixture(scope="session")
 def starts(request: pytest.FixtureRequest) -> Iterator[Starts]:
-    used = (fixture for item in request.session.items for fixture in getattr(item, "fixturenames", ()))
+    used = (fixture for item in request.session.items for fixture in shared_by(item))
     with ThreadPoolExecutor(2) as pool:
-        yield Starts([fixture for fixture in dict.fromkeys(used) if fixture in SHARED], pool)
+        yield Starts([fixture for fixture in dict.fromkeys(used) if fixture != "router"], pool)
 
 
 @pytest.fixture(scope="session")
@@ -116,8 +119,15 @@ def vllm_rs(starts: Starts) -> launch.Server:
 
 @pytest.fixture(scope="session")
 def router() -> launch.Server:
-    """The router and its two engines; `pytest_runtest_teardown` ends them."""
+    """The router and its two engines."""
     return launch.serve("router")
+
+
+@pytest.fixture
+def server_of(request: pytest.FixtureRequest) -> Callable[[str], launch.Server]:
+    """Asks for a server by its own name: `server_of("vllm-rs")`. The test's mark `needs` tells of it beforehand."""
+    fixtures = {server: fixture for fixture, server in SHARED.items()}
+    return lambda name: request.getfixturevalue(fixtures.get(name, name))
 
 
 @pytest.fixture
@@ -150,50 +160,65 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(gate.table(results))
 
 
-def lab_of(item: pytest.Item) -> str:
-    """The stem of the lab that a proof belongs to, "" for every other test."""
+def lab_of(item: pytest.Item) -> Lab | None:
+    """The lab that a proof belongs to, None for every other test."""
     lab = item.callspec.params.get("lab") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
-    return lab.stem if isinstance(lab, Lab) else ""
+    return lab if isinstance(lab, Lab) else None
 
 
-def in_chapter_10(item: pytest.Item) -> bool:
-    """Whether a test belongs to chapter 10 or to its lab."""
-    return item.path.stem == "test_10_scale_out" or lab_of(item) == "10_scale_out"
+def shared_by(item: pytest.Item) -> list[str]:
+    """The fixtures in SHARED that a test uses.
+
+    Which those are that it asks for by `server_of`, its mark `needs` tells, or its lab.
+    """
+    fixtures = set(getattr(item, "fixturenames", ()))
+    servers = {name for mark in item.iter_markers("needs") for name in mark.args}
+    if "servers" in fixtures and (lab := lab_of(item)):
+        servers.update(lab.servers)
+    return [fixture for fixture, server in SHARED.items() if fixture in fixtures or server in servers]
 
 
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """End the router and its engines after the last test of chapter 10: together they are the largest servers."""
-    if in_chapter_10(item) and not (nextitem and in_chapter_10(nextitem)):
-        names = ["router", "vllm-replica-1", "vllm-replica-2"]
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(launch.down, names))
-        assert {entry["state"] for entry in launch.status() if entry["name"] in names} == {"stopped"}
+def turns(items: list[pytest.Item]) -> dict[str, int]:
+    """When each test is due, by id: the place in SHARED of its last server; one that shares none goes with its file."""
+    order = list(SHARED)
+    own = {item.nodeid: max(map(order.index, shared_by(item)), default=-1) for item in items}
+    of_file: defaultdict[Path, int] = defaultdict(lambda: -1)
+    for item in items:
+        of_file[item.path] = max(of_file[item.path], own[item.nodeid])
+    return {item.nodeid: own[item.nodeid] if shared_by(item) else of_file[item.path] for item in items}
 
 
-SEVERAL = {*SHARED, "router"} - {"vllm"}
-NEEDS_ENGINE = {*SHARED, "gateway", "router", "run_notebook", "doomed"}
+NEEDS_ENGINE = {*SHARED, "gateway", "run_notebook", "doomed"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses an engine, or a desk with servers: `make check` leaves it out. Chapter and lab 10 go first.
+    """Mark what uses an engine, or a desk with servers: `make check` leaves it out. In the order of SHARED.
 
-    Their engines end with them. Beside the five that stay up from chapter to chapter, 24 GB were not enough. And
-    labs come one after the other, as their proofs are made.
+    And labs come one after the other, as their proofs are made.
     """
     files = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in items))}
-    items.sort(key=lambda item: (not in_chapter_10(item), files[item.path], lab_of(item)))
+    turn = turns(items)
+    items.sort(key=lambda item: (turn[item.nodeid], files[item.path], lab.stem if (lab := lab_of(item)) else ""))
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if NEEDS_ENGINE & fixtures:
+        fixtures, shared = set(getattr(item, "fixturenames", ())), shared_by(item)
+        if shared or NEEDS_ENGINE & fixtures:
             item.add_marker("engine")
-        if SEVERAL & fixtures:
+        if set(shared) - {"vllm"}:
             item.add_marker("several_engines")
+        elif shared and lab_of(item):
+            item.add_marker("one_engine")
         if "desk" in fixtures:
             item.add_marker("lifetime")
 
 
+ENDING = pytest.StashKey[dict[str, list[str]]]()
+"""The shared servers that end with a test, by its id."""
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """End a run that will want a browser and has none before any engine starts."""
+    """Note which test is the last of each shared server, and end a run that will want a browser and has none."""
+    last = {name: item.nodeid for item in session.items for name in shared_by(item)}
+    session.config.stash[ENDING] = {nodeid: [name for name in last if last[name] == nodeid] for nodeid in last.values()}
     wanted = any("chromium" in getattr(item, "fixturenames", ()) for item in session.items)
     if wanted and not session.config.option.collectonly and not find_browser():
         pytest.exit("There is no Chromium: run scripts/browser, or leave these tests out with -m 'not browser'.", 1)
@@ -263,6 +288,15 @@ def nothing_left() -> Iterator[None]:
     assert not ours(), f"left running: {list(ours().values())}"
     addresses = [address.rsplit(":", 1) for entry in entries for address in entry["endpoints"].values()]
     assert all(can_bind(host, int(port)) for host, port in addresses), f"left listening: one of {addresses}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """End the shared servers of which this was the last test; vLLM's, which others stand before, ends with the run."""
+    names = [SHARED[name] for name in item.config.stash[ENDING].get(item.nodeid, []) if name != "vllm"]
+    names += ["vllm-replica-1", "vllm-replica-2"] if "router" in names else []
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(launch.down, names))
 
 
 @pytest.hookimpl(trylast=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-FLOOR = {None: 2590, "several": 1080, "one": 1510}
-"""How many tests pass at least, of about 2,630, in all and by lane; raise it as they grow."""
+FLOOR = {None: 2620, "several": 690, "one": 1910}
+"""How many tests pass at least, of about 2,660, in all and by lane; raise it as they grow."""
 
 
 def shortfall(config: pytest.Config) -> str:

@@ -44,12 +44,12 @@ HERE: dict[str, tuple[Callable[[Server], dict[str, Cell]], set[str]]] = {
 
 OTHERS: dict[str, tuple[Callable[[Server], dict[str, Cell]], str]] = {
     "triton": (lambda at: carries.of_triton(at.grpc, at.http), "Triton"),
-    "grpc_server": (over_channel(carries.of_own_grpc), "own gRPC"),
+    "grpc": (over_channel(carries.of_own_grpc), "own gRPC"),
     "kserve": (lambda at: carries.over_http(at.url, model=TENSOR_MODEL_NAME, prefix="/openai"), "KServe"),
-    "vllm_rs": (over_channel(carries.of_rust_grpc), "Rust gRPC"),
-    "vllm_grpc": (of_python, "token ids"),
+    "vllm-rs": (over_channel(carries.of_rust_grpc), "Rust gRPC"),
+    "vllm-grpc": (of_python, "token ids"),
 }
-"""By fixture: how the other ways are asked, and their row in the table that is stored."""
+"""By server: how the other ways are asked, and their row in the table that is stored."""
 
 
 def is_an_answer(cells: dict[str, Cell]) -> None:
@@ -71,11 +71,10 @@ def test_a_way_carries_what_the_chapter_says(fixture: str, request: pytest.Fixtu
 
 
 @pytest.mark.engine
-@pytest.mark.several_engines
-@pytest.mark.parametrize("fixture", OTHERS)
-def test_the_stored_rows_are_true(fixture: str, request: pytest.FixtureRequest) -> None:
-    ask, row = OTHERS[fixture]
-    cells = ask(request.getfixturevalue(fixture))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.needs(name)) for name in OTHERS])
+def test_the_stored_rows_are_true(name: str, server_of: Callable[[str], Server]) -> None:
+    ask, row = OTHERS[name]
+    cells = ask(server_of(name))
     is_an_answer(cells)
     assert carries.in_short(cells) == carries.OTHERS[row], cells
 

@@ -21,7 +21,6 @@ from servebook.launch import Server
 from servebook.launch.processes import wait_until
 from servebook.workbook.cheatsheets import PAGES, Sheet, Snippet, load_sheets, pages, usual
 
-FIXTURES = {"grpc": "grpc_server"}
 LEFT_SECONDS = 5
 """How soon the engine's page must tell that a request was cancelled: its answer would take longer."""
 
@@ -52,11 +51,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Snippet, Mapping[
 
 
 @pytest.mark.engine
-@sheets
+@pytest.mark.parametrize(
+    "sheet",
+    [pytest.param(sheet, id=sheet.server, marks=pytest.mark.needs(sheet.server)) for sheet in load_sheets()],
+)
 def test_what_a_sheet_says_comes(
-    sheet: Sheet, request: pytest.FixtureRequest, run: Callable[[Snippet, Mapping[str, str]], str]
+    sheet: Sheet, server_of: Callable[[str], Server], run: Callable[[Snippet, Mapping[str, str]], str]
 ) -> None:
-    server: Server = request.getfixturevalue(FIXTURES.get(sheet.server, sheet.server.replace("-", "_")))
+    server = server_of(sheet.server)
     names = dict(server.endpoints) | {"model": server.model}
     for part, snippet in sheet.parts():
         # What was cancelled just before the metrics leaves the engine with its next step.

@@ -15,9 +15,6 @@ from servebook.launch import SERVERS, Server
 from servebook.settings import Settings
 from servebook.ways.client import AioClient, Answer, Client, Piece
 
-FIXTURES = {"vllm-grpc": "vllm_grpc", "vllm-rs": "vllm_rs", "grpc": "grpc_server"}
-"""Where the fixture is not called like its server."""
-
 MESSAGE = "Count from 1 to 100."
 GREEDY = {"max_tokens": 24, "temperature": 0}
 
@@ -78,10 +75,12 @@ def by_hand(vllm: Server, chats: bool) -> Answer:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", [name for name in CLIENTS if name != "router"])
-async def test_all_clients_tell_the_same_answer(name: str, vllm: Server, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.needs(name)) for name in CLIENTS if name != "router"]
+)
+async def test_all_clients_tell_the_same_answer(name: str, vllm: Server, server_of: Callable[[str], Server]) -> None:
     """The router's turn is in test_10_scale_out.py, while its engines are up."""
-    server = request.getfixturevalue(FIXTURES.get(name, name))
+    server = server_of(name)
     expected = by_hand(vllm, CLIENTS[name].chats)
     assert (expected.tokens, expected.finish_reason) == (24, "length")
     with CLIENTS[name].client(server) as client, closing(client.stream(MESSAGE, **GREEDY)) as stream:

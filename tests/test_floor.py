@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import subprocess
@@ -91,7 +90,6 @@ def test_d(): pass
 def test_e(): pass
 """
     )
-    (tmp_path / "lock").touch()
     said = {}
     for lane, code in (("several", 0), ("one", 1)):
         done = subprocess.run(
@@ -99,37 +97,10 @@ def test_e(): pass
             cwd=tmp_path,
             env=os.environ
             | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-            | {"TEST_LANES": str(tmp_path / "lock"), "SERVEBOOK_STATE_DIR": str(tmp_path / "state")},
+            | {"SERVEBOOK_STATE_DIR": str(tmp_path / "state")},
             capture_output=True,
             text=True,
         )
         assert done.returncode == code, done.stdout + done.stderr
         said[lane] = re.findall(r"::(test_\w) PASSED", done.stdout)
     assert said == {"several": ["test_a", "test_c", "test_e"], "one": ["test_d", "test_b"]}
-
-
-def test_the_large_wait_for_the_other_lanes_engine(tmp_path: Path) -> None:
-    """Whatever comes before them does not."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  engine:\n  one_engine:\n  browser:\n")
-    for name, body in {"05": "print('before')", "06": "print('large')"}.items():
-        text = f"import pytest\n\n\n@pytest.mark.engine\ndef test_{name}():\n    {body}\n"
-        (tmp_path / f"test_{name}.py").write_text(text)
-    with (tmp_path / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-s", "-p", "lanes", "--lane", "several"],
-            cwd=tmp_path,
-            env=os.environ
-            | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-            | {"TEST_LANES": lock.name, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert run.stdout
-        said = iter(run.stdout)
-        assert any("before" in line for line in said)
-        with pytest.raises(subprocess.TimeoutExpired):
-            run.wait(1)
-    rest = "".join(said)
-    assert "large" in rest
-    assert run.wait() == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from textwrap import indent
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from servebook.lab.handout.autograde import ExecuteAndEnd
 from servebook.lab.manifest import Exercise, Lab, exercises, load_labs
+from servebook.launch import Server
 
 REGION = re.compile(r"(.*?\n|)( *)(?:// )?### BEGIN SOLUTION.*?### END SOLUTION\n?(.*)", re.DOTALL)
 
@@ -108,10 +109,10 @@ def proofs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-def servers(lab: Lab, request: pytest.FixtureRequest) -> None:
+def servers(lab: Lab, server_of: Callable[[str], Server]) -> None:
     """What the lab needs is up."""
     for server in lab.servers:
-        request.getfixturevalue({"grpc": "grpc_server"}.get(server, server.replace("-", "_")))
+        server_of(server)
 
 
 @pytest.mark.engine

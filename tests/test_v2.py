@@ -208,7 +208,7 @@ PROMPT = "The capital of France is"
 WITH_STATUS = {"triton_grpc_error": "true"}
 
 
-@pytest.fixture(params=["triton", "kserve"])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.needs(name)) for name in ("triton", "kserve")])
 def server(request: pytest.FixtureRequest) -> Server:
     found: Server = request.getfixturevalue(request.param)
     return found
