@@ -19,7 +19,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from servebook import launch
+from servebook.bench.paths import find_path
 from servebook.bench.protocol import serve_scripted
 from servebook.launch.child import child_server
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
@@ -47,7 +47,7 @@ def fronts(
     )
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setenv("SERVEBOOK_SCRIPTED_RATE", str(request.param))
-        vllm, own = pool.map(lambda name: serve_scripted(name, here), ("vllm", "grpc"))
+        vllm, own = pool.map(lambda name: serve_scripted(find_path(name), here), ("sse", "grpc"))
     yield SimpleNamespace(vllm=vllm, grpc=own, settings=here)
     for server in (vllm, own):
         server.stop()
@@ -64,17 +64,13 @@ async def run(stem: str, ids: list[str], space: dict[str, Any]) -> None:
             await result
 
 
-def open_calls(server: launch.Server) -> float:
-    return metric(server.metrics, "servebook_grpc_open_calls")
-
-
 def names_of_04(fronts: SimpleNamespace, client: GrpcClient) -> dict[str, Any]:
-    """What the cells of chapter 04 use. The scripted source has no count of requests; the server's stands for it."""
+    """What the cells of chapter 04 use."""
     return {
         "server": fronts.grpc,
         "settings": fronts.settings,
         "client": client,
-        "metric": lambda *_: open_calls(fronts.grpc),
+        "metric": metric,
         **{"grpc": grpc, "time": time, "llm_pb2": llm_pb2, "GrpcAioClient": GrpcAioClient, "aclosing": aclosing},
         **{"expect_error": expect_error, "machine_card": machine_card, "endless": ENDLESS},
     }

@@ -30,7 +30,7 @@ from servebook.bench.paths import PATHS, Path, find_path
 from servebook.bench.paths.openai_rest import http_session
 from servebook.bench.resources import ProcessTree
 from servebook.bench.results import Results, load_results, new_results, now, stored
-from servebook.bench.run import FULL, QUICK, STREAMING, start
+from servebook.bench.run import FULL, QUICK, start
 from servebook.bench.stats import Estimate, ServiceLevel, difference, goodput, outer_rank, percentiles, ratio, summarize
 from servebook.bench.sweep import spread, sweep, table
 from servebook.bench.wire import WireCost, counted
@@ -463,8 +463,9 @@ def test_stored_results_can_be_read_and_are_not_void() -> None:
 
 
 def test_each_step_has_the_rounds_that_the_plan_gives_it() -> None:
-    steps = ("control @1", "control @32", "grpc @1", "rest @32", "scripted grpc @25")
+    steps = ("control @1", "control @32", "grpc @1", "rest @32", "scripted grpc @32")
     assert [FULL.workload_of(step).rounds for step in steps] == [24, 8, 6, 3, 3]
+    assert (FULL.workload_of("grpc @1").max_tokens, FULL.workload_of("scripted grpc @32").max_tokens) == (32, 16)
     assert len(FULL) == len(set(FULL.steps))
 
 
@@ -570,7 +571,7 @@ def test_the_guard_is_red_only_where_a_whole_interval_is(low: float | None, high
 
 
 async def test_the_guard_compares_with_what_it_stored(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(json.loads(guard.STORED.read_text())) <= set(STREAMING)
+    assert json.loads(guard.STORED.read_text()).keys() == set(guard.OURS)
     monkeypatch.setattr(guard, "STORED", tmp_path / "guard.json")
     found = (await a_run()).engine[0]
     found.arm.path, found.front_cpu = "grpc", Estimate(value=0.8, low=0.78, high=0.82, pairs=6)

@@ -85,8 +85,9 @@ def tokens_ratio(run: Results, path: str) -> str:
 
 
 def cpu_ratio(run: Results, path: str) -> Estimate | None:
-    """Server CPU per token / that of vLLM's SSE, protocol alone."""
-    return next((each.front_cpu for each in run.protocol if each.arm.path == path), None)
+    """Server CPU per token / that of vLLM's SSE, protocol alone, at the most callers that were measured."""
+    found = [each for each in run.protocol if each.arm.path == path]
+    return max(found, key=lambda each: each.concurrency).front_cpu if found else None
 
 
 def fills_a_core(run: Results, path: str) -> str:
@@ -118,6 +119,10 @@ def _busy(run: Results) -> str:
     return f"SSE: {fills_a_core(run, 'sse')}; gRPC: {fills_a_core(run, 'grpc')}"
 
 
+def _rust(run: Results) -> str:
+    return f"server CPU per token {interval(cpu_ratio(run, 'rust-grpc'))} of SSE's; {tokens_ratio(run, 'rust-grpc')}"
+
+
 def _tensors(run: Results) -> str:
     times = {name: tensor_ms(run, "triton", name) for name in ("JSON list", "HTTP binary", "gRPC raw")}
     return "15 MiB: " + ", ".join(f"{name} {ms}" for name, ms in times.items())
@@ -132,6 +137,7 @@ FIGURES: dict[str, Callable[[Results], str]] = {
     "killed_replica": lambda run: "a property, shown by killing a replica under load",
     "kserve": lambda run: tokens_ratio(run, "kserve-sse"),
     "property": lambda run: "a property",
+    "rust": _rust,
     "tensors": _tensors,
     "triton": lambda run: tokens_ratio(run, "triton"),
     "triton_cpu": lambda run: f"server CPU per token {interval(cpu_ratio(run, 'triton'))} of SSE's",

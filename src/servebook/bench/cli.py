@@ -38,7 +38,7 @@ def bench(
     to_saturation: Annotated[bool, typer.Option("--sweep", help="One PATH: more callers until no more helps.")] = False,
     ttft_ms: Annotated[float, typer.Option(help="--sweep: a good request's first text comes within.")] = 1000,
     tpot_ms: Annotated[float, typer.Option(help="--sweep: and each token after it within.")] = 100,
-    scripted: Annotated[bool, typer.Option(help="The scripted token source instead of engines.")] = False,
+    scripted: Annotated[bool, typer.Option(help="The scripted token source instead of a model.")] = False,
     guard: Annotated[bool, typer.Option(help="Three minutes: has a change made a front dearer in CPU?")] = False,
     store: Annotated[bool, typer.Option(help="With --guard: these ratios are the right ones from now on.")] = False,
     force: Annotated[bool, typer.Option(help="Go on when the control is off; the results are marked as void.")] = False,
@@ -107,7 +107,7 @@ def saturate(paths: list[str], wants: Workload, level: ServiceLevel, most: int, 
     if len(paths) != 1:
         raise BenchError("A sweep is of one path.", "Name one, such as sse.")
     path, settings = find_path(paths[0]), load_settings()
-    server = serve_scripted(path.server, settings) if scripted else path.serve(settings)
+    server = serve_scripted(path, settings) if scripted else path.serve(settings)
 
     def say(point: Point) -> None:
         load = f"{point.callers} callers" if point.callers else f"{point.rate:.1f} requests/s sent"

@@ -82,7 +82,7 @@ CLAIMS = (
     *(Claim(f"grpc, ITL p50 at {n}", cell(f"grpc @{n}", "itl_p50"), 1.0, at_least=False) for n in (1, 4, 16, 32)),
     Claim("grpc, bytes per token", bytes_ratio("grpc", "sse"), 0.2, at_least=False),
     Claim(
-        "grpc, server CPU per token (scripted)", cell("scripted grpc @25", "front_cpu", "protocol"), 0.5, at_least=False
+        "grpc, server CPU per token (scripted)", cell("scripted grpc @32", "front_cpu", "protocol"), 0.5, at_least=False
     ),
     Claim("gateway, TTFT p50 at 1, ms more", cell("gateway @1", "ttft_p50_ms"), 3.0, at_least=False),
     Claim("gateway, TTFT p50 at 32", cell("gateway @32", "ttft_p50"), 1.1, at_least=False),
@@ -167,7 +167,7 @@ def protocol_costs(results: Results) -> Rows:
     """Head and rows of what each token costs outside of any engine; a reference has its own figures in each row."""
     bytes_of = {each.path: f"{each.bytes_per_token:.0f}" for each in results.wire}
     head = (
-        *("path", "against", "requests", "server CPU, µs a token", "reference", "ratio", "pairs"),
+        *("path", "against", "callers", "requests", "server CPU, µs a token", "reference", "ratio", "pairs"),
         *("client CPU, µs a token", "reference", "bytes a token", "reference"),
     )
     rows: list[Row] = []
@@ -175,7 +175,7 @@ def protocol_costs(results: Results) -> Rows:
         sides = (each.arm, each.reference)
         rows.append(
             (
-                *_who(each)[:2],
+                *_who(each),
                 _requests(*sides),
                 *(_micros(side.cpu_per_1000.front) for side in sides),
                 interval(each.front_cpu),
@@ -258,7 +258,6 @@ def section(run: Results) -> str:
         f"Model {run.model}; {run.started:%Y-%m-%d}, {run.seconds / 60:.0f} minutes; at most {engines} engines in "
         f"memory, one of them at work; {machine.memory_gib:g} GiB; {machine.system}; Python {machine.python}; "
         f"{versions}.",
-        *([run.note] if run.note else []),
         *([f"Of today's full plan this run does not have: {', '.join(missing)}."] if missing else []),
         "### Targets, set before anything was measured",
         markdown_table(*verdict_table(run)),
@@ -268,11 +267,11 @@ def section(run: Results) -> str:
         markdown_table(*latencies([*run.control, *run.engine])),
     ]
     if run.protocol:
-        load, tokens = run.protocol[0].concurrency, run.protocol[0].workload.max_tokens
+        tokens = run.protocol[0].workload.max_tokens
         parts += [
             "### What the protocol costs",
-            f"{load} callers, answers of {tokens} tokens: what a request costs is in these figures, spread over its "
-            "tokens. A gateway's are those of two processes, its own and that of vLLM's server behind it.",
+            f"Answers of {tokens} tokens: what a request costs is in these figures, spread over its tokens. A "
+            "gateway's are those of two processes, its own and that of vLLM's server behind it.",
             markdown_table(*protocol_costs(run)),
         ]
     if run.costs:
@@ -319,9 +318,10 @@ def control_line(run: Results) -> str:
 def core_full_at(run: Results, path: str) -> tuple[float, int] | None:
     """Tokens a second that fill a core of a front of one process, and the length of the answers that this holds for.
 
-    None if not measured: it is from the protocol arm, where a request's cost is spread over the tokens of its answer.
+    None if not measured: it is from the protocol arm at its highest load, where a request's cost is spread over the
+    tokens of its answer.
     """
-    for each in run.protocol:
+    for each in sorted(run.protocol, key=lambda each: -each.concurrency):
         for side in (each.arm, each.reference):
             if side.path == path and side.cpu_per_1000.front:
                 return 1000 / side.cpu_per_1000.front, each.workload.max_tokens

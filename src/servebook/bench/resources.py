@@ -83,5 +83,6 @@ def engines_up() -> int:
 
 
 def _cpu(processes: list[psutil.Process]) -> float:
-    times = [process.cpu_times() for process in processes]
-    return float(sum(time.user + time.system for time in times))
+    """By each process's own clock, to the nanosecond: /proc counts hundredths of a second, in which a front writes many
+    tokens. The clock's number is made of the pid (MAKE_PROCESS_CPUCLOCK in Linux' `posix-timers_types.h`)."""
+    return float(sum(time.clock_gettime(~process.pid << 3 | 2) for process in processes))

@@ -43,7 +43,6 @@ class Results(BaseModel):
     """One run. Each list grows as the run goes on; `done` names the steps that a resumed run need not repeat."""
 
     format: int = Field(default=3, description="Of this file.")
-    note: str = Field(default="", description="What a reader must know about this run before its tables.")
     plan: str = Field(description="quick, full, or what was asked for instead.")
     started: datetime
     finished: datetime | None = None
@@ -55,7 +54,7 @@ class Results(BaseModel):
     done: list[str] = []
     control: list[Comparison] = Field(default=[], description="A/A: vLLM's server against itself.")
     engine: list[Comparison] = Field(default=[], description="Paths against vLLM's server, real engines.")
-    protocol: list[Comparison] = Field(default=[], description="The same with the scripted token source: no engines.")
+    protocol: list[Comparison] = Field(default=[], description="The same with the scripted token source: no model.")
     wire: list[WireCost] = []
     costs: list[Cost] = Field(default=[], description="CPU per request and per token, by a fit; scripted source.")
     tensors: list[TensorCost] = []

@@ -32,7 +32,8 @@ class Plan:
     """What to measure. The cells of one server stand together, so that it is started once.
 
     `own_control` gives the A/A control an engine of its own, as every other arm has one; else both of its
-    arms are the same server. The workload's rounds decide how sure every cell is: with one caller, neighbouring blocks
+    arms are the same server. `protocol_workload` is for the cells of the protocol arm, where it is another one. The
+    workload's rounds decide how sure every cell is: with one caller, neighbouring blocks
     of one engine differed by 6 % (one standard deviation) on a quiet machine with two shared cores, so that a median
     is good to 3 % only after two dozen pairs. `rounds` is for steps that need more or fewer than the workload has, by
     their name or its first word: a control that is to show 3 %, and what nothing is claimed of.
@@ -43,6 +44,7 @@ class Plan:
     control: tuple[int, ...]
     engine: tuple[Cell, ...]
     protocol: tuple[Cell, ...] = ()
+    protocol_workload: Workload | None = None
     wire: tuple[str, ...] = ()
     tensors: tuple[int, ...] = ()
     cross_check: tuple[int, ...] = ()
@@ -66,8 +68,10 @@ class Plan:
 
     def workload_of(self, step: str) -> Workload:
         """The workload, with as many rounds as this step has."""
-        rounds = self.rounds.get(step) or self.rounds.get(step.split()[0], self.workload.rounds)
-        return self.workload.model_copy(update={"rounds": rounds})
+        scripted = step.startswith("scripted ") and self.protocol_workload
+        wants = scripted or self.workload
+        rounds = self.rounds.get(step) or self.rounds.get(step.split()[0], wants.rounds)
+        return wants.model_copy(update={"rounds": rounds})
 
 
 def cells(path: str, *concurrencies: int) -> tuple[Cell, ...]:
@@ -81,7 +85,7 @@ SCRIPTED_CALLERS = int(500 / SCRIPTED_RATE)
 CHECKED = 32
 """Requests of a cross-check, at least; six for each caller where that is more."""
 
-STREAMING = ("grpc", "triton", "vllm-grpc", "kserve-sse", "gateway")
+STREAMING = ("grpc", "grpc-fronts", "triton", "vllm-grpc", "rust-sse", "rust-grpc", "kserve-sse", "gateway")
 
 QUICK = Plan(
     name="quick",
@@ -95,7 +99,7 @@ FULL = Plan(
     workload=Workload(rounds=6, max_tokens=32),
     rounds={"control @1": 24, "control @32": 8}
     | dict.fromkeys(("rest", "gateway-article", "grpc-unary", "kserve-rest", "kserve-grpc", "kserve-sse"), 3)
-    | dict.fromkeys(("vllm-grpc", "rust-sse", "rust-grpc", "scripted"), 3),
+    | dict.fromkeys(("vllm-grpc", "rust-sse", "rust-grpc"), 3),
     control=(1, 32),
     own_control=True,
     engine=(
@@ -112,7 +116,8 @@ FULL = Plan(
         *cells("rust-sse", 1, 32),
         *cells("rust-grpc", 1, 32),
     ),
-    protocol=tuple((path, SCRIPTED_CALLERS) for path in STREAMING),
+    protocol=tuple(cell for path in STREAMING for cell in cells(path, 1, 8, 32, 64)),
+    protocol_workload=Workload(max_tokens=16),
     wire=("sse", "sse-chat", *STREAMING),
     tensors=SIZES,
     cross_check=(1, 8, 32),
@@ -202,12 +207,16 @@ class Run:
     async def protocols(self) -> None:
         """The protocol alone: the same servers around the scripted token source."""
         names = dict.fromkeys([*self.plan.wire, *(name for name, _ in self.plan.protocol)])
-        for name in sorted(names, key=lambda name: find_path(name).server == "gateway"):
-            await self.protocol(find_path(name))
+        paths = sorted(map(find_path, names), key=lambda path: path.server == "gateway")
+        for server, group in itertools.groupby(paths, lambda path: path.instance):
+            for path in group:
+                await self.protocol(path)
+            if server != "vllm":  # the reference of all
+                self.end(f"{server}-scripted")
         self.end("vllm-scripted")
 
     async def protocol(self, path: Path) -> None:
-        """Bytes and CPU of one path; its scripted server ends with it, except vLLM's, which is the reference."""
+        """Bytes and CPU of one path."""
         wire = f"wire {path.name}"
         if path.name in self.plan.wire and not self.skip(wire):
             with self.measured(wire):
@@ -226,8 +235,6 @@ class Run:
                     self.results.protocol.append(
                         await self.compare(name, path, find_path(path.against), concurrency, self.up_scripted)
                     )
-        if path.server != "vllm":
-            self.end(f"{path.server}-scripted")
 
     async def tensors(self) -> None:
         """Big tensors there and back."""
@@ -274,7 +281,7 @@ class Run:
         """The path's server around the scripted source."""
         if not find_server(path.server).has_engine:
             self.up_scripted(find_path("sse"))
-        return self.keep(f"{path.server}-scripted", lambda: serve_scripted(path.server, self.settings))
+        return self.keep(f"{path.instance}-scripted", lambda: serve_scripted(path, self.settings))
 
     def keep(self, name: str, serve: Callable[[], Server]) -> Server:
         """Remember a server, and whether it was up before."""

@@ -1,154 +1,99 @@
-"""A scripted token source, for the benchmark's protocol arm only: the real servers around no model at all.
+"""A scripted token source, for the benchmark's protocol arm and for lessons about time: an engine without a model.
 
-    python -m servebook.bench.scripted vllm.entrypoints.cli.main serve --model …
-
-runs the named module unchanged, with `ScriptedLLM` in the place of vLLM's `AsyncLLM`. What is left is what
-a protocol costs: parsing, tokenizing the prompt, turning each output into a message and sending it. Its
-answers mean nothing, and nothing but the benchmark ever starts it.
+It takes the place of vLLM's model executor, by `--distributed-executor-backend`. All else is as it is: the server, its
+tokenizer and detokenizer, vLLM's scheduler, and the sockets between them, for Python's fronts and for the Rust one. So
+what the front costs is what it costs. The answers mean nothing, and no server that a user starts has it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import runpy
-import sys
-from collections.abc import AsyncGenerator
+import time
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
-import vllm.v1.engine.async_llm
-from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.renderers import renderer_from_config
-from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import RequestOutputCollector
+import torch
+from tokenizers import Tokenizer
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import ModelRunnerOutput
 
 from servebook.bench.protocol import SCRIPTED_RATE
 
 SENTENCE = " The quick brown fox jumps over the lazy dog and runs along the river."
+MOST_STEPS = 400
+"""Steps a second that vLLM's scheduler makes on any machine; a faster source gives several tokens in each."""
 
 
-class ScriptedLLM(AsyncLLM):  # type: ignore[misc]
-    """What a server sees of `AsyncLLM`, without EngineCore: every request gets the same sentence, over and over.
+class ScriptedExecutor(Executor):  # type: ignore[misc]
+    """Gives every request the same sentence, over and over, `SCRIPTED_RATE` tokens a second."""
 
-    All requests step together, as the requests of one batch do in an engine, and their outputs wait in vLLM's own
-    queues: those of a reader that is slow, or that takes its time on purpose, are merged there.
-    """
+    supported_tasks = ("generate",)
 
-    def __init__(self, vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> None:
-        self.vllm_config = vllm_config
-        self.model_config = vllm_config.model_config
-        self.scheduler_config = vllm_config.scheduler_config
-        self.observability_config = vllm_config.observability_config
-        self.renderer = renderer_from_config(vllm_config)
-        self.input_processor = InputProcessor(vllm_config, self.renderer)
-        self.logger_manager = None
-        self.log_stats = self.log_requests = False
-        tokenizer = self.renderer.get_tokenizer()
-        ids = tokenizer.encode(SENTENCE, add_special_tokens=False)
-        self.script = [(token, tokenizer.decode([token])) for token in ids]
-        self.running: set[Request] = set()
-        self.stepping: asyncio.Task[None] | None = None
+    def _init_executor(self) -> None:
+        tokenizer = Tokenizer.from_file(str(Path(self.model_config.tokenizer) / "tokenizer.json"))
+        self.script: list[int] = tokenizer.encode(SENTENCE, add_special_tokens=False).ids
+        self.tokens = max(1, round(SCRIPTED_RATE / MOST_STEPS))
+        self.due = 0.0
+        self.prompts: dict[str, int] = {}
+        self.made: dict[str, int] = {}
 
-    async def generate(
-        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **_: Any
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Emit `max_tokens` tokens as `output_kind` asks: deltas, the text so far, or only the end."""
-        if not (isinstance(prompt, dict) and "prompt_token_ids" in prompt):
-            prompt = self.input_processor.process_inputs(
-                request_id, prompt, sampling_params, supported_tasks=await self.get_supported_tasks()
-            )
-            prompt_ids = prompt.prompt_token_ids
-        else:
-            prompt_ids = prompt["prompt_token_ids"]
-        request = Request(request_id, prompt_ids, sampling_params)
-        self.running.add(request)
-        if self.stepping is None or self.stepping.done():
-            self.stepping = asyncio.create_task(self.steps())
-        try:
-            finished = False
-            while not finished:
-                output = request.queue.get_nowait() or await request.queue.get()
-                finished = output.finished
-                yield output
-        finally:
-            self.running.discard(request)
+    def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
+        """One step: wait until it is due, then a request whose prompt is read gets its next tokens."""
+        now = time.monotonic()
+        # After a pause the next step is a step away, as it was the first time.
+        self.due = (self.due if now - self.due < 1 else now) + self.tokens / SCRIPTED_RATE
+        time.sleep(max(0.0, self.due - now))
+        output = self.step(scheduler_output)
+        if not non_block:
+            return output
+        done: Future[ModelRunnerOutput] = Future()
+        done.set_result(output)
+        return done
 
-    async def steps(self) -> None:
-        """A token for every request, `SCRIPTED_RATE` times a second, until there is none."""
-        loop = asyncio.get_running_loop()
-        due = loop.time()
-        while self.running:
-            due += 1 / SCRIPTED_RATE
-            await asyncio.sleep(due - loop.time())
-            for request in list(self.running):
-                request.step(self.script)
-                if request.made == request.count:
-                    self.running.discard(request)
+    def step(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
+        """The tokens of one step; none for a request of whose prompt a part is still to be read."""
+        for request in scheduled.finished_req_ids:
+            self.prompts.pop(request, None)
+            self.made.pop(request, None)
+        cached = scheduled.scheduled_cached_reqs
+        before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for new in scheduled.scheduled_new_reqs:
+            before[new.req_id] = new.num_computed_tokens
+            self.prompts[new.req_id] = len(new.prompt_token_ids or ())
+            self.made[new.req_id] = 0
+        requests = list(scheduled.num_scheduled_tokens)
+        tokens: list[list[int]] = []
+        for request in requests:
+            made = self.made[request]
+            read = before[request] + scheduled.num_scheduled_tokens[request] >= self.prompts[request] + made
+            count = self.tokens if read else 0
+            tokens.append([self.script[index % len(self.script)] for index in range(made, made + count)])
+            self.made[request] += count
+        return ModelRunnerOutput(
+            req_ids=requests,
+            req_id_to_index={request: index for index, request in enumerate(requests)},
+            sampled_token_ids=tokens,
+        )
 
-    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """Every request is taken."""
+    def get_kv_cache_specs(self) -> list[dict[str, FullAttentionSpec]]:
+        """One small layer: the scheduler hands out its blocks, and nobody writes to them."""
+        size = self.cache_config.block_size
+        return [{"layer": FullAttentionSpec(block_size=size, num_kv_heads=1, head_size=8, dtype=torch.float16)}]
 
-    async def get_supported_tasks(self) -> tuple[Any, ...]:
-        return ("generate",)
+    def get_supported_kv_cache_layouts(self) -> list[list[str]]:
+        return [["NHD"]]
 
-    async def abort(self, request_id: Any, internal: bool = False) -> None:
-        """Leaving the generator is all that there is to end."""
+    def determine_available_memory(self) -> list[int]:
+        return [self.cache_config.kv_cache_memory_bytes]
 
-    async def reset_mm_cache(self) -> None:
-        """There is none."""
+    def collective_rpc(self, *_: Any, **__: Any) -> list[None]:
+        """What workers would be told: there are none."""
+        return [None]
 
-    @property
-    def is_running(self) -> bool:
-        return True
+    def compile_or_warm_up_model(self) -> None:
+        """There is nothing to compile."""
 
-    @property
-    def errored(self) -> bool:
-        return False
-
-    def shutdown(self, timeout: float | None = None) -> None:
-        if renderer := getattr(self, "renderer", None):
-            renderer.shutdown()
-
-
-class Request:
-    """One request and what there is of its answer."""
-
-    def __init__(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> None:
-        self.id, self.prompt_ids, self.kind = request_id, prompt_ids, params.output_kind
-        self.count = params.max_tokens or 16
-        self.interval = params.stream_interval or 1
-        self.queue = RequestOutputCollector(self.kind, request_id)
-        self.made = 0
-        self.text, self.ids = "", list[int]()
-
-    def step(self, script: list[tuple[int, str]]) -> None:
-        """One token more; as in vLLM, the first and the last are never held back by `stream_interval`."""
-        token, piece = script[self.made % len(script)]
-        self.made += 1
-        self.text += piece
-        self.ids.append(token)
-        last = self.made == self.count
-        if not last and (self.kind == RequestOutputKind.FINAL_ONLY or (self.made - 1) % self.interval):
-            return
-        ids = list(self.ids)
-        completion = CompletionOutput(0, self.text, ids, None, None, finish_reason="length" if last else None)
-        self.queue.put(RequestOutput(self.id, None, self.prompt_ids, None, [completion], last))
-        if self.kind == RequestOutputKind.DELTA:
-            self.text, self.ids = "", []
-
-
-def install() -> None:
-    """From here on this process gets the scripted source wherever it imports `AsyncLLM`."""
-    vllm.v1.engine.async_llm.AsyncLLM = ScriptedLLM
-
-
-def main() -> None:
-    """Run the module that the command line names, with its own arguments."""
-    install()
-    del sys.argv[0]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    main()
+    def check_health(self) -> None:
+        """It is well while its process lives."""

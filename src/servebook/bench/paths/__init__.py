@@ -76,6 +76,13 @@ PATHS: dict[str, Path] = {
         ),
         Path("triton", "Triton with the vLLM backend: ModelStreamInfer", "triton", v2.grpc_stream),
         Path("grpc", "our llm.v1.LLMService: StreamGenerate", "grpc", custom_grpc.stream),
+        Path(
+            "grpc-fronts",
+            "our llm.v1.LLMService with several fronts: StreamGenerate",
+            "grpc",
+            custom_grpc.spread,
+            spec=custom_grpc.SEVERAL,
+        ),
         Path("grpc-unary", "our llm.v1.LLMService: Generate", "grpc", custom_grpc.unary, against="rest", streams=False),
         Path(
             "gateway",
