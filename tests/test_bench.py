@@ -404,6 +404,20 @@ async def test_the_report_judges_claims_and_lists_ratios() -> None:
     assert results.machine.cpu in text
 
 
+async def test_one_table_on_top_has_every_path_on_every_engine() -> None:
+    fast, slow = await a_run(), await a_run()
+    for run, speed in ((fast, 2000.0), (slow, 20.0)):
+        run.control[0].reference.summary.tokens_per_s = speed
+    fast.engine = []
+    slow.engine[0].tokens_per_s = Estimate(value=1.5, low=1.4, high=1.6, pairs=6)
+    fast.protocol = [slow.engine[0].model_copy(update={"concurrency": callers}) for callers in (64, 8)]
+    fast.protocol[0].front_cpu = Estimate(value=0.25, low=0.2, high=0.3, pairs=6)
+    head, rows = report.overview([fast, slow])
+    assert [column.split(", ")[-1] for column in head[1:3]] == ["20 tokens/s", "2000 tokens/s"]
+    ratio = "1.50 [1.40, 1.60]"
+    assert rows == [("sse", f"{ratio} @1", "–", f"{ratio} @64", "0.25 [0.20, 0.30]", "250", "–")]
+
+
 @pytest.mark.parametrize(
     ("low", "high", "at_least", "at_most"),
     [

@@ -12,7 +12,7 @@ from importlib.resources import files
 
 from pydantic import BaseModel, ConfigDict
 
-from servebook.bench.report import core_full_at, interval
+from servebook.bench.report import at_most_callers, core_full_at, interval
 from servebook.bench.results import Results
 from servebook.bench.stats import Estimate
 from servebook.bench.tensors import MIB
@@ -77,17 +77,14 @@ class Row(BaseModel):
 
 def tokens_ratio(run: Results, path: str) -> str:
     """The ratio of tokens/s that `path` has to its reference, at the most callers that were measured."""
-    found = [each for each in run.engine if each.arm.path == path]
-    if not found:
-        return "not in this run"
-    most = max(found, key=lambda each: each.concurrency)
-    return f"tokens/s {interval(most.tokens_per_s)} @{most.concurrency}"
+    most = at_most_callers(run.engine, path)
+    return f"tokens/s {interval(most.tokens_per_s)} @{most.concurrency}" if most else "not in this run"
 
 
 def cpu_ratio(run: Results, path: str) -> Estimate | None:
     """Server CPU per token / that of vLLM's SSE, protocol alone, at the most callers that were measured."""
-    found = [each for each in run.protocol if each.arm.path == path]
-    return max(found, key=lambda each: each.concurrency).front_cpu if found else None
+    most = at_most_callers(run.protocol, path)
+    return most.front_cpu if most else None
 
 
 def fills_a_core(run: Results, path: str) -> str:

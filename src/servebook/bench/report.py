@@ -97,6 +97,42 @@ def interval(found: Estimate | None, digits: int = 2) -> str:
     return found.text(digits) if found else "–"
 
 
+def at_most_callers(found: Iterable[Comparison], path: str) -> Comparison | None:
+    """The comparison of `path` with the most callers that were measured."""
+    return max((each for each in found if each.arm.path == path), key=lambda each: each.concurrency, default=None)
+
+
+def overview(runs: Sequence[Results]) -> Rows:
+    """Head and rows: what each path costs on the engines of the runs, the slowest first, and around the scripted one.
+
+    All but bytes and full cores are ratios to vLLM's own server, with the most callers that were measured. What is not
+    of an engine is from the run on the fastest.
+    """
+    slowest_first = sorted(runs, key=_engine_speed)
+    last = slowest_first[-1]
+    bytes_of = {each.path: f"{each.bytes_per_token:.0f}" for each in last.wire}
+    full_at = {each.path: f"{each.core_full_at(256):,.0f}" for each in last.costs}
+    scripted = max((each.reference.summary.tokens_per_s for each in last.protocol), default=0.0)
+    head = (
+        "path",
+        *(f"tokens/s: {run.machine.device} engine, {_engine_speed(run):.0f} tokens/s" for run in slowest_first),
+        f"tokens/s: scripted engine, {scripted:,.0f} tokens/s",
+        *("server CPU a token", "bytes a token", "tokens/s that fill a core"),
+    )
+    rows: list[Row] = []
+    for path in dict.fromkeys(each.arm.path for run in slowest_first for each in (*run.engine, *run.protocol)):
+        engines = [at_most_callers(run.engine, path) for run in slowest_first]
+        fast = at_most_callers(last.protocol, path)
+        ratios = [f"{interval(each.tokens_per_s)} @{each.concurrency}" if each else "–" for each in (*engines, fast)]
+        cpu = interval(fast.front_cpu) if fast else "–"
+        rows.append((path, *ratios, cpu, bytes_of.get(path, "–"), full_at.get(path, "–")))
+    return head, rows
+
+
+def _engine_speed(run: Results) -> float:
+    return max(each.reference.summary.tokens_per_s for each in run.control)
+
+
 def verdict_table(results: Results) -> Rows:
     """Head and rows: every claim, judged by one run."""
     return ("asked", "measured", "verdict"), [claim.judge(results) for claim in CLAIMS]
@@ -243,8 +279,10 @@ def markdown(runs: Sequence[Results]) -> str:
         raise BenchError(
             "A stored run is void: its A/A control is off, or its generator was too busy.", "Measure again."
         )
-    introduction, profile = ((TEXT / f"{name}.md").read_text(encoding="utf-8") for name in ("introduction", "profile"))
-    return "\n".join([introduction, *(section(run) for run in runs), profile])
+    texts = ((TEXT / f"{name}.md").read_text(encoding="utf-8") for name in ("introduction", "overview", "profile"))
+    introduction, above, profile = texts
+    table = markdown_table(*overview(runs))
+    return "\n".join([introduction, above, f"{table}\n", *(section(run) for run in runs), profile])
 
 
 def section(run: Results) -> str:
