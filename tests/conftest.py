@@ -294,9 +294,11 @@ def nothing_left() -> Iterator[None]:
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """End the shared servers of which this was the last test; vLLM's, which others stand before, ends with the run."""
     names = [SHARED[name] for name in item.config.stash[ENDING].get(item.nodeid, []) if name != "vllm"]
-    names += ["vllm-replica-1", "vllm-replica-2"] if "router" in names else []
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(launch.down, names))
+    if names:
+        names += ["vllm-replica-1", "vllm-replica-2"] if "router" in names else []
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(launch.down, names))
+        assert {entry["state"] for entry in launch.status() if entry["name"] in names} == {"stopped"}
 
 
 @pytest.hookimpl(trylast=True)

@@ -41,10 +41,11 @@ class ScriptedExecutor(Executor):  # type: ignore[misc]
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         """One step: wait until it is due, then a request whose prompt is read gets its next tokens."""
-        now = time.monotonic()
-        idle = not scheduler_output.scheduled_cached_reqs.req_ids  # until now: nobody who had a token is still there
-        self.due = (now if idle else self.due) + self.tokens / SCRIPTED_RATE
-        time.sleep(max(0.0, self.due - now))
+        if scheduler_output.total_num_scheduled_tokens:  # else it only tells who has gone
+            now = time.monotonic()
+            idle = not scheduler_output.scheduled_cached_reqs.req_ids  # until now: nobody is there who had a token
+            self.due = (now if idle else self.due) + self.tokens / SCRIPTED_RATE
+            time.sleep(max(0.0, self.due - now))
         output = self.step(scheduler_output)
         if not non_block:
             return output
