@@ -72,9 +72,19 @@ def test_a_readers_arguments_come_last_and_win(cpu: Settings) -> None:
 def test_threads(
     cpu: Settings, monkeypatch: pytest.MonkeyPatch, logical: int, physical: int | None, threads: int
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(logical)))
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: physical)
     assert engine.engine_env(cpu)["OMP_NUM_THREADS"] == str(threads)
+
+
+@pytest.mark.parametrize(("given", "threads"), [("1", "1"), ("3", "3"), ("", "2"), ("0", "2"), ("2,1", "2"), ("-1", "2")])
+def test_who_sets_openmps_own_variable_is_followed(
+    cpu: Settings, monkeypatch: pytest.MonkeyPatch, given: str, threads: str
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert engine.engine_env(cpu)["OMP_NUM_THREADS"] == threads
 
 
 def test_a_replica_stays_on_its_cores(cpu: Settings) -> None:
