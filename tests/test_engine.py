@@ -78,7 +78,7 @@ def test_threads(
     assert engine.engine_env(cpu)["OMP_NUM_THREADS"] == str(threads)
 
 
-@pytest.mark.parametrize(("given", "threads"), [("1", "1"), ("3", "3"), ("", "2"), ("0", "2"), ("2,1", "2"), ("-1", "2")])
+@pytest.mark.parametrize(("given", "threads"), [("1", "1"), ("3", "3"), ("", "2"), ("0", "2"), ("2,1", "2")])
 def test_who_sets_openmps_own_variable_is_followed(
     cpu: Settings, monkeypatch: pytest.MonkeyPatch, given: str, threads: str
 ) -> None:
@@ -254,6 +254,43 @@ def test_what_is_compiled_elsewhere_is_the_same(compiler: ProcessCompiler) -> No
         compiler.compile_grammar("root ::=")
 
 
-def test_vllm_is_told_of_the_plugin() -> None:
+FORK = """
+import asyncio, os, signal, sys, types
+from servebook.engine.forked_core import METHOD, register
+
+class CpuPlatform:
+    @classmethod
+    def check_and_update_config(cls, config):
+        os.environ[METHOD] = "spawn"
+
+for name in ("vllm", "vllm.platforms", "vllm.platforms.cpu"):
+    sys.modules[name] = types.SimpleNamespace(CpuPlatform=CpuPlatform)  # vLLM's own takes 8 s to import
+register()
+CpuPlatform.check_and_update_config(None)
+
+async def server():
+    heard = []
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, heard.append, "SIGTERM")
+    if not os.fork():
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+        signal.raise_signal(signal.SIGTERM)
+    status = os.waitstatus_to_exitcode(os.wait()[1])
+    for _ in range(3):  # it would be read from a socket by now
+        await asyncio.sleep(0)
+    print(os.environ[METHOD], status, heard)
+
+asyncio.run(server())
+"""
+
+
+@pytest.mark.parametrize(("asked", "seen"), [("fork", "fork 7 []"), ("spawn", "spawn 7 ['SIGTERM']")])
+def test_a_fork_is_kept_where_it_is_asked_for_and_its_signals_are_its_own(asked: str, seen: str) -> None:
+    env = os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": asked}
+    done = subprocess.run([sys.executable, "-c", FORK], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == seen, done.stderr
+
+
+def test_vllm_is_told_of_the_plugins() -> None:
     names = {point.value for point in entry_points(group="vllm.general_plugins")}
-    assert "servebook.engine.quiet_compiler:register" in names, "`make setup` tells vLLM of it"
+    ours = {f"servebook.engine.{plugin}:register" for plugin in ("quiet_compiler", "forked_core")}
+    assert names >= ours, "`make setup` tells vLLM of them"

@@ -747,6 +747,7 @@ def test_real_engine_killed_while_it_serves(real: Desk) -> None:
     assert requests.get(models, timeout=10).status_code == 401
     assert requests.get(models, timeout=10, headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
     (core,) = engine_cores(real)
+    assert psutil.Process(core.ppid()).children() == [core], "a fork: beside a spawned one is a resource tracker"
     core.kill()
     real.nothing_left()
     assert real.status()["state"] == "failed"
