@@ -203,10 +203,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures, shared = set(getattr(item, "fixturenames", ())), shared_by(item)
         if shared or NEEDS_ENGINE & fixtures:
             item.add_marker("engine")
-        if set(shared) - {"vllm"}:
-            item.add_marker("several_engines")
+        if set(shared) - {"vllm", "router"}:
+            item.add_marker(pytest.mark.lane("several"))
+        elif "router" in shared:
+            item.add_marker(pytest.mark.lane("apart"))
         elif shared and lab_of(item):
-            item.add_marker("one_engine")
+            item.add_marker(pytest.mark.lane("one"))
         if "desk" in fixtures:
             item.add_marker("lifetime")
 

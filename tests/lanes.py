@@ -1,17 +1,31 @@
-"""A pytest plugin: `--lane several` runs what needs the engines of several ways, `--lane one` all other tests.
+"""A pytest plugin: the suite in lanes that run side by side (scripts/test), each with servers of its own.
 
-The two run side by side, each with servers of its own. An engine takes 3 GB, so of the tests that need any, only those
-marked `one_engine` are in the second lane. They come first there.
+One lane waits a third of its time, for answers and for starts; three have the cores of a small machine in use. What is
+in which: a test goes into the lane that its mark `lane` names, else with servers into "several" and without into "one".
 """
 
 from __future__ import annotations
 
 import pytest
 
+LANES = {
+    "several": "what needs the engines of several ways",
+    "one": "what needs that of vLLM's own server, or none",
+    "apart": "what starts and ends engines itself, and the router with its two",
+}
+"""What is in each lane. An engine takes 2.5 GB; of those in a lane, four are up at a time, one, and three."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Which lane; without it, all tests."""
-    parser.addoption("--lane", choices=["several", "one"], help="run one of the two lanes of the suite")
+    parser.addoption("--lane", choices=LANES, help="run one of the lanes of the suite")
+
+
+def lane_of(item: pytest.Item) -> str:
+    """The lane in which a test runs."""
+    if mark := item.get_closest_marker("lane"):
+        return str(mark.args[0])
+    return "several" if has_servers(item) else "one"
 
 
 def has_servers(item: pytest.Item) -> bool:
@@ -21,11 +35,11 @@ def has_servers(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of the other lane, once conftest.py has marked what uses which engine."""
+    """Leave out the tests of the other lanes, once conftest.py has marked what uses which engine.
+
+    What needs servers comes first, in the order that conftest.py gives it.
+    """
     if lane := config.getoption("lane"):
-        lanes: dict[str, list[pytest.Item]] = {"several": [], "one": []}
-        for item in items:
-            beside = item.get_closest_marker("one_engine") and not item.get_closest_marker("several_engines")
-            lanes["one" if beside or not has_servers(item) else "several"].append(item)
-        items[:] = sorted(lanes.pop(lane), key=lambda item: lane == "one" and not has_servers(item))
-        config.hook.pytest_deselected(items=next(iter(lanes.values())))
+        others = [item for item in items if lane_of(item) != lane]
+        items[:] = sorted((item for item in items if lane_of(item) == lane), key=lambda item: not has_servers(item))
+        config.hook.pytest_deselected(items=others)

@@ -60,6 +60,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     counter = config.stash[COUNTER]
     counter.ended.set()
     counter.join()
-    if config.getoption("lane", None) == "one":
-        return  # the other lane's are counted there
+    if config.getoption("lane", None) not in (None, "several"):
+        return  # all lanes' are counted there
     terminalreporter.write_line("started: " + ", ".join(f"{len(seen)} {what}" for what, seen in counter.seen.items()))

@@ -44,7 +44,7 @@ from servebook.ways.fastapi_gateway.steps import step_1_await, step_2_disconnect
 from servebook.ways.metrics import metric
 from servebook.workbook.notebook import difference, measure_pace
 
-pytestmark = [pytest.mark.one_engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
 
 GATEWAY = "servebook.ways.fastapi_gateway.server"
 KEY = "only-for-this-test"

@@ -27,7 +27,7 @@ from servebook.ways.inside_the_engine import sizing
 from servebook.ways.inside_the_engine.looks import Look, Stretch, cache_of, look, stretches, watch
 from servebook.ways.inside_the_engine.sizing import GIB, Shape, blocks, fit, kv_bytes_per_token, shape_of, weight_bytes
 
-pytestmark = [pytest.mark.one_engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
 
 LLAMA_70B = Shape(layers=80, kv_heads=8, head_dim=128, parameters=70_553_706_496)
 

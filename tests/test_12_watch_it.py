@@ -32,7 +32,7 @@ from servebook.ways.watch_it.histogram import quantile
 from servebook.ways.watch_it.pages import Page, parse, read, record
 from servebook.ways.watch_it.traces import Collector, Span, collect, waterfall
 
-pytestmark = [pytest.mark.one_engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
 
 INF = math.inf
 TTFT = "vllm:time_to_first_token_seconds"

@@ -14,7 +14,7 @@ from servebook.launch.child import child_server
 from servebook.launch.processes import free_port, wait_until
 from servebook.ways.metrics import metric
 
-pytestmark = [pytest.mark.browser, pytest.mark.one_engine]
+pytestmark = [pytest.mark.browser, pytest.mark.lane("one")]
 
 JAPAN = "What is the capital of Japan?"
 STORY = "Tell me a very long story about a fox."

@@ -62,11 +62,11 @@ def test_a_run_says_where_its_seconds_went(tmp_path: Path) -> None:
     assert int(started[1]) >= 1
 
 
-def test_two_lanes_are_all_tests(tmp_path: Path) -> None:
-    """Each has a floor of its own; in the one without large servers, what needs an engine comes first."""
-    marks = "".join(f"  {name}:\n" for name in ("engine", "browser", "one_engine", "several_engines"))
+def test_the_lanes_are_all_tests(tmp_path: Path) -> None:
+    """Each has a floor of its own, and what needs servers comes first there."""
+    marks = "".join(f"  {name}:\n" for name in ("engine", "browser", "lane"))
     (tmp_path / "pytest.ini").write_text(f"[pytest]\ntestpaths = .\nmarkers =\n{marks}")
-    (tmp_path / "conftest.py").write_text('import floor\nfloor.FLOOR = {"several": 3, "one": 3}\n')
+    (tmp_path / "conftest.py").write_text('import floor\nfloor.FLOOR = {"several": 2, "one": 3, "apart": 2}\n')
     (tmp_path / "test_five.py").write_text(
         """
 import pytest
@@ -81,17 +81,19 @@ def test_b(): pass
 def test_c(): pass
 
 @mark.engine
-@mark.one_engine
+@mark.lane("one")
 def test_d(): pass
 
-@mark.engine
-@mark.one_engine
-@mark.several_engines
+@mark.lane("apart")
 def test_e(): pass
+
+@mark.engine
+@mark.lane("apart")
+def test_f(): pass
 """
     )
     said = {}
-    for lane, code in (("several", 0), ("one", 1)):
+    for lane, code in (("several", 0), ("one", 1), ("apart", 0)):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-v", "-p", "floor", "-p", "lanes", "--lane", lane],
             cwd=tmp_path,
@@ -103,4 +105,4 @@ def test_e(): pass
         )
         assert done.returncode == code, done.stdout + done.stderr
         said[lane] = re.findall(r"::(test_\w) PASSED", done.stdout)
-    assert said == {"several": ["test_a", "test_c", "test_e"], "one": ["test_d", "test_b"]}
+    assert said == {"several": ["test_a", "test_c"], "one": ["test_d", "test_b"], "apart": ["test_f", "test_e"]}
