@@ -203,10 +203,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures, shared = set(getattr(item, "fixturenames", ())), shared_by(item)
         if shared or NEEDS_ENGINE & fixtures:
             item.add_marker("engine")
-        if set(shared) - {"vllm", "router"}:
+        if set(shared) - {"vllm"}:
             item.add_marker(pytest.mark.lane("several"))
-        elif "router" in shared:
-            item.add_marker(pytest.mark.lane("apart"))
         elif shared and lab_of(item):
             item.add_marker(pytest.mark.lane("one"))
         if "desk" in fixtures:

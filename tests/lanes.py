@@ -1,7 +1,7 @@
 """A pytest plugin: the suite in lanes that run side by side (scripts/test), each with servers of its own.
 
-One lane waits a third of its time, for answers and for starts; three have the cores of a small machine in use. What is
-in which: a test goes into the lane that its mark `lane` names, else with servers into "several" and without into "one".
+A test goes into the lane that its mark `lane` names, else with servers into "several" and without into "one". A third
+lane was hardly faster and made deadlines slip: two have the cores of a small machine in use.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import pytest
 
 LANES = {
     "several": "what needs the engines of several ways",
-    "one": "what needs that of vLLM's own server, or none",
-    "apart": "what starts and ends engines itself, and the router with its two",
+    "one": "what needs that of vLLM's own server and at most one more at a time, or none",
 }
-"""What is in each lane. An engine takes 2.5 GB; of those in a lane, four are up at a time, one, and three."""
+"""What is in each lane. An engine takes 2.5 GB."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,7 +34,7 @@ def has_servers(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of the other lanes, once conftest.py has marked what uses which engine.
+    """Leave out the tests of the other lane, once conftest.py has marked what uses which engine.
 
     What needs servers comes first, in the order that conftest.py gives it.
     """

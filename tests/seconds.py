@@ -39,8 +39,8 @@ COUNTER = pytest.StashKey[Counter]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin to count, but not once more in each worker of pytest-xdist."""
-    if hasattr(config, "workerinput"):
+    """Begin to count: for all of the machine, so not in each lane, nor in each worker of pytest-xdist."""
+    if hasattr(config, "workerinput") or config.getoption("lane", None) not in (None, "several"):
         return
     config.stash[COUNTER] = Counter()
     config.stash[COUNTER].start()
@@ -57,9 +57,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for file, took in sorted(seconds.items(), key=lambda item: -item[1]):
         if took >= 1:
             terminalreporter.write_line(f"{took:7.0f}  {file}")
-    counter = config.stash[COUNTER]
+    if not (counter := config.stash.get(COUNTER, None)):
+        return
     counter.ended.set()
     counter.join()
-    if config.getoption("lane", None) not in (None, "several"):
-        return  # all lanes' are counted there
     terminalreporter.write_line("started: " + ", ".join(f"{len(seen)} {what}" for what, seen in counter.seen.items()))

@@ -14,7 +14,7 @@ from servebook import serve
 from servebook.launch import Server
 from servebook.ways.metrics import metric
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
 
 
 def test_notebook(run_notebook: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from httpx_sse import connect_sse
 from servebook.launch import Server
 from servebook.ways.metrics import metric
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

@@ -143,7 +143,6 @@ async def test_grpc_puts_a_fifth_of_the_bytes_of_sse_on_the_wire(vllm: Server, g
 @pytest.mark.parametrize(
     ("name", "merges"), [("grpc", True), ("triton", True), ("grpc-fronts", False), ("rust-grpc", False)]
 )
-@pytest.mark.lane("apart")
 async def test_the_scripted_source_behind_the_real_server(
     name: str, merges: bool, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

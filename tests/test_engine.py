@@ -263,10 +263,14 @@ class CpuPlatform:
     def check_and_update_config(cls, config):
         os.environ[METHOD] = "spawn"
 
+def config(endpoint):
+    observability = types.SimpleNamespace(otlp_traces_endpoint=endpoint)
+    return types.SimpleNamespace(observability_config=observability)
+
 for name in ("vllm", "vllm.platforms", "vllm.platforms.cpu"):
     sys.modules[name] = types.SimpleNamespace(CpuPlatform=CpuPlatform)  # vLLM's own takes 8 s to import
 register()
-CpuPlatform.check_and_update_config(None)
+CpuPlatform.check_and_update_config(config(sys.argv[1]))
 
 async def server():
     heard = []
@@ -283,10 +287,17 @@ asyncio.run(server())
 """
 
 
-@pytest.mark.parametrize(("asked", "seen"), [("fork", "fork 7 []"), ("spawn", "spawn 7 ['SIGTERM']")])
-def test_a_fork_is_kept_where_it_is_asked_for_and_its_signals_are_its_own(asked: str, seen: str) -> None:
+@pytest.mark.parametrize(
+    ("asked", "traces", "seen"),
+    [
+        ("fork", "", "fork 7 []"),
+        ("fork", "http://127.0.0.1:4317", "spawn 7 []"),
+        ("spawn", "", "spawn 7 ['SIGTERM']"),
+    ],
+)
+def test_a_fork_is_kept_where_it_is_asked_for_and_its_signals_are_its_own(asked: str, traces: str, seen: str) -> None:
     env = os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": asked}
-    done = subprocess.run([sys.executable, "-c", FORK], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", FORK, traces], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == seen, done.stderr
 
 

@@ -22,7 +22,7 @@ from servebook import launch
 from servebook.launch.probes import http_ok
 from servebook.launch.processes import free_port
 
-pytestmark = [pytest.mark.browser, pytest.mark.lane("apart"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.browser, pytest.mark.lane("one"), pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "of-this-test"

@@ -38,8 +38,6 @@ from servebook.launch.table import Endpoints
 from servebook.settings import load_settings
 from servebook.ways.custom_grpc.certificates import make_certificates
 
-pytestmark = pytest.mark.lane("apart")
-
 SERVEBOOK = Path(sys.executable).with_name("servebook")
 KEY = "sk-not-for-other-eyes"
 WITHOUT_ENGINE = """
@@ -723,7 +721,7 @@ def real(tmp_path: Path) -> Iterator[Desk]:
 
 
 def shared_memory() -> set[str]:
-    """What Python's multiprocessing has there and no process has mapped: the other lanes' tests use it, too."""
+    """What Python's multiprocessing has there and no process has mapped: the other lane's tests use it, too."""
     files = {str(file) for pattern in ("psm_*", "sem.mp-*") for file in Path("/dev/shm").glob(pattern)}
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):  # it has ended meanwhile, or is another user's

@@ -34,7 +34,7 @@ from servebook.room import tls
 from servebook.room.hub import why_not_apart
 from servebook.settings import load_settings
 
-pytestmark = [pytest.mark.lane("apart"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
 
 KEY = "the-instructors-key"
 LAB = "01_openai_rest"

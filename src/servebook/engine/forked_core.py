@@ -3,6 +3,8 @@
 A spawned one is a new interpreter, which imports torch and vLLM once more. Measured (2 cores, Intel Xeon): ready after
 23 s, of which 26 s of a core; forked after 15 s and 17 s, and with 0.2 GB less.
 
+Only vLLM's own HTTP server asks for it (`launch/table.py`): a process in which gRPC's threads run cannot be forked.
+
 vLLM loads this into each of its processes, as a plugin (`vllm.general_plugins` in pyproject.toml).
 """
 
@@ -25,7 +27,8 @@ def register() -> None:
 
     def check_and_keep(config: Any) -> None:
         check(config)
-        os.environ[METHOD] = "fork"
+        if not config.observability_config.otlp_traces_endpoint:  # whose spans leave by gRPC
+            os.environ[METHOD] = "fork"
 
     CpuPlatform.check_and_update_config = staticmethod(check_and_keep)
     # The event loop of the server would hear of the engine's signals.
