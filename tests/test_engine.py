@@ -263,14 +263,15 @@ class CpuPlatform:
     def check_and_update_config(cls, config):
         os.environ[METHOD] = "spawn"
 
-def config(endpoint):
+def config(endpoint, workers):
     observability = types.SimpleNamespace(otlp_traces_endpoint=endpoint)
-    return types.SimpleNamespace(observability_config=observability)
+    parallel = types.SimpleNamespace(world_size_across_dp=int(workers))
+    return types.SimpleNamespace(observability_config=observability, parallel_config=parallel)
 
 for name in ("vllm", "vllm.platforms", "vllm.platforms.cpu"):
     sys.modules[name] = types.SimpleNamespace(CpuPlatform=CpuPlatform)  # vLLM's own takes 8 s to import
 register()
-CpuPlatform.check_and_update_config(config(sys.argv[1]))
+CpuPlatform.check_and_update_config(config(*sys.argv[1:]))
 
 async def server():
     heard = []
@@ -288,16 +289,19 @@ asyncio.run(server())
 
 
 @pytest.mark.parametrize(
-    ("asked", "traces", "seen"),
+    ("asked", "traces", "workers", "seen"),
     [
-        ("fork", "", "fork 7 []"),
-        ("fork", "http://127.0.0.1:4317", "spawn 7 []"),
-        ("spawn", "", "spawn 7 ['SIGTERM']"),
+        ("fork", "", "1", "fork 7 []"),
+        ("fork", "http://127.0.0.1:4317", "1", "spawn 7 []"),
+        ("fork", "", "2", "spawn 7 []"),
+        ("spawn", "", "1", "spawn 7 ['SIGTERM']"),
     ],
 )
-def test_a_fork_is_kept_where_it_is_asked_for_and_its_signals_are_its_own(asked: str, traces: str, seen: str) -> None:
+def test_a_fork_is_kept_where_it_is_asked_for_and_its_signals_are_its_own(
+    asked: str, traces: str, workers: str, seen: str
+) -> None:
     env = os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": asked}
-    done = subprocess.run([sys.executable, "-c", FORK, traces], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", FORK, traces, workers], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == seen, done.stderr
 
 

@@ -27,7 +27,8 @@ def register() -> None:
 
     def check_and_keep(config: Any) -> None:
         check(config)
-        if not config.observability_config.otlp_traces_endpoint:  # whose spans leave by gRPC
+        spans = config.observability_config.otlp_traces_endpoint  # leave by gRPC
+        if not spans and config.parallel_config.world_size_across_dp == 1:  # the workers of several stay vLLM's affair
             os.environ[METHOD] = "fork"
 
     CpuPlatform.check_and_update_config = staticmethod(check_and_keep)
