@@ -10,9 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+import torch
 import xgrammar
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -20,6 +23,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from servebook.engine import arguments as engine
+from servebook.engine import faster_cpu
 from servebook.engine.model import model_path
 from servebook.engine.quiet_compiler import ProcessCompiler, TooDear
 from servebook.errors import LaunchError
@@ -305,7 +309,79 @@ def test_a_fork_is_kept_where_it_is_asked_for_and_its_signals_are_its_own(
     assert done.stdout.strip() == seen, done.stderr
 
 
+@pytest.fixture(scope="module")
+def norms() -> Any:
+    from vllm import ir
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    return ir.ops
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 576), (7, 3, 64)])
+def test_vllms_own_norm_is_the_same_norm(norms: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, *shape, dtype=dtype)
+    weight = torch.randn(shape[-1], dtype=dtype)
+    for norm, args in ((norms.rms_norm, (x, weight, 1e-5)), (norms.fused_add_rms_norm, (x, residual, weight, 1e-5))):
+        with norm.set_priority([faster_cpu.OURS, "native"]):
+            assert norm.dispatch(*args).provider == faster_cpu.OURS
+            ours = norm(*args)
+        with norm.set_priority(["native"]):
+            torch.testing.assert_close(ours, norm(*args), **norm.get_tolerance(dtype))
+
+
+def test_a_norm_that_vllms_own_would_read_wrongly_is_torchs(norms: Any) -> None:
+    x, weight = torch.randn(4, 64), torch.randn(64)
+    with norms.rms_norm.set_priority([faster_cpu.OURS, "native"]):
+        for args in (
+            (torch.randn(4, 128)[:, :64], weight, 1e-5),  # a part of each row, as queries and keys of some models are
+            (torch.randn(4, 63), torch.randn(63), 1e-5),
+            (x, weight.double(), 1e-5),
+            (x, weight, 1e-5, 32),
+        ):
+            assert norms.rms_norm.dispatch(*args).provider == "native"
+        assert norms.rms_norm.dispatch(x, weight, 1e-5).provider == faster_cpu.OURS
+
+
+@pytest.mark.parametrize(("mode", "first"), [("NONE", faster_cpu.OURS), ("VLLM_COMPILE", "native")])
+def test_what_is_compiled_keeps_torchs_norm(norms: Any, mode: str, first: str) -> None:
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    config = SimpleNamespace(compilation_config=SimpleNamespace(mode=CompilationMode[mode]))
+    priority = CpuPlatform.get_default_ir_op_priority(config)
+    assert (priority.rms_norm[0], priority.fused_add_rms_norm[0]) == (first, first)
+    assert priority.gelu_and_mul_sparse == ["native"]
+
+
+LARGE_PAGES = """
+from contextlib import nullcontext
+from servebook.launch.processes import small_pages
+
+def large_kib():
+    lines = open("/proc/self/smaps").read().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:"))
+
+for pages in (nullcontext, small_pages, nullcontext):
+    before = large_kib()
+    with pages():
+        memory = bytearray(b"x") * 2**26
+    print(large_kib() - before > 2**15)
+    del memory
+"""
+
+
+def test_memory_in_small_pages(cpu: Settings) -> None:
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not pages.is_file() or "[never]" in pages.read_text():
+        pytest.skip("this kernel has no large pages")
+    env = os.environ | engine.engine_env(cpu)
+    done = subprocess.run([sys.executable, "-c", LARGE_PAGES], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "True"]
+
+
 def test_vllm_is_told_of_the_plugins() -> None:
     names = {point.value for point in entry_points(group="vllm.general_plugins")}
-    ours = {f"servebook.engine.{plugin}:register" for plugin in ("quiet_compiler", "forked_core")}
+    ours = {f"servebook.engine.{plugin}:register" for plugin in ("quiet_compiler", "forked_core", "faster_cpu")}
     assert names >= ours, "`make setup` tells vLLM of them"

@@ -28,6 +28,7 @@ from jupyter_client.manager import KernelManager
 
 from servebook import launch
 from servebook.bench.resources import is_engine
+from servebook.engine import faster_cpu
 from servebook.errors import LaunchError
 from servebook.launch import find_server, link, supervisor
 from servebook.launch.files import Files, visible
@@ -734,6 +735,15 @@ def engine_cores(desk: Desk) -> list[psutil.Process]:
     return [process for process in desk.family() if is_engine(process)]
 
 
+def kib_of_mappings(process: psutil.Process) -> list[tuple[int, int]]:
+    """Of each: its size, and how much of it lies in large pages."""
+    smaps = Path(f"/proc/{process.pid}/smaps").read_text()
+    both = zip(
+        *(re.findall(rf"^{line}: +(\d+) kB$", smaps, re.MULTILINE) for line in ("Size", "AnonHugePages")), strict=True
+    )
+    return [(int(size), int(large)) for size, large in both]
+
+
 @pytest.mark.survives("the engine killed (SIGKILL)", "vllm", lost="the server; nothing is left running")
 @pytest.mark.engine
 @pytest.mark.timeout(600)
@@ -748,6 +758,10 @@ def test_real_engine_killed_while_it_serves(real: Desk) -> None:
     assert requests.get(models, timeout=10, headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
     (core,) = engine_cores(real)
     assert psutil.Process(core.ppid()).children() == [core], "a fork: beside a spawned one is a resource tracker"
+    assert f"rms_norm=['{faster_cpu.OURS}', " in Path(entry["log"]).read_text()
+    size, in_large_pages = max(kib_of_mappings(core))
+    assert size >= 2**20, "the KV cache"
+    assert in_large_pages < size / 10
     core.kill()
     real.nothing_left()
     assert real.status()["state"] == "failed"
