@@ -881,7 +881,7 @@ class TestSteps:
             with pytest.raises(grpc.RpcError) as caught:
                 list(endless)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            assert caught.value.details() == "A call may take 10 s here."
+            assert caught.value.details() == "A call may take 2 s here."
             with pytest.raises(grpc.RpcError) as caught:
                 health_of(client.channel)
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

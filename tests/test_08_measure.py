@@ -16,10 +16,9 @@ from servebook.bench.cost import fit_cost
 from servebook.bench.crosscheck import cross_check
 from servebook.bench.load import BenchError, Job, Sample, ask, closed_loop
 from servebook.bench.paths import PATHS, find_path
-from servebook.bench.protocol import serve_scripted
+from servebook.bench.protocol import SENTENCE, serve_scripted
 from servebook.bench.results import Results, load_results
 from servebook.bench.run import Plan, start
-from servebook.bench.scripted import SENTENCE
 from servebook.bench.tensors import ENCODINGS, KIB, SERVERS, tensor_costs
 from servebook.bench.wire import wire_cost
 from servebook.launch import Server

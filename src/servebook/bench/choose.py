@@ -12,13 +12,15 @@ from importlib.resources import files
 
 from pydantic import BaseModel, ConfigDict
 
-from servebook.bench.report import at_most_callers, core_full_at, interval
+from servebook.bench.report import at_most_callers, interval
 from servebook.bench.results import Results
 from servebook.bench.stats import Estimate
 from servebook.bench.tensors import MIB
 
 BUSY_TOKENS_PER_S = 5000
 """From here on the protocol takes a good part of a core in one process (chapter 8, section 8)."""
+ANSWER = 32
+"""Tokens of an answer, where a figure depends on it: those of the benchmark have so many on average."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ def cpu_ratio(run: Results, path: str) -> Estimate | None:
 
 def fills_a_core(run: Results, path: str) -> str:
     """At how many tokens a second the protocol work of `path`, one process, takes a whole core."""
-    found = core_full_at(run, path)
-    return f"{found[0]:,.0f} tokens/s in answers of {found[1]} fill a core" if found else "not in this run"
+    found = next((cost.core_full_at(ANSWER) for cost in run.costs if cost.path == path), None)
+    return f"{found:,.0f} tokens/s in answers of {ANSWER} fill a core" if found else "not in this run"
 
 
 def tensor_ms(run: Results, server: str, encoding: str, size: int = 15 * MIB) -> str:

@@ -22,7 +22,7 @@ from servebook.launch import Server
 
 
 class CrossCheck(BaseModel):
-    """Our figures and those of `vllm bench serve`, for the same prompts against the same server."""
+    """Our figures and those of `vllm bench serve`, for prompts of the same kind, against the same server."""
 
     concurrency: int
     requests: int

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 SCRIPTED_RATE = float(os.environ.get("SERVEBOOK_SCRIPTED_RATE", "20"))
 """Tokens a second for each stream: what the engine of a 2-core machine gives to each of 25. One H200 gives the bundled
 model's 190 to each of 32, which takes more cores."""
+SENTENCE = " The quick brown fox jumps over the lazy dog and runs along the river."
+"""What it says, over and over."""
 EXECUTOR = "servebook.bench.scripted.ScriptedExecutor"
 
 

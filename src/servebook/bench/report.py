@@ -351,16 +351,3 @@ def control_line(run: Results) -> str:
         f"A/A control off by {worst:.1%} at most, in tokens/s, TTFT or ITL (limit {CONTROL_LIMIT:.0%}); generator at "
         f"{busiest:.0%} of a core (limit {GENERATOR_LIMIT:.0%}): the run is {state}."
     )
-
-
-def core_full_at(run: Results, path: str) -> tuple[float, int] | None:
-    """Tokens a second that fill a core of a front of one process, and the length of the answers that this holds for.
-
-    None if not measured: it is from the protocol arm at its highest load, where a request's cost is spread over the
-    tokens of its answer.
-    """
-    for each in sorted(run.protocol, key=lambda each: -each.concurrency):
-        for side in (each.arm, each.reference):
-            if side.path == path and side.cpu_per_1000.front:
-                return 1000 / side.cpu_per_1000.front, each.workload.max_tokens
-    return None

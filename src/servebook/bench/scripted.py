@@ -19,9 +19,8 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
-from servebook.bench.protocol import SCRIPTED_RATE
+from servebook.bench.protocol import SCRIPTED_RATE, SENTENCE
 
-SENTENCE = " The quick brown fox jumps over the lazy dog and runs along the river."
 MOST_STEPS = 400
 """Steps a second that vLLM's scheduler makes on any machine; a faster source gives several tokens in each."""
 

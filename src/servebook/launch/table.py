@@ -69,7 +69,7 @@ def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"),
         *("--host", settings.host, "--port", "{http}"),
         "--disable-uvicorn-access-log",
-        "--enable-scale-out",  # /inference/v1/generate: token ids in, token ids out (chapter 7)
+        "--enable-scale-out",  # /inference/v1/generate: token ids in, token ids out
         *([] if is_loopback(settings.host) else ["--middleware", "servebook.ways.openai_rest.key.KeyOnEveryPath"]),
         *engine_argv(settings, model),
     ]

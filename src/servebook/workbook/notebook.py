@@ -33,6 +33,7 @@ from pygments.util import ClassNotFound
 
 from servebook.checkout import ROOT
 from servebook.engine.gpu import cards
+from servebook.launch.processes import wait_until
 from servebook.settings import Settings, load_settings
 
 PACKAGES = {
@@ -358,6 +359,16 @@ def versions(settings: Settings | None = None) -> None:
     plain = "\n".join(f"{name}: {value}" for name, value in rows.items())
     table = f"<table><caption>What runs here</caption><tbody>{cells}</tbody></table>"
     display({"text/html": table, "text/plain": plain}, raw=True)
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Ask again and again until `condition()` is true.
+
+    Raises:
+        TimeoutError: it was not in so many `seconds`.
+    """
+    if not wait_until(condition, seconds, every=0.02):
+        raise TimeoutError(f"What this cell waits for has not come in {seconds:.0f} s: see `servebook status`.")
 
 
 @dataclass(frozen=True)

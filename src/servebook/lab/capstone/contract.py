@@ -47,7 +47,7 @@ def command_of(folder: Path) -> list[str]:
         return shlex.split(command)
     except FileNotFoundError:
         raise ServebookError(
-            f"There is no {path} here.", "Run this in the folder that has it; chapter 14's first cell makes one."
+            f"There is no {path} here.", "Run this in the folder that has it; chapter 14, section 2, makes one."
         ) from None
     except (tomllib.TOMLDecodeError, KeyError, ValueError, AttributeError):
         raise ServebookError(

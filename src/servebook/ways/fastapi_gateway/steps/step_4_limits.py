@@ -9,7 +9,6 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import typer
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -75,7 +74,7 @@ def create_app(upstream: str, key: str | None) -> FastAPI:
                     if chunk.choices and (text := chunk.choices[0].delta.content):
                         yield f"data: {json.dumps({'text': text})}\n\n"
                 yield "data: [DONE]\n\n"
-            except (APIError, httpx.HTTPError):
+            except APIError:
                 yield 'event: error\ndata: {"detail": "The engine broke off its answer."}\n\n'
 
         return StreamingResponse(events(), media_type="text/event-stream")
