@@ -12,7 +12,7 @@ RUN pip install --no-cache-dir --constraint /lock.txt vllm-router
 USER 1000
 CMD ["python", "-m", "vllm_router.launch_router"]
 
-# What `make setup` takes for granted. A GPU's base image needs nvcc: FlashInfer compiles a module at the first start.
+# What `make setup` takes for granted. A GPU's base image brings the CUDA toolkit; one without it has not been tried.
 FROM ${BASE} AS base
 # Versions are the base's: the lock pins all that matters.
 # hadolint ignore=DL3008

@@ -24,26 +24,32 @@ SCRYPT = {"n": 2**14, "r": 8, "p": 5, "maxmem": 2**26}
 """OWASP's Password Storage Cheat Sheet: 16 MiB and a tenth of a second of a core for each try."""
 TRIES_PER_MINUTE = 10
 """Wrong passwords for a name, and wrong codes, from one address."""
+TRIES_FOR_A_NAME = 100
+"""At once, from all addresses. No more a minute than from one, which alone so locks nobody out."""
+SIGN = "X-Servebook-Proxy"
+"""As in proxy.py, which is not to load JupyterHub."""
 COOKIE = "servebook-door"
 """What a browser that has signed in shows: its tries are counted apart from those of strangers."""
 REMEMBERED = 4096
 
 
 class Tries:
-    """Wrong tries, each kind by who made it: ten at once, and one more every six seconds."""
+    """Wrong tries, each kind by who made it: so many at once, and one more every six seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = TRIES_PER_MINUTE) -> None:
+        self.at_once = at_once
         self.left: dict[tuple[str, ...], tuple[float, float]] = {}
         """How many were left, and when."""
 
     def take(self, who: tuple[str, ...]) -> None:
         """Count a try as wrong, before anything is compared; refuse who has none left."""
         now = time.monotonic()
-        left, at = self.left.get(who, (TRIES_PER_MINUTE, now))
-        left = min(TRIES_PER_MINUTE, left + (now - at) * TRIES_PER_MINUTE / 60)
+        left, at = self.left.get(who, (self.at_once, now))
+        left = min(self.at_once, left + (now - at) * TRIES_PER_MINUTE / 60)
         if left < 1:
             seconds = 1 + int((1 - left) * 60 / TRIES_PER_MINUTE)
-            raise HTTPError(429, f"Too many wrong tries from here. Wait {seconds} s.")
+            where = "from here" if who[0] != "name" else f"for {who[1]}"
+            raise HTTPError(429, f"Too many wrong tries {where}. Wait {seconds} s.")
         self.left.pop(who, None)
         self.left[who] = (left - 1, now)
         if len(self.left) > REMEMBERED:  # nobody fills the memory: who tried longest ago is forgotten
@@ -60,10 +66,12 @@ class Door(Authenticator):
     folder = Unicode(config=True)
     open_sign_up = Bool(config=True)
     secure = Bool(config=True)
+    proxys_sign = Unicode(config=True)
 
     def __init__(self, **traits: object) -> None:
         super().__init__(**traits)
         self.tries = Tries()
+        self.tries_for_names = Tries(TRIES_FOR_A_NAME)  # apart: made-up addresses would have them forgotten
         self.passwords = sqlite3.connect(Path(self.folder) / "passwords.sqlite", isolation_level=None)
         self.passwords.execute("create table if not exists password (name text primary key, salt blob, digest blob)")
 
@@ -92,14 +100,23 @@ class Door(Authenticator):
 
     async def sign_in(self, handler, name: str, password: str, salt: bytes, kept: bytes) -> None:
         known = (handler.get_secure_cookie(COOKIE) or b"").decode() == name
-        who = ("known", name) if known else ("password", handler.request.remote_ip, name)
+        who = ("known", name) if known else ("password", self.caller(handler), name)
         self.tries.take(who)
+        if not known:
+            self.tries_for_names.take(("name", name))
         if not hmac.compare_digest(await digest(password, salt), kept):
             raise HTTPError(403, f"Wrong password for {name}. If you are new here, this name is taken: choose another.")
         self.tries.forgive(who)
 
+    def caller(self, handler) -> str:
+        """Whose tries these are: the address that our proxy names. Of whoever comes past it, where it comes from."""
+        sign = handler.request.headers.get(SIGN, "")
+        if hmac.compare_digest(sign.encode(errors="replace"), self.proxys_sign.encode()):
+            return handler.request.remote_ip
+        return handler.request.connection.context.address[0]
+
     async def sign_up(self, handler, name: str, password: str, code: str) -> None:
-        who = ("code", handler.request.remote_ip)
+        who = ("code", self.caller(handler))
         if not self.open_sign_up:
             if not code:
                 raise HTTPError(403, f"There is no {name} here yet. The first time, the join code is needed too.")

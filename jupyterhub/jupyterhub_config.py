@@ -35,11 +35,13 @@ c.JupyterHub.authenticator_class = Door
 c.Door.folder = str(folder)
 c.Door.open_sign_up = room["open_sign_up"]
 c.Door.secure = room["secure"]
+c.Door.proxys_sign = os.environ.pop("SERVEBOOK_PROXY_SECRET")
 if room["secure"]:
     c.JupyterHub.tornado_settings = {"cookie_options": {"secure": True}}
 c.Authenticator.allow_all = True
 c.JupyterHub.template_paths = [str(here / "templates")]
-# The proxy stands in between: whom it names as the caller is believed (proxy.py, Handler).
+# The proxy stands in between: whom it names as the caller is believed (proxy.py, Handler). Tornado believes anybody on
+# this machine; where it counts, door.py does not.
 c.JupyterHub.trusted_downstream_ips = ["127.0.0.1", "::1"]
 
 # How many: beyond these the hub refuses in words, and its page tries again by itself where that helps.

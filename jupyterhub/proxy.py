@@ -20,24 +20,29 @@ CONNECTIONS = 1024
 SECONDS = 600
 """How long an answer may take."""
 BELIEVED = ("127.0.0.1", "::1")
+SIGN = "X-Servebook-Proxy"
+"""The header by which the hub knows that it is this proxy who says whose request it is; `door.py` reads it."""
 
 
 class Handler(configproxy.ProxyHandler):
     """Tells the hub who calls: it counts tries by address.
 
     What a caller says of itself is taken out, but for the addresses that a web server on this machine names, where
-    there is one (`behind`): tornado would believe X-Real-Ip, and X-Scheme, of anybody.
+    there is one (`behind`): tornado would believe X-Real-Ip, and X-Scheme, of anybody. The hub alone gets the sign: a
+    desk, which hears from this proxy too, could ask the hub itself, and as if it were somebody else each time.
     """
 
     def _get_proxy_request(self, url):
         request = super()._get_proxy_request(url)
         request.headers = HTTPHeaders(request.headers)
-        for name in ("X-Real-Ip", "X-Scheme"):
+        for name in ("X-Real-Ip", "X-Scheme", SIGN):
             request.headers.pop(name, None)
         caller = self.request.remote_ip
         believed = self.proxy.options["behind"] and caller in BELIEVED
         named = self.request.headers.get("X-Forwarded-For") if believed else None
         request.headers["X-Forwarded-For"] = ", ".join(filter(None, [named, caller]))
+        if url.startswith(f"{self.proxy.options['hub_url']}/"):
+            request.headers[SIGN] = self.proxy.options["sign"]
         return request
 
 
@@ -55,6 +60,8 @@ def main() -> None:
             "auth_token": os.environ["CONFIGPROXY_AUTH_TOKEN"],
             "proxy_timeout": SECONDS,
             "behind": options["behind"],
+            "hub_url": options["hub_url"],
+            "sign": os.environ["SERVEBOOK_PROXY_SECRET"],
         }
     )
     tls = None

@@ -18,6 +18,7 @@ from contextlib import aclosing, suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -44,6 +45,9 @@ from servebook.settings import Settings
 from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
+from servebook.ways.custom_grpc.server import calls
+from servebook.ways.custom_grpc.server.inputs import Inputs
+from servebook.ways.custom_grpc.server.servicer import LLMServicer
 from servebook.ways.custom_grpc.steps import Ladder, ladder
 from servebook.ways.limits import GIVEN_UP
 from servebook.ways.metrics import metric
@@ -258,7 +262,9 @@ def invalid_requests() -> dict[str, tuple[pb.GenerateRequest, str]]:
         "empty prompt": (request(prompt=""), "prompt"),
         "empty token ids": (pb.GenerateRequest(prompt_token_ids=pb.TokenIds()), "prompt_token_ids"),
         "unknown token": (pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[2**32 - 1])), "prompt_token_ids"),
+        "many token ids": (pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[1] * 1_000_000)), "prompt_token_ids"),
         "empty chat": (pb.GenerateRequest(chat=pb.Chat()), "chat.messages"),
+        "many messages": (pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage()] * 513)), "chat.messages"),
         "long prompt": (request(prompt="word " * 3000), "prompt"),
         "very long prompt": (request(prompt="x" * 4_000_000), "prompt"),
         "zero max_tokens": (request(max_tokens=0), "max_tokens"),
@@ -309,6 +315,63 @@ def test_a_stream_is_refused_like_a_unary_call(client: GrpcClient) -> None:
         next(client.stream("x", max_tokens=0))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert detail(caught.value, error_details_pb2.BadRequest).field_violations[0].field == "max_tokens"
+
+
+def test_a_models_own_limit_of_tokens_is_a_default() -> None:
+    inputs = Inputs(None, 100, {"max_tokens": 7, "top_p": 0.5})  # nothing is tokenized
+    unset, three = pb.GenerateRequest(prompt="x"), pb.GenerateRequest(prompt="x", max_tokens=3)
+    for request, prompt_tokens, wanted in ((unset, 5, 7), (three, 5, 3), (unset, 96, 4)):
+        params = inputs.params(request, prompt_tokens, stream=False)
+        assert (params.max_tokens, params.top_p) == (wanted, 0.5)
+
+
+async def test_a_stream_that_nobody_reads_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "READER_SECONDS", 0.3)
+    ended = []
+
+    class Endless:
+        errored = False
+
+        async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
+            try:
+                while True:
+                    await asyncio.sleep(0)
+                    completion = SimpleNamespace(text="x" * 2000, token_ids=[1], finish_reason=None)
+                    yield SimpleNamespace(outputs=[completion], finished=False)
+            finally:
+                ended.append(request_id)
+
+        async def prompt(self, request: Any) -> Any:
+            return {"prompt_token_ids": [1]}
+
+        def params(self, request: Any, prompt_tokens: int, stream: bool) -> Any:
+            return SimpleNamespace(max_tokens=10**9)
+
+    account = calls.Calls(1)
+    servicer = LLMServicer(account)
+    servicer.attach(Endless(), Endless())  # type: ignore[arg-type]
+    server = grpc.aio.server()
+    llm_pb2_grpc.add_LLMServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        begin: Any = llm_pb2_grpc.LLMServiceStub(channel).StreamGenerate
+        call = begin(pb.StreamGenerateRequest(prompt="Once"))
+        await call.read()
+        account.end_unread()
+        assert account.open, "not at once"
+        deadline = time.monotonic() + 30
+        while account.open and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+            account.end_unread()
+        assert not account.open
+        assert len(ended) == 1
+        with suppress(grpc.aio.AioRpcError):  # as some reads end, and others do not
+            while hasattr(await call.read(), "text"):  # and not the mark of the end
+                pass
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await call.details() == "Nobody has read this stream for 0.3 s."
+    await server.stop(None)
 
 
 def test_too_large_a_message(client: GrpcClient) -> None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx
@@ -35,9 +35,10 @@ from servebook.launch.child import child_server
 from servebook.launch.processes import free_port
 from servebook.ways.fastapi_gateway import mistake
 from servebook.ways.fastapi_gateway.server.app import PAGE, create_app
-from servebook.ways.fastapi_gateway.server.chat import chat_events
+from servebook.ways.fastapi_gateway.server.chat import ChatRequest, chat, chat_events
 from servebook.ways.fastapi_gateway.server.config import Config
 from servebook.ways.fastapi_gateway.server.engine import Engine
+from servebook.ways.fastapi_gateway.server.errors import GatewayError
 from servebook.ways.fastapi_gateway.server.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS
 from servebook.ways.fastapi_gateway.server.telemetry import Metrics, Telemetry
 from servebook.ways.fastapi_gateway.steps import step_1_await, step_2_disconnect, step_3_errors, step_4_limits
@@ -505,6 +506,25 @@ def test_no_engine_is_said_in_words() -> None:
             assert answer.json()["error"]["code"] == "engine_unavailable"
             assert answer.headers["retry-after"] == "5"
         assert requests.get(f"{url}/healthz", timeout=30).status_code == 200
+
+
+async def test_an_answer_that_the_engine_broke_off_is_no_success() -> None:
+    aborted = {"index": 0, "delta": {"content": ""}, "message": {"content": "Tok"}, "finish_reason": "abort"}
+
+    async def chunks() -> AsyncIterator[dict[str, Any]]:
+        yield {"choices": [aborted | {"delta": {"content": "Tok"}, "finish_reason": None}]}
+        yield {"choices": [aborted]}
+
+    events = [each async for each in chat_events(chunks(), "id", Metrics())]
+    assert len(events) == 2
+    assert events[1].startswith(b'event: error\ndata: {"error": {"code": "engine_unavailable"')
+
+    async def complete(body: dict[str, Any]) -> dict[str, Any]:
+        return {"choices": [aborted], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+
+    with pytest.raises(GatewayError) as caught:
+        await chat(SimpleNamespace(), ChatRequest(message="Hello"), SimpleNamespace(complete=complete))  # type: ignore[arg-type]
+    assert (caught.value.status, caught.value.code) == (503, "engine_unavailable")
 
 
 @pytest.fixture(scope="module")

@@ -522,6 +522,16 @@ def sdk(kserve: launch.Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{kserve.url}/openai/v1", api_key="unused", max_retries=0, timeout=60)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"min_tokens": 3, "max_tokens": 4}, {"use_beam_search": True, "n": 2, "temperature": 0, "max_tokens": 2}]
+)
+def test_openai_serves_what_only_the_limits_look_at_closely(kserve: launch.Server, fields: dict[str, Any]) -> None:
+    body = {"model": MODEL, "prompt": PROMPT, **fields}
+    answer = requests.post(f"{kserve.url}/openai/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == fields.get("n", 1)
+
+
 def test_openai_completion_is_the_same_text(sdk: openai.OpenAI, rest_answer: str) -> None:
     answer = sdk.completions.create(model=MODEL, prompt=PROMPT, temperature=0, max_tokens=12)
     assert answer.choices[0].text == rest_answer

@@ -82,9 +82,10 @@ def test_what_cannot_start_is_told_why(
         check("14")
     begin()
     start = Path("capstone/service.toml")
-    start.write_text("command = 5")
-    with pytest.raises(ServebookError, match="no command that can be read"):
-        command_of(start.parent)
+    for nothing in ("5", '""', '" "', '"a\\u0000b"'):
+        start.write_text(f"command = {nothing}")
+        with pytest.raises(ServebookError, match="no command that can be read"):
+            command_of(start.parent)
     start.write_text('command = "no-such-program"')
     check("14")
     said = capsys.readouterr().out

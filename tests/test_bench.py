@@ -316,10 +316,10 @@ def test_cpu_is_counted_outside_and_inside_the_engine() -> None:
     assert ProcessTree(None).cpu().front is None
 
 
-def made_up(busy: float) -> Callable[..., Awaitable[Load]]:
+def made_up(busy: float, alone: float = 0) -> Callable[..., Awaitable[Load]]:
     """Instead of `spread`: a server for two callers at a time, ten requests a second each.
 
-    `busy` is the generator's CPU seconds in a second.
+    `busy` is the generator's CPU seconds in a second, `alone` with one caller.
     """
 
     async def load(
@@ -335,7 +335,7 @@ def made_up(busy: float) -> Callable[..., Awaitable[Load]]:
         per_second = min(20.0, rate or 10.0 * callers)
         wait = (callers or 40 * ((rate or 0) > 20)) / per_second
         samples = [Sample(due=k / per_second, arrivals=[k / per_second + wait], output_tokens=5) for k in range(n)]
-        return Load(samples, n / per_second, busy * n / per_second)
+        return Load(samples, n / per_second, (alone if alone and callers == 1 else busy) * n / per_second)
 
     return load
 
@@ -358,8 +358,13 @@ async def test_a_busy_generator_gets_more_processes_or_ends_the_sweep(monkeypatc
     monkeypatch.setattr("servebook.bench.sweep.spread", made_up(busy=0.9))
     server = Server("x", "m", {}, load_settings())
     monkeypatch.setattr("servebook.bench.sweep.os.cpu_count", lambda: 2)
+    with pytest.raises(BenchError, match="90% of a core in each of 1 processes"):
+        await sweep(find_path("sse"), server, Workload(), ServiceLevel(), most=4)  # one caller cannot be shared out
+    monkeypatch.setattr("servebook.bench.sweep.spread", made_up(busy=0.9, alone=0.5))
     found = await sweep(find_path("sse"), server, Workload(), ServiceLevel(), most=4)
-    assert {(point.processes, round(point.generator_share, 2)) for point in found.points} == {(2, 0.45)}
+    shares = [(point.processes, round(point.generator_share, 2)) for point in found.points]
+    assert shares[0] == (1, 0.5)
+    assert set(shares[1:]) == {(2, 0.45)}
     monkeypatch.setattr("servebook.bench.sweep.os.cpu_count", lambda: 1)
     with pytest.raises(BenchError, match="90% of a core in each of 1 processes"):
         await sweep(find_path("sse"), server, Workload(), ServiceLevel(), most=4)

@@ -110,6 +110,15 @@ def test_the_stand_in_for_curl_knows_its_options(sheet: Sheet) -> None:
             assert curl_by_requests.parser().parse_args(words).url.startswith("http://"), command
 
 
+def test_a_sheet_says_which_ports_ask_for_a_key() -> None:
+    """The Rust front end asks on REST and not on gRPC; `tests/test_07_rust_front.py` holds the server to it."""
+    assert {sheet.server for sheet in load_sheets() if sheet.key} == {"vllm-rs"}
+    (rust, python) = pages()["07_vllm_native_grpc"].split("\n## ")[1:]
+    assert "its REST asks for `Authorization: Bearer …`; its gRPC knows no key" in rust
+    assert "It knows no key" not in rust
+    assert "It knows no key" in python
+
+
 def test_dots_stand_for_anything_and_nothing_else_does() -> None:
     snippet = Snippet(say="", sh="echo", comes='{"a": …}\n200')
     assert snippet.fits('{"a": 1, "b": "…"}\n200\n')

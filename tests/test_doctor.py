@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from servebook.settings import Settings, load_settings
 from servebook.workbook import doctor
 from servebook.workbook.doctor import Finding
 
+ROOT = Path(__file__).parents[1]
 GIB = 2**30
 L4 = Card("GPU-1", "NVIDIA L4", "580.65.06", total=22 * GIB, free=20 * GIB, holders={})
 SERVEBOOK = Path(sys.executable).with_name("servebook")
@@ -68,9 +70,10 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_gpu(replace(L4, driver="550.54.15"), "", 2.8, "auto", False), "FAIL", "580"),
         (doctor.check_gpu(L4, "", 2.8, "auto", True), "WARN", "make setup DEVICE=gpu"),
         (doctor.check_gpu(L4, "", 2.8, "gpu", True), "FAIL", "make setup DEVICE=gpu"),
-        (doctor.check_gpu(L4, "", 2.8, "cpu", True), "OK", "not used"),
+        (doctor.check_gpu(L4, "", 2.8, "cpu", True), "OK", "not used, as SERVEBOOK_DEVICE=cpu says"),
         (doctor.check_gpu(L4, "Held by: game (pid 7) 2.0 GiB.", 20.5, "auto", False), "WARN", "game (pid 7) 2.0 GiB"),
         (doctor.check_gpu(L4, "", 30.0, "auto", False), "FAIL", "smaller model"),
+        (doctor.check_gpu(L4, "", 30.0, "auto", False), "FAIL", "run `make setup DEVICE=cpu`"),
         (doctor.check_engine_url(None, None), "OK", "this machine"),
         (doctor.check_engine_url("http://gpu-box:8000", None), "OK", "http://gpu-box:8000"),
         (doctor.check_engine_url("http://x", LaunchError("No vLLM answers.", "Start it.")), "FAIL", "No vLLM answers."),
@@ -108,6 +111,18 @@ def test_check(finding: Finding, level: str, says: str) -> None:
     assert finding.level == level
     assert says in str(finding)
     assert bool(finding.remedy) or level == "OK" or finding.name == "lock"
+
+
+@pytest.mark.parametrize(
+    "finding",
+    [doctor.check_glibc(("glibc", "2.31")), doctor.check_libpython(None), doctor.check_place(Path("/é"), [])],
+    ids=lambda finding: finding.name,
+)
+def test_the_chapters_that_need_triton_are_named(finding: Finding) -> None:
+    notebooks = {path.stem[:2]: path.read_text() for path in (ROOT / "notebooks").glob("*.ipynb")}
+    starts = {number for number, text in notebooks.items() if 'serve(\\"triton\\"' in text}
+    assert starts == {"03", "06"}
+    assert set(re.findall(r"\b\d\d\b", str(finding).replace("22.04", ""))) >= starts | {"08"}  # which measures it
 
 
 def test_folders(tmp_path: Path) -> None:

@@ -338,6 +338,7 @@ def test_a_norm_that_vllms_own_would_read_wrongly_is_torchs(norms: Any) -> None:
             (torch.randn(4, 128)[:, :64], weight, 1e-5),  # a part of each row, as queries and keys of some models are
             (torch.randn(4, 63), torch.randn(63), 1e-5),
             (x, weight.double(), 1e-5),
+            (x.bfloat16(), weight, 1e-5),
             (x, weight, 1e-5, 32),
         ):
             assert norms.rms_norm.dispatch(*args).provider == "native"

@@ -22,7 +22,7 @@ from servebook import launch, serve
 from servebook.protos.llm.v1 import llm_pb2 as pb
 from servebook.protos.llm.v1 import llm_pb2_grpc
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
 
 FRONTS = 2
 LONG = pb.StreamGenerateRequest(prompt="Once", max_tokens=2000, sampling=pb.Sampling(ignore_eos=True))

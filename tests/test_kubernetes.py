@@ -362,6 +362,27 @@ def test_no_pod_is_restarted_for_the_fault_of_whom_it_calls(overlay: str) -> Non
         assert ready != live
 
 
+def test_the_readme_names_a_registry_for_every_image() -> None:
+    images = {one["image"].partition(":")[0] for name in of_kind("gpu", "Deployment") for one in all_containers(name)}
+    (words,) = re.findall(r"^cd kubernetes/overlays/gpu\nkustomize edit set image ([^#\n]*)", README, re.MULTILINE)
+    assert {word.partition("=")[0] for word in words.split()} == images
+    front = (ROOT / "kubernetes/jupyterhub/front.yaml").read_text()
+    (old, new) = re.findall(r"^sed 's#(.*)#(.*)#' kubernetes/jupyterhub/front.yaml", README, re.MULTILINE)[0]
+    assert re.findall(r"image: .*", front.replace(old, new)) == ["image: REGISTRY/servebook:0.1.0"]
+
+
+def all_containers(name: str) -> list[Object]:
+    spec = pod("gpu", name)
+    return [*spec["containers"], *spec.get("initContainers", ())]
+
+
+def test_the_readme_asks_the_gateway_once_it_is_there() -> None:
+    commands = README[README.index("## On kind") : README.index("## On GPUs")]
+    order = ["deployment/vllm ", "deployment/gateway ", "port-forward", "--retry-connrefused", "/chat"]
+    assert [commands.index(word) for word in order] == sorted(commands.index(word) for word in order)
+    assert "--json" not in commands, "needs a curl of 2022"
+
+
 def test_the_model_of_the_base_is_where_its_init_container_puts_it(tmp_path: Path) -> None:
     from servebook.engine.model import bundled_path
     from servebook.settings import Settings

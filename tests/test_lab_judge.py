@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from servebook.checkout import ROOT
 from servebook.lab.feedback import NotYet, StillOpen, judge
-from servebook.lab.handout import confine
+from servebook.lab.handout import landlock
+from servebook.lab.judge import __main__ as judging
 from servebook.lab.judge import process
 from servebook.lab.judge.__main__ import Judge, Names
 from servebook.lab.judge.learner import Session
@@ -130,30 +134,133 @@ def test_a_process_judges(monkeypatch: pytest.MonkeyPatch) -> None:
         process.judge.cache_clear()
 
 
-@pytest.mark.lifetime
-def test_who_keeps_the_judge_busy_for_ever_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The session is done, and what it handed over is called, and never returns."""
-    monkeypatch.delenv(APART, raising=False)
-    monkeypatch.setattr(process, "VERDICT_SECONDS", 0.5)
+@pytest.fixture
+def judges() -> Iterator[process.JudgeProcess]:
     judges = process.JudgeProcess()
-    try:
-        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
-            judges.ask("08.3", Path(folder), Path(folder) / "judge")
+    yield judges
+    judges.end()
+
+
+def nobody_comes(judges: process.JudgeProcess, folder: Path) -> str:
+    """What a judge says of a session that does not answer it."""
+    return judges.judged("08.3", folder, folder / uuid4().hex[:8], lambda: None).cause
+
+
+@pytest.mark.lifetime
+def test_who_keeps_the_judge_busy_for_ever_holds_up_nobody(
+    judges: process.JudgeProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session is done, and what it handed over is called, and never returns."""
+    monkeypatch.setattr(process, "VERDICT_SECONDS", 0.5)
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
+
+        def answer() -> None:
             connection.connect(f"{folder}/judge")
             assert connection.recv(65536), "a question, which nobody answers"
-            result = judges.verdict("08.3")
-            assert (result.state, result.got.partition(":")[0]) == ("stuck", "none")
-            judges.ask("08.3", Path(folder), Path(folder) / "another")
-            assert judges.verdict("08.3").cause == "the kernel does not answer the judge"
+
+        result = judges.judged("08.3", Path(folder), Path(folder) / "judge", answer)
+        assert (result.state, result.got.partition(":")[0]) == ("stuck", "none")
+        assert nobody_comes(judges, Path(folder)) == "the kernel does not answer the judge"
+
+
+@pytest.mark.lifetime
+def test_an_interrupt_leaves_no_verdict_for_the_next_check(judges: process.JudgeProcess) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(KeyboardInterrupt):
+            judges.judged("08.3", Path(folder), Path(folder) / "judge", interrupted)
+        result = judges.judged("08.4", Path(folder), Path(folder) / "another", lambda: None)
+        assert (result.exercise.id, result.cause) == ("08.4", "the kernel does not answer the judge")
+
+
+@pytest.mark.lifetime
+def test_an_interrupt_ends_what_the_learner_wrote() -> None:
+    """A loop for ever does not go on beside the cells that follow."""
+    started, ended = threading.Event(), threading.Event()
+
+    def reading(*_: object) -> str:
+        try:
+            started.set()
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    def press_stop() -> None:
+        started.wait(60)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=press_stop, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            judged_apart("08.3", {"reading": reading})
+        assert ended.wait(5)
+        assert judged_apart("08.3", {}).cause.startswith("its cell has not run")
     finally:
-        judges.end()
+        process.judge().end()
+        process.judge.cache_clear()
 
 
-@pytest.mark.skipif(not confine.possible(), reason="needs Landlock (Linux 6.2 or newer)")
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [
+        ("", "a judge that listens"),
+        ("echo nonsense", "a judge that listens"),
+        ("exec sleep 60", "a judge that listens"),
+        ("echo listening", "a verdict"),
+        ("echo listening; read line; echo nonsense", "a verdict"),
+        ("echo listening; read line; echo 3", "a verdict"),
+    ],
+)
+def test_a_judge_that_is_none_is_told_in_a_sentence(
+    says: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no memory left, or is killed: no traceback, and the session that finds nobody is none the worse."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{says}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(process, "IMPORT_SECONDS", 1.0)
+    try:
+        result = judged_apart("08.3", {})
+        assert (result.state, result.expected, result.cause) == ("stuck", expected, process.AGAIN)
+    finally:
+        process.judge().end()
+        process.judge.cache_clear()
+
+
+def test_the_waits_of_a_thread_that_has_ended_still_count(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the time that a learner's code was idle would jump; nor is another thread by its number taken for it."""
+    names = asking({}).namespace
+    accounts = {"1": 2.0, "2": 3.0}
+    monkeypatch.setattr(Path, "glob", lambda *_: (Path(f"/proc/9/task/{number}/schedstat") for number in accounts))
+    monkeypatch.setattr(judging, "waited", lambda account: accounts[account.parent.name])
+    assert names.waited() == 5  # type: ignore[attr-defined]
+    del accounts["1"]
+    assert names.waited() == 5  # type: ignore[attr-defined]
+    accounts |= {"1": 0.5, "2": 4.0}
+    assert names.waited() == 6.5  # type: ignore[attr-defined]
+
+
+def test_a_learners_settings_choose_no_server_for_the_judge(
+    asking: Asking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge works in the submission's folder, which may hold a servebook.toml; it was started elsewhere."""
+    seen: list[Path] = []
+    monkeypatch.setattr(judging, "serve", lambda name: seen.append(Path.cwd()))
+    monkeypatch.chdir(tmp_path)
+    judge = asking({}).namespace.judge  # type: ignore[attr-defined]
+    Names(judge, ROOT)["vllm"]
+    assert (seen, Path.cwd()) == ([ROOT], tmp_path)
+
+
+@pytest.mark.skipif(not landlock.possible(), reason="needs Landlock (Linux 6.2 or newer)")
 def test_who_is_graded_cannot_look_into_the_judges_memory() -> None:
     looked = subprocess.run(
         [sys.executable, "-c", f"open('/proc/{os.getpid()}/mem', 'rb')"],
-        preexec_fn=lambda: confine.confine({"read": ["/"], "write": []}),
+        preexec_fn=lambda: landlock.confine({"read": ["/"], "write": []}),
         stderr=subprocess.PIPE,
         text=True,
         check=False,

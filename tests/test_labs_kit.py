@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,9 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, patch
 
 import nbformat
 import psutil
@@ -35,13 +38,15 @@ from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab import checking
 from servebook.lab.feedback import Result
-from servebook.lab.handout import autograde, confine
+from servebook.lab.handout import autograde, confine, landlock, provided
 from servebook.lab.handout.blanks import student_notebook
 from servebook.lab.handout.bundle import write_bundle
 from servebook.lab.manifest import Lab, find_exercise, load_labs
 from servebook.lab.record import Store
 from servebook.lab.shell import LabShell, exercise_of, read_notebook
-from servebook.launch.processes import free_port
+from servebook.launch.processes import free_port, marked
+from servebook.room import grading
+from servebook.settings import Settings, load_settings
 
 LABS = [pytest.param(lab, id=lab.stem) for lab in load_labs()]
 STEM, OTHER = "01_openai_rest", "02_sse_streaming"
@@ -456,13 +461,94 @@ def test_a_submissions_server_ends_in_order(
     paths = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     for name, value in (desk.env | {"PYTHONPATH": paths, "JUPYTER_PREFER_ENV_PATH": "1"}).items():
         monkeypatch.setenv(name, value)
+    kept = SimpleNamespace(copytree=shutil.copytree, rmtree=lambda *_, **__: None)
+    monkeypatch.setattr(autograde, "shutil", kept)
     code = f"import tiny_server; tiny_server.install()\nfrom servebook import launch\nlaunch.{start}('vllm')"
-    executed, _ = autograde.ExecuteAndEnd().preprocess(
-        new_notebook(cells=[new_code_cell(code)]), {"metadata": {"path": str(tmp_path)}}
-    )
+    graded = autograde.ExecuteAndEnd()
+    executed, _ = graded.preprocess(new_notebook(cells=[new_code_cell(code)]), {"metadata": {"path": str(tmp_path)}})
+    files = launch.Files(graded.scratch / "state", "vllm")
+    left = [path.exists() for path in (files.log, files.record)]
+    shutil.rmtree(graded.scratch.parent)
     assert "ready: http" in str(executed.cells[0].outputs)
+    assert marked(f"{autograde.MARK}={graded.mark}") == {}
+    assert left == [True, False]
     assert desk.family() == []
-    assert desk.status()["state"] == "stopped"
+
+
+LOOKS_AROUND = """
+import json, os
+from servebook import load_settings
+from servebook.launch.files import Files
+from servebook.launch.link import Link
+settings = load_settings()
+here = [settings.max_model_len, settings.host, settings.key, Link.open(Files(settings.state_dir, "vllm")) is not None]
+os.symlink("GRADEBOOK", "notebook.ipynb")
+print(json.dumps([here, dict(os.environ)]))
+"""
+
+
+def test_a_submission_has_the_settings_and_the_servers_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A servebook.toml in the course stops nobody; a link in the submission's folder leads nbgrader nowhere."""
+    course = tmp_path / "course"
+    folder = course / "autograded/ada/lab"
+    folder.mkdir(parents=True)
+    (course / "servebook.toml").write_text(f'max_model_len = 1024\nhost = "0.0.0.0"\napi_key = "{KEY}"\n')
+    (course / "servebook.toml").chmod(0o600)
+    for name, value in {
+        "SERVEBOOK_STATE_DIR": str(tmp_path / "state"),
+        "HF_TOKEN": KEY,
+        "AWS_SECRET_ACCESS_KEY": KEY,
+        "SERVEBOOK_API_KEY": KEY,
+        "JUPYTERHUB_API_TOKEN": KEY,
+        "JUPYTER_PREFER_ENV_PATH": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(course)
+    judges = Mock()
+    monkeypatch.setattr(autograde, "JudgeProcess", judges)
+    files = launch.Files(tmp_path / "state", "vllm")
+    files.make_folders()
+    with socket.socket(socket.AF_UNIX) as there:
+        there.bind(str(files.socket))
+        there.listen()
+        executed, _ = autograde.ExecuteAndEnd().preprocess(
+            new_notebook(cells=[new_code_cell(LOOKS_AROUND.replace("GRADEBOOK", str(course / "gradebook.db")))]),
+            {"metadata": {"path": str(folder)}},
+        )
+    here, variables = json.loads("".join(output.text for output in executed.cells[0].outputs))
+    assert here == [1024, "127.0.0.1", None, True]
+    for given_to in (variables, judges.call_args.args[0]):
+        assert KEY not in given_to.values()
+        assert {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SERVEBOOK_API_KEY", "JUPYTERHUB_API_TOKEN"}.isdisjoint(given_to)
+    assert list(folder.iterdir()) == []
+
+
+def test_the_servers_that_grade_have_the_settings_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else no submission could attach to them: it has no key."""
+    (tmp_path / "submitted/ada" / STEM).mkdir(parents=True)
+    (tmp_path / "servebook.toml").write_text(f'max_model_len = 1024\napi_key = "{KEY}"\n')
+    (tmp_path / "servebook.toml").chmod(0o600)
+    monkeypatch.chdir(tmp_path)
+    served: list[Settings] = []
+    monkeypatch.setattr(grading, "launch", Mock(serve=lambda name: served.append(load_settings())))
+    for name in ("grade_lab", "nbgrader"):
+        monkeypatch.setattr(grading, name, Mock(return_value=""))
+    with patch.dict(os.environ, {"SERVEBOOK_STATE_DIR": str(tmp_path / "state"), "SERVEBOOK_API_KEY": KEY}):
+        list(grading.grade(tmp_path, load_settings(), tmp_path / "desks"))
+    (settings,) = served
+    assert (settings.max_model_len, settings.key) == (1024, None)
+    assert settings.state_dir == tmp_path / "state/grading"
+
+
+def test_a_submission_has_the_key_of_an_engine_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a learner's desk has it; without such an engine nobody needs one."""
+    monkeypatch.setenv("SERVEBOOK_API_KEY", KEY)
+    assert "SERVEBOOK_API_KEY" not in provided.environment(tmp_path)
+    monkeypatch.setenv("SERVEBOOK_ENGINE_URL", "http://127.0.0.1:9")
+    environment = provided.environment(tmp_path)
+    assert (environment["SERVEBOOK_API_KEY"], environment["SERVEBOOK_ENGINE_URL"]) == (KEY, "http://127.0.0.1:9")
 
 
 def test_no_link_leads_a_submission_to_what_is_hidden(tmp_path: Path) -> None:
@@ -473,12 +559,15 @@ def test_no_link_leads_a_submission_to_what_is_hidden(tmp_path: Path) -> None:
 
 
 CONFINED = """
-import sys
+import json, os, sys
 from functools import partial
 from pathlib import Path
-from servebook.lab.handout import confine
-room, submission, scratch, solution = map(Path, sys.argv[1:])
-confine.confine(confine.folders(submission, room, scratch))
+from servebook.lab.handout import confine, landlock
+room, scratch, solution = map(Path, sys.argv[1:])
+allowed = confine.folders(room, scratch)
+told = scratch.parent / confine.NAMED
+told.write_text(json.dumps(allowed))
+landlock.confine(allowed)
 folder = solution.parent
 renamed = partial(folder.rename, room / "mine")
 for attempt in (solution.read_text, solution.unlink, (folder / "mine").touch, folder.rmdir, renamed):
@@ -486,39 +575,69 @@ for attempt in (solution.read_text, solution.unlink, (folder / "mine").touch, fo
         attempt()
     except PermissionError:
         print("no")
-from servebook.lab.dry_run.load import loaded_config
-print(loaded_config(submission / "models", "mine").backend)
+os.environ |= {landlock.TOLD: str(told), "JUDGE": str(os.getpid())}
+from servebook.lab.dry_run import load
+print(load.loaded_config(scratch / "models", "mine").backend)
+print(*(Path(word).name for word in load.vllm_process().args if word.endswith("landlock.py")))
+load.end()
+try:
+    load.loaded_config(scratch / "spies", "spy")
+except load.Refused:
+    pass
+print((scratch / "seen").read_text())
+"""
+SPY = """
+import os
+from pathlib import Path
+class TritonPythonModel:
+    @staticmethod
+    def auto_complete_config(config):
+        try:
+            seen = os.open(f"/proc/{os.environ['JUDGE']}/fd/1", os.O_WRONLY)  # where verdicts are told
+        except OSError as error:
+            seen = type(error).__name__
+        Path("SEEN").write_text(str(seen))
+        return config
+    def execute(self, requests):
+        return []
 """
 
 
-def test_triton_loads_beside_what_is_hidden_in_tmp() -> None:
-    """Its stub makes a folder in /tmp, which a submission may not write."""
+def test_triton_loads_beside_what_is_hidden_in_tmp_and_sees_no_judge() -> None:
+    """Its stub makes a folder in /tmp, which a submission may not write. A learner's model is a program, too: it may
+    not look into the process that judges."""
     with tempfile.TemporaryDirectory(dir="/tmp") as room:
-        folders = [Path(room, name) for name in ("submission", "scratch")]
-        model = folders[0] / "models/mine"
-        for folder in (*folders, model / "1"):
+        scratch, solution = Path(room, "its/scratch"), Path(room, "solutions/solution")
+        model, spy = scratch / "models/mine", scratch / "spies/spy"
+        for folder in (model / "1", spy / "1", solution.parent):
             folder.mkdir(parents=True)
         (model / "config.pbtxt").write_text('backend: "vllm"\ninstance_group [{ count: 1, kind: KIND_MODEL }]')
         (model / "1/model.json").write_text('{"model": "unread"}')
-        solution = Path(room, "solutions/solution")
-        solution.parent.mkdir()
+        (spy / "config.pbtxt").write_text('backend: "python"\ninstance_group [{ count: 1, kind: KIND_CPU }]')
+        (spy / "1/model.py").write_text(SPY.replace("SEEN", str(scratch / "seen")))
         solution.write_text("42")
-        words = [sys.executable, "-P", "-c", CONFINED, room, *map(str, folders), str(solution)]
-        environment = os.environ | {"TMPDIR": str(folders[1])}
+        words = [sys.executable, "-P", "-c", CONFINED, room, str(scratch), str(solution)]
+        environment = os.environ | {"TMPDIR": str(scratch)}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
-        assert done.stdout.split() == [*["no"] * 5, "vllm"], done.stdout + done.stderr
+        right = [*["no"] * 5, "vllm", "landlock.py", "PermissionError"]
+        assert done.stdout.split() == right, done.stdout + done.stderr
 
 
 TRIES = """
 import os, sys
 from pathlib import Path
-from servebook.lab.handout import confine
-submission, course, scratch, home, state, cache = map(Path, sys.argv[1:])
-os.environ |= confine.home(scratch)
-os.environ["HOME"] = str(home)  # whose is hidden is asked before
-allowed = confine.folders(submission, course, scratch)
-confine.confine(allowed)
+from servebook.launch.files import Files
+from servebook.launch.link import Link
+from servebook.lab.handout import confine, landlock, provided
+course, scratch, home, state, cache = map(Path, sys.argv[1:])
+provided.make_folders(scratch)
+environment, judges = provided.environment(scratch), provided.judges_state(scratch)
+landlock.confine(confine.folders(course, scratch))
+os.environ |= environment
 disk = next((each for each in Path("/dev").iterdir() if each.is_block_device()), None)
+def attach(folder):
+    if Link.open(Files(folder, "vllm")) is None:
+        raise PermissionError
 tries = {
     "read home": (home / "token").read_text,
     "configure Jupyter": (home / ".jupyter/jupyter_config.py").touch,
@@ -527,8 +646,17 @@ tries = {
     "change the model": (cache / "model").touch,
     "change the kernel's settings": lambda: Path("/proc/self/oom_score_adj").write_text("0"),
     "read a disk": lambda: disk and disk.open("rb"),
+    "plant a model for Triton": (state / "triton/repository-1/model.py").touch,
+    "replace nbgrader's log": (state / "nbgrader.log").unlink,
+    "replace a server's socket": (state / "servers/vllm.sock").unlink,
+    "keep a server from starting": (state / "servers/triton.lock").touch,
+    "write the instructor's progress": (state / "labs.json").touch,
+    "replace the judge's server": (judges / "servers/vllm.sock").unlink,
+    "write into the course": (course / "lab.ipynb").touch,
     "read the model": (cache / "weights").read_text,
-    "attach to servers": (state / "servers/vllm.lock").touch,
+    "attach to servers": lambda: attach(scratch / "state"),
+    "attach as the judge does": lambda: attach(judges),
+    "start servers": (scratch / "state/servers/triton.lock").touch,
     "write what is its own": (scratch / "home/.jupyter").mkdir,
     "write to nowhere": lambda: Path("/dev/null").write_text("x"),
 }
@@ -542,18 +670,15 @@ print(next(line for line in Path("/proc/self/status").read_text().splitlines() i
 """
 
 
-@pytest.mark.skipif(not confine.possible(), reason="needs Landlock (Linux 6.2 or newer)")
+@pytest.mark.skipif(not landlock.possible(), reason="needs Landlock (Linux 6.2 or newer)")
 def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path: Path) -> None:
-    names = ("submission", "course", "scratch", "home", "state", "cache")
+    names = ("course", "scratch", "home", "state", "cache")
     places = {name: tmp_path / name / ("it" if name == "scratch" else "") for name in names}
-    for folder in (
-        *places.values(),
-        places["home"] / ".jupyter",
-        places["home"] / ".ipython",
-        places["state"] / "room",
-    ):
+    for folder in (*places.values(), *(tmp_path / name for name in ("home/.jupyter", "home/.ipython"))):
         folder.mkdir(parents=True, exist_ok=True)
-    for secret in ("home/token", "state/room/instructor.key", "cache/weights"):
+    for name in ("room", "servers", "triton/repository-1"):
+        (places["state"] / name).mkdir(parents=True)
+    for secret in ("home/token", "state/room/instructor.key", "state/nbgrader.log", "cache/weights"):
         (tmp_path / secret).write_text("secret")
     environment = os.environ | {
         "HOME": str(places["home"]),
@@ -561,7 +686,10 @@ def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path:
         "SERVEBOOK_CACHE_DIR": str(places["cache"]),
     }
     words = [sys.executable, "-P", "-c", TRIES, *map(str, places.values())]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "state/servers/vllm.sock"))
+        server.listen()
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     *told, capabilities = done.stdout.splitlines()
     answers = dict(line.split(": ") for line in told)
@@ -569,10 +697,12 @@ def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path:
         *(["read a disk"] if not any(each.is_block_device() for each in Path("/dev").iterdir()) else []),
         "read the model",
         "attach to servers",
+        "attach as the judge does",
+        "start servers",
         "write what is its own",
         "write to nowhere",
     ], done.stdout + done.stderr
-    assert len(answers) == 11
+    assert len(answers) == 20
     assert int(capabilities, 16) == 0 or os.getuid() != 0
 
 
@@ -664,6 +794,8 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path
         (course / name).write_bytes((ROOT / name).read_bytes())
     with (course / "nbgrader_config.py").open("a") as config:
         config.write("c.Execute.timeout = 20\nautograde.GRACE_SECONDS = 5\n")
+    (course / "servebook.toml").write_text(f'api_key = "{KEY}"')  # the instructor's, which no submission may read
+    (course / "servebook.toml").chmod(0o600)
     (course / f"solutions/{STEM}/answer.py").write_text("# what a solution writes when it runs")
     nbgrader(course, "generate_assignment", STEM)
     assert [path.name for path in (course / "labs" / STEM).iterdir()] == [f"{STEM}.ipynb"]

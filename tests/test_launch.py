@@ -228,9 +228,9 @@ def test_a_front_takes_the_engine_that_was_opened_on_purpose(desk: Desk) -> None
 def test_needs_stay_on_this_machine(name: str, behind: str) -> None:
     settings = load_settings(host="0.0.0.0", api_key=KEY, model="of-mine")
     needed = find_server(name).needs(settings)
-    # A room's engine has arguments of its own, which tests/test_room_front.py holds.
-    alike = {name: each.model_copy(update={"engine_args": ""}) for name, each in needed.items()}
-    assert alike == {behind: settings.model_copy(update={"host": "127.0.0.1"})}
+    # A room's engine has arguments and a key of its own, which tests/test_room_front.py holds.
+    alike = {name: each.model_copy(update={"engine_args": "", "api_key": None}) for name, each in needed.items()}
+    assert alike == {behind: settings.model_copy(update={"host": "127.0.0.1", "api_key": None})}
 
 
 @pytest.mark.parametrize(
@@ -795,6 +795,18 @@ def test_the_repositorys_folder_triton_does_not_hide_the_compilers_absence() -> 
 
 
 # --- the supervisor's parts ---------------------------------------------------------------------------------------
+
+
+def test_a_name_in_shared_memory_that_somebody_else_has_taken_keeps_no_server_from_ending() -> None:
+    others, ours = (Path(f"/dev/shm/__KMP_REGISTERED_LIB_99999999{end}_{os.getuid()}") for end in ("8", "9"))
+    others.mkdir()  # as another user's file, it cannot be removed by `unlink`
+    ours.touch()
+    try:
+        supervisor.free_openmp_files()
+        assert (others.exists(), ours.exists()) == (True, False)
+    finally:
+        others.rmdir()
+        ours.unlink(missing_ok=True)
 
 
 def test_choose_port_skips_the_taken_the_claimed_and_other_servers_defaults() -> None:

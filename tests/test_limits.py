@@ -66,6 +66,7 @@ def properties(number: int) -> dict[str, Any]:
         ("schema", True, "[" + " " * 16_384 + "]", 16_384),
         ("schema", {"$ref": "#/$defs/n", "$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}}, {"$ref": "#"}, 0),
         ("schema", {"anyOf": [{"$ref": "#/$defs/a"}] * 2, "$defs": {"a": {}}}, {"anyOf": [{}, {"$ref": "#"}]}, 0),
+        ("schema", '{"maximum": 1e400}', '{"maximum": ' + "1" * 5000 + "}", 4300),
         ("schema", {"$ref": "#/nowhere"}, {"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}, 0),
     ],
 )

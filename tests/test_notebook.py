@@ -34,6 +34,7 @@ from servebook.workbook.notebook import (
     show_difference,
     squares,
     timeline,
+    until,
     versions,
     wire,
 )
@@ -45,6 +46,13 @@ def displayed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     bundles: list[dict[str, str]] = []
     monkeypatch.setattr(notebook, "display", lambda bundle, raw: bundles.append(bundle))
     return bundles
+
+
+def test_until_asks_again_and_has_an_end() -> None:
+    answers = iter([0, 0, 1])
+    until(lambda: next(answers))
+    with pytest.raises(TimeoutError, match=r"has not come in 0 s.*servebook status"):
+        until(lambda: False, seconds=0.01)
 
 
 def test_expected_error_is_printed_and_kept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from servebook.errors import LaunchError
 from servebook.launch.child import Child, run_child
-from servebook.launch.processes import can_bind, end, free_port, marked, wait_until
+from servebook.launch.processes import can_bind, end, environment_of, free_port, listeners, marked, wait_until
 
 FAMILY = """
 import signal, subprocess, sys, time
@@ -89,6 +89,23 @@ def test_ports() -> None:
     assert can_bind("::1", free_port("::1"))
     with pytest.raises(OSError, match="assign"):
         can_bind("192.0.2.1", 8000)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_who_listens(host: str) -> None:
+    with socket.create_server((host, 0)) as listener:
+        port = listener.getsockname()[1]
+        assert listeners("127.0.0.1", port) == {os.getuid()}
+        with socket.create_connection(("127.0.0.1", port)):
+            assert listeners("127.0.0.2", port) == ({os.getuid()} if host == "0.0.0.0" else set())
+    assert listeners("127.0.0.1", port) == set()
+
+
+def test_the_environment_of_a_process() -> None:
+    with subprocess.Popen(["sleep", "600"], env={"A": "b=c"}) as child:
+        assert wait_until(lambda: environment_of(child.pid) == {"A": "b=c"}, 10)
+        child.kill()
+    assert environment_of(child.pid) == {}
 
 
 @pytest.mark.parametrize("module", ["servebook", "servebook.launch.supervisor", "servebook.ways.v2.contract"])

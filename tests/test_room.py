@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -87,8 +88,12 @@ class Room:
         return (self.folder / "room" / "join.code").read_text()
 
     def run(self, *words: str | Path, seconds: float = 60) -> str:
-        """A `servebook room` command of the instructor's."""
-        done = subprocess.run([*CLI, "room", *words], env=self.env, capture_output=True, text=True, timeout=seconds)
+        """A `servebook room` command of the instructor's, in a terminal that knows the state folder alone.
+
+        What is graded is served by the run's engine, which nothing but this room's settings name.
+        """
+        env = self.env if words[0] == "collect" else os.environ | {"SERVEBOOK_STATE_DIR": str(self.folder)}
+        done = subprocess.run([*CLI, "room", *words], env=env, capture_output=True, text=True, timeout=seconds)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -233,15 +238,18 @@ def test_of_a_thousand_guesses_ten_are_compared_and_they_fill_no_memory() -> Non
 CALLED = """
 import sys
 from types import SimpleNamespace
-from proxy import Handler
+from proxy import SIGN, Handler
 from tornado.httputil import HTTPHeaders
+HUB = "http://127.0.0.1:8102"
 for behind, caller in ((True, "127.0.0.1"), (True, "10.0.0.1"), (False, "127.0.0.1")):
     handler = Handler.__new__(Handler)
-    headers = HTTPHeaders({"X-Forwarded-For": "10.0.0.9", "X-Real-Ip": "10.0.0.8"})
+    headers = HTTPHeaders({"X-Forwarded-For": "10.0.0.9", "X-Real-Ip": "10.0.0.8", SIGN: "made up"})
     handler.request = SimpleNamespace(headers=headers, uri="/", remote_ip=caller, method="GET", body=b"")
-    handler.proxy = SimpleNamespace(custom_headers={}, x_forward=True, proxy_timeout=1, options={"behind": behind})
-    sent = handler._get_proxy_request("http://127.0.0.1/").headers
-    print(sent["X-Forwarded-For"], sent.get("X-Real-Ip"))
+    handler.proxy = SimpleNamespace(custom_headers={}, x_forward=True, proxy_timeout=1)
+    handler.proxy.options = {"behind": behind, "hub_url": HUB, "sign": "the sign"}
+    for place in (f"{HUB}/hub/login", "http://127.0.0.1:81021/user/ada/", "http://127.0.0.1:9/"):
+        sent = handler._get_proxy_request(place).headers
+        print(sent["X-Forwarded-For"], sent.get("X-Real-Ip"), sent.get_list(SIGN), sep=" | ")
 """
 
 
@@ -249,7 +257,81 @@ for behind, caller in ((True, "127.0.0.1"), (True, "10.0.0.1"), (False, "127.0.0
 def test_a_web_server_before_the_room_is_believed_and_nobody_else() -> None:
     python = load_settings().room.env / "bin" / "python"
     told = subprocess.run([python, "-c", CALLED], cwd=ROOT / "jupyterhub", capture_output=True, text=True, timeout=60)
-    assert told.stdout.splitlines() == ["10.0.0.9, 127.0.0.1 None", "10.0.0.1 None", "127.0.0.1 None"], told.stderr
+    assert told.stdout.splitlines() == [
+        f"{caller} | None | {sign}"
+        for caller in ("10.0.0.9, 127.0.0.1", "10.0.0.1", "127.0.0.1")
+        for sign in (["the sign"], [], [])  # the hub's alone: a desk hears from the proxy, too
+    ], told.stderr
+
+
+PAST_THE_PROXY = """
+import asyncio, sys
+from types import SimpleNamespace
+from door import SCRYPT, SIGN, Door, HTTPError, digest
+SCRYPT["n"] = 2**4  # quick
+door = Door(folder=sys.argv[1], proxys_sign="the sign")
+salt = b"salt"
+kept = asyncio.run(digest("the right one", salt))
+def compared(shown):
+    count = 0
+    for number in range(150):
+        context = SimpleNamespace(address=("127.0.0.1", 5000 + number))
+        request = SimpleNamespace(headers=shown, connection=SimpleNamespace(context=context))
+        request.remote_ip = f"10.0.0.{number}"  # as Tornado has it from X-Forwarded-For
+        handler = SimpleNamespace(request=request, get_secure_cookie=lambda _: None)
+        try:
+            asyncio.run(door.sign_in(handler, "ada", "wrong", salt, kept))
+        except HTTPError as refused:
+            count += refused.status_code == 403
+    return count
+print(compared({}), compared({SIGN: "made up"}), compared({SIGN: "the sign"}))
+"""
+
+
+@pytest.mark.usefixtures("room")
+def test_who_asks_the_hub_past_its_proxy_is_one_caller_and_a_name_is_not_guessed_from_everywhere(
+    tmp_path: Path,
+) -> None:
+    python = load_settings().room.env / "bin" / "python"
+    words, place = [str(python), "-c", PAST_THE_PROXY, str(tmp_path)], ROOT / "jupyterhub"
+    told = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=120)
+    past, made_up, from_everywhere = map(int, told.stdout.split() or pytest.fail(told.stderr))
+    assert 10 <= past <= 12, "of 150, and what is given back meanwhile"
+    assert made_up <= 2
+    assert 85 <= from_everywhere <= 95, "of 150, and of the hundred ten were taken before"
+
+
+FORKING = """
+import os, time
+os.setuid(int(os.environ["ANOTHER"]))
+end = time.monotonic() + 60
+print("forking", flush=True)
+while time.monotonic() < end:
+    if os.fork():
+        os._exit(0)
+"""
+ENDING = """
+import os
+from desks import end_all
+print(end_all(int(os.environ["ANOTHER"])))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to act as another user")
+@pytest.mark.usefixtures("room")
+def test_what_forks_and_ends_all_the_time_does_not_outlive_its_desk() -> None:
+    another = 65000 + os.getpid() % 500
+    env = os.environ | {"ANOTHER": str(another)}
+    with subprocess.Popen([sys.executable, "-c", FORKING], env=env, stdout=subprocess.PIPE, text=True) as forking:
+        assert forking.stdout
+        assert forking.stdout.readline() == "forking\n"
+        python = load_settings().room.env / "bin" / "python"
+        words, place = [str(python), "-c", ENDING], ROOT / "jupyterhub"
+        told = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=40)
+        assert told.stdout == "True\n", told.stderr
+        began = time.monotonic()
+        assert forking.stdout.read() == ""  # its other end is closed once the last of them has ended
+        assert time.monotonic() - began < 5
 
 
 def test_of_two_who_choose_one_name_at_once_one_gets_it(room: Room) -> None:
@@ -277,7 +359,8 @@ def test_a_password_that_was_forgotten_is_chosen_anew_and_a_new_code_replaces_th
     old = room.code()
     room.run("reset", "emmy")
     told = room.run("code", "--new")
-    assert room.code() in told
+    assert f"Learners sign up at {room.url} with the join code {room.code()}." in told
+    assert "SHA-256 fingerprint" in told
     assert old not in told
     door = Door(room.url, "127.0.0.3")
     assert door.sign_in("emmy", "another one", old)[0] == 403

@@ -7,15 +7,20 @@ import errno
 import json
 import os
 import re
+import select
 import shutil
 import signal
+import socket
 import stat
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 import requests
@@ -27,18 +32,20 @@ from desk import eventually
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from servebook import launch
 from servebook.checkout import ROOT
-from servebook.errors import LaunchError
+from servebook.errors import LaunchError, ModelError, ServebookError
 from servebook.lab.manifest import load_labs
+from servebook.lab.record import Store
 from servebook.launch.processes import free_port
-from servebook.launch.table import SERVERS, find_server
-from servebook.room import asking, cli, collect, hub, tls
-from servebook.room.admin import instructors_key
+from servebook.launch.table import SERVERS, Endpoints, find_server
+from servebook.room import admin, asking, cli, collect, hub, tls
+from servebook.room.admin import instructors_key, instructors_settings, rooms_settings
 from servebook.room.board import Attempt, Board, stuck_first, watch_key
 from servebook.room.front import RELAYED, Front, Learner
-from servebook.room.keys import Roll
+from servebook.room.keys import Roll, engine_key
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.room.usage import Usage
 from servebook.settings import Settings, load_settings
@@ -263,6 +270,8 @@ class StandIn:
         self.status = 200
         self.health = 200
         self.bodies: list[bytes] = []
+        self.keys: list[str] = []
+        """Each `Authorization` of each request."""
         self.says: Any = {}
         """Its answer, or the events of a stream."""
         self.goes_on: asyncio.Event | None = None
@@ -273,6 +282,7 @@ class StandIn:
             return web.json_response({"data": [{"max_model_len": CONTEXT}]})
         self.seen.append(request.raw_path)
         self.bodies.append(await request.read())
+        self.keys += request.headers.getall("Authorization", [])
         if request.path == "/health":
             return web.json_response({}, status=self.health)
         if not isinstance(self.says, list):
@@ -356,9 +366,11 @@ async def engine() -> AsyncIterator[tuple[StandIn, str]]:
 
 
 @asynccontextmanager
-async def caller(folder: Path, upstream: str, limits: Limits | None = None) -> AsyncIterator[Caller]:
+async def caller(
+    folder: Path, upstream: str, limits: Limits | None = None, *, own_engine: bool = False
+) -> AsyncIterator[Caller]:
     roll = Roll(folder / "keys.json")
-    front = Front(upstream, KEY, roll, limits or Limits())
+    front = Front(upstream, KEY, roll, limits or Limits(), own_engine=own_engine)
     async with TestServer(front.app(), handler_cancellation=True) as server:
         yield Caller(server, front, roll.issue("ada"))
 
@@ -432,6 +444,62 @@ async def test_the_instructor_sees_who_is_where_and_learners_see_nobody(
         assert (second["name"], second["exercise"], second["passed"]) == ("alan", "", 0)
         answers = [(await ada.ask("POST", "/room/checks", wrong))[0] for _ in range(60)]
         assert answers[-1] == 429
+
+
+async def test_an_engine_that_hangs_is_told_on_the_board_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("servebook.room.front.HEALTH_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as hanging:  # takes connections, and says nothing
+        async with caller(tmp_path, f"http://127.0.0.1:{hanging.getsockname()[1]}") as ada:
+            status, seen, _ = await ada.ask("GET", "/services/watch/board", key=KEY)
+            assert (status, seen["engine"]["ready"]) == (200, False)
+            assert (await ada.ask("GET", "/room/health", key=""))[0] == 503
+
+
+@pytest.mark.parametrize("own", [True, False])
+async def test_a_rooms_own_engine_has_a_key_that_opens_nothing_else(
+    engine: tuple[StandIn, str], tmp_path: Path, own: bool
+) -> None:
+    stand_in, url = engine
+    async with caller(tmp_path, url, own_engine=own) as ada:
+        assert (await ada.complete(5))[0] == 200
+        assert (await ada.ask("GET", "/metrics", key=""))[0] == 200
+        assert stand_in.keys == [f"Bearer {engine_key(KEY) if own else KEY}"] * 2
+        assert (await ada.ask("GET", "/room/learners", key=engine_key(KEY)))[0] == 401
+
+
+SQUATTER = """
+import os, socket
+os.setuid(65534)
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+while True:
+    print(listener.accept()[0].recv(9), flush=True)
+"""
+
+
+@pytest.fixture
+def squatter() -> Iterator[IO[str]]:
+    """Another user's program; it prints its port, and what it gets."""
+    if os.getuid() != 0:
+        pytest.skip("needs root to act as another user")
+    with subprocess.Popen([sys.executable, "-c", SQUATTER], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        yield process.stdout
+        process.kill()
+
+
+async def test_whoever_listens_in_the_place_of_a_rooms_engine_is_told_nothing(
+    squatter: IO[str], tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{squatter.readline().strip()}"
+    async with caller(tmp_path, url, own_engine=True) as ada:
+        status, answer, _ = await ada.complete(5)
+        assert (status, answer["error"]["type"]) == (503, "engine_unavailable")
+        assert (await ada.ask("GET", "/room/health", key=""))[0] == 503
+    told, _, _ = select.select([squatter], [], [], 0.5)
+    assert not told, "not even a connection was made"
 
 
 def test_who_is_longest_at_it_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -715,6 +783,115 @@ def test_the_instructors_key_is_the_one_that_is_set() -> None:
     assert instructors_key(load_settings(api_key="eight-ch")) == "eight-ch"
 
 
+@pytest.fixture
+def no_key_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A terminal with an opened room's host, as docs/room.md has it; the state folder."""
+    monkeypatch.delenv("SERVEBOOK_API_KEY", raising=False)
+    monkeypatch.setenv("SERVEBOOK_HOST", "0.0.0.0")
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path / "of" / "mine"))
+    return tmp_path / "of" / "mine"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "start",
+        "code",
+        "code --new",
+        "learners",
+        "watch --once",
+        "admit ada",
+        "revoke ada",
+        "reset ada",
+        "collect",
+        "load",
+    ],
+)
+def test_every_command_of_an_opened_room_does_with_the_key_that_is_made(
+    no_key_set: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    started: list[Settings] = []
+
+    def as_far_as_here(settings: Settings) -> None:
+        started.append(settings)
+        raise ServebookError("The room is not up.")
+
+    monkeypatch.setattr(cli, "require_safe", as_far_as_here)
+    done = CliRunner().invoke(cli.app, words.split())
+    assert isinstance(done.exception, ServebookError), done.output
+    assert re.search(r"The room is (not up|stopped)|No ada has signed up|There are no desks yet", str(done.exception))
+    assert [each.host for each in started] == ["0.0.0.0"] * (words == "start")
+    assert all(each.key == (no_key_set / "room" / "instructor.key").read_text() for each in started)
+
+
+def test_the_folder_of_keys_and_codes_is_the_instructors_alone(no_key_set: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        assert instructors_settings().key
+    finally:
+        os.umask(before)
+    room = no_key_set / "room"
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (no_key_set, room, room / "instructor.key")]
+    assert modes == [0o700, 0o700, 0o600]
+
+
+@pytest.mark.usefixtures("no_key_set")
+@pytest.mark.parametrize("words", ["start", "code", "learners", "code --new"])
+def test_a_state_folder_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", "/dev/null/state")
+    done = CliRunner().invoke(cli.app, words.split())
+    assert isinstance(done.exception, ServebookError), done.exception
+    assert "/dev/null/state cannot be used: Not a directory" in str(done.exception)
+
+
+def test_the_folder_of_a_learners_progress_is_theirs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path / "state"))
+    with Store():
+        assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+
+
+def test_a_room_that_crashed_is_not_up(no_key_set: Path) -> None:
+    (no_key_set / "servers").mkdir(parents=True)
+    (no_key_set / "servers" / "hub.json").write_text('{"state": "failed"}')
+    done = CliRunner().invoke(cli.app, ["code"])
+    assert str(done.exception).startswith("The room is not up.")
+
+
+@pytest.mark.parametrize("name", ["hub", "front"])
+def test_a_second_terminal_goes_on_with_the_rooms_settings(
+    no_key_set: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ | {"SERVEBOOK_ROOM_SEATS": "7", "SERVEBOOK_API_KEY": "another-key"})
+    given = {"API_KEY": KEY, "HOST": "0.0.0.0", "STATE_DIR": "mine", "ROOM_URL": "https://x", "SUPERVISOR": "/x.sock"}
+    words = ["sleep", "600"]
+    with subprocess.Popen(words, env={f"SERVEBOOK_{key}": value for key, value in given.items()}) as process:
+        there = {"pid": process.pid, "host": "192.0.2.7"}
+        monkeypatch.setattr(admin, "describe", lambda files: there if files.instance == name else None)
+        try:
+            settings = rooms_settings()
+        finally:
+            process.kill()
+    assert (settings.key, settings.host, settings.room.url) == (KEY, "192.0.2.7", "https://x")
+    assert settings.state_dir == no_key_set
+    assert os.environ["SERVEBOOK_API_KEY"] == KEY, "for the processes that a command starts"
+    assert "SERVEBOOK_SUPERVISOR" not in os.environ
+
+
+def test_the_join_code_is_drawn_and_is_on_no_command_line(tmp_path: Path) -> None:
+    settings = load_settings(room={"env": tmp_path})
+    assert "There is no picture of the address: segno is not in" in cli.picture(settings, "https://x/#CODE")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\ntr '\\0' ' ' < /proc/$$/cmdline; echo; cat\n")
+    python.chmod(0o755)
+    command, _, told = cli.picture(settings, "https://x/#CODE").partition("\n")
+    assert "segno" in command
+    assert "CODE" not in command
+    assert told == "https://x/#CODE"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    assert "segno is not in" in cli.picture(settings, "https://x/#CODE")
+
+
 OPENED = {"host": "0.0.0.0", "api_key": "instructors-key"}
 
 
@@ -759,6 +936,49 @@ def test_an_opened_room_has_a_certificate_of_its_own_for_its_address(tmp_path: P
 def test_a_rooms_engine_takes_short_steps_where_a_long_one_would_hold_up_all(device: str, words: str) -> None:
     settings = load_settings(device=device, engine_args="--seed 7")
     assert SERVERS["front"].needs(settings)["vllm"].engine_args == words
+
+
+def test_an_engine_that_a_room_starts_has_a_key_of_its_own_and_one_elsewhere_the_rooms(tmp_path: Path) -> None:
+    at: dict[str, Endpoints] = {"vllm": {"http": "127.0.0.1:8000"}}
+    for url, key, own in ((None, engine_key(KEY), True), ("http://gpu-box:8000", KEY, False)):
+        settings = load_settings(api_key=KEY, engine_url=url)
+        assert SERVERS["front"].needs(settings)["vllm"].key == key
+        assert ("--own-engine" in SERVERS["front"].argv(settings, tmp_path, at)) is own
+
+
+ENGINE: Any = {"endpoints": {"http": "127.0.0.1:8000"}, "pid": 1}
+
+
+def test_an_engine_is_not_left_where_the_front_does_not_ask(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its old port is another's; or it cannot start, for whatever reason. The room goes on, and says so."""
+    served: list[Settings] = []
+    ended: list[str] = []
+
+    def elsewhere(_: str, settings: Settings) -> Any:
+        served.append(settings)
+        return SimpleNamespace(endpoints={"http": "127.0.0.1:8004"})
+
+    def no_model(_: str, settings: Settings) -> Any:
+        raise ModelError("The model is gone.")
+
+    monkeypatch.setattr(cli, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(launch, "down", lambda name, _: ended.append(name))
+    monkeypatch.setattr(launch, "serve", elsewhere)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        cli.bring_back(ENGINE | {"endpoints": {"http": f"127.0.0.1:{port}"}}, load_settings(api_key=KEY))
+    assert f"Port {port}, where the front asks for the engine, is held by another program." in capsys.readouterr().out
+    assert not served, "it is looked for before the engine takes half a minute to start"
+    monkeypatch.setattr(cli, "can_bind", lambda *_: True)
+    cli.bring_back(ENGINE, load_settings(api_key=KEY))
+    assert "Port 8000, where the front asks" in capsys.readouterr().out
+    assert [each.key for each in served] == [engine_key(KEY)]
+    assert ended == ["vllm"]
+    monkeypatch.setattr(launch, "serve", no_model)
+    cli.bring_back(ENGINE, load_settings(api_key=KEY))
+    assert "The model is gone.\nThe room stays open without an engine" in capsys.readouterr().out
 
 
 def health(front: launch.Server) -> int:

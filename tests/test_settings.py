@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -109,6 +110,25 @@ def test_a_bad_file(bare: Path, text: str, says: str) -> None:
     (bare / "servebook.toml").write_text(text)
     with pytest.raises(ServebookError, match=says):
         load_settings()
+
+
+@pytest.mark.parametrize("value", ["foo", "{", "5"])
+def test_a_variable_that_stands_for_a_whole_table(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("SERVEBOOK_ROOM", value)
+    with pytest.raises(ServebookError, match="SERVEBOOK_ROOM"):
+        load_settings()
+
+
+def test_the_state_folder_and_those_in_it_are_this_users_alone(bare: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        inner = load_settings(state_dir=bare / "of" / "mine").state_folder("room", "tls")
+    finally:
+        os.umask(before)
+    assert inner == bare / "of" / "mine" / "room" / "tls"
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (inner, *inner.parents[:3])] == [0o700] * 3 + [0o775]
+    with pytest.raises(ServebookError, match=r"/dev/null/state cannot be used: Not a directory.*\n.*STATE_DIR"):
+        load_settings(state_dir="/dev/null/state").state_folder("room")
 
 
 def test_a_key_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -623,6 +623,26 @@ def test_playwright_brings_its_own(
 
 
 @pytest.mark.parametrize("user", ["root", "sudo", "nobody"])
+def test_the_library_that_playwright_needs_is_brought_or_named(
+    bring: Callable[[int], str], program: Callable[[str, str], Path], tmp_path: Path, user: str
+) -> None:
+    """Also where there is a browser; what is brought comes by apt, where that asks for no password."""
+    program("chromium", "true")
+    program("python3", f'case "$*" in *CDLL*) [ -e {tmp_path}/there ];; esac')
+    program("id", f"echo {0 if user == 'root' else 1000}")
+    program("true", "")
+    program("sudo", 'shift; exec "$@"' if user == "sudo" else "exit 1")
+    program("apt-get", f'case "$*" in "install "*" libatomic1") : > {tmp_path}/there;; esac')
+    if user == "nobody":
+        said = bring(1)
+        assert "which needs the library libatomic.so.1\n→ sudo apt-get install libatomic1" in said
+        assert "uv tool run" not in said
+    else:
+        assert "trying apt for libatomic.so.1" in bring(0)
+        assert bring(0) == ""
+
+
+@pytest.mark.parametrize("user", ["root", "sudo", "nobody"])
 def test_apt_brings_one_where_it_may(
     bring: Callable[[int], str], clone: Path, program: Callable[[str, str], Path], tmp_path: Path, user: str
 ) -> None:

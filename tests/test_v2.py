@@ -52,6 +52,13 @@ def test_streaming_never_echoes_and_asks_for_deltas() -> None:
     assert not parse(exclude_input_in_output=True).echo
 
 
+def test_a_constraint_keeps_the_name_that_it_was_asked_for_by() -> None:
+    request = parse(**structured(choice=["yes", "no"]))
+    asked = request.sampling.structured_outputs
+    asked.choice, asked.grammar = None, 'root ::= "yes" | "no"'  # as vLLM writes it before it compiles it
+    assert request.constraint == f"{CONSTRAINT}.choice"
+
+
 @pytest.mark.parametrize("name", OPTIONAL_OUTPUTS)
 def test_optional_outputs_are_asked_for_by_name(name: str) -> None:
     assert parse(**{f"return_{name}": True}).outputs == {name}
@@ -257,6 +264,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sampling_parameters": "{"}, "sampling_parameters: not JSON"),
     (said(temprature=0), "sampling_parameters.temprature: vLLM has no such sampling parameter"),
     (said(output_text_buffer_length=1), "sampling_parameters.output_text_buffer_length: vLLM has no such"),
+    (said(extra_args={"kv_transfer_params": "x"}), "sampling_parameters.extra_args: vLLM has no such"),
+    (said(trace_decode_token_ids=[]), "sampling_parameters.trace_decode_token_ids: vLLM has no such"),
     (said(temperature="hot"), "sampling_parameters.temperature: Input should be a valid number"),
     (said(top_p=7), "sampling_parameters.top_p: top_p must be in (0, 1]"),
     (said(seed=2**70), "sampling_parameters: not JSON: 1180591620717411303424 does not fit into 64 bits"),
@@ -272,6 +281,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         said(bad_words=[f"w{each}" for each in range(301)]),
         "sampling_parameters.bad_words: may have 300 entries",
     ),
+    (said(stop_token_ids=[7] * 301), "sampling_parameters.stop_token_ids: may have 300 entries"),
     (said(bad_words=["x" * 257]), "sampling_parameters.bad_words: may have strings of 256 characters at most"),
     (said(logit_bias={str(each): 1 for each in range(301)}), "sampling_parameters.logit_bias: may have 300 entries"),
     (structured(json={"type": "array", "minItems": 10**9}), f"{CONSTRAINT}.json: may have 256 counted repetitions"),

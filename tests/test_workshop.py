@@ -44,6 +44,17 @@ def test_an_agenda_names_what_there_is_and_has_breaks(agenda: Agenda) -> None:
 
 
 @agendas
+def test_an_agenda_has_core_exercises_and_leaves_the_extra_ones_for_home(agenda: Agenda) -> None:
+    chosen = [find_exercise(each)[1] for step in agenda.steps for each in step.exercises]
+    assert [each.id for each in chosen if each.importance != "core"] == []
+
+
+@agendas
+def test_in_a_room_no_desk_starts_the_engine_that_chapter_02_kills(agenda: Agenda) -> None:
+    assert [step.skip for step in agenda.steps if step.chapter == "02" and 7 not in step.skip] == []
+
+
+@agendas
 def test_what_is_skipped_is_not_needed_later(agenda: Agenda) -> None:
     """No cell of a section that is kept uses a name that only skipped sections set."""
     for step in agenda.steps:

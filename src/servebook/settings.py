@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import os
 import shlex
 import shutil
 import sys
@@ -19,6 +21,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -208,6 +211,27 @@ class Settings(BaseSettings):
         """The API key in the clear, for a client or a child's environment; never for a log."""
         return self.api_key.get_secret_value() if self.api_key else None
 
+    def state_folder(self, *names: str) -> Path:
+        """The state folder, or one below it, for this user alone; made where it is missing.
+
+        Raises:
+            ServebookError: it cannot be made, or not be written to.
+        """
+        folder = self.state_dir
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for name in names:  # one by one: of several, mkdir gives its mode to the last alone
+                folder /= name
+                folder.mkdir(exist_ok=True, mode=0o700)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise ServebookError(
+                f"The state folder {folder} cannot be used: {error.strerror}.",
+                "Set SERVEBOOK_STATE_DIR to a folder that you can write to.",
+            ) from None
+        return folder
+
     def port(self, server: str, kind: str) -> int:
         """The preferred port of `server` for `kind` ("http", "grpc" or "metrics")."""
         return int(getattr(self, f"{server.replace('-', '_')}_{kind}_port"))
@@ -275,6 +299,11 @@ def load_settings(**overrides: Any) -> Settings:
         return Settings(**{k: v for k, v in overrides.items() if v not in (None, "")})
     except tomllib.TOMLDecodeError as error:
         raise ServebookError(f"{settings_file()} cannot be read: {error}.", "Correct it, or remove it.") from None
+    except SettingsError:  # of a variable that would have to be JSON, and there is only one
+        raise ServebookError(
+            "SERVEBOOK_ROOM cannot be read: it stands for a whole table, in JSON.",
+            "Unset it, and set what it was meant for: SERVEBOOK_ROOM_SEATS, for example.",
+        ) from None
     except OSError as error:
         raise ServebookError(
             f"The settings cannot be read: {error}.", "Correct or remove that file; work in a folder that is there."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from zlib import crc32
+
 import numpy as np
 from pydantic import BaseModel, Field
 
@@ -63,7 +65,9 @@ async def fit_cost(arm: Arm, callers: int, rounds: int = 2) -> Cost:
     spent = np.zeros(len(arm.tree.front))
     await arm.warm_up(callers)
     for number, length in enumerate(LENGTHS * rounds, start=1):
-        jobs = workload.take(jobs_for(arm.path, Workload(max_tokens=length), seed=900_000 + number), 2 * callers)
+        jobs = workload.take(
+            jobs_for(arm.path, Workload(max_tokens=length), crc32(f"{arm.path.name} {number}".encode())), 2 * callers
+        )
         before = np.array(arm.tree.by_process())
         load = await closed_loop(arm.send, jobs, callers)
         took = np.array(arm.tree.by_process()) - before

@@ -104,12 +104,13 @@ async def sweep(
         nonlocal processes
         while True:
             load = await spread(path, server, wants, seeds, callers, rate, requests, processes)
-            share = load.cpu / load.seconds / processes
+            parts = min(processes, callers or processes)  # as `spread` has it
+            share = load.cpu / load.seconds / parts
             if share <= GENERATOR_LIMIT:
                 break
-            if 2 * processes > (os.cpu_count() or 1):
+            if 2 * processes > (os.cpu_count() or 1) or parts < processes:
                 raise BenchError(
-                    f"The load generator takes {share:.0%} of a core in each of {processes} processes: it would "
+                    f"The load generator takes {share:.0%} of a core in each of {parts} processes: it would "
                     "measure itself.",
                     "Use fewer callers, or a machine with more cores.",
                 )

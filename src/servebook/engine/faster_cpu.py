@@ -53,7 +53,7 @@ def normalize_at_once() -> None:
 
 
 def in_whole_rows(norm: IrOp) -> Callable[..., bool]:
-    """Whether the kernel fits, and the tensors lie as it reads them on a CPU: row after row, each of whole vectors."""
+    """Whether the kernel fits, and the tensors lie as it reads them: of one type, row after row, in whole vectors."""
     import torch
 
     fits = norm.impls["vllm_c"].supports_args
@@ -61,7 +61,10 @@ def in_whole_rows(norm: IrOp) -> Callable[..., bool]:
     @wraps(norm.impls["native"].impl_fn)
     def fits_here(*args: Any) -> bool:
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        return fits(*args) and all(tensor.is_contiguous() and tensor.shape[-1] % VECTOR == 0 for tensor in tensors)
+        return fits(*args) and all(
+            tensor.dtype == tensors[0].dtype and tensor.is_contiguous() and tensor.shape[-1] % VECTOR == 0
+            for tensor in tensors
+        )
 
     return fits_here
 

@@ -42,7 +42,7 @@ class Store:
 
     def __enter__(self) -> Progress:
         with self._state_folder():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.lock.acquire()
             try:
                 self.progress = Progress.model_validate_json(self.path.read_bytes())

@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -95,6 +96,12 @@ def marked(mark: str) -> dict[int, str]:
     return found
 
 
+def environment_of(pid: int) -> dict[str, str]:
+    """What a process was started with; nothing where it has ended, or is another user's."""
+    words = (os.fsdecode(word).partition("=") for word in _read(pid, "environ").split(b"\0"))
+    return {name: value for name, _, value in words if name}
+
+
 def end(mark: str, grace: float) -> set[str]:
     """End what is `marked`: SIGTERM, and after `grace` seconds SIGKILL, until none is left. Return the command lines.
 
@@ -140,6 +147,17 @@ def can_bind(host: str, port: int) -> bool:
                 return False
             raise
     return True
+
+
+def listeners(host: str, port: int) -> set[int]:
+    """The users, by number, whose programs take connections to `host`:`port` of this machine; `host` is IPv4.
+
+    As /proc/net/tcp has it: `sl local_address rem_address st tx:rx tr:when retrnsmt uid …`, where 0A is LISTEN.
+    """
+    numbers = (int.from_bytes(socket.inet_aton(at), sys.byteorder) for at in (host, "0.0.0.0"))
+    places = {f"{number:08X}:{port:04X}" for number in numbers}
+    rows = (line.split() for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:])
+    return {int(row[7]) for row in rows if row[1] in places and row[3] == "0A"}
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -6,6 +6,7 @@ from typing import Literal, TypedDict
 
 from servebook.launch.files import NAME, Files
 from servebook.launch.link import Link
+from servebook.launch.supervisor import Description
 from servebook.launch.table import SERVERS, find_server
 from servebook.settings import Settings, load_settings
 
@@ -32,12 +33,19 @@ def status(settings: Settings | None = None) -> list[Status]:
     return [*(status_of(each, settings) for each in files), *(each for each in others if each["state"] != "stopped")]
 
 
+def describe(files: Files) -> Description | None:
+    """An instance in its keeper's words; None where there is none."""
+    link = Link.open(files)
+    if link is None:
+        return None
+    there = link.ask("info")
+    link.close()
+    return there
+
+
 def status_of(files: Files, settings: Settings) -> Status:
     """Of one instance."""
-    link = Link.open(files)
-    there = link.ask("info") if link else None
-    if link:
-        link.close()
+    there = describe(files)
     if not there:
         record = files.read_record()
         model, owner, log = (value if isinstance(value := record.get(key), str) else None for key in RECORDED)

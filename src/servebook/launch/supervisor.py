@@ -228,7 +228,8 @@ def free_openmp_files() -> None:
     """Remove what Intel's OpenMP leaves in shared memory when its process is killed (a small file each)."""
     for file in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
         if not Path("/proc", file.name.split("_")[-2]).exists():
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # another user may have made one of this name, which only he can remove
+                file.unlink()
 
 
 class Supervisor:

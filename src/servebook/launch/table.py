@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from servebook.engine.arguments import engine_argv
 from servebook.engine.rust_front import rust_front
 from servebook.errors import LaunchError
 from servebook.launch.probes import grpc_serving, http_ok, https_ok
+from servebook.room.keys import engine_key
 from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback
 
 Endpoints = Mapping[str, str]
@@ -174,6 +177,13 @@ def in_a_room(settings: Settings) -> Settings:
     return settings.model_copy(update={"engine_args": f"{words} {settings.engine_args}"})
 
 
+def rooms_engine(settings: Settings) -> Settings:
+    """The settings of the engine behind a room's front: `in_a_room`, with a key of its own if it is started here."""
+    key = None if settings.engine_url else settings.key
+    update = {"api_key": SecretStr(engine_key(key))} if key else {}
+    return in_a_room(behind(settings)).model_copy(update=update)
+
+
 def _replicas(settings: Settings) -> dict[str, Settings]:
     """The router's engines: each with a port of its own and, on a CPU, with cores of its own.
 
@@ -225,6 +235,7 @@ def _front(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str
     return [
         *(sys.executable, "-m", "servebook.room", "--host", settings.host, "--http-port", "{http}"),
         *("--upstream", upstream if "://" in upstream else f"http://{upstream}"),
+        *([] if settings.engine_url else ["--own-engine"]),
         *("--roll", str(settings.state_dir / "room" / "keys.json")),
         *("--places", str(settings.room.places), "--learner-places", str(settings.room.learner_places)),
         *("--requests-per-minute", str(settings.room.requests_per_minute)),
@@ -320,7 +331,7 @@ SERVERS: dict[str, ServerSpec] = {
             argv=_front,
             ready=lambda at: http_ok(at["http"], "/room/health"),
             has_engine=False,
-            needs=lambda settings: {"vllm": in_a_room(behind(settings))},
+            needs=lambda settings: {"vllm": rooms_engine(settings)},
         ),
         ServerSpec(
             name="hub",

@@ -22,6 +22,7 @@ SHUTDOWN_SECONDS = 5.0
 def main(
     upstream: Annotated[str, typer.Option(help="vLLM's root URL.")],
     roll: Annotated[Path, typer.Option(help="Where the digests of the learners' keys are kept.")],
+    own_engine: Annotated[bool, typer.Option("--own-engine", help="It is this user's, started for this room.")] = False,
     host: str = "127.0.0.1",
     http_port: int = 8095,
     places: int = Limits.places,
@@ -29,10 +30,10 @@ def main(
     requests_per_minute: int = Limits.learner_requests_per_minute,
     tokens_per_minute: int = Limits.learner_tokens_per_minute,
 ) -> None:
-    """Serve until a signal comes. SERVEBOOK_API_KEY is the instructor's key, and the engine's."""
+    """Serve until a signal comes. SERVEBOOK_API_KEY is the instructor's key; an engine that is not own has it too."""
     key = load_settings().key
     if not key:
-        raise typer.BadParameter("set SERVEBOOK_API_KEY: it is the instructor's key, and the engine's")
+        raise typer.BadParameter("set SERVEBOOK_API_KEY: it is the instructor's key")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     limits = Limits(
         places=places,
@@ -41,7 +42,7 @@ def main(
         learner_tokens_per_minute=tokens_per_minute,
     )
     web.run_app(
-        Front(upstream, key, Roll(roll), limits).app(),
+        Front(upstream, key, Roll(roll), limits, own_engine=own_engine).app(),
         host=host,
         port=http_port,
         loop=uvloop.new_event_loop(),

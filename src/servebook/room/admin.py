@@ -13,19 +13,47 @@ import requests
 
 from servebook import launch
 from servebook.errors import ServebookError
-from servebook.settings import Settings
+from servebook.launch.files import Files
+from servebook.launch.processes import KEPT, environment_of
+from servebook.launch.states import describe
+from servebook.settings import LOOPBACK, Settings, load_settings
 
 CODE_LETTERS = "ABCDEFGHJKMNPQRSTUVWXYZ23456789"
 """Those that nobody mistakes for another: eight of them are 40 bits."""
+
+
+def own_settings() -> Settings:
+    """Those of this terminal, for what needs the state folder alone: an opened room's host asks for no key here."""
+    return load_settings(host=LOOPBACK)
+
+
+def instructors_settings(host: str = "") -> Settings:
+    """Those of this terminal, with the instructor's key: a room may be opened to the network without one being set."""
+    return load_settings(host=host, api_key=instructors_key(own_settings()))
+
+
+def rooms_settings() -> Settings:
+    """Those with which the room that is up was started, in whichever terminal; the process goes on with them.
+
+    Where none is up, `instructors_settings`.
+    """
+    state_dir = own_settings().state_dir
+    keepers = (describe(Files(state_dir, name)) for name in ("hub", "front"))  # a front may be up alone
+    there = next((each for each in keepers if each), None)
+    if there is None:
+        return instructors_settings()
+    given = environment_of(there["pid"] or 0).items()
+    os.environ |= {name: value for name, value in given if name.startswith("SERVEBOOK_") and name != KEPT}
+    os.environ["SERVEBOOK_STATE_DIR"] = str(state_dir)  # given from another folder, perhaps
+    return instructors_settings(there["host"])
 
 
 def instructors_key(settings: Settings) -> str:
     """SERVEBOOK_API_KEY, or else a key that is made once and kept in the state folder."""
     if settings.key:
         return settings.key
-    path = settings.state_dir / "room" / "instructor.key"
+    path = settings.state_folder("room") / "instructor.key"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(32))
     return path.read_text()
@@ -33,10 +61,9 @@ def instructors_key(settings: Settings) -> str:
 
 def join_code(settings: Settings, new: bool = False) -> str:
     """What learners need to sign up; it stays for the next day, until a new one is asked for."""
-    path = settings.state_dir / "room" / "join.code"
+    path = settings.state_folder("room") / "join.code"
     if new or not path.exists():
         code = "".join(secrets.choice(CODE_LETTERS) for _ in range(8))
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = path.with_suffix(".draft")
         draft.touch(mode=0o600)
         draft.write_text(f"{code[:4]}-{code[4:]}")

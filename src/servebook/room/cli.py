@@ -22,18 +22,30 @@ from servebook import launch
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
 from servebook.lab.manifest import load_labs
-from servebook.launch.states import Status
-from servebook.launch.table import behind, in_a_room
+from servebook.launch.files import Files
+from servebook.launch.processes import can_bind
+from servebook.launch.states import Status, describe
+from servebook.launch.table import rooms_engine
 from servebook.room import collect as hand_in
-from servebook.room.admin import RoomAdmin, forget_password, instructors_key, join_code
+from servebook.room.admin import (
+    RoomAdmin,
+    forget_password,
+    instructors_settings,
+    join_code,
+    own_settings,
+    rooms_settings,
+)
 from servebook.room.board import watch_key
 from servebook.room.hub import require_safe, why_not_apart
 from servebook.room.tls import address, files, fingerprint, host_for_learners
-from servebook.settings import LOOPBACK, Settings, is_loopback, load_settings
+from servebook.settings import LOOPBACK, Settings, is_loopback
 
 app = typer.Typer(no_args_is_help=True, help="A room of learners: JupyterHub, and one engine with a key for each.")
 out = Console(highlight=False, soft_wrap=True)
 
+RETRY_SECONDS = 10.0
+"""Between two tries to start an engine again."""
+PICTURE = "import segno, sys; segno.make_qr(sys.stdin.read(), error='L').terminal(compact=True)"
 SHARES = (0.5, 0.95, 0.99, 1)
 HISTOGRAMS = {
     "a request": "room_request_seconds",
@@ -49,7 +61,7 @@ def start(
     trusted: Annotated[bool, typer.Option(help="Open the room even if desks cannot be kept apart.")] = False,
 ) -> None:
     """Start engine, front and JupyterHub, and keep them until Ctrl-C; then everything ends, desks included."""
-    settings = load_settings(api_key=instructors_key(load_settings()))
+    settings = instructors_settings()
     if trusted:
         settings = settings.model_copy(update={"room": settings.room.model_copy(update={"trusted": True})})
         os.environ["SERVEBOOK_ROOM_TRUSTED"] = "true"  # the hub reads its settings itself
@@ -78,14 +90,32 @@ def state_of(name: str, settings: Settings) -> Status:
 
 
 def bring_back(engine: Status, settings: Settings) -> None:
-    """Start the engine again, where the front looks for it; requests that were under way have been refused."""
+    """Start the engine again, where the front looks for it; requests that were under way have been refused.
+
+    Where that cannot be, say why and wait a moment.
+    """
     when = time.strftime("%H:%M:%S")
     out.print(f"{when} The engine has ended, and is started again. `servebook logs front` says who asked last.")
-    port = int(engine["endpoints"]["http"].rpartition(":")[2])
+    host, _, port = engine["endpoints"]["http"].rpartition(":")
     try:
-        launch.serve("vllm", settings=in_a_room(behind(settings)).model_copy(update={"vllm_http_port": port}))
-    except LaunchError as error:
-        out.print(f"{error}\nThe room stays open without an engine; the next try is in a moment.", markup=False)
+        if not can_bind(host, int(port)):
+            raise taken(int(port))
+        again = rooms_engine(settings).model_copy(update={"vllm_http_port": int(port)})
+        if launch.serve("vllm", settings=again).endpoints != engine["endpoints"]:  # the port was taken meanwhile
+            launch.down("vllm", settings)
+            raise taken(int(port))
+    except ServebookError as error:
+        pause = f"The room stays open without an engine; the next try is in {RETRY_SECONDS:g} s."
+        out.print(f"{error}\n{pause}", markup=False)
+        time.sleep(RETRY_SECONDS)
+
+
+def taken(port: int) -> LaunchError:
+    """The engine's port is another program's: at another port the front does not find an engine."""
+    return LaunchError(
+        f"Port {port}, where the front asks for the engine, is held by another program.",
+        f"End that program: `ss -ltnp sport = :{port}` says which it is, perhaps a learner's.",
+    )
 
 
 def show_door(settings: Settings, port: str) -> None:
@@ -95,8 +125,7 @@ def show_door(settings: Settings, port: str) -> None:
         out.print(f"Learners sign up at {url} without a code: whoever reaches that address gets a desk.")
     else:
         code = join_code(settings)
-        picture = [str(settings.room.env / "bin" / "segno"), "--compact", "--error", "L", f"{url}/hub/login#{code}"]
-        print(subprocess.run(picture, capture_output=True, text=True, check=False).stdout)
+        print(picture(settings, f"{url}/hub/login#{code}"))
         out.print(f"Learners sign up at {url} with the join code {code}.")
     if (tls := files(settings)) and tls[0].exists():
         out.print(f"Its certificate's SHA-256 fingerprint, to compare in the browser: {fingerprint(tls[0])}")
@@ -109,14 +138,27 @@ def show_door(settings: Settings, port: str) -> None:
         out.print("A desk is a shell on this machine, as a user of its own that sees neither your files nor others'.")
 
 
+def picture(settings: Settings, url: str) -> str:
+    """The address as a QR code, by segno in the room's environment; in its place why there is none.
+
+    The address has the join code, so it goes by a pipe: every user of the machine sees command lines.
+    """
+    words = [str(settings.room.env / "bin" / "python"), "-I", "-X", "utf8", "-c", PICTURE]
+    with suppress(OSError):
+        drawn = subprocess.run(words, input=url, capture_output=True, encoding="utf-8", check=False)
+        if drawn.returncode == 0:
+            return drawn.stdout
+    return f"There is no picture of the address: segno is not in {settings.room.env}, where `make room` installs it."
+
+
 @app.command()
 def code(new: Annotated[bool, typer.Option(help="The old one counts no more.")] = False) -> None:
     """Show the room's address and join code again, or make a new code."""
-    settings = load_settings()
+    settings = rooms_settings()
     if new:
         join_code(settings, new=True)
-    entry = next(entry for entry in launch.status(settings) if entry["name"] == "hub")
-    if entry["state"] == "stopped":
+    entry = state_of("hub", settings)
+    if not entry["pid"]:
         raise ServebookError("The room is not up.", "Start it with `servebook room start`.")
     show_door(settings, entry["endpoints"]["http"].rpartition(":")[2])
 
@@ -124,7 +166,7 @@ def code(new: Annotated[bool, typer.Option(help="The old one counts no more.")] 
 @app.command()
 def reset(name: Name) -> None:
     """Forget a learner's password: with the join code they choose a new one, and find their desk as they left it."""
-    if not forget_password(load_settings(), name):
+    if not forget_password(own_settings(), name):
         raise ServebookError(f"No {name} has signed up.", "See `servebook room learners`.")
     out.print(f"{name} can sign up again")
 
@@ -133,7 +175,7 @@ def reset(name: Name) -> None:
 def learners() -> None:
     """List the learners: what they have under way, what was served and refused since the room is up."""
     table = Table("learner", "under way", "served", "refused", "")
-    for row in RoomAdmin(load_settings()).learners():
+    for row in RoomAdmin(rooms_settings()).learners():
         numbers = (str(row[column]) for column in ("under_way", "served", "refused"))
         table.add_row(row["name"], *numbers, "revoked" if row["revoked"] else "")
     out.print(table)
@@ -145,7 +187,7 @@ def watch(
     hide_names: Annotated[bool, typer.Option("--hide-names", help="For a projector.")] = False,
 ) -> None:
     """Show who is at which exercise, and who needs help; first, the address of a page that shows the same."""
-    settings = load_settings()
+    settings = rooms_settings()
     room = RoomAdmin(settings)
     hub = state_of("hub", settings)
     root = address(settings, hub["endpoints"]["http"].rpartition(":")[2]) if hub["pid"] else room.url
@@ -181,9 +223,11 @@ def board_table(board: dict[str, Any], hide_names: bool) -> Table:
 @app.command()
 def admit(name: Name) -> None:
     """Give a learner a new key in place of the old: for a machine of their own, or after `revoke`."""
-    settings = load_settings()
+    settings = rooms_settings()
     room = RoomAdmin(settings)
-    url = room.url if is_loopback(settings.host) else room.url.replace(LOOPBACK, host_for_learners(settings))
+    front = describe(Files(settings.state_dir, "front"))  # which a room opens only where it was opened before
+    opened = settings.model_copy(update={"host": front["host"] if front else LOOPBACK})
+    url = room.url if is_loopback(opened.host) else room.url.replace(LOOPBACK, host_for_learners(opened))
     print(f"export SERVEBOOK_ENGINE_URL={url} SERVEBOOK_API_KEY={room.admit(name)}")
     print(f"{name}'s key before this one is void: a desk that is open has to be opened anew.", file=sys.stderr)
 
@@ -191,7 +235,7 @@ def admit(name: Name) -> None:
 @app.command()
 def revoke(name: Name) -> None:
     """Take a learner's key away: what is under way is broken off, and nothing more is served."""
-    RoomAdmin(load_settings()).revoke(name)
+    RoomAdmin(rooms_settings()).revoke(name)
     out.print(f"{name}: revoked; `servebook room admit {name}` lets them in again")
 
 
@@ -201,7 +245,7 @@ def collect(
     course: Annotated[Path, typer.Option(help="nbgrader's folder.", show_default="the repository")] = ROOT,
 ) -> None:
     """Copy what learners wrote in the labs to nbgrader's `submitted/`."""
-    settings = load_settings()
+    settings = own_settings()
     desks, submitted = settings.state_dir / "room" / "desks", course / "submitted"
     if not desks.is_dir():
         raise ServebookError("There are no desks yet.", "Start a room with `servebook room start`.")
@@ -228,7 +272,7 @@ def load(
     """
     from servebook.room import load as room_load
 
-    outcome = room_load.run(RoomAdmin(load_settings()), learners)
+    outcome = room_load.run(RoomAdmin(rooms_settings()), learners)
     table = Table(
         "", "p50", "p95", "p99", "most", title=f"{learners} learners at once, {outcome.seconds:.0f} s; seconds"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,11 +20,13 @@ import aiohttp
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import ValidationError
+from yarl import URL
 
+from servebook.launch.processes import listeners
 from servebook.room import asking
 from servebook.room.asking import GENERATING
 from servebook.room.board import Attempt, Board, stuck_first, watch_key
-from servebook.room.keys import Roll
+from servebook.room.keys import Roll, engine_key
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.room.usage import Usage
 from servebook.ways.limits import GIVEN_UP
@@ -101,11 +104,17 @@ def shown_key(request: web.Request) -> str:
 
 
 class Front:
-    """The front as a set of handlers. `key` is the instructor's, and the engine's: learners never see it."""
+    """The front as a set of handlers. `key` is the instructor's: learners never see it.
 
-    def __init__(self, upstream: str, key: str, roll: Roll, limits: Limits) -> None:
+    An engine elsewhere has the same key. One that is the room's own (`own_engine`: this user's, on this machine) has
+    one that comes from it, and nothing is said to anybody else who listens in its place.
+    """
+
+    def __init__(self, upstream: str, key: str, roll: Roll, limits: Limits, *, own_engine: bool = False) -> None:
         self.upstream = upstream.rstrip("/")
         self.key = key
+        self.own_engine = own_engine
+        self.engines_key = {"Authorization": f"Bearer {engine_key(key) if own_engine else key}"}
         self.roll = roll
         self.limits = limits
         self.turnstile = Turnstile(limits)
@@ -138,8 +147,25 @@ class Front:
         """Hold the connections to vLLM. Its pool has no limit: the turnstile is the one place that says no."""
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=2, sock_read=300)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as self.session:
+        trace = aiohttp.TraceConfig()
+        # Before the connection, which is then not made; and after, since another may have come meanwhile.
+        trace.on_connection_create_start.append(self.require_own)
+        trace.on_connection_create_end.append(self.require_own)
+        traces = [trace] if self.own_engine else []
+        async with aiohttp.ClientSession(
+            connector=connector, timeout=timeout, auto_decompress=False, trace_configs=traces
+        ) as self.session:
             yield
+
+    async def require_own(self, *_: object) -> None:
+        """Refuse a connection to what another user has put in our engine's place: any desk may, once it has ended.
+
+        Raises:
+            ClientConnectionError: nobody of ours listens there.
+        """
+        at = URL(self.upstream)
+        if listeners(str(at.host), at.port or 0) != {os.getuid()}:
+            raise aiohttp.ClientConnectionError("no engine of ours is there")
 
     def learner(self, name: str) -> Learner:
         if name not in self.learners:
@@ -231,8 +257,7 @@ class Front:
         """The engine's context: no answer is longer. Where it does not say, a minute's share."""
         if self.context is None:
             with suppress(aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError):
-                headers = {"Authorization": f"Bearer {self.key}"}
-                async with self.session.get(f"{self.upstream}/v1/models", headers=headers) as answer:
+                async with self.session.get(f"{self.upstream}/v1/models", headers=self.engines_key) as answer:
                     self.context = int((await answer.json())["data"][0]["max_model_len"])
         return self.context or self.limits.learner_tokens_per_minute
 
@@ -241,7 +266,7 @@ class Front:
     ) -> web.StreamResponse:
         """Relay to vLLM and back, piece by piece as they come; a caller who leaves ends the engine's work too."""
         headers = {k: v for k, v in request.headers.items() if k.lower() not in (HOP_BY_HOP | READ_HERE)}
-        headers["Authorization"] = f"Bearer {self.key}"
+        headers |= self.engines_key
         try:
             upstream = await self.session.request(
                 request.method,
@@ -285,13 +310,18 @@ class Front:
         return web.Response(status=page.status, headers=page.headers, body=page.body)
 
     async def fetch(self, path: str) -> web.Response:
-        headers = {"Authorization": f"Bearer {self.key}"}
         try:
-            async with self.session.get(f"{self.upstream}{path}", headers=headers) as answer:
+            async with self.session.get(f"{self.upstream}{path}", headers=self.engines_key) as answer:
                 kind = {"Content-Type": answer.headers["Content-Type"]} if "Content-Type" in answer.headers else {}
                 return web.Response(status=answer.status, headers=kind, body=await answer.read())
         except (aiohttp.ClientError, TimeoutError):
             return error_response(503, "engine_unavailable", "The room's engine cannot be reached.", retry_after=5)
+
+    async def engine_ready(self) -> bool:
+        """Whether the engine says that it is well, and says so in time."""
+        with suppress(TimeoutError):
+            return (await asyncio.wait_for(self.page("/health"), HEALTH_SECONDS)).status == 200
+        return False
 
     async def note_check(self, request: web.Request) -> web.Response:
         """A check was made at a desk: 400, 401, 429."""
@@ -331,7 +361,7 @@ class Front:
         shown = shown_key(request).encode()
         if not any(secrets.compare_digest(shown, key.encode()) for key in (self.key, watch_key(self.key))):
             return error_response(401, "unauthorized", "Open this page by the address of `servebook room watch`.")
-        engine = await self.page("/health")
+        ready = await self.engine_ready()
         rows = []
         for name in self.roll.entries:
             learner = self.learner(name)
@@ -339,7 +369,7 @@ class Front:
             row: dict[str, Any] = {"name": name, "revoked": self.roll.revoked(name), "refused": learner.refused}
             row |= {"under_way": len(learner.under_way), "share": round(100 * used)}
             rows.append(row | self.board.row(name))
-        told = {"ready": engine.status == 200, "running": self.turnstile.running.total()}
+        told = {"ready": ready, "running": self.turnstile.running.total()}
         return web.json_response(
             {
                 "engine": told | {"places": self.limits.places, "waiting": self.turnstile.waiting},
@@ -396,9 +426,8 @@ class Front:
 
     async def health(self, _: web.Request) -> web.Response:
         """Whether the front and the engine behind it can serve."""
-        with suppress(TimeoutError):
-            if (await asyncio.wait_for(self.page("/health"), HEALTH_SECONDS)).status == 200:
-                return web.json_response({"status": "ready"})
+        if await self.engine_ready():
+            return web.json_response({"status": "ready"})
         return error_response(503, "engine_unavailable", "The room's engine cannot be reached.", retry_after=5)
 
     async def show_metrics(self, _: web.Request) -> web.Response:

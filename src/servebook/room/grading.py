@@ -6,16 +6,17 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import chdir
 from multiprocessing import get_context
 from pathlib import Path
 
 from servebook import launch
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError
-from servebook.lab.handout import confine
+from servebook.lab.handout import confine, provided
 from servebook.lab.manifest import Lab, load_labs
 from servebook.room.collect import deliver
-from servebook.settings import LOOPBACK, Settings
+from servebook.settings import FILE_NAME, LOOPBACK, Settings
 
 FEEDBACK = "feedback"
 """The folder for it, of the course and at a desk."""
@@ -30,22 +31,24 @@ def grade(course: Path, settings: Settings, desks: Path) -> Iterator[str]:
     """
     place = settings.state_dir / "grading"
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (place / FILE_NAME).touch()  # servers started there find no other, which may hold the key
     os.environ.pop("SERVEBOOK_API_KEY", None)
-    os.environ |= {
+    os.environ |= provided.settings_as_variables(settings) | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # nbgrader's helpers
         "SERVEBOOK_STATE_DIR": str(place),
         "SERVEBOOK_HOST": LOOPBACK,
         "JUPYTER_CONFIG_PATH": str(ROOT),  # for a course elsewhere
         "JUPYTER_PREFER_ENV_PATH": "1",
-        confine.FROM: str(settings.state_dir / "room"),
+        confine.FROM: str(settings.state_dir),
     }
     log = place / "nbgrader.log"
     log.write_text("")
     graded = [lab for lab in load_labs() if any((course / "submitted").glob(f"*/{lab.stem}"))]
     for lab, following in zip(graded, [*graded[1:], None], strict=True):
         try:
-            for name in lab.servers:
-                launch.serve(name)
+            with chdir(place):
+                for name in lab.servers:
+                    launch.serve(name)
             yield grade_lab(course, lab, log)
             yield from give_back(course, lab, desks)
         except LaunchError as error:

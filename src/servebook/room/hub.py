@@ -208,8 +208,7 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     settings = load_settings(host=host)
     programs = find_hub(settings)
-    folder = settings.state_dir / "room"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = settings.state_folder("room")
     require_safe(settings)
     make_master(folder / "master")
     join_code(settings)
@@ -221,6 +220,7 @@ def main(
     }
     env = os.environ | {
         "CONFIGPROXY_AUTH_TOKEN": secrets.token_hex(32),
+        "SERVEBOOK_PROXY_SECRET": secrets.token_hex(32),  # by which the hub knows its proxy
         "SERVEBOOK_HUB_CONFIG": json.dumps(what_the_config_reads(settings, front, urls)),
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
     }

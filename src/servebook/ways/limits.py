@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -176,10 +177,13 @@ def _schema(field: str, schema: str | Mapping[str, Any] | bool, limits: Limits) 
             _bytes(field, json.dumps(schema, ensure_ascii=False), limits)
     except RecursionError:
         raise LimitExceeded(field, f"may have {limits.depth} levels of brackets at most", limits.depth) from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, json.JSONDecodeError):
+        return  # no JSON: the engine says so
+    except ValueError as error:
         if isinstance(error, LimitExceeded):
             raise
-        return  # no JSON: the engine says so
+        most = sys.get_int_max_str_digits()
+        raise LimitExceeded(field, f"may have integers of {most} digits at most", most) from None
     properties = enum = repeats = 0
     for depth, node in _nodes(schema):
         if depth > limits.depth:

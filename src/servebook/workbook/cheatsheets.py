@@ -50,12 +50,16 @@ class Snippet(BaseModel):
 
 
 class Sheet(BaseModel):
-    """One server: every part has at least one snippet, also where it can only show that there is no such thing."""
+    """One server: every part has at least one snippet, also where it can only show that there is no such thing.
+
+    `key` is what there is to say of keys where not all of its ports do the same.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     server: str
     chapter: str
+    key: str = ""
     call: tuple[Snippet, ...]
     stream: tuple[Snippet, ...]
     cancel: tuple[Snippet, ...]
@@ -99,7 +103,7 @@ def page(stem: str, sheets: list[Sheet]) -> str:
         f"The chapter is [{stem}](../../notebooks/{stem}.ipynb).",
     ]
     for sheet in sheets:
-        lines += ["", *start(sheet.spec)]
+        lines += ["", *start(sheet)]
         for part, snippets in groupby(sheet.parts(), key=lambda each: each[0]):
             lines += ["", f"### {part.capitalize()}"]
             for _, snippet in snippets:
@@ -107,8 +111,9 @@ def page(stem: str, sheets: list[Sheet]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def start(spec: ServerSpec) -> Iterator[str]:
+def start(sheet: Sheet) -> Iterator[str]:
     """The head: how the server is started, where it listens, and what to do about a key."""
+    spec = sheet.spec
     at = usual(spec)
     yield f"## `{spec.name}`: {spec.about}"
     yield ""
@@ -118,7 +123,7 @@ def start(spec: ServerSpec) -> Iterator[str]:
     yield "```"
     yield ""
     yield ", ".join(f"{kind} at `{at[kind]}`" for kind in spec.ports) + "; `servebook status` shows other ports."
-    yield (
+    yield sheet.key or (
         "With `SERVEBOOK_API_KEY` set it asks for `authorization: Bearer …`, a header or gRPC metadata."
         if spec.checks_key
         else "It knows no key: it stays on this machine."

@@ -133,7 +133,7 @@ def check_glibc(library: tuple[str, str]) -> Finding:
         "FAIL",
         "glibc",
         f"{name or 'another C library'} {number}; Triton's binaries need glibc 2.35",
-        "Use Ubuntu 22.04, Debian 12 or newer. All chapters but 03 and 08 work without.",
+        "Use Ubuntu 22.04, Debian 12 or newer. All chapters but 03, 06 and 08 work without.",
     )
 
 
@@ -144,7 +144,7 @@ def check_libpython(library: Path | None) -> Finding:
     return Finding(
         "WARN",
         "libpython",
-        "no libpython3.11.so, which Triton needs (chapters 03, 08)",
+        "no libpython3.11.so, which Triton needs (chapters 03, 06, 08)",
         "sudo apt-get install libpython3.11, or build Python with --enable-shared.",
     )
 
@@ -227,7 +227,7 @@ def check_gpu(card: Card | None, held: str, needed_gib: float, device: str, cpu_
         return Finding("OK", "gpu", "none; the engine runs on the CPU")
     fact = f"{card.name}, {card.free / GIB:.1f} of {card.total / GIB:.1f} GiB free, driver {card.driver}"
     if device == "cpu":
-        return Finding("OK", "gpu", f"{fact}; not used, as DEVICE=cpu says")
+        return Finding("OK", "gpu", f"{fact}; not used, as SERVEBOOK_DEVICE=cpu says")
     if cpu_build:
         level: Level = "FAIL" if device == "gpu" else "WARN"
         return Finding(level, "gpu", f"{fact}; but this is the CPU environment", "Run `make setup DEVICE=gpu`.")
@@ -235,7 +235,13 @@ def check_gpu(card: Card | None, held: str, needed_gib: float, device: str, cpu_
         return Finding("FAIL", "gpu", f"{fact}; vLLM's build needs {DRIVER}", "Install a newer driver.")
     fact += f"; an engine takes {needed_gib:.1f}"
     if card.total < needed_gib * GIB:
-        return Finding("FAIL", "gpu", fact, "Choose a smaller model, a smaller SERVEBOOK_KV_CACHE_GIB or DEVICE=cpu.")
+        return Finding(
+            "FAIL",
+            "gpu",
+            fact,
+            "Choose a smaller model or a smaller SERVEBOOK_KV_CACHE_GIB; "
+            "or set SERVEBOOK_DEVICE=cpu and run `make setup DEVICE=cpu`.",
+        )
     if card.free < needed_gib * GIB:
         remedy = f"End a server (`servebook down NAME`) or another program. {held}".rstrip()
         return Finding("WARN", "gpu", fact, remedy)
@@ -379,7 +385,7 @@ def check_place(environment: Path, folders: Iterable[Path]) -> Finding:
         return Finding(
             "WARN",
             "place",
-            f"Triton takes no other letters than ASCII's: {', '.join(other)} (chapters 03, 08)",
+            f"Triton takes no other letters than ASCII's: {', '.join(other)} (chapters 03, 06, 08)",
             "Move the clone, or set SERVEBOOK_STATE_DIR and SERVEBOOK_CACHE_DIR.",
         )
     return Finding("OK", "place", "its folders have names that every part takes")

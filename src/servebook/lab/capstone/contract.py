@@ -39,17 +39,19 @@ def command_of(folder: Path) -> list[str]:
     """The words of the command that starts the service in `folder`.
 
     Raises:
-        ServebookError: service.toml is not there, or has no such line.
+        ServebookError: service.toml is not there, or has no such line, or one that names nothing.
     """
     path = folder / START_FILE
     try:
-        command = tomllib.loads(path.read_text(encoding="utf-8"))["command"]
-        return shlex.split(command)
+        words = shlex.split(tomllib.loads(path.read_text(encoding="utf-8"))["command"])
+        if not words or "\0" in "".join(words):
+            raise ValueError("nothing that can be started")
+        return words
     except FileNotFoundError:
         raise ServebookError(
             f"There is no {path} here.", "Run this in the folder that has it; chapter 14, section 2, makes one."
         ) from None
-    except (tomllib.TOMLDecodeError, KeyError, ValueError, AttributeError):
+    except (tomllib.TOMLDecodeError, KeyError, ValueError, AttributeError, OSError):
         raise ServebookError(
             f'{path} has no command that can be read: command = "python service.py"', "Write it so."
         ) from None

@@ -1,7 +1,8 @@
 """Loads a model repository for real, all but the engine: a check has five seconds, an engine takes thirty.
 
 Triton itself reads config.pbtxt and finds backend and version, the backend completes the configuration, and vLLM
-reads the engine arguments and makes its own configuration of them.
+reads the engine arguments and makes its own configuration of them. Either may run what the learner wrote, so neither
+may look into the process that judges.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tritonclient.utils import InferenceServerException
 
 from servebook.environment import child_environment
 from servebook.errors import LaunchError
+from servebook.lab.handout.landlock import as_told
 from servebook.launch.child import Child, run_child
 from servebook.launch.processes import free_port
 from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
@@ -54,7 +56,7 @@ def loaded_config(repository: Path, name: str) -> Any:
         address = next(word for word in command if word.startswith("--grpc-port=")).partition("=")[2]
         try:
             # Ending in good order takes Triton three seconds, and there is nothing in it to be saved: no grace.
-            with run_child(command, env=tritonserver_env(), grace=0) as triton:
+            with run_child(as_told(command), env=tritonserver_env(), grace=0) as triton:
                 config = _config_once_ready(triton, f"127.0.0.1:{address}", name)
                 said, ended = triton.said(), triton.process.poll() is not None
         finally:
@@ -107,7 +109,7 @@ def engine_facts(version: Path) -> dict[str, Any]:
 def vllm_process() -> subprocess.Popen[str]:
     """A process that has vLLM imported, which takes seconds, and keeps it for the next check. Ends with this one."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "servebook.lab.dry_run.engine_facts"],
+        as_told([sys.executable, "-P", "-m", "servebook.lab.dry_run.engine_facts"]),
         env=child_environment() | {"HF_HUB_OFFLINE": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -7,7 +7,6 @@ a process of its own asks the kernel, and its verdict becomes the cell's output.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -37,10 +36,11 @@ from nbgrader.preprocessors import (
 
 from servebook.checkout import ROOT
 from servebook.lab.feedback import Result
-from servebook.lab.handout import confine
+from servebook.lab.handout import confine, landlock, provided
 from servebook.lab.handout.remarks import forget_remarks, remark
 from servebook.lab.judge.process import JudgeProcess
 from servebook.launch.processes import end
+from servebook.settings import load_settings
 
 MARK = "NBGRADER_SUBMISSION"
 """In the environment of a submission's kernel, and so of whatever descends from it: a word of this run alone."""
@@ -89,19 +89,25 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
 
     def preprocess(self, nb: Any, resources: Any = None, km: Any = None) -> tuple[Any, Any]:
         self.mark = uuid4().hex
-        self.folder = Path(resources["metadata"]["path"]).resolve()
         self.scratch = confine.scratch_folder()
-        self.environment = {MARK: self.mark, "SPT_NOENV": "1", "TMPDIR": str(self.scratch)} | confine.home(self.scratch)
-        # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
+        self.folder = self.scratch / "work"
         self.allowed, told = None, {}
         try:
-            if confine.possible():
-                self.allowed = confine.folders(self.folder, Path.cwd(), self.scratch)
-                told[confine.TOLD] = str(self.scratch.parent / confine.NAMED)
-                Path(told[confine.TOLD]).write_text(json.dumps(self.allowed))
+            # A copy: into the folder itself nbgrader writes, and would follow a link that a submission leaves there.
+            shutil.copytree(Path(resources["metadata"]["path"]).resolve(), self.folder, symlinks=True)
+            provided.make_folders(self.scratch)
+            # SPT_NOENV: vLLM's processes rename themselves, and would write over their environment with the mark.
+            self.environment = provided.environment(self.scratch) | {MARK: self.mark, "SPT_NOENV": "1"}
+            if landlock.possible():
+                self.allowed = confine.folders(Path.cwd(), self.scratch)
+                told[landlock.TOLD] = str(self.scratch.parent / confine.NAMED)
+                Path(told[landlock.TOLD]).write_text(json.dumps(self.allowed), encoding="utf-8")
             else:
                 self.log.warning("This machine has no Landlock: submissions can read all that you can, solutions too")
-            self.judge = JudgeProcess(self.environment | told)
+            if load_settings().key and "SERVEBOOK_API_KEY" not in self.environment:
+                self.log.warning("Submissions get no key: they cannot attach to servers that were started with one")
+            judges = {"SERVEBOOK_STATE_DIR": str(provided.judges_state(self.scratch))}
+            self.judge = JudgeProcess(self.environment | told | judges, self.scratch.parent)
             try:
                 tempfile.tempdir = str(self.scratch)  # for the file that tells the kernel its sockets
                 executed: tuple[Any, Any] = super().preprocess(nb, resources, km)
@@ -119,8 +125,10 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
 
     def setup_kernel(self, **kwargs: Any) -> AbstractContextManager[None]:
         if self.allowed:
-            kwargs["preexec_fn"] = partial(confine.confine, self.allowed)
-        kernel: AbstractContextManager[None] = super().setup_kernel(env=os.environ | self.environment, **kwargs)
+            kwargs["preexec_fn"] = partial(landlock.confine, self.allowed)
+        kernel: AbstractContextManager[None] = super().setup_kernel(
+            env=self.environment, cwd=str(self.folder), **kwargs
+        )
         return kernel
 
     def preprocess_cell(self, cell: Any, resources: Any, index: int) -> tuple[Any, Any]:
@@ -142,14 +150,13 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
     def _judged(self, exercise_id: str, cell: Any, resources: Any, index: int) -> Result:
         """Let the judge ask the kernel."""
         address = self.scratch / uuid4().hex[:8]
-        self.judge.ask(exercise_id, self.folder, address)
         source = cell.source
         cell.source = f"from servebook.lab.judge.learner import serve as _serve; _serve({str(address)!r})"
         try:
-            super().preprocess_cell(cell, resources, index)
+            answer = partial(super().preprocess_cell, cell, resources, index)
+            return self.judge.judged(exercise_id, self.folder, address, answer)
         finally:
             cell.source = source
-        return self.judge.verdict(exercise_id)
 
 
 SANITIZE_STEPS = [MendStructure, ClearOutput, DeduplicateIds, OverwriteKernelspec, OverwriteCells, CheckCellMetadata]

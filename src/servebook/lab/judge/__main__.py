@@ -16,6 +16,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,7 +27,8 @@ from tritonclient.utils import InferenceServerException
 
 from servebook.lab.checking import evaluate
 from servebook.lab.feedback import Result
-from servebook.lab.handout.confine import confine_as_told
+from servebook.lab.handout.landlock import confine_as_told
+from servebook.lab.judge.process import LISTENING
 from servebook.lab.judge.wire import Failed, FarFunction, Wire
 from servebook.lab.manifest import find_exercise
 from servebook.lab.submission import waited
@@ -110,14 +112,17 @@ class NamedFunction(FarFunction):
 
 
 class Names(Mapping[str, Any]):
-    """The names in a learner's session; the servers are found by the judge itself."""
+    """The names in a learner's session; the servers are found by the judge itself, with the settings of `home`."""
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    def __init__(self, judge: Judge, home: Path = Path()) -> None:
+        self.judge, self.home = judge, home
+        self.waits: dict[str, float] = {}
+        self.waits_before = 0.0
 
     def __getitem__(self, name: str) -> Any:
         if name.replace("_", "-") in SERVERS:
-            return serve(name.replace("_", "-"))
+            with chdir(self.home):  # a learner's servebook.toml in the submission's folder names no servers
+                return serve(name.replace("_", "-"))
         reply = self.judge.ask(look=name)
         return NamedFunction(self.judge, name) if reply["callable"] else self.judge.decode(reply["value"])
 
@@ -128,21 +133,26 @@ class Names(Mapping[str, Any]):
         return 0
 
     def waited(self) -> float:
-        """Seconds in all that the session's threads were ready to run and had no core."""
-        return sum(map(waited, Path(f"/proc/{self.judge.pid}/task").glob("*/schedstat")))
+        """Seconds in all that the session's threads, ended ones too, were ready to run and had no core."""
+        for account in Path(f"/proc/{self.judge.pid}/task").glob("*/schedstat"):
+            now, last = waited(account), self.waits.get(account.parent.name, 0.0)
+            if now < last:  # it has just ended, or is another one by the same number
+                self.waits_before += last
+            self.waits[account.parent.name] = now
+        return self.waits_before + sum(self.waits.values())
 
     def abort(self) -> None:
         """End what runs in the session."""
         threading.Thread(target=lambda: self.judge.ask(abort=True), daemon=True).start()
 
 
-def verdict(exercise_id: str, path: str, out: TextIO) -> Result:
-    """Listen for the session, and judge."""
+def verdict(exercise_id: str, path: str, out: TextIO, home: Path) -> Result:
+    """Listen for the session, and judge; `home` is for `Names`."""
     _, exercise = find_exercise(exercise_id)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(1)
-        print("listening", file=out, flush=True)
+        print(LISTENING, end="", file=out, flush=True)
         come, _, _ = select.select([listener, sys.stdin], [], [])
         if listener not in come:
             return Result(exercise, "wrong", "a session that answers", "none", "the kernel does not answer the judge")
@@ -151,7 +161,7 @@ def verdict(exercise_id: str, path: str, out: TextIO) -> Result:
         judge = Judge(connection)
         threading.Thread(target=judge.listen, daemon=True).start()
         try:
-            return evaluate(exercise_id, Names(judge))
+            return evaluate(exercise_id, Names(judge, home))
         finally:
             connection.shutdown(socket.SHUT_RDWR)
 
@@ -159,12 +169,12 @@ def verdict(exercise_id: str, path: str, out: TextIO) -> Result:
 def main() -> None:
     """Judge until the input ends."""
     confine_as_told()
-    out = os.fdopen(os.dup(1), "w")
+    out, home = os.fdopen(os.dup(1), "w"), Path.cwd()
     os.dup2(2, 1)  # what a check prints is no verdict
     for line in iter(sys.stdin.readline, ""):
         question = json.loads(line)
         os.chdir(question["folder"])
-        result = verdict(question["exercise"], question["socket"], out)
+        result = verdict(question["exercise"], question["socket"], out, home)
         told = {name: value for name, value in asdict(result).items() if name != "exercise"}
         print(json.dumps(told), file=out, flush=True)
         sys.stdin.readline()  # the session is done

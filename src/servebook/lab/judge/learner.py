@@ -33,12 +33,14 @@ class Session(Wire):
             # The judge wants to see what became of its lists.
             return {"value": value, "args": [self.encode(each) if isinstance(each, list) else None for each in args]}
         if "abort" in question:
-            for thread in list(self.threads):
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(thread.ident or 0), ctypes.py_object(OverTime)
-                )
+            self.abort()
             return {}
         return self.use(question)
+
+    def abort(self) -> None:
+        """End what runs for the judge."""
+        for thread in list(self.threads):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(OverTime))
 
     def describe(self, error: BaseException) -> dict[str, Any]:
         """What kinds of error it is, its words, and where in the learner's cell it was raised."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -28,19 +27,26 @@ IMPORT_SECONDS = 120.0
 """How long a judge may take to listen: what checks need is imported first, perhaps beside much else."""
 VERDICT_SECONDS = 20.0
 """How long a verdict may take once the session is done: the check is over then, or never will be."""
+LISTENING = "listening\n"
+"""What a judge says before the session may come."""
+AGAIN = "the check itself could not run; check again, and another judge is started"
 
 
 class JudgeProcess:
-    """A process that judges; `environment` is added to its own. One that is kept busy for ever is replaced."""
+    """A process that judges, in `environment` and started in `folder` (None: this process's own).
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        self.environment = environment or {}
+    One that ends, or is kept busy for ever, is replaced.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None, folder: Path | None = None) -> None:
+        self.environment, self.folder = environment, folder
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "servebook.lab.judge"],
-            env=os.environ | self.environment,
+            env=self.environment,
+            cwd=self.folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -49,22 +55,30 @@ class JudgeProcess:
             preexec_fn=die_with_parent,
         )
 
-    def ask(self, exercise_id: str, folder: Path, address: Path) -> None:
-        """Let it judge an exercise in that folder; it listens at `address` then, for the learner's session."""
-        if self.process.poll() is not None:
-            self.process = self._start()
-        question = {"exercise": exercise_id, "folder": str(folder), "socket": str(address)}
-        self._say(json.dumps(question))
-        self._hear(IMPORT_SECONDS)
+    def judged(self, exercise_id: str, folder: Path, address: Path, answer: Callable[[], object]) -> Result:
+        """What it finds about an exercise in that folder; "stuck" where it finds nothing.
 
-    def verdict(self, exercise_id: str) -> Result:
-        """What it found, once the session has answered, or never will; "stuck" where it says nothing."""
+        It listens at `address`, and `answer` lets the learner's session answer it there.
+        """
         exercise = find_exercise(exercise_id)[1]
-        self._say("")
-        if told := self._hear(VERDICT_SECONDS):
+        try:
+            if self.process.poll() is not None:
+                self.process = self._start()
+            self._say(json.dumps({"exercise": exercise_id, "folder": str(folder), "socket": str(address)}))
+            if self._hear(IMPORT_SECONDS) != LISTENING:
+                self.end()
+                return Result(exercise, "stuck", "a judge that listens", "none: it has ended, or takes too long", AGAIN)
+            answer()
+            self._say("")
+            told = self._hear(VERDICT_SECONDS)
+        except BaseException:  # an Interrupt, too: what it says later would be taken for the next verdict
+            self.end()
+            raise
+        try:
             return Result(exercise, **json.loads(told))
-        self.end()
-        return Result(exercise, "stuck", "a verdict", "none: the judge has ended, or does not come to an end")
+        except (ValueError, TypeError):
+            self.end()
+            return Result(exercise, "stuck", "a verdict", "none: the judge has ended, or does not end", AGAIN)
 
     def end(self) -> None:
         """End it."""
@@ -93,8 +107,15 @@ def judged_apart(exercise_id: str, namespace: Mapping[str, Any]) -> Result:
     """Let a judge ask this session about an exercise."""
     with tempfile.TemporaryDirectory() as scratch:
         address = Path(scratch) / "judge"
-        judge().ask(exercise_id, Path.cwd(), address)
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(address))
-            Session(connection, namespace).listen()
-        return judge().verdict(exercise_id)
+
+        def answer() -> None:
+            with suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as connection:  # then it has ended
+                connection.connect(str(address))
+                session = Session(connection, namespace)
+                try:
+                    session.listen()
+                except KeyboardInterrupt:
+                    session.abort()
+                    raise
+
+        return judge().judged(exercise_id, Path.cwd(), address, answer)

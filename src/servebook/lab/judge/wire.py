@@ -87,7 +87,8 @@ class Wire:
             reply = self.answer(message)
         except BaseException as error:
             reply = {"failed": self.describe(error)}
-        self._send({"reply": message["ask"], **reply})
+        with suppress(Broken):  # nobody waits for it any more
+            self._send({"reply": message["ask"], **reply})
         self.threads.discard(threading.current_thread())
 
     def describe(self, error: BaseException) -> dict[str, Any]:

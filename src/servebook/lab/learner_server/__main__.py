@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from servebook.lab.handout.confine import confine_as_told
+from servebook.lab.handout.landlock import confine_as_told
 
 
 def load(path: Path) -> ModuleType:

@@ -18,8 +18,11 @@ from servebook.ways.refusals import reason
 from servebook.ways.v2.contract import INPUTS, OPTIONAL_OUTPUTS, PROTOCOLS_OWN, BadRequest, UnsupportedRequest
 
 SAMPLING = TypeAdapter(SamplingParams)
-INTERNAL = {"output_kind", "output_text_buffer_length", "skip_clone", "detokenize"}
-"""Fields of SamplingParams that are the server's to set."""
+INTERNAL = {
+    *("output_kind", "output_text_buffer_length", "skip_clone", "detokenize"),
+    *("extra_args", "trace_decode_token_ids"),
+}
+"""Fields of SamplingParams that are the server's to set. What is wrong in the last two, vLLM finds out too late."""
 KNOWN = {field.name for field in msgspec.structs.fields(SamplingParams) if field.name[0] != "_"} - INTERNAL
 INT64 = 2**63
 LIMITS = Limits()
@@ -31,7 +34,8 @@ CONSTRAINTS = {"json": "schema", "regex": "regex", "grammar": "grammar", "choice
 class GenerateRequest:
     """One prompt, with everything that its answer depends on.
 
-    `outputs` are the names of the optional outputs asked for; `echo` puts the prompt before the answer.
+    `outputs` are the names of the optional outputs asked for; `echo` puts the prompt before the answer; `constraint`
+    is the field that says which form the text must have, None where any will do.
     """
 
     prompt: str
@@ -40,12 +44,7 @@ class GenerateRequest:
     sampling: SamplingParams
     lora_name: str | None
     outputs: frozenset[str]
-
-    @property
-    def constraint(self) -> str | None:
-        """The field that says which form the text must have; None where any will do."""
-        kind = constraint_of(self.sampling)
-        return kind and f"sampling_parameters.structured_outputs.{kind}"
+    constraint: str | None
 
 
 def read_request(tensors: Mapping[str, Any], parameters: str) -> GenerateRequest:
@@ -76,13 +75,16 @@ def read_request(tensors: Mapping[str, Any], parameters: str) -> GenerateRequest
     lora_name = said.pop("lora_name", None)
     if lora_name is not None and not isinstance(lora_name, str):
         raise BadRequest("sampling_parameters.lora_name", "must be a string")
+    sampling = _sampling(said, stream)
+    kind = constraint_of(sampling)  # now: vLLM writes some kinds as another one
     return GenerateRequest(
         prompt=texts["text_input"],
         stream=stream,
         echo=not exclude,
-        sampling=_sampling(said, stream),
+        sampling=sampling,
         lora_name=lora_name,
         outputs=frozenset(name for name in OPTIONAL_OUTPUTS if flags.get(f"return_{name}")),
+        constraint=kind and f"sampling_parameters.structured_outputs.{kind}",
     )
 
 
@@ -119,8 +121,7 @@ def check_limits(sampling: SamplingParams, prefix: str = "") -> None:
     )
     check(LIMITS, logprobs=sampling.prompt_logprobs, names={"logprobs": f"{prefix}prompt_logprobs"})
     for name in ("bad_words", "stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
-        listed = getattr(sampling, name, None)
-        check(LIMITS, logit_bias=dict.fromkeys(map(str, listed or ())), names={"logit_bias": prefix + name})
+        check(LIMITS, logit_bias=getattr(sampling, name, None), names={"logit_bias": prefix + name})
     for word in sampling.bad_words or ():  # vLLM tokenizes each, twice
         check(LIMITS, stop=word, names={"stop": f"{prefix}bad_words"})
     if kind := constraint_of(sampling):

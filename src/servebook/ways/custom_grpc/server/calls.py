@@ -22,6 +22,9 @@ PACE = Pace(per_second=1500, most_seconds=0.025, free=8)
 """A message costs the server's one event loop 0.05 to 0.1 ms, however many tokens are in it; and 40 messages a second
 are more than anybody reads."""
 
+READER_SECONDS = 30.0
+"""How long a caller may leave a full stream unread before they count as gone; as with the HTTP servers (`asgi.py`)."""
+
 log = logging.getLogger("servebook.ways.custom_grpc.server")
 
 
@@ -36,6 +39,8 @@ class Call:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     max_tokens: int = 0
+    writing_since: float | None = None
+    unread: bool = False
     constraint: str = ""
     """The request's field that says which form the text must have."""
 
@@ -51,6 +56,7 @@ class Calls:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.open = 0
+        self.streams: dict[asyncio.Task[Any], Call] = {}
         self.none_open = asyncio.Event()
         self.none_open.set()
 
@@ -68,8 +74,13 @@ class Calls:
         try:
             if self.open > self.limit:
                 raise queue_full(self.limit)
+            if task := asyncio.current_task():
+                self.streams[task] = call
             yield call
         except asyncio.CancelledError:
+            if call.unread:
+                code = grpc.StatusCode.RESOURCE_EXHAUSTED
+                await context.abort(code, f"Nobody has read this stream for {READER_SECONDS:g} s.", (request_id,))
             late = (left := context.time_remaining()) is not None and left <= 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
@@ -82,12 +93,24 @@ class Calls:
                 log.error("failed", extra={"fields": {"id": call.id, "error": type(error).__name__, "at": place}})
             await context.abort(code, str(refusal), (request_id, refusal.trailer()))
         finally:
+            self.streams.pop(asyncio.current_task(), None)  # type: ignore[arg-type]
             self.leave()
             self.account(call, code)
 
     def hold_seconds(self, call: Call, sent: int) -> float:
         """How long `call` waits after a message of `sent` tokens: 0 unless many calls are open."""
         return PACE.hold_seconds(self.open, sent, call.max_tokens - call.completion_tokens)
+
+    def end_unread(self) -> None:
+        """End the calls whose callers have stopped reading: they would keep their places for ever.
+
+        To be called now and then: a timer for each message would cost more than the message.
+        """
+        late = time.monotonic() - READER_SECONDS
+        for task, call in self.streams.items():
+            if call.writing_since and call.writing_since < late:
+                call.unread = True
+                task.cancel()
 
     def enter(self) -> None:
         self.open += 1

@@ -12,7 +12,7 @@ from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from servebook.protos.llm.v1.llm_pb2 import GenerateRequest, Sampling, StreamGenerateRequest
-from servebook.ways.custom_grpc.server.errors import invalid
+from servebook.ways.custom_grpc.server.errors import Refusal, invalid
 from servebook.ways.limits import LimitExceeded, Limits, check
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ Request = GenerateRequest | StreamGenerateRequest
 CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
 MAX_TEMPERATURE = 2
 """As in vLLM."""
+MAX_MESSAGES = 512
+"""Of one chat. Each costs the event loop time before it is known to be too long; 4 MiB hold two million empty ones."""
 LIMITS = Limits()
 CONSTRAINTS = {"regex": "regex", "json_schema": "schema", "choice": "choice"}
 """The kinds of constraint, and the limits that hold for each."""
@@ -58,13 +60,15 @@ class Inputs:
                 case "prompt":
                     [rendered] = await self.renderer.render_cmpl_async([{"prompt": request.prompt}])
                 case "prompt_token_ids":
+                    if (count := len(request.prompt_token_ids.ids)) >= self.max_model_len:
+                        raise self.no_room(request, count)
                     ids = list(request.prompt_token_ids.ids)
                     self.renderer.validate_token_ids(ids)
                     [rendered] = await self.renderer.render_cmpl_async([{"prompt_token_ids": ids}])
                 case "chat":
+                    if not 1 <= (count := len(request.chat.messages)) <= MAX_MESSAGES:
+                        raise invalid("chat.messages", f"must be from 1 to {MAX_MESSAGES}, got {count}")
                     turns = [{"role": turn.role, "content": turn.content} for turn in request.chat.messages]
-                    if not turns:
-                        raise invalid("chat.messages", "must not be empty")
                     _, [rendered] = await self.renderer.render_chat_async([turns], CHAT)
                 case _:
                     raise invalid("prompt", "set one of prompt, prompt_token_ids and chat")
@@ -82,11 +86,9 @@ class Inputs:
         """
         room = self.max_model_len - prompt_tokens
         if room < 1:
-            raise invalid(
-                request.WhichOneof("input") or "prompt",
-                f"its {prompt_tokens} tokens leave no room in the context of {self.max_model_len}",
-            )
-        max_tokens = request.max_tokens if request.HasField("max_tokens") else room
+            raise self.no_room(request, prompt_tokens)
+        usual = min(self.defaults.get("max_tokens", room), room)  # a model may have a default for this, too
+        max_tokens = request.max_tokens if request.HasField("max_tokens") else usual
         if not 1 <= max_tokens <= room:
             raise invalid(
                 "max_tokens",
@@ -102,8 +104,7 @@ class Inputs:
         said |= {name: getattr(sampling, name) for name in ("top_p", "top_k", "seed") if sampling.HasField(name)}
         try:
             return SamplingParams(
-                **{**self.defaults, **said},
-                max_tokens=max_tokens,
+                **{**self.defaults, **said, "max_tokens": max_tokens},
                 stop=list(sampling.stop),
                 ignore_eos=sampling.ignore_eos,
                 structured_outputs=constraint(sampling),
@@ -113,6 +114,13 @@ class Inputs:
         except (VLLMClientError, ValueError) as error:
             field = getattr(error, "parameter", None)
             raise invalid(f"sampling.{field}" if field else "sampling", error.args[0]) from error
+
+    def no_room(self, request: Request, prompt_tokens: int) -> Refusal:
+        """The refusal of a prompt that fills the context."""
+        return invalid(
+            request.WhichOneof("input") or "prompt",
+            f"its {prompt_tokens} tokens leave no room in the context of {self.max_model_len}",
+        )
 
 
 def check_limits(sampling: Sampling) -> None:

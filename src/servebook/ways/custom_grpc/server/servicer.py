@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
@@ -105,9 +106,11 @@ class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
                     if not sequence:
                         call.saw_first_token()
                     # Waits while the reader is slow. The engine does not: what comes meanwhile merges into one output.
+                    call.writing_since = time.monotonic()
                     await context.write(message)
+                    call.writing_since = None
                     sequence += 1
-                    if hold := self.calls.hold_seconds(call, len(token_ids)):
+                    if not output.finished and (hold := self.calls.hold_seconds(call, len(token_ids))):
                         await asyncio.sleep(hold)  # many readers: fewer messages, with more tokens in each
 
     async def start(self, request: Request, call: Call, stream: bool) -> AsyncGenerator[RequestOutput, None]:

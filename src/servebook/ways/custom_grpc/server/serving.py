@@ -94,7 +94,7 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
         if shared:  # whoever connects meanwhile gets a front that can answer
             server = await listen()
         log.info("ready")
-        await watch(engine, stop, health)
+        await watch(engine, stop, health, calls)
         log.info("draining", extra={"fields": {"open_calls": calls.open}})
         await health.servicer.enter_graceful_shutdown()
         metrics.SERVING.set(0)
@@ -108,14 +108,18 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
     log.info("stopped")
 
 
-async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health) -> None:
-    """Wait for `stop`; say so when the engine dies. The server stays up to answer until somebody restarts it."""
+async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health, calls: Calls) -> None:
+    """Wait for `stop`; meanwhile end what nobody reads, and say so when the engine dies.
+
+    The server stays up to answer until somebody restarts it.
+    """
     alive = True
     while not stop.is_set():
         if alive and engine.errored:
             alive = False
             await health.say(serving=False)
             log.error("engine died")
+        calls.end_unread()
         try:
             await asyncio.wait_for(stop.wait(), WATCH_SECONDS)
         except TimeoutError:

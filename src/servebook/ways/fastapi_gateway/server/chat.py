@@ -98,8 +98,19 @@ async def chat(request: Request, ask: ChatRequest, call: Call) -> ChatResponse:
     """Answer a message, all at once."""
     answer = await call.complete(ask.for_engine())
     choice, usage = answer["choices"][0], Usage(**answer["usage"])
+    no_abort(choice)
     request.app.state.metrics.count(**usage.model_dump())
     return ChatResponse(response=choice["message"]["content"] or "", finish_reason=choice["finish_reason"], usage=usage)
+
+
+def no_abort(choice: dict[str, Any]) -> None:
+    """vLLM calls it a success where it ends a request by itself, as one does that shuts down.
+
+    Raises:
+        GatewayError: it did.
+    """
+    if choice["finish_reason"] == "abort":
+        raise GatewayError(503, "engine_unavailable", "The engine broke off its answer; try again.", retry_after=1)
 
 
 EVENT = {
@@ -149,6 +160,7 @@ async def chat_events(chunks: AsyncIterator[dict[str, Any]], request_id: str, me
                         metrics.first_token.observe(time.monotonic() - started)
                         first = False
                     yield event({"text": text})
+                no_abort(choice)
                 last["finish_reason"] = choice["finish_reason"]
             if usage := chunk.get("usage"):
                 last["usage"] = Usage(**usage).model_dump()

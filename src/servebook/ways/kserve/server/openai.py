@@ -20,6 +20,7 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers import chat_utils
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from servebook.ways.asgi import LINE_ENDS
@@ -80,7 +81,7 @@ async def guarded(answer: Callable[[Any, Request], Awaitable[Any]], request: Any
     is_list = isinstance(prompt, list) and not all(isinstance(part, int) for part in prompt)  # token ids are one prompt
     try:
         check(LIMITS, prompts=len(prompt or ()) if is_list else 1, names={"prompts": "prompt"})
-        check_limits(request.to_sampling_params(1, {}))
+        check_limits(sampling_of(request))
     except LimitExceeded as error:
         raise VLLMValidationError(str(error), parameter=error.field) from None
     if task := asyncio.current_task():  # vLLM's decorator began it, and would let it run on
@@ -92,6 +93,13 @@ async def guarded(answer: Callable[[Any, Request], Awaitable[Any]], request: Any
     if isinstance(answered, AsyncGenerator):
         return (event.translate(LINE_ENDS) async for event in answered)
     return answered
+
+
+def sampling_of(request: Any) -> SamplingParams:
+    """What a request asks for. Its length has no limit here, and must not be in the way of the others."""
+    beams = {"use_beam_search": False, "temperature": 1.0} if request.use_beam_search else {}
+    params: SamplingParams = request.model_copy(update=beams).to_sampling_params(max(1, request.min_tokens), {})
+    return params
 
 
 async def vllm_error(_: Request, error: Exception) -> JSONResponse:

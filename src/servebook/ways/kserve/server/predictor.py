@@ -7,7 +7,7 @@ from typing import Any
 
 from kserve import InferRequest, InferResponse, Model
 from kserve.errors import InvalidInput, ModelNotReady
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.outputs import RequestOutput
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -107,4 +107,6 @@ class Predictor(Model, OpenAIAnswers):  # type: ignore[misc]
             raise refused("sampling_parameters", error, request) from None
         except EngineDeadError:
             raise EngineDown(self.name, "Its engine has died; restart the server.") from None
+        except GracefulHTTPError as error:  # vLLM's own limits (--max-num-queued-reqs)
+            raise EngineDown(self.name, error.message) from None
         return final
