@@ -201,6 +201,9 @@ def test_open_to_the_network_only_with_a_key(desk: Desk) -> None:
     entry = desk.status()
     assert entry["state"] == "ready"
     assert entry["endpoints"]["http"].startswith("127.0.0.1:")
+    for words in (("status",), ("logs", "vllm"), ("down", "vllm")):  # who looks, or ends, opens nothing
+        desk.run(*words, host="0.0.0.0")
+    assert desk.status()["state"] == "stopped"
 
 
 def listening(pid: int) -> set[tuple[str, int]]:

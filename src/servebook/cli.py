@@ -20,7 +20,7 @@ from servebook.bench.cli import bench
 from servebook.errors import ServebookError
 from servebook.lab import cli as lab_cli
 from servebook.room import cli as room_cli
-from servebook.settings import load_settings
+from servebook.settings import own_settings
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The LLM serving workbook."
@@ -111,7 +111,7 @@ def logs(
     name: str, lines: Annotated[int, typer.Option("-n", min=1, help="How many lines from the end.")] = 100
 ) -> None:
     """Print the end of a server's log."""
-    files = launch.Files(load_settings().state_dir, name)
+    files = launch.Files(own_settings().state_dir, name)
     if not files.log.is_file():
         launch.find_server(name)
         raise ServebookError(f"{name} has not run yet: there is no log.", f"Start it with `servebook up {name}`.")

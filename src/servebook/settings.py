@@ -318,3 +318,12 @@ def load_settings(**overrides: Any) -> Settings:
             f"The settings do not fit: {problems}.",
             "Correct the environment variable, servebook.toml or the parameters cell.",
         ) from None
+
+
+def own_settings() -> Settings:
+    """The settings of who opens nothing, but looks or ends: a host beyond this machine asks for no key here.
+
+    Raises:
+        ServebookError: as `load_settings`.
+    """
+    return load_settings(host=LOOPBACK)

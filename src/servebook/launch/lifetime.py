@@ -16,7 +16,7 @@ from servebook.launch.link import STOP_SECONDS, Link
 from servebook.launch.plan import Start, plan
 from servebook.launch.supervisor import Description
 from servebook.launch.table import ServerSpec, find_server
-from servebook.settings import Settings, load_settings
+from servebook.settings import Settings, load_settings, own_settings
 
 _leases: dict[Files, Link] = {}
 """Leases of this process: they end with it, however it ends."""
@@ -115,7 +115,7 @@ def down(instance: str, settings: Settings | None = None) -> bool:
     Raises:
         LaunchError: it is still there after 40 seconds.
     """
-    files = Files((settings or load_settings()).state_dir, instance)
+    files = Files((settings or own_settings()).state_dir, instance)
     with suppress(OSError):
         files.record.unlink()
     link = Link.open(files)

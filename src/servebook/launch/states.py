@@ -8,7 +8,7 @@ from servebook.launch.files import NAME, Files
 from servebook.launch.link import Link
 from servebook.launch.supervisor import Description
 from servebook.launch.table import SERVERS, find_server
-from servebook.settings import Settings, load_settings
+from servebook.settings import Settings, own_settings
 
 
 class Status(TypedDict):
@@ -25,7 +25,7 @@ class Status(TypedDict):
 
 def status(settings: Settings | None = None) -> list[Status]:
     """Every known server's state, as `servebook status --json` prints it."""
-    settings = settings or load_settings()
+    settings = settings or own_settings()
     files = [Files(settings.state_dir, name) for name in SERVERS]
     on_disk = {file.stem for file in files[0].record.parent.glob("*") if file.suffix in (".json", ".sock")}
     found = set(filter(NAME.fullmatch, on_disk))

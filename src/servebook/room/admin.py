@@ -16,15 +16,10 @@ from servebook.errors import ServebookError
 from servebook.launch.files import Files
 from servebook.launch.processes import KEPT, environment_of
 from servebook.launch.states import describe
-from servebook.settings import LOOPBACK, Settings, load_settings
+from servebook.settings import Settings, load_settings, own_settings
 
 CODE_LETTERS = "ABCDEFGHJKMNPQRSTUVWXYZ23456789"
 """Those that nobody mistakes for another: eight of them are 40 bits."""
-
-
-def own_settings() -> Settings:
-    """Those of this terminal, for what needs the state folder alone: an opened room's host asks for no key here."""
-    return load_settings(host=LOOPBACK)
 
 
 def instructors_settings(host: str = "") -> Settings:

@@ -32,13 +32,12 @@ from servebook.room.admin import (
     forget_password,
     instructors_settings,
     join_code,
-    own_settings,
     rooms_settings,
 )
 from servebook.room.board import watch_key
 from servebook.room.hub import require_safe, why_not_apart
 from servebook.room.tls import address, files, fingerprint, host_for_learners
-from servebook.settings import LOOPBACK, Settings, is_loopback
+from servebook.settings import LOOPBACK, Settings, is_loopback, own_settings
 
 app = typer.Typer(no_args_is_help=True, help="A room of learners: JupyterHub, and one engine with a key for each.")
 out = Console(highlight=False, soft_wrap=True)

@@ -15,12 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import ValidationError
-from yarl import URL
 
 from servebook.launch.processes import listeners
 from servebook.room import asking
@@ -163,8 +163,8 @@ class Front:
         Raises:
             ClientConnectionError: nobody of ours listens there.
         """
-        at = URL(self.upstream)
-        if listeners(str(at.host), at.port or 0) != {os.getuid()}:
+        at = urlsplit(self.upstream)
+        if listeners(at.hostname or "", at.port or 0) != {os.getuid()}:
             raise aiohttp.ClientConnectionError("no engine of ours is there")
 
     def learner(self, name: str) -> Learner:
