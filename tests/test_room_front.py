@@ -942,7 +942,9 @@ def test_an_engine_that_a_room_starts_has_a_key_of_its_own_and_one_elsewhere_the
     at: dict[str, Endpoints] = {"vllm": {"http": "127.0.0.1:8000"}}
     for url, key, own in ((None, engine_key(KEY), True), ("http://gpu-box:8000", KEY, False)):
         settings = load_settings(api_key=KEY, engine_url=url)
-        assert SERVERS["front"].needs(settings)["vllm"].key == key
+        engine = SERVERS["front"].needs(settings)["vllm"]
+        assert engine.key == key
+        assert ("KeyOnEveryPath" in engine.engine_args) is own, "a desk would find its port, and /invocations"
         assert ("--own-engine" in SERVERS["front"].argv(settings, tmp_path, at)) is own
 
 

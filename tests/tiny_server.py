@@ -54,8 +54,8 @@ def serve_http(words: list[str]) -> None:
     parser.add_argument("--deaf", action="store_true", help="the grandchild ignores SIGTERM")
     parser.add_argument("--die", type=int, help="exit code of a server that does not come up")
     parser.add_argument("--lost", type=Path, help="a file; where it is not there it is made, and the server ends")
-    for ours in ("--max-num-batched-tokens", "--max-num-seqs"):
-        parser.add_argument(ours, type=int, help="of a room's engine; this one computes nothing")
+    for ours in ("--max-num-batched-tokens", "--max-num-seqs", "--middleware"):
+        parser.add_argument(ours, help="of a room's engine; this one computes nothing")
     args = parser.parse_args(words)
     print("tiny: Starting to load model", flush=True)
     if args.die is not None:

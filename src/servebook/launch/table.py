@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import ssl
 import sys
 from collections.abc import Callable, Mapping
@@ -26,6 +27,9 @@ Env = Callable[[Settings, Callable[[str], None]], dict[str, str]]
 
 REPLICA = "vllm-replica-"
 """What the names of the router's engines begin with; their numbers count from 1."""
+
+KEY_ON_EVERY_PATH = ["--middleware", "servebook.ways.openai_rest.key.KeyOnEveryPath"]
+"""For a vLLM that others reach: beyond this machine, or from the desks of a room."""
 
 ROOM_STEP_TOKENS = 24
 """What one step of a room's engine computes at most, on a CPU; see `in_a_room`."""
@@ -73,7 +77,7 @@ def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]
         *("--host", settings.host, "--port", "{http}"),
         "--disable-uvicorn-access-log",
         "--enable-scale-out",  # /inference/v1/generate: token ids in, token ids out
-        *([] if is_loopback(settings.host) else ["--middleware", "servebook.ways.openai_rest.key.KeyOnEveryPath"]),
+        *([] if is_loopback(settings.host) else KEY_ON_EVERY_PATH),
         *engine_argv(settings, model),
     ]
 
@@ -178,10 +182,15 @@ def in_a_room(settings: Settings) -> Settings:
 
 
 def rooms_engine(settings: Settings) -> Settings:
-    """The settings of the engine behind a room's front: `in_a_room`, with a key of its own if it is started here."""
-    key = None if settings.engine_url else settings.key
-    update = {"api_key": SecretStr(engine_key(key))} if key else {}
-    return in_a_room(behind(settings)).model_copy(update=update)
+    """The settings of the engine behind a room's front: `in_a_room`, and if it is started here with a key of its own.
+
+    Desks on this machine reach its port as well: no path of it serves who has not that key.
+    """
+    engine = in_a_room(behind(settings))
+    if settings.engine_url or not settings.key:
+        return engine
+    words = f"{shlex.join(KEY_ON_EVERY_PATH)} {engine.engine_args}"
+    return engine.model_copy(update={"api_key": SecretStr(engine_key(settings.key)), "engine_args": words})
 
 
 def _replicas(settings: Settings) -> dict[str, Settings]:
