@@ -29,7 +29,7 @@ from servebook.ways.custom_grpc.client import GrpcClient
 from servebook.ways.fastapi_gateway.steps import step_3_errors, step_4_limits
 from servebook.ways.metrics import metric
 from servebook.workbook.gate import NOTEBOOKS
-from servebook.workbook.notebook import expect_error, machine_card, measure_pace
+from servebook.workbook.notebook import expect_error, machine_card, measure_pace, until
 
 pytestmark = [pytest.mark.engine, pytest.mark.lane("one"), pytest.mark.timeout(240)]
 
@@ -72,7 +72,7 @@ def names_of_04(fronts: SimpleNamespace, client: GrpcClient) -> dict[str, Any]:
         "client": client,
         "metric": metric,
         **{"grpc": grpc, "time": time, "llm_pb2": llm_pb2, "GrpcAioClient": GrpcAioClient, "aclosing": aclosing},
-        **{"expect_error": expect_error, "machine_card": machine_card, "endless": ENDLESS},
+        **{"expect_error": expect_error, "machine_card": machine_card, "until": until, "endless": ENDLESS},
     }
 
 

@@ -281,7 +281,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         said(bad_words=[f"w{each}" for each in range(301)]),
         "sampling_parameters.bad_words: may have 300 entries",
     ),
-    (said(stop_token_ids=[7] * 301), "sampling_parameters.stop_token_ids: may have 300 entries"),
+    (said(allowed_token_ids=[7] * 301), "sampling_parameters.allowed_token_ids: may have 300 entries"),
     (said(bad_words=["x" * 257]), "sampling_parameters.bad_words: may have strings of 256 characters at most"),
     (said(logit_bias={str(each): 1 for each in range(301)}), "sampling_parameters.logit_bias: may have 300 entries"),
     (structured(json={"type": "array", "minItems": 10**9}), f"{CONSTRAINT}.json: may have 256 counted repetitions"),

