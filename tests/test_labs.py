@@ -16,6 +16,7 @@ from nbgrader.utils import determine_grade
 from proofs import ROOT, Proof, Prover, prover
 from pydantic import BaseModel, ConfigDict
 
+from servebook import launch
 from servebook.lab.handout.autograde import ExecuteAndEnd
 from servebook.lab.manifest import Exercise, Lab, exercises, load_labs
 from servebook.launch import Server
@@ -121,11 +122,13 @@ def servers(lab: Lab, server_of: Callable[[str], Server]) -> None:
 @pytest.mark.parametrize("lab", LABS)
 def test_solution_earns_all_points_when_graded(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The notebook as a whole, in a kernel that is confined, judged from outside."""
+    for server in lab.servers:
+        launch.serve(server)  # as `room collect --grade` does: a test before may have ended a replica
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     notebook = nbformat.read(ROOT / "solutions" / lab.path, as_version=4)
     graded, _ = ExecuteAndEnd(timeout=150).preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
     errors = [output.evalue for cell in graded.cells for output in cell.get("outputs", []) if "evalue" in output]
-    assert not errors
+    assert not errors, "\n".join(errors)
     checks = {cell.id: determine_grade(cell)[0] for cell in graded.cells if cell.id.endswith("-check")}
     assert checks == {f"{exercise.cell}-check": exercise.points for exercise in lab.exercises}
 
