@@ -17,6 +17,7 @@ from proofs import ROOT, Proof, Prover, prover
 from pydantic import BaseModel, ConfigDict
 
 from servebook import launch
+from servebook.lab.checks import c08_measure
 from servebook.lab.handout.autograde import ExecuteAndEnd
 from servebook.lab.manifest import Exercise, Lab, exercises, load_labs
 from servebook.launch import Server
@@ -173,3 +174,8 @@ def test_no_answer_is_orphaned() -> None:
     assert {path.stem for path in (ROOT / "tests/lab_answers").iterdir()} == {lab.stem for lab in load_labs()}
     for lab in load_labs():
         assert answers(lab.stem).keys() == {exercise.id for exercise in lab.exercises}
+
+
+@pytest.mark.parametrize(("late", "close"), [((0, 0, 0, 0.2), True), ((0, 0, 0.02, 0.02), False)])
+def test_of_four_calls_one_may_have_waited_for_a_core(late: tuple[float, ...], close: bool) -> None:
+    assert c08_measure._close([0.1 + each for each in late], [0.1] * 4) is close

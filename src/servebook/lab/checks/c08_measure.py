@@ -193,7 +193,7 @@ def check_08_2(submission: Submission) -> None:
 
 
 def _close(some: list[float], others: list[float]) -> bool:
-    """Most of them; one call may have waited for a core on its way back."""
+    """All but one of four: a call may have waited for a core on its way back, which is not the learner's fault."""
     return len(some) == len(others) and median(abs(a - b) for a, b in zip(some, others, strict=True)) < 0.008
 
 

@@ -34,6 +34,7 @@ class Call:
 
     method: str
     id: str = field(default_factory=lambda: uuid4().hex)
+    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
     arrived: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     prompt_tokens: int = 0
@@ -56,7 +57,7 @@ class Calls:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.open = 0
-        self.streams: dict[asyncio.Task[Any], Call] = {}
+        self.admitted: dict[str, Call] = {}
         self.none_open = asyncio.Event()
         self.none_open.set()
 
@@ -74,8 +75,7 @@ class Calls:
         try:
             if self.open > self.limit:
                 raise queue_full(self.limit)
-            if task := asyncio.current_task():
-                self.streams[task] = call
+            self.admitted[call.id] = call
             yield call
         except asyncio.CancelledError:
             if call.unread:
@@ -93,7 +93,7 @@ class Calls:
                 log.error("failed", extra={"fields": {"id": call.id, "error": type(error).__name__, "at": place}})
             await context.abort(code, str(refusal), (request_id, refusal.trailer()))
         finally:
-            self.streams.pop(asyncio.current_task(), None)  # type: ignore[arg-type]
+            self.admitted.pop(call.id, None)  # not there if it was refused
             self.leave()
             self.account(call, code)
 
@@ -107,10 +107,10 @@ class Calls:
         To be called now and then: a timer for each message would cost more than the message.
         """
         late = time.monotonic() - READER_SECONDS
-        for task, call in self.streams.items():
-            if call.writing_since and call.writing_since < late:
+        for call in self.admitted.values():
+            if call.task and call.writing_since and call.writing_since < late:
                 call.unread = True
-                task.cancel()
+                call.task.cancel()
 
     def enter(self) -> None:
         self.open += 1
