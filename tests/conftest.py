@@ -169,23 +169,36 @@ def lab_of(item: pytest.Item) -> Lab | None:
 def shared_by(item: pytest.Item) -> list[str]:
     """The fixtures in SHARED that a test uses.
 
-    Which those are that it asks for by `server_of`, its mark `needs` tells, or its lab.
+    Which those are that it asks for by `server_of`, its marks `needs` and `ends` tell, or its lab.
     """
     fixtures = set(getattr(item, "fixturenames", ()))
-    servers = {name for mark in item.iter_markers("needs") for name in mark.args}
+    servers = {name for mark in item.iter_markers() if mark.name in ("needs", "ends") for name in mark.args}
     if "servers" in fixtures and (lab := lab_of(item)):
         servers.update(lab.servers)
     return [fixture for fixture, server in SHARED.items() if fixture in fixtures or server in servers]
 
 
-def turns(items: list[pytest.Item]) -> dict[str, int]:
-    """When each test is due, by id: the place in SHARED of its last server; one that shares none goes with its file."""
+def ended_by(item: pytest.Item) -> set[str]:
+    """The servers in SHARED that a test ends, or leaves broken: nobody can use them after it."""
+    return {name for mark in item.iter_markers("ends") for name in mark.args}
+
+
+def turns(items: list[pytest.Item]) -> dict[str, tuple[int, bool]]:
+    """When each test is due, by id: the place in SHARED of its last server; one that shares none goes with its file.
+
+    One that ends a server comes behind all that use it.
+    """
     order = list(SHARED)
     own = {item.nodeid: max(map(order.index, shared_by(item)), default=-1) for item in items}
     of_file: defaultdict[Path, int] = defaultdict(lambda: -1)
+    of_server: defaultdict[str, int] = defaultdict(lambda: -1)
     for item in items:
         of_file[item.path] = max(of_file[item.path], own[item.nodeid])
-    return {item.nodeid: own[item.nodeid] if shared_by(item) else of_file[item.path] for item in items}
+        for fixture in shared_by(item):
+            of_server[SHARED[fixture]] = max(of_server[SHARED[fixture]], own[item.nodeid])
+    due = {item.nodeid: own[item.nodeid] if shared_by(item) else of_file[item.path] for item in items}
+    last = {item.nodeid: max(map(of_server.__getitem__, ended_by(item)), default=-1) for item in items}
+    return {item.nodeid: (max(due[item.nodeid], last[item.nodeid]), bool(ended_by(item))) for item in items}
 
 
 NEEDS_ENGINE = {*SHARED, "gateway", "run_notebook", "doomed"}
@@ -203,7 +216,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures, shared = set(getattr(item, "fixturenames", ())), shared_by(item)
         if shared or NEEDS_ENGINE & fixtures:
             item.add_marker("engine")
-        if set(shared) - {"vllm"}:
+        if "router" in shared:
+            item.add_marker(pytest.mark.lane("own"))
+        elif set(shared) - {"vllm"}:
             item.add_marker(pytest.mark.lane("several"))
         elif shared and lab_of(item):
             item.add_marker(pytest.mark.lane("one"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-FLOOR = {None: 2720, "several": 675, "one": 2040}
-"""How many tests pass at least, of about 2,760, in all and by lane; raise it as they grow."""
+FLOOR = {None: 2810, "several": 630, "one": 2060, "own": 110}
+"""How many tests pass at least, of about 2,850, in all and by lane; raise it as they grow."""
 
 
 def shortfall(config: pytest.Config) -> str:

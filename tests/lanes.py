@@ -1,7 +1,7 @@
 """A pytest plugin: the suite in lanes that run side by side (scripts/test), each with servers of its own.
 
-A test goes into the lane that its mark `lane` names, else with servers into "several" and without into "one". A third
-lane was hardly faster and made deadlines slip: two have the cores of a small machine in use.
+A test goes into the lane that its mark `lane` names, else with servers into "several" and without into "one". Tests
+wait a quarter of their time, for answers and for starts: two lanes left two cores idle for as long.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import pytest
 
 LANES = {
     "several": "what needs the engines of several ways",
-    "one": "what needs that of vLLM's own server and at most one more at a time, or none",
+    "one": "what needs that of vLLM's own server, or none",
+    "own": "what starts and ends engines itself, and the router with its two",
 }
-"""What is in each lane. An engine takes 2.5 GB."""
+"""What is in each lane. An engine takes 2.5 GB; of those in a lane, four are up at a time, one, and three."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

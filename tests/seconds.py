@@ -6,13 +6,17 @@ A chapter's proofs are in the file of its stem.
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
+from contextlib import suppress
 
 import psutil
 import pytest
 
 POLL_SECONDS = 1.0
 """How often the machine's processes are looked at; an engine lives for a minute, a kernel for seconds."""
+YOUNG_SECONDS = 60.0
+"""For how long a process is looked at: to ask all of them each time took a hundredth of a core."""
 COSTLY = {"engines": "VLLM::EngineCor", "kernels": "ipykernel_launcher"}
 """What takes seconds to start, by a piece of its name or of its command."""
 
@@ -28,11 +32,15 @@ class Counter(threading.Thread):
     def run(self) -> None:
         started = psutil.Process().create_time()
         while not self.ended.wait(POLL_SECONDS):
-            for process in psutil.process_iter(["name", "cmdline", "create_time"]):
-                words = " ".join([process.info["name"], *(process.info["cmdline"] or ())])
-                for what, mark in COSTLY.items():
-                    if mark in words and process.info["create_time"] > started:
-                        self.seen[what].add((process.pid, process.info["create_time"]))
+            for process in psutil.process_iter():
+                with suppress(psutil.Error):
+                    born = process.create_time()
+                    if born <= max(started, time.time() - YOUNG_SECONDS):
+                        continue
+                    words = " ".join([process.name(), *process.cmdline()])
+                    for what, mark in COSTLY.items():
+                        if mark in words:
+                            self.seen[what].add((process.pid, born))
 
 
 COUNTER = pytest.StashKey[Counter]()

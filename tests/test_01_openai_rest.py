@@ -10,7 +10,6 @@ import pytest
 import requests
 from openai import AsyncOpenAI
 
-from servebook import serve
 from servebook.launch import Server
 from servebook.ways.metrics import metric
 
@@ -62,25 +61,6 @@ def test_any_text_survives_the_way_there_and_back(vllm: Server) -> None:
     body = {"model": vllm.model, "prompt": prompt, "echo": True, "max_tokens": 1, "temperature": 0}
     answer = requests.post(f"{vllm.url}/v1/completions", json=body, timeout=60)
     assert answer.json()["choices"][0]["text"].startswith(prompt)
-
-
-@pytest.mark.engine
-def test_opened_to_the_network_it_asks_for_the_key_everywhere() -> None:
-    """The whole server, where `test_engine_key.py` has its middleware alone."""
-    server = serve("vllm", instance="vllm-open", host="0.0.0.0", api_key="sk-of-this-test", max_model_len=256)
-    hello = {"model": server.model, "prompt": "Hello", "max_tokens": 1}
-    key = {"Authorization": "Bearer sk-of-this-test"}
-    try:
-        for path in ("/v1/completions", "/invocations", "/tokenize"):
-            assert requests.post(server.url + path, json=hello, timeout=60).status_code == 401, path
-            withit = requests.post(server.url + path, json=hello, headers=key, timeout=60)
-            assert withit.status_code == 200, withit.text
-        for path in ("/metrics", "/version", "/docs", "/openapi.json", "/ping", "/metrics/x", "/v1/models"):
-            assert requests.get(server.url + path, timeout=60).status_code == 401, path
-        assert metric(server.url, "vllm:num_requests_running", key="sk-of-this-test") == 0
-        assert requests.get(f"{server.url}/health", timeout=60).status_code == 200
-    finally:
-        server.stop()
 
 
 async def test_requests_share_the_engine(vllm: Server) -> None:

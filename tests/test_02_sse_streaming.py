@@ -28,10 +28,11 @@ PROMPT = {"prompt": "Once upon a time", "max_tokens": 16}
 def test_notebook(
     run_notebook: Callable[[str], None], vllm: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Against an engine elsewhere: this run's, known by nothing but its URL."""
+    """Against an engine elsewhere: this run's, known by its URL only. None is started but the one to be killed."""
     monkeypatch.setenv("SERVEBOOK_ENGINE_URL", vllm.url)
     monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path))
     run_notebook("02_sse_streaming")
+    assert [log.stem for log in (tmp_path / "logs").iterdir()] == ["vllm-victim"]
 
 
 def stream(vllm: Server, path: str, **body: Any) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ import queue
 import random
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import time
@@ -31,7 +30,7 @@ from tritonclient.utils import InferenceServerException
 from servebook import launch
 from servebook.launch import Server
 from servebook.launch.files import Files, read_log
-from servebook.launch.processes import KEPT, marked
+from servebook.launch.processes import KEPT, free_port, marked
 from servebook.settings import load_settings
 from servebook.ways.client import Answer, Piece
 from servebook.ways.metrics import metric
@@ -504,33 +503,6 @@ def test_only_this_machine_can_connect_and_nobody_can_load_models(triton: Server
 # Loading
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Callable[[str, str | None], str]:
-    """Start Triton on a repository made of config.pbtxt and model.json, which must fail; return its log."""
-
-    def run(config: str, model_json: str | None) -> str:
-        version = tmp_path / "repository" / MODEL / "1"
-        version.mkdir(parents=True)
-        (version.parent / "config.pbtxt").write_text(config)
-        if model_json is not None:
-            (version / "model.json").write_text(model_json)
-        command = tritonserver_command(
-            tmp_path / "repository", tmp_path, grpc_port=free_port(), http_port=free_port(), metrics_port=free_port()
-        )
-        environment = os.environ | tritonserver_env()
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1
-        return done.stdout + done.stderr
-
-    return run
-
-
 ARTICLE_CONFIG = """
 name: "vllm_model"
 backend: "vllm"
@@ -545,31 +517,29 @@ parameters { key: "gpu_memory_utilization" value: { string_value: "0.9" } }
 """
 
 
-def test_engine_settings_in_config_pbtxt_have_no_effect(load: Callable[[str, str | None], str]) -> None:
-    log = load(ARTICLE_CONFIG, None)
+def test_engine_settings_in_config_pbtxt_have_no_effect_and_an_unknown_one_fails_the_load(tmp_path: Path) -> None:
+    version = tmp_path / "repository" / MODEL / "1"
+    version.mkdir(parents=True)
+    (version.parent / "config.pbtxt").write_text(ARTICLE_CONFIG)
+    (version / "model.json").write_text('{"model": "m", "max_model_length": 5}')
+    command = tritonserver_command(
+        tmp_path / "repository", tmp_path, grpc_port=free_port(), http_port=free_port(), metrics_port=free_port()
+    )
+    environment = os.environ | tritonserver_env()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    log = done.stdout + done.stderr
     for name in ("model", "gpu_memory_utilization"):
         assert f"config.pbtxt: parameter {name} has no effect; engine arguments belong into 1/model.json" in log
-    assert "model.json is missing: the engine's arguments are read from there" in log
-
-
-def test_an_unknown_engine_argument_fails_the_load(load: Callable[[str, str | None], str]) -> None:
-    log = load('backend: "vllm"', '{"model": "m", "max_model_length": 5}')
     assert "has no engine argument 'max_model_length'; did you mean max_model_len?" in log
 
 
 # Deaths
 
 
-@pytest.fixture
-def own(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server to kill."""
-    server = launch.serve("triton", instance="triton-kill")
-    yield server
-    server.stop()
-
-
-@pytest.mark.survives("a pause of 2 s while it loads (SIGSTOP)", "triton", lost="seconds: it is started once more")
-def test_a_pause_while_it_loads_is_no_load_that_lasts_for_ever() -> None:
+@pytest.fixture(scope="module")
+def paused() -> Iterator[Server]:
+    """A server whose backend stood still for 2 s while it loaded its model."""
     name = "triton-paused"
     files = Files(load_settings().state_dir, name)
 
@@ -582,20 +552,30 @@ def test_a_pause_while_it_loads_is_no_load_that_lasts_for_ever() -> None:
 
     with ThreadPoolExecutor() as pool:
         served = pool.submit(launch.serve, "triton", instance=name)
-        paused = eventually(stub, "the stub")
-        paused.suspend()
+        loading = eventually(stub, "the stub")
+        loading.suspend()
         time.sleep(2)  # the pause
-        paused.resume()
+        loading.resume()
         server = served.result()
-    try:
-        assert requests.get(f"{server.url}/v2/models/{MODEL}/ready", timeout=5).status_code == 200
-        assert "Triton lost sight of its backend" in Path(f"{files.log}.1").read_text(), "the log of the first try"
-    finally:
-        server.stop()
+    yield server
+    server.stop()
+
+
+@pytest.mark.survives("a pause of 2 s while it loads (SIGSTOP)", "triton", lost="seconds: it is started once more")
+def test_a_pause_while_it_loads_is_no_load_that_lasts_for_ever(paused: Server) -> None:
+    assert requests.get(f"{paused.url}/v2/models/{MODEL}/ready", timeout=5).status_code == 200
+    assert "Triton lost sight of its backend" in Path(f"{paused.log}.1").read_text(), "the log of the first try"
+
+
+@pytest.fixture
+def own(victim: str, request: pytest.FixtureRequest) -> Server:
+    """A server to kill, which no other test needs any more."""
+    server: Server = request.getfixturevalue({"core": "paused", "stub": "triton"}[victim])
+    return server
 
 
 @pytest.mark.survives("the engine killed (SIGKILL)", "triton", lost="its answers, each with an error")
-@pytest.mark.parametrize("victim", ["core", "stub"])
+@pytest.mark.parametrize("victim", ["core", pytest.param("stub", marks=pytest.mark.ends("triton"))])
 async def test_a_death_is_seen_at_once_by_all_and_leaves_nothing(own: Server, victim: str) -> None:
     processes = family(own)
     regions = {entry.path for entry in processes["stub"].memory_maps() if "_backend_shm_region_" in entry.path}

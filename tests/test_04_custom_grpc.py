@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -681,20 +681,28 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 @pytest.fixture(scope="module")
-def guarded(certificates: Certificates) -> launch.Server:
-    """A server with mutual TLS, a key, and room for 4 calls; the last test of it ends it."""
-    return serve(
-        "grpc",
-        instance="grpc-guarded",
-        api_key=KEY,
-        tls_cert=certificates.server_cert,
-        tls_key=certificates.server_key,
-        tls_client_ca=certificates.ca,
-        engine_args="--max-calls 4 --grace 60",
-    )
+def starting(certificates: Certificates) -> Iterator[Future[launch.Server]]:
+    """A server with mutual TLS, a key, and room for 4 calls, once it is ready; the last test of it ends it."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(
+            serve,
+            "grpc",
+            instance=GUARDED,
+            api_key=KEY,
+            tls_cert=certificates.server_cert,
+            tls_key=certificates.server_key,
+            tls_client_ca=certificates.ca,
+            engine_args="--max-calls 4 --grace 60",
+        )
+
+
+@pytest.fixture(scope="module")
+def guarded(starting: Future[launch.Server]) -> launch.Server:
+    return starting.result()
 
 
 KEY = "a key for a test"
+GUARDED = "grpc-guarded"
 
 
 def credentials_of(certificates: Certificates, with_certificate: bool = True) -> grpc.ChannelCredentials:
@@ -709,6 +717,30 @@ def credentials_of(certificates: Certificates, with_certificate: bool = True) ->
 def friend(guarded: launch.Server, certificates: Certificates) -> Iterator[GrpcClient]:
     with GrpcClient(guarded.grpc, api_key=KEY, credentials=credentials_of(certificates)) as client:
         yield client
+
+
+def test_one_that_starts_says_so(
+    starting: Future[launch.Server], certificates: Certificates, settings: Settings
+) -> None:
+    """The first of its tests, before any has waited for it: health and callers are answered from its first second."""
+
+    def address() -> str:
+        endpoints = {entry["name"]: entry["endpoints"] for entry in launch.status(settings)}
+        return str(endpoints.get(GUARDED, {}).get("grpc", ""))
+
+    eventually(lambda: bool(address()), "a port", IDLE_SECONDS)
+    with_key = [("authorization", f"Bearer {KEY}")]
+    with grpc.secure_channel(address(), credentials_of(certificates)) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        # Its port may not be open yet.
+        first = health.Check(health_pb2.HealthCheckRequest(), timeout=60, wait_for_ready=True)
+        assert first.status == NOT_SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            stub_on(channel).Generate(pb.GenerateRequest(prompt="x"), timeout=10, metadata=with_key)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert detail(caught.value, error_details_pb2.ErrorInfo).reason == "ENGINE_STARTING"
+        starting.result(timeout=settings.start_timeout)
+        assert health_of(channel) == SERVING
 
 
 def test_key_and_certificate_open_the_server(friend: GrpcClient) -> None:
@@ -801,52 +833,30 @@ def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient,
     assert '"event": "stopped"' in guarded.tail(50)
 
 
-def test_starting_serving_dead(settings: Settings) -> None:
-    """One server from its first second to the death of its engine: what callers and health see."""
-    with ThreadPoolExecutor(1) as pool:
-        ready = pool.submit(serve, "grpc", instance="grpc-doomed")
-
-        def address() -> str:
-            endpoints = {entry["name"]: entry["endpoints"] for entry in launch.status(settings)}
-            return str(endpoints.get("grpc-doomed", {}).get("grpc", ""))
-
-        eventually(lambda: bool(address()), "a port", IDLE_SECONDS)
-        with grpc.insecure_channel(address()) as channel:
-            stub = stub_on(channel)
-            assert health_of_starting(channel) == NOT_SERVING
+@pytest.mark.ends("grpc")
+def test_a_dead_engine_is_told_to_every_caller_and_to_health(grpc_server: launch.Server) -> None:
+    with grpc.insecure_channel(grpc_server.grpc) as channel:
+        stub = stub_on(channel)
+        assert health_of(channel) == SERVING
+        request = pb.StreamGenerateRequest(prompt="Once", sampling=FOREVER)
+        streams = [stub.StreamGenerate(request, timeout=60) for _ in range(4)]
+        unary = [stub.Generate.future(pb.GenerateRequest(prompt="Once", sampling=FOREVER)) for _ in range(4)]
+        for stream in streams:
+            next(stream)
+        eventually(lambda: running(grpc_server) == 8, "8 requests in the engine", IDLE_SECONDS)
+        [core] = [child for child in psutil.Process(grpc_server.pid).children() if "EngineCore" in child.name()]
+        core.kill()
+        killed = time.monotonic()
+        for call in (*streams, *unary):
             with pytest.raises(grpc.RpcError) as caught:
-                stub.Generate(pb.GenerateRequest(prompt="x"), timeout=10)
+                _ = call.result(timeout=10) if call in unary else list(call)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert detail(caught.value, error_details_pb2.ErrorInfo).reason == "ENGINE_STARTING"
-
-            server = ready.result(timeout=settings.start_timeout)
-            assert health_of(channel) == SERVING
-            request = pb.StreamGenerateRequest(prompt="Once", sampling=FOREVER)
-            streams = [stub.StreamGenerate(request, timeout=60) for _ in range(4)]
-            unary = [stub.Generate.future(pb.GenerateRequest(prompt="Once", sampling=FOREVER)) for _ in range(4)]
-            for stream in streams:
-                next(stream)
-            eventually(lambda: running(server) == 8, "8 requests in the engine", IDLE_SECONDS)
-            [core] = [child for child in psutil.Process(server.pid).children() if "EngineCore" in child.name()]
-            core.kill()
-            killed = time.monotonic()
-            for call in (*streams, *unary):
-                with pytest.raises(grpc.RpcError) as caught:
-                    _ = call.result(timeout=10) if call in unary else list(call)
-                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-                assert detail(caught.value, error_details_pb2.ErrorInfo).reason == "ENGINE_DEAD"
-            eventually(lambda: health_of(channel) == NOT_SERVING, "health turned", 2)
-            with pytest.raises(grpc.RpcError) as caught:
-                stub.Generate(pb.GenerateRequest(prompt="x"), timeout=10)
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert time.monotonic() - killed < 2
-            server.stop()
-
-
-def health_of_starting(channel: grpc.Channel) -> int:
-    """The health of a server whose port may not be open yet."""
-    stub = health_pb2_grpc.HealthStub(channel)
-    return int(stub.Check(health_pb2.HealthCheckRequest(), timeout=60, wait_for_ready=True).status)
+            assert detail(caught.value, error_details_pb2.ErrorInfo).reason == "ENGINE_DEAD"
+        eventually(lambda: health_of(channel) == NOT_SERVING, "health turned", 2)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Generate(pb.GenerateRequest(prompt="x"), timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert time.monotonic() - killed < 2
 
 
 # What starts not at all

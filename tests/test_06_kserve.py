@@ -485,32 +485,30 @@ def test_caller_who_leaves_stops_the_engine(kserve: launch.Server, leave: Callab
     assert generated(kserve) - before < ENDLESS["max_tokens"] / 2
 
 
+@pytest.mark.ends("kserve")
 @pytest.mark.survives("the engine killed (SIGKILL)", "kserve", lost="its answers, each with an error")
-def test_an_engine_that_dies_is_unavailable_to_everyone() -> None:
-    doomed = launch.serve("kserve", instance="kserve-doomed")
-    assert doomed.pid
-    family = psutil.Process(doomed.pid).children(recursive=True)
+def test_an_engine_that_dies_is_unavailable_to_everyone(kserve: launch.Server) -> None:
+    assert kserve.pid
+    family = psutil.Process(kserve.pid).children(recursive=True)
     (core,) = [process for process in family if process.name() == "VLLM::EngineCore"]
     endless = given("sampling_parameters", json.dumps(ENDLESS))
-    try:
-        with V2Client(doomed.grpc) as client, ThreadPoolExecutor(2) as pool:
-            over_grpc = pool.submit(client.infer, PROMPT, ENDLESS)
-            over_rest = pool.submit(infer, doomed, given("text_input", PROMPT), endless)
-            eventually(lambda: running(doomed) == 2, "both in the engine")
-            core.kill()
-            refused = over_rest.result(timeout=10)
-            assert (refused.status_code, "engine has died" in refused.text) == (503, True)
-            with pytest.raises(InferenceServerException, match="engine has died") as caught:
-                over_grpc.result(timeout=10)
-            assert caught.value.status() == "StatusCode.UNAVAILABLE"
-            with pytest.raises(InferenceServerException, match="engine has died") as caught:
-                client.infer(PROMPT)
-            assert caught.value.status() == "StatusCode.UNAVAILABLE"
-            assert client.state() == {"live": True, "ready": False, "model ready": False}
-        (entry,) = [entry for entry in launch.status() if entry["name"] == "kserve-doomed"]
-        assert entry["state"] == "failed"
-    finally:
-        doomed.stop()
+    with V2Client(kserve.grpc) as client, ThreadPoolExecutor(2) as pool:
+        over_grpc = pool.submit(client.infer, PROMPT, ENDLESS)
+        over_rest = pool.submit(infer, kserve, given("text_input", PROMPT), endless)
+        eventually(lambda: running(kserve) == 2, "both in the engine")
+        core.kill()
+        refused = over_rest.result(timeout=10)
+        assert (refused.status_code, "engine has died" in refused.text) == (503, True)
+        with pytest.raises(InferenceServerException, match="engine has died") as caught:
+            over_grpc.result(timeout=10)
+        assert caught.value.status() == "StatusCode.UNAVAILABLE"
+        with pytest.raises(InferenceServerException, match="engine has died") as caught:
+            client.infer(PROMPT)
+        assert caught.value.status() == "StatusCode.UNAVAILABLE"
+        assert client.state() == {"live": True, "ready": False, "model ready": False}
+    (entry,) = [entry for entry in launch.status() if entry["name"] == "kserve"]
+    assert entry["state"] == "failed"
+    kserve.stop()
     assert not psutil.wait_procs(family, timeout=5)[1]
 
 

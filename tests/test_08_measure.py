@@ -42,6 +42,7 @@ ENDING = {False: f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant
 """The same for an answer that ends by itself."""
 
 
+@pytest.mark.lane("own")
 @pytest.mark.needs("grpc")
 def test_notebook(run_notebook: Callable[[str], None]) -> None:
     run_notebook("08_measure")

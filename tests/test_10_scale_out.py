@@ -309,7 +309,9 @@ def test_a_killed_router_comes_back_in_front_of_the_same_replicas(router: launch
     assert {complete(back).status_code for _ in range(4)} == {200}
 
 
+@pytest.mark.ends("router")
 @pytest.mark.timeout(600)
-def test_notebook(router: launch.Server, run_notebook: Callable[[str], None]) -> None:
-    """Last, as it ends the router and has it started anew."""
+@pytest.mark.usefixtures("client")
+def test_notebook(run_notebook: Callable[[str], None]) -> None:
+    """It kills the router and a replica and has them started anew by its kernel, with which they end."""
     run_notebook("10_scale_out")

@@ -119,6 +119,35 @@ async def test_the_last_look_is_after_the_work() -> None:
     assert [each.steps for each in looks] == [0, 0, 1]
 
 
+async def test_a_look_that_fails_ends_the_work() -> None:
+    asked = 0
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            nonlocal asked
+            asked += 1
+            self.send_response(200 if asked == 1 else 500)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with pytest.raises(ServebookError, match="no metrics"):
+            await watch(f"http://127.0.0.1:{server.server_port}", work())
+        server.shutdown()
+    await asyncio.wait_for(ended.wait(), 5)
+
+
 def test_alike_neighbours_are_one_stretch() -> None:
     seen = [
         (0, 0, 0, 0),

@@ -19,7 +19,7 @@ from servebook.ways.more_than_text import adapter, carries
 from servebook.ways.more_than_text.carries import Cell
 from servebook.ways.vllm_native_grpc.client import VllmGrpcClient
 
-pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lane("own"), pytest.mark.timeout(600)]
 
 
 def of_python(server: Server) -> dict[str, Cell]:

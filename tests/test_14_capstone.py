@@ -21,7 +21,7 @@ from servebook.lab.capstone.stages import STAGES
 from servebook.launch import Server
 from servebook.ways.metrics import metric
 
-pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lane("own"), pytest.mark.timeout(600)]
 
 MODEL = ROOT / "solutions/14_capstone"
 ANSWERS = ROOT / "tests/capstone"

@@ -28,13 +28,15 @@ from servebook.bench.cost import Cost, fit
 from servebook.bench.load import BenchError, Job, Load, Message, Sample, ask, closed_loop, open_loop
 from servebook.bench.paths import PATHS, Path, find_path
 from servebook.bench.paths.openai_rest import http_session
+from servebook.bench.protocol import rate_from
 from servebook.bench.resources import ProcessTree
 from servebook.bench.results import Results, load_results, new_results, now, stored
 from servebook.bench.run import FULL, QUICK, start
 from servebook.bench.stats import Estimate, ServiceLevel, difference, goodput, outer_rank, percentiles, ratio, summarize
-from servebook.bench.sweep import spread, sweep, table
+from servebook.bench.sweep import Sweep, require_sweep, spread, sweep, table
 from servebook.bench.wire import WireCost, counted
 from servebook.cli import app
+from servebook.errors import ServebookError
 from servebook.launch import Server
 from servebook.settings import load_settings
 
@@ -352,6 +354,73 @@ async def test_a_sweep_ends_past_the_knee_and_then_sends_at_fixed_rates(monkeypa
     head, rows = table(found)
     assert {len(row) for row in rows} == {len(head)}
     assert rows[-1][:4] == ("24.0/s sent", "240", "0", "100")
+
+
+async def test_a_sweep_that_is_stopped_has_left_its_points_and_touches_no_other_file(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("servebook.bench.sweep.spread", made_up(busy=0.5))
+    server, output = Server("x", "m", {}, load_settings()), tmp_path / "of" / "mine.json"
+
+    def stop_after_three(found: Sweep) -> None:
+        found.save(output)
+        if len(found.points) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        await sweep(find_path("sse"), server, Workload(), ServiceLevel(), on_point=stop_after_three)
+    assert [point.callers for point in Sweep.model_validate_json(output.read_bytes()).points] == [1, 2, 4]
+    require_sweep(output)  # which the next one is written over
+    require_sweep(tmp_path / "new.json")
+    run = start(QUICK, load_settings(), tmp_path / "bench.json")
+    run.results.save(tmp_path / "bench.json")
+    with pytest.raises(BenchError, match=r"bench\.json is no sweep, and stays as it is"):
+        require_sweep(tmp_path / "bench.json")
+
+
+@pytest.mark.parametrize(("words", "output"), [([], "sweep.json"), (["--output", "bench.json"], "bench.json")])
+def test_a_sweep_is_not_written_over_a_run(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch, words: list[str], output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    started: list[str] = []
+
+    async def one_point(*args: Any) -> Sweep:
+        started.append("sweep")
+        found = Sweep.model_validate(SWEEP)
+        args[-1](found)
+        return found
+
+    monkeypatch.setattr("servebook.bench.sweep.sweep", one_point)
+    monkeypatch.setattr("servebook.bench.protocol.serve_scripted", lambda *_: Server("x", "m", {}, load_settings()))
+    FilePath("bench.json").write_text("a finished run")
+    done = CliRunner().invoke(app, ["bench", "sse", "--sweep", "--scripted", *words])
+    assert FilePath("bench.json").read_text() == "a finished run"
+    if output == "bench.json":
+        assert isinstance(done.exception, BenchError)
+        assert not started, "hours before there is something to write"
+    else:
+        assert done.exit_code == 0, done.output
+        assert Sweep.model_validate_json(FilePath(output).read_bytes()).knee.callers == 1
+
+
+SUMMARY = summarize(Load([Sample(due=0, arrivals=[0.1, 0.2], output_tokens=5)], 1, 0.1))
+SWEEP: Any = {
+    "path": "sse",
+    "started": now(),
+    "machine": new_results("quick", "m", "cpu").machine,
+    "scripted": True,
+    "workload": Workload(),
+    "level": ServiceLevel(),
+    "points": [{"callers": 1, "summary": SUMMARY, "goodput": 1, "processes": 1, "generator_share": 0.1}],
+}
+
+
+@pytest.mark.parametrize("given", ["many", "0", "-1", "nan", "inf"])
+def test_a_rate_of_the_scripted_source_that_is_none_is_named(given: str) -> None:
+    assert rate_from("2.5") == 2.5
+    with pytest.raises(ServebookError, match=f"SERVEBOOK_SCRIPTED_RATE is '{given}'"):
+        rate_from(given)
 
 
 async def test_a_busy_generator_gets_more_processes_or_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from servebook import cli, launch
 from servebook.engine.gpu import Card
 from servebook.engine.model import bundled_path
 from servebook.errors import LaunchError
 from servebook.launch.processes import KEPT
-from servebook.settings import Settings, load_settings
+from servebook.settings import BUNDLED_MODEL, Settings, load_settings
 from servebook.workbook import doctor
 from servebook.workbook.doctor import Finding
 
@@ -82,6 +84,7 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_servers([{"name": "vllm", "state": "failed"}], {}), "WARN", "servebook logs vllm"),
         (doctor.check_servers([], {17: "VLLM::EngineCore"}), "FAIL", "kill 17"),
         (doctor.check_environment({"PATH": "/bin", "SERVEBOOK_MODEL": "x"}), "OK", "nothing unknown"),
+        (doctor.check_environment({"SERVEBOOK_SCRIPTED_RATE": "60"}), "OK", "nothing unknown"),
         (doctor.check_environment({"SERVEBOOK_MODLE": "x"}), "WARN", "SERVEBOOK_MODLE"),
         *(
             (doctor.check_environment({name: "http://p:3128"}), "WARN", f"{name} set without an exception")
@@ -149,7 +152,8 @@ def test_model(here: Settings, tmp_path: Path) -> None:
     assert "no readable config.json" in doctor.check_model(load_settings(model=str(own)), quick=True).fact
     (own / "config.json").write_text('{"max_position_embeddings": 4096}')
     assert "up to 4096 tokens" in doctor.check_model(load_settings(model=str(own)), quick=True).fact
-    assert "from the hub" in doctor.check_model(load_settings(model="Qwen/Qwen3-0.6B"), quick=True).fact
+    for name in ("Qwen/Qwen3-0.6B", "~nosuchuser/x"):
+        assert "from the hub" in doctor.check_model(load_settings(model=name), quick=True).fact
 
 
 def test_a_strangers_port_is_named(here: Settings) -> None:
@@ -219,6 +223,56 @@ def test_a_host_that_is_not_this_machine() -> None:
     (ports,) = [finding for finding in json.loads(done.stdout) if finding["level"] == "FAIL"]
     assert "no server can listen on 192.0.2.1" in ports["fact"]
     assert "SERVEBOOK_HOST" in ports["remedy"]
+
+
+OUT_OF_SIGHT = f"/tmp/{'x' * 300}/state"
+"""Nobody can look there, for another reason than that it is another user's: these tests may be root's."""
+
+
+def test_folders_that_this_user_may_not_look_into_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_orphans", dict)
+    settings = load_settings(state_dir=OUT_OF_SIGHT, cache_dir=OUT_OF_SIGHT, model=OUT_OF_SIGHT)
+    for each in (settings, settings.model_copy(update={"model": BUNDLED_MODEL})):
+        failed = {finding.name: finding.fact for finding in doctor.run(each, quick=True) if finding.level == "FAIL"}
+        assert failed == {name: f"{OUT_OF_SIGHT} cannot be written: File name too long" for name in ("state", "cache")}
+
+
+@pytest.mark.parametrize("words", ["status", "down vllm", "down --all", "logs vllm"])
+def test_a_state_folder_that_this_user_may_not_look_into_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", OUT_OF_SIGHT)
+    assert ended(monkeypatch, capsys, *words.split()).startswith(f"servebook: The state folder {OUT_OF_SIGHT} cannot")
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command says that ends with exit code 1."""
+    monkeypatch.setattr(sys, "argv", ["servebook", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device.\n→ Free some disk space"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/root/x"),
+            "/root/x: Permission denied.\n→ Let this user write there",
+        ),
+        (OSError("of some library"), "of some library.\n→ See `servebook doctor`."),
+    ],
+)
+def test_what_the_machine_refuses_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: OSError, says: str
+) -> None:
+    def refused() -> None:
+        raise error
+
+    monkeypatch.setattr(launch, "status", refused)
+    assert ended(monkeypatch, capsys, "status").startswith(f"servebook: {says}")
 
 
 def test_settings_that_do_not_fit_are_a_message() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from transformers import AutoTokenizer
 from servebook.engine import arguments as engine
 from servebook.engine import faster_cpu
 from servebook.engine.model import model_path
-from servebook.engine.quiet_compiler import ProcessCompiler, TooDear
+from servebook.engine.quiet_compiler import BrokenOffError, ProcessCompiler, TooDear
 from servebook.errors import LaunchError
 from servebook.settings import Settings, load_settings
 from servebook.ways import limits
@@ -246,6 +247,29 @@ def test_a_compiler_that_cannot_be_begun_leaves_nothing_open(
             compiler.compile_regex("not begun")
     assert psutil.Process().num_fds() == before
     assert compiler.compile_regex("not begun"), "another try is made"
+
+
+def test_a_compiler_that_is_ended_from_outside_is_begun_once_more(
+    compiler: ProcessCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork, ends = os.fork, 0
+
+    def fork_and_end() -> int:
+        nonlocal ends
+        ends -= 1
+        if child := fork():
+            return child
+        if ends >= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    monkeypatch.setattr(os, "fork", fork_and_end)
+    ends = 1
+    assert compiler.compile_regex("ended once")
+    ends = 2
+    with pytest.raises(BrokenOffError, match="SIGKILL"):
+        compiler.compile_regex("ended twice")
+    assert compiler.compile_regex("ended twice"), "it was not its fault, and is not remembered"
 
 
 def test_what_is_compiled_elsewhere_is_the_same(compiler: ProcessCompiler) -> None:

@@ -183,6 +183,16 @@ def test_names_that_somebody_holds_for_ever_do_not_hold_up_a_start_for_ever(
     assert "another start has claimed" in said[0]
 
 
+def test_a_socket_of_anybodys_with_a_name_of_any_bytes_stops_no_start(
+    settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, FakeCard(8, 4))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(b"\0\xff")
+        with memory_for(settings, model, 1, quiet):
+            pass
+
+
 @pytest.mark.parametrize(
     ("visible", "names"),
     [

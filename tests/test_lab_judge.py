@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,6 +19,7 @@ from uuid import uuid4
 import pytest
 
 from servebook.checkout import ROOT
+from servebook.lab.checks.c13_more_than_text import check_13_3
 from servebook.lab.feedback import NotYet, StillOpen, judge
 from servebook.lab.handout import landlock
 from servebook.lab.judge import __main__ as judging
@@ -98,6 +99,22 @@ def test_functions_and_generators_are_called_from_afar(asking: Asking) -> None:
     assert heard == [1, 2, 3]
 
 
+def test_what_a_check_hands_over_is_called_by_keyword_from_afar(asking: Asking) -> None:
+    """Here `run(**call["function"])`, as a right answer of 13.3 has it."""
+
+    def answer(ask: Any, run: Any, messages: list[Any], rounds: int) -> Any:
+        for _ in range(rounds):
+            message = ask(messages=messages)
+            if not message.get("tool_calls"):
+                return message["content"]
+            calls = message["tool_calls"]
+            results = [{"role": "tool", "tool_call_id": c["id"], "content": run(**c["function"])} for c in calls]
+            messages = [*messages, message, *results]
+        return None
+
+    check_13_3(asking({"answer": answer}))
+
+
 def test_errors_come_as_their_kind(asking: Asking) -> None:
     def wrong(what: str) -> None:
         raise {"key": KeyError("no"), "open": NotImplementedError("01.1")}[what]
@@ -107,6 +124,19 @@ def test_errors_come_as_their_kind(asking: Asking) -> None:
         submission.call(submission.function("wrong"), "key", causes={KeyError: "look at it"})
     with pytest.raises(StillOpen):
         submission.call(submission.function("wrong"), "open")
+
+
+def test_a_coroutine_where_a_plain_function_is_called_is_told(asking: Asking) -> None:
+    async def text() -> str:
+        return "text"
+
+    async def pieces() -> AsyncIterator[str]:
+        yield "text"
+
+    for names in ({"text": text}, {"text": pieces}):
+        for submission in (asking(names), Submission(find_exercise("01.1")[1], names)):
+            with pytest.raises(NotYet, match="write a plain def"):
+                submission.call(submission.function("text"), causes={Exception: "misleading"})
 
 
 def test_a_list_that_was_changed_there_is_changed_here(asking: Asking) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from desk import eventually
@@ -68,3 +69,20 @@ def test_waiting_for_a_busy_core_is_seen(crowded_core: int) -> None:
     done.set()
     thread.join()
     eventually(lambda: waited_for_a_core(thread) == 0, "no account of a thread that has ended")
+
+
+def test_what_the_check_lends_fails_at_the_checks_cost(learner: Submission) -> None:
+    """Whatever the learner's code makes of the error."""
+
+    @learner.lent
+    def work() -> None:
+        raise ConnectionError("the engine has gone")
+
+    def swallows() -> str:
+        with suppress(Exception):
+            work()
+        return "done"
+
+    for code in (work, swallows):
+        with pytest.raises(ConnectionError, match="the engine has gone"):
+            learner.run(code)

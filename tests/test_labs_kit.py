@@ -37,6 +37,7 @@ from servebook import launch
 from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab import checking
+from servebook.lab.capstone.stages import STAGES
 from servebook.lab.feedback import Result
 from servebook.lab.handout import autograde, confine, landlock, provided
 from servebook.lab.handout.blanks import student_notebook
@@ -135,12 +136,23 @@ def test_labs_are_fresh(lab: Lab) -> None:
 @pytest.mark.parametrize("lab", LABS)
 def test_released_blanks_say_what_to_do(lab: Lab) -> None:
     cells = cells_of(ROOT / "labs" / lab.path)
+    assert "Replace each `raise NotImplementedError(…)`" in cells["how"].source
     for exercise in lab.exercises:
         source = cells[f"{exercise.cell}-answer"].source
         assert re.search(
             rf"(#|//) TODO\({exercise.id}\): .+ \(about \d+ lines?\)\n *(// )?raise NotImplemented", source
         )
         assert f'raise NotImplementedError("{exercise.id}")' in source
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_a_task_says_how_long_its_solution_is(lab: Lab) -> None:
+    """Give or take two lines."""
+    cells = cells_of(ROOT / "solutions" / lab.path)
+    for exercise in lab.exercises:
+        source = cells[f"{exercise.cell}-answer"].source
+        (told,) = re.findall(r"BEGIN SOLUTION .+\(about (\d+) lines?\)\n(.*)\n.*END SOLUTION", source, re.DOTALL)
+        assert abs(sum(bool(line.strip()) for line in told[1].split("\n")) - int(told[0])) <= 2, exercise.id
 
 
 def test_list_hint_and_progress(learner: Run) -> None:
@@ -207,6 +219,36 @@ def test_a_check_that_cannot_run_says_what_to_do(learner: Run, tmp_path: Path) -
         assert "→ Remove 01_openai_rest.ipynb and run `servebook labs init` again." in said
 
 
+def test_a_check_builds_on_all_that_stands_above(tmp_path: Path) -> None:
+    """An answer may use an earlier one. What belongs to that may fail, and what a learner tries; the set-up may not."""
+    path = tmp_path / OTHER / f"{OTHER}.ipynb"
+    path.parent.mkdir()
+    notebook = nbformat.read(ROOT / "solutions" / OTHER / path.name, as_version=4)
+    cells = {cell.id: cell for cell in notebook.cells}
+    cells["setup"].source = "from collections.abc import Iterable, Iterator"
+    cells["02-1-given"].source = "1 / 0"
+    place = notebook.cells.index(cells["02-2-brief"])
+    notebook.cells[place:place] = [new_code_cell("1 / 0"), new_code_cell("tried = list(parse_sse([b'data: a\\n\\n']))")]
+    nbformat.write(notebook, path)
+    shell = LabShell(path)
+    shell.prepare("02.2")
+    assert shell.shell.user_ns["tried"] == ["a"]
+    cells["setup"].source = "1 / 0"
+    nbformat.write(notebook, path)
+    with pytest.raises(ServebookError, match="The cell 'setup' failed"):
+        LabShell(path).prepare("02.2")
+
+
+def test_the_capstones_hints_name_sections_that_there_are() -> None:
+    hints = " ".join(stage.hint for stage in STAGES)
+    named = re.findall(r"[Cc]hapter (\d\d), section (\w+)", hints)
+    assert named
+    for chapter, section in named:
+        (notebook,) = (ROOT / "notebooks").glob(f"{chapter}_*.ipynb")
+        heads = [cell.source.partition("\n")[0] for cell in cells_of(notebook).values()]
+        assert [head for head in heads if head.startswith(f"## {section} · ")], (chapter, section)
+
+
 def test_check_in_a_notebook_reports_and_under_nbgrader_raises(
     learner: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +290,33 @@ class FullRoom(Room):
     share = -1
 
 
+class GoneRoom(Room):
+    def do_POST(self) -> None:
+        """Hang up without a word."""
+
+
+class TerseRoom(Room):
+    """Stops after a word unless told to write on, and then merges all words into two; whoever says hello waits until
+    another one asks for sixty tokens."""
+
+    sixty = threading.Event()
+
+    def do_POST(self) -> None:
+        ask = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if ask["max_tokens"] == 60:
+            self.sixty.set()
+        if ask.get("prompt") == "Hello":
+            self.sixty.wait(60)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        words = [(" a", None), (" b", "length")] if ask.get("ignore_eos") else [(" a", "stop")]
+        for word, reason in words:
+            choice = {"index": 0, "text": word, "delta": {"content": word}, "finish_reason": reason}
+            self.wfile.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+        self.wfile.write(b"data: [DONE]\n\n")
+
+
 def check_in(room: type[Room], exercise_id: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
     """Do an exercise as its solution does, and check it, where the engine is reached through such a room."""
     lab, _ = find_exercise(exercise_id)
@@ -272,12 +341,31 @@ def test_what_is_asked_in_vain_fits_into_a_learners_share(
 
 
 @pytest.mark.lifetime
-@pytest.mark.parametrize("exercise_id", ["04.3", "04.4", "05.3", "05.4"])
+@pytest.mark.parametrize("exercise_id", ["04.3", "04.4", "05.3", "05.4", "08.2", "13.1"])
 def test_a_full_room_is_not_held_against_the_learner(
     exercise_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = check_in(FullRoom, exercise_id, tmp_path, monkeypatch)
     assert (result.state, result.got.splitlines()[0]) == ("stuck", "ServebookError: The engine is full (429).")
+
+
+@pytest.mark.lifetime
+@pytest.mark.parametrize("exercise_id", ["01.1", "01.4", "05.4"])
+def test_an_engine_that_has_gone_is_not_held_against_the_learner(
+    exercise_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = check_in(GoneRoom, exercise_id, tmp_path, monkeypatch)
+    assert (result.state, result.got.splitlines()[0]) == ("stuck", "ServebookError: The server does not answer.")
+
+
+@pytest.mark.lifetime
+@pytest.mark.parametrize("exercise_id", ["02.2", "04.2", "05.2"])
+def test_neither_a_word_nor_a_wait_is_held_against_the_learner(
+    exercise_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TerseRoom.sixty.clear()
+    result = check_in(TerseRoom, exercise_id, tmp_path, monkeypatch)
+    assert result.passed, result.render()
 
 
 def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -38,6 +39,7 @@ from servebook.launch.processes import free_port
 from servebook.launch.table import Endpoints
 from servebook.settings import load_settings
 from servebook.ways.custom_grpc.certificates import make_certificates
+from servebook.ways.metrics import metric
 
 SERVEBOOK = Path(sys.executable).with_name("servebook")
 KEY = "sk-not-for-other-eyes"
@@ -60,8 +62,10 @@ def test_up_twice_starts_one_and_down_leaves_nothing(desk: Desk) -> None:
     eventually(lambda: len(desk.family()) == 5, "guardian, supervisor, server, child, grandchild")
     assert "attached to" in desk.run("up", "vllm")
     assert desk.status() == first
+    scratch = temporary_files(desk)
     assert "ended" in desk.run("down", "vllm")
     assert desk.family() == []
+    assert not scratch.exists()
     assert desk.status()["state"] == "stopped"
     assert "was not running" in desk.run("down", "vllm")
 
@@ -397,21 +401,21 @@ def test_a_keeper_that_does_not_answer_is_not_waited_for_for_ever(desk: Desk, mo
 
 
 @pytest.mark.survives("state files of any content", "every server", lost="nothing")
-@pytest.mark.parametrize(
-    "rubbish", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"pid": 1, "state": "running", "endpoints": 7, "model": []}']
-)
-def test_corrupted_state_files(desk: Desk, rubbish: bytes) -> None:
+def test_corrupted_state_files(desk: Desk) -> None:
+    kinds = [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"pid": 1, "state": "running", "endpoints": 7, "model": []}']
     desk.run("up", "vllm")
     before = desk.status()
     record = desk.folder / "servers/vllm.json"
-    record.write_bytes(rubbish)
-    assert desk.status() == before
+    for rubbish in kinds:
+        record.write_bytes(rubbish)
+        assert desk.status() == before, rubbish
     desk.supervisor().kill()
     desk.nothing_left()
-    record.write_bytes(rubbish)
-    entry = desk.status()
-    assert entry["pid"] is None  # a pid on disk is never believed
-    assert entry["state"] in ("failed", "stopped")
+    for rubbish in kinds:
+        record.write_bytes(rubbish)
+        entry = desk.status()
+        assert entry["pid"] is None, rubbish  # a pid on disk is never believed
+        assert entry["state"] in ("failed", "stopped"), rubbish
 
 
 def test_a_lost_record_does_not_hide_a_server(desk: Desk) -> None:
@@ -481,7 +485,8 @@ def test_what_was_left_in_the_shell_or_lies_in_the_folder_reaches_no_server(
     desk.run("up", "vllm")
     env = psutil.Process(desk.status()["pid"]).environ()
     assert not {"VLLM_PORT", "VLLM_API_KEY", "PYTHONWARNINGS"} & env.keys()
-    assert (env["TMPDIR"], env["PYTHONSAFEPATH"], env["PYTHONUTF8"]) == ("/tmp", "1", "1")
+    assert (env["PYTHONSAFEPATH"], env["PYTHONUTF8"]) == ("1", "1")
+    assert Path(env["TMPDIR"]).parent == Path("/tmp")
     assert env["HF_HOME"] == str(desk.settings.cache_dir / "hf_home")
 
 
@@ -593,7 +598,33 @@ def test_the_first_exception_is_the_cause(log: str, cause: str) -> None:
     assert bool(root_cause(log)) is bool(cause)
 
 
+FULL_DISK = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+sys.argv[1:] = ["cli", "up", "vllm"]
+runpy.run_path({str(TINY)!r}, run_name="__main__")
+"""
+
+
 @pytest.mark.survives("a full disk at start", "every server", lost="the start, with the cause and the remedy")
+def test_a_full_disk_is_the_cause_that_is_told(desk: Desk) -> None:
+    """A limit of file sizes stands for it."""
+    child = desk.start("-c", FULL_DISK)
+    said, errors = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert re.search("The state folder .* cannot be used: File too large", said + errors)
+    desk.nothing_left()
+
+
+def test_a_log_that_cannot_be_written_any_more_ends_no_server(desk: Desk) -> None:
+    kernel, _ = desk.kernel()
+    resource.prlimit(desk.supervisor().pid, resource.RLIMIT_FSIZE, (0, 0))
+    assert "attached to" in desk.run("up", "vllm")  # which has to be noted on the disk
+    kernel.kill()
+    eventually(lambda: kernel.poll() is not None, "the end of the kernel")
+    assert desk.status()["state"] == "ready"
+
+
 def test_the_cause_stands_before_the_log_and_what_to_do_after_it(tmp_path: Path) -> None:
     files = Files(tmp_path, "vllm")
     files.make_folders()
@@ -733,6 +764,11 @@ def shared_memory() -> set[str]:
     return files
 
 
+def temporary_files(desk: Desk) -> Path:
+    """The server's folder for them, which ends with it."""
+    return Path(psutil.Process(desk.status()["pid"]).environ()["TMPDIR"])
+
+
 def engine_cores(desk: Desk) -> list[psutil.Process]:
     """vLLM's process behind its server, once it is there."""
     return [process for process in desk.family() if is_engine(process)]
@@ -747,26 +783,44 @@ def kib_of_mappings(process: psutil.Process) -> list[tuple[int, int]]:
     return [(int(size), int(large)) for size, large in both]
 
 
+def asks_for_the_key_everywhere(url: str, model: str) -> None:
+    """The whole server, where `test_engine_key.py` has its middleware alone."""
+    hello = {"model": model, "prompt": "Hello", "max_tokens": 1}
+    key = {"Authorization": f"Bearer {KEY}"}
+    for path in ("/v1/completions", "/invocations", "/tokenize"):
+        assert requests.post(url + path, json=hello, timeout=60).status_code == 401, path
+        withit = requests.post(url + path, json=hello, headers=key, timeout=60)
+        assert withit.status_code == 200, withit.text
+    for path in ("/metrics", "/version", "/docs", "/openapi.json", "/ping", "/metrics/x", "/v1/models"):
+        assert requests.get(url + path, timeout=60).status_code == 401, path
+    assert requests.get(f"{url}/v1/models", headers=key, timeout=60).status_code == 200
+    assert metric(url, "vllm:num_requests_running", key=KEY) == 0
+    assert requests.get(f"{url}/health", timeout=60).status_code == 200
+
+
 @pytest.mark.survives("the engine killed (SIGKILL)", "vllm", lost="the server; nothing is left running")
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_real_engine_killed_while_it_serves(real: Desk) -> None:
-    up = real.start(SERVEBOOK, "up", "vllm", api_key=KEY)
+    """Open to the network until then, with a key, which it asks for everywhere."""
+    up = real.start(SERVEBOOK, "up", "vllm", host="0.0.0.0", api_key=KEY)
     assert up.wait(280) == 0, up.communicate()
     entry = real.status()
     assert entry["state"] == "ready"
+    assert {at for at, _ in listening(entry["pid"])} == {"0.0.0.0"}
+    asks_for_the_key_everywhere(f"http://{entry['endpoints']['http']}", entry["model"])
     assert KEY not in Path(entry["log"]).read_text()
-    models = f"http://{entry['endpoints']['http']}/v1/models"
-    assert requests.get(models, timeout=10).status_code == 401
-    assert requests.get(models, timeout=10, headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
     (core,) = engine_cores(real)
     assert psutil.Process(core.ppid()).children() == [core], "a fork: beside a spawned one is a resource tracker"
     assert f"rms_norm=['{faster_cpu.OURS}', " in Path(entry["log"]).read_text()
     size, in_large_pages = max(kib_of_mappings(core))
     assert size >= 2**20, "the KV cache"
     assert in_large_pages < size / 10
+    scratch = temporary_files(real)
+    assert list(scratch.iterdir()), "vLLM's sockets"
     core.kill()
     real.nothing_left()
+    assert not scratch.exists()
     assert real.status()["state"] == "failed"
 
 
@@ -779,9 +833,11 @@ def test_real_engine_whose_keeper_is_killed_while_it_starts(real: Desk, victim: 
     eventually(lambda: kernel.poll() is not None or engine_cores(real), "EngineCore", seconds=250)
     assert kernel.poll() is None, kernel.communicate()
     assert real.status()["state"] == "starting"
+    scratch = temporary_files(real)
     (kernel if victim == "kernel" else real.supervisor()).kill()
     real.nothing_left()
     assert real.status()["state"] == ("stopped" if victim == "kernel" else "failed")
+    assert not scratch.exists()
 
 
 @pytest.mark.lifetime
@@ -800,13 +856,13 @@ def test_the_repositorys_folder_triton_does_not_hide_the_compilers_absence() -> 
 # --- the supervisor's parts ---------------------------------------------------------------------------------------
 
 
-def test_a_name_in_shared_memory_that_somebody_else_has_taken_keeps_no_server_from_ending() -> None:
+def test_a_name_in_shared_memory_that_somebody_else_has_taken_keeps_no_server_from_ending(tmp_path: Path) -> None:
     others, ours = (Path(f"/dev/shm/__KMP_REGISTERED_LIB_99999999{end}_{os.getuid()}") for end in ("8", "9"))
     others.mkdir()  # as another user's file, it cannot be removed by `unlink`
     ours.touch()
     try:
-        supervisor.free_openmp_files()
-        assert (others.exists(), ours.exists()) == (True, False)
+        supervisor.remove_leftovers(str(tmp_path))
+        assert (others.exists(), ours.exists(), tmp_path.exists()) == (True, False, False)
     finally:
         others.rmdir()
         ours.unlink(missing_ok=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from http import HTTPStatus
 from typing import Any
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.exceptions import GracefulHTTPError
 
+from servebook.ways.custom_grpc.server.errors import refusal_for
 from servebook.ways.limits import LimitExceeded, Limits, check, expansion
 
 LIMITS = Limits()
@@ -146,3 +150,10 @@ def test_any_json_is_looked_through(schema: Any) -> None:
 def test_what_can_be_reached_on_many_ways_is_looked_at_once() -> None:
     definitions = {f"d{index}": {"anyOf": [{"$ref": f"#/$defs/d{index + 1}"}] * 8} for index in range(60)}
     check(LIMITS, schema={"$defs": definitions, "$ref": "#/$defs/d0"})  # on each of the 8^60 ways, it would never end
+
+
+def test_what_vllm_itself_has_no_room_for_is_not_told_as_our_limit() -> None:
+    full = GracefulHTTPError("--max-num-queued-reqs", HTTPStatus.SERVICE_UNAVAILABLE)
+    refusal = refusal_for(full, "id", constraint="")
+    assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert str(refusal) == "The engine's queue is full; try again in 1 s."

@@ -94,8 +94,9 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_paths_and_ids(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no model folder '/no/such'"):
-        model_path(load_settings(model="/no/such"))
+    for name in ("/no/such", "~nosuchuser/x", f"/{'x' * 300}"):  # the last of which cannot be looked for
+        with pytest.raises(ModelError, match=f"no model folder '{name}'"):
+            model_path(load_settings(model=name))
     with pytest.raises(ModelError, match=r"no readable config\.json"):
         model_path(load_settings(model=str(tmp_path)))
     (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 1024}}')

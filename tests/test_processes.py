@@ -7,14 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from itertools import count
 from pathlib import Path
 
 import pytest
 
 from servebook.errors import LaunchError
+from servebook.launch import lifetime, states
 from servebook.launch.child import Child, run_child
+from servebook.launch.files import Files
+from servebook.launch.link import STOP_SECONDS, Link
 from servebook.launch.processes import can_bind, end, environment_of, free_port, listeners, marked, wait_until
+from servebook.settings import load_settings
 
 FAMILY = """
 import signal, subprocess, sys, time
@@ -125,3 +130,37 @@ def test_what_the_package_offers_is_there_when_it_is_asked_for() -> None:
         assert all(getattr(package, name) for name in package.__all__)
         with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
             package.nonsense  # noqa: B018
+
+
+class Silent:
+    """In place of a link to a keeper that does not answer: the time passes that it is given."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock = clock
+
+    def ask(self, _: str) -> None:
+        self.clock[0] += STOP_SECONDS
+
+    def wait_closed(self, seconds: float) -> bool:
+        self.clock[0] += seconds
+        return False
+
+
+def test_a_keeper_that_does_not_answer_is_waited_for_as_long_as_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(Link, "open", lambda _: Silent(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with pytest.raises(LaunchError, match="does not end"):
+        lifetime.down("vllm", load_settings(state_dir=tmp_path))
+    assert clock[0] == pytest.approx(STOP_SECONDS, abs=1)
+
+
+def test_a_keeper_that_does_not_answer_holds_up_nobodys_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        monkeypatch.setattr(Link, "open", lambda _: Link(here))
+        monkeypatch.setattr(states, "INFO_SECONDS", 0.01)
+        files = Files(tmp_path, "vllm")
+        assert states.status_of(files, load_settings(state_dir=tmp_path))["state"] == "stopped"

@@ -35,7 +35,7 @@ from servebook.room import tls
 from servebook.room.hub import why_not_apart
 from servebook.settings import load_settings
 
-pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lane("own"), pytest.mark.timeout(600)]
 
 KEY = "the-instructors-key"
 LAB = "01_openai_rest"
@@ -533,14 +533,15 @@ def test_ten_learners_join_work_get_stuck_hand_in_and_find_their_feedback(
 
 
 def test_a_runaway_loop_leaves_the_engine_to_the_others(kernels: dict[str, Kernel]) -> None:
+    """It runs until the others have solved their exercise, and more of it was served than has a place at a time."""
     runaway, *others = kernels.values()
     runaway.run(
         """
         import threading, time
-        seen, hints, stop = [], [], time.monotonic() + 12
+        seen, hints, enough, began = [], [], threading.Event(), time.monotonic()
         def loop():
             ask = {"model": vllm.model, "prompt": "Once", "max_tokens": 20, "ignore_eos": True}
-            while time.monotonic() < stop:
+            while not enough.is_set():
                 answer = requests.post(f"{url}/v1/completions", json=ask, headers={"Authorization": f"Bearer {key}"})
                 seen.append(answer.status_code)
                 hints.append(answer.headers.get("Retry-After"))
@@ -549,17 +550,21 @@ def test_a_runaway_loop_leaves_the_engine_to_the_others(kernels: dict[str, Kerne
             thread.start()
         """.replace("\n        ", "\n")
     )
-    for kernel in others:
-        solve(kernel)
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(solve, others))
+        runaway.run("while seen.count(200) <= 16 or 429 not in seen: time.sleep(0.1)")
+    finally:
+        runaway.run("enough.set()\nfor thread in threads: thread.join()")
     seen = json.loads(
         runaway.run(
-            "for thread in threads: thread.join()\n"
-            "print(json.dumps([seen.count(200), seen.count(429), sum(h is not None for h in hints), len(seen)]))"
+            "print(json.dumps([seen.count(200), seen.count(429), sum(h is not None for h in hints), len(seen), "
+            "time.monotonic() - began]))"
         )
     )
-    served, refused, hinted, all_of_them = seen
+    served, refused, hinted, all_of_them, seconds = seen
     assert served + refused == all_of_them
-    assert 16 < served <= 150  # a minute's share, and what 12 s add to it
+    assert 16 < served <= 120 + 2 * seconds  # a minute's share, and what the seconds add to it
     assert refused == hinted > 0
 
 

@@ -7,15 +7,19 @@ import errno
 import json
 import os
 import re
+import secrets
 import select
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from http.client import HTTPConnection
 from pathlib import Path
@@ -39,9 +43,10 @@ from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ModelError, ServebookError
 from servebook.lab.manifest import load_labs
 from servebook.lab.record import Store
+from servebook.launch.files import Files
 from servebook.launch.processes import free_port
 from servebook.launch.table import SERVERS, Endpoints, find_server
-from servebook.room import admin, asking, cli, collect, hub, tls
+from servebook.room import admin, asking, cli, collect, desk, front, hub, load, tls
 from servebook.room.admin import instructors_key, instructors_settings, rooms_settings
 from servebook.room.board import Attempt, Board, stuck_first, watch_key
 from servebook.room.front import RELAYED, Front, Learner
@@ -52,6 +57,15 @@ from servebook.settings import Settings, load_settings
 from servebook.ways.limits import GIVEN_UP
 
 KEY = "the-instructors-key"
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing more reaches the disk, though a name may still be made."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
 
 
 def test_a_key_counts_until_it_is_replaced_or_revoked(tmp_path: Path) -> None:
@@ -82,17 +96,20 @@ def test_a_revocation_that_cannot_be_written_is_not_said_to_hold(
 ) -> None:
     roll = Roll(tmp_path / "keys.json")
     key = roll.issue("ada")
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as disk:
-        disk.setattr(os, "fsync", full)
+        full_disk(disk)
         with pytest.raises(OSError, match="No space left"):
             getattr(roll, change)("ada")
     assert roll.name_of(key) == Roll(tmp_path / "keys.json").name_of(key) == "ada"  # now as after a restart
     getattr(roll, change)("ada")
     assert roll.name_of(key) is Roll(tmp_path / "keys.json").name_of(key) is None
+
+
+@pytest.mark.parametrize("content", [b"", b'{"ada": ', b"[]", b'{"ada": 1}', b"\xff"])
+def test_a_damaged_roll_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "keys.json").write_bytes(content)
+    with pytest.raises(ServebookError, match=r"keys\.json cannot be read: it is not what a room has written"):
+        Roll(tmp_path / "keys.json")
 
 
 def test_a_bucket_says_how_long_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -617,6 +634,33 @@ async def test_who_leaves_before_the_answer_pays_what_was_asked_for(
         assert ada.level() < 5000 + 400
 
 
+async def test_an_answer_that_takes_too_long_is_paid_for(
+    engine: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "READ_SECONDS", 0.2)
+    stand_in, url = engine
+    stand_in.goes_on = asyncio.Event()
+    async with caller(tmp_path, url, Limits(learner_tokens_per_minute=6000)) as ada:
+        status, answer, wait = await ada.complete(1000)
+        assert (status, answer["error"]["type"], wait) == (504, "engine_timeout", "")
+        assert ada.level() < 5000 + 400, "the engine was at work"
+        assert await ada.counted() == ['room_requests_total{path="/v1/completions",status="504"} 1.0']
+
+
+async def test_a_stream_that_falls_silent_is_cut_and_costs_what_it_had(
+    engine: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "READ_SECONDS", 0.2)
+    stand_in, url = engine
+    stand_in.says, stand_in.goes_on = [PIECE] * 5, asyncio.Event()
+    async with caller(tmp_path, url) as ada:
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            await ada.send("/v1/completions", {"stream": True, "max_tokens": 1000})
+        await asyncio.to_thread(eventually, lambda: not ada.state().under_way, "the end of the request")
+        assert 5990 <= ada.level() <= 5995 + 2
+        assert await ada.counted() == ['room_requests_total{path="/v1/completions",status="200"} 1.0']
+
+
 async def test_an_answer_takes_a_place(engine: tuple[StandIn, str], tmp_path: Path) -> None:
     stand_in, url = engine
     stand_in.goes_on = asyncio.Event()
@@ -835,6 +879,56 @@ def test_the_folder_of_keys_and_codes_is_the_instructors_alone(no_key_set: Path)
     assert modes == [0o700, 0o700, 0o600]
 
 
+def test_a_key_that_cannot_be_written_is_made_by_the_next_command(
+    no_key_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = no_key_set / "room" / "instructor.key"
+    with monkeypatch.context() as disk:
+        full_disk(disk)
+        with pytest.raises(ServebookError, match=r"instructor\.key cannot be kept: No space left on device"):
+            instructors_settings()
+    assert not path.exists()
+    path.write_text("")  # what an older version left then
+    key = instructors_settings().key
+    assert key == path.read_text() == instructors_settings().key
+    assert len(key) == 43
+
+
+@pytest.mark.usefixtures("no_key_set")
+def test_two_commands_at_once_have_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2)
+
+    def drawn(*_: int) -> str:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # where both are here at once, each would write its own
+        return secrets.token_hex(16)
+
+    monkeypatch.setattr(secrets, "token_urlsafe", drawn)
+    with ThreadPoolExecutor(2) as pool:
+        keys = [each.result().key for each in [pool.submit(instructors_settings) for _ in range(2)]]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize("says", ["text", "[]", '{"error": "text"}'])
+def test_what_answers_in_the_fronts_place_is_quoted_by_its_status(
+    no_key_set: Path, monkeypatch: pytest.MonkeyPatch, says: str
+) -> None:
+    entry = {"name": "front", "state": "ready", "endpoints": {"http": "127.0.0.1:1"}}
+    monkeypatch.setattr(launch, "status", lambda _: [entry])
+    answer = requests.Response()
+    answer.status_code, answer.reason, answer._content = 502, "Bad Gateway", says.encode()
+    monkeypatch.setattr(requests, "request", lambda *_, **__: answer)
+    with pytest.raises(ServebookError, match="The room answers 502 Bad Gateway"):
+        admin.RoomAdmin(instructors_settings()).learners()
+
+
+def test_passwords_that_cannot_be_changed_are_named(no_key_set: Path) -> None:
+    (no_key_set / "room").mkdir(parents=True)
+    (no_key_set / "room" / "passwords.sqlite").write_text("no database, by a disk that was full " * 99)
+    done = CliRunner().invoke(cli.app, ["reset", "ada"])
+    assert re.search(r"passwords\.sqlite cannot be changed: file is not a database", str(done.exception))
+
+
 @pytest.mark.usefixtures("no_key_set")
 @pytest.mark.parametrize("words", ["start", "code", "learners", "code --new"])
 def test_a_state_folder_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
@@ -930,6 +1024,35 @@ def test_an_opened_room_has_a_certificate_of_its_own_for_its_address(tmp_path: P
     assert tls.address(given, 8100) == "https://x"
 
 
+@pytest.mark.parametrize("lost", ["room.key", "room.pem"])
+@pytest.mark.parametrize("content", [None, b"", b"-----BEGIN"])
+def test_a_certificate_that_was_not_written_whole_is_made_anew(
+    tmp_path: Path, lost: str, content: bytes | None
+) -> None:
+    settings = load_settings(state_dir=tmp_path, **OPENED | {"host": "192.0.2.7"})
+    files = tls.prepare(settings)
+    assert files
+    before, folder = tls.fingerprint(files[0]), files[0].parent
+    (folder / lost).unlink()
+    if content is not None:
+        (folder / lost).write_bytes(content)
+    assert tls.prepare(settings) == files
+    assert tls.fingerprint(files[0]) != before
+    ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*files)
+
+
+def test_a_certificate_with_the_key_of_another_is_made_anew(tmp_path: Path) -> None:
+    """A room that is killed between the two writes leaves such a pair."""
+    settings = load_settings(state_dir=tmp_path, **OPENED | {"host": "192.0.2.7"})
+    files = tls.prepare(settings)
+    assert files
+    key = files[1].read_bytes()
+    tls.make(*files, "192.0.2.7")
+    files[1].write_bytes(key)
+    assert tls.prepare(settings) == files
+    ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*files)
+
+
 @pytest.mark.parametrize(
     ("device", "words"), [("cpu", "--max-num-batched-tokens 24 --max-num-seqs 24 --seed 7"), ("gpu", "--seed 7")]
 )
@@ -946,6 +1069,36 @@ def test_an_engine_that_a_room_starts_has_a_key_of_its_own_and_one_elsewhere_the
         assert engine.key == key
         assert ("KeyOnEveryPath" in engine.engine_args) is own, "a desk would find its port, and /invocations"
         assert ("--own-engine" in SERVERS["front"].argv(settings, tmp_path, at)) is own
+
+
+def test_a_room_that_is_up_asks_its_keepers_and_probes_no_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each second: it would be a request to every server that runs."""
+    settings = load_settings(api_key=KEY, state_dir=tmp_path)
+    probed: list[str] = []
+    asked: list[str] = []
+
+    def status(_: Settings) -> list[Any]:
+        probed.append("all")
+        return [{"name": "hub", "pid": None}, {"name": "vllm", "pid": 1}, {"name": "front", "pid": None}]
+
+    def describe(files: Files) -> bool:
+        asked.append(files.instance)
+        return len(asked) < 5
+
+    monkeypatch.setattr(cli, "instructors_settings", lambda: settings)
+    monkeypatch.setattr(cli, "require_safe", lambda _: None)
+    monkeypatch.setattr(cli, "show_door", lambda *_: None)
+    monkeypatch.setattr(cli, "describe", describe)
+    monkeypatch.setattr(launch, "status", status)
+    monkeypatch.setattr(launch, "serve", lambda *_, **__: SimpleNamespace(url="http://127.0.0.1:8100"))
+    monkeypatch.setattr(launch, "down", lambda *_: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(LaunchError, match="JupyterHub has ended"):
+        cli.start(trusted=False)
+    assert asked == ["hub", "vllm", "hub", "vllm", "hub"]
+    assert len(probed) == 2, "before it starts, and when it is up"
 
 
 ENGINE: Any = {"endpoints": {"http": "127.0.0.1:8000"}, "pid": 1}
@@ -1042,6 +1195,130 @@ def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_
     collect.collect(desks, submitted)
     assert (submitted / "ada" / lab / f"{lab}.ipynb").read_text() == "by ada", "handed in before it was deleted"
     assert (submitted / "mallory" / lab / "timestamp.txt").read_text() > times["mallory"]
+
+
+def test_half_a_notebook_is_neither_laid_out_nor_handed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is at a desk stays as its learner's, and what was collected counts as handed in: for ever, were it half."""
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path / "state"))
+    for folder in ("master/labs", "submitted"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "master" / "labs" / "lab.ipynb").write_text("a lab")
+    at_desk, submitted = tmp_path / "desk" / "labs" / "lab.ipynb", tmp_path / "submitted" / "lab.ipynb"
+    with monkeypatch.context() as disk:
+        full_disk(disk)
+        with pytest.raises(OSError, match="No space left"):
+            desk.lay_out(tmp_path / "master", tmp_path / "desk")
+        with pytest.raises(OSError, match="No space left"):
+            collect.hand_in(submitted.parent, "lab.ipynb", b"answers")
+    assert not [*at_desk.parent.iterdir(), *submitted.parent.iterdir()]
+    desk.lay_out(tmp_path / "master", tmp_path / "desk")
+    collect.hand_in(submitted.parent, "lab.ipynb", b"answers")
+    assert (at_desk.read_text(), submitted.read_text()) == ("a lab", "answers")
+    assert (submitted.parent / "timestamp.txt").exists()
+
+
+class Kept:
+    """In place of `Popen`: one of the room's programs, which ends as soon as it is started, in whichever way."""
+
+    pid = 1
+
+    def __init__(self, name: str, returncode: int | None) -> None:
+        self.name = name
+        self.returncode = returncode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def terminate(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[str], list[int | None]]]:
+    """What the keeper of a room has done; how its programs end, one after the other."""
+    done: list[str] = []
+    ends: list[int | None] = []
+
+    def begin(command: list[str], env: object) -> Kept:
+        done.append(f"start {command[0]}")
+        return Kept(command[0], ends.pop(0))
+
+    monkeypatch.setattr(hub, "adopt_orphans", lambda: None)  # this process is none of a room
+    monkeypatch.setattr(hub, "children", set)
+    monkeypatch.setattr(hub, "POLL_SECONDS", 0)
+    with monkeypatch.context() as programs:
+        programs.setattr(subprocess, "Popen", begin)
+        yield done, ends
+
+
+@pytest.mark.parametrize(
+    ("ends", "starts"), [([1], 1), ([0] * 3, 3), ([-9] * 3, 3)], ids=["an error", "no error", "a signal"]
+)
+def test_what_ends_again_and_again_ends_the_room(
+    kept: tuple[list[str], list[int | None]], ends: list[int | None], starts: int
+) -> None:
+    """By a signal too: where memory is short, each hub is killed."""
+    done, following = kept
+    following += ends
+    with pytest.raises(ServebookError, match="hub ends as soon as it starts"):
+        hub.keep({"hub": ["hub"]}, {}, lambda _: None)
+    assert done == ["start hub"] * starts
+
+
+def test_all_that_ended_is_started_before_the_proxy_is_told_its_routes(
+    kept: tuple[list[str], list[int | None]],
+) -> None:
+    """They come from the hub: one that has ended is waited for in vain."""
+    done, following = kept
+    following += [-9, -9, None, None]
+
+    def restarted(name: str) -> None:
+        done.append(f"{name} is back")
+        if name == "hub":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.keep({"proxy": ["proxy"], "hub": ["hub"]}, {}, restarted)
+    assert done == ["start proxy", "start hub"] * 2 + ["proxy is back", "hub is back"]
+
+
+class AdmitsTwo:
+    """In place of a room's front: who was struck off after all."""
+
+    url = "http://127.0.0.1:1"
+
+    def __init__(self) -> None:
+        self.there: list[str] = []
+
+    def metrics(self) -> str:
+        return ""
+
+    def admit(self, name: str) -> str:
+        if len(self.there) == 2:
+            raise ServebookError("The room does not answer.")
+        self.there.append(name)
+        return "key"
+
+    def forget(self, name: str) -> None:
+        self.there.remove(name)
+
+
+def test_learners_of_a_load_that_cannot_begin_are_struck_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    room: Any = AdmitsTwo()
+    with pytest.raises(ServebookError, match="does not answer"):
+        load.run(room, 3)
+    assert not room.there
+
+    def broken(*_: object, **__: object) -> Any:
+        raise threading.BrokenBarrierError
+
+    monkeypatch.setattr(load, "ProcessPoolExecutor", broken)
+    with pytest.raises(ServebookError, match="2 learners were not all ready within 120 s"):
+        load.run(room, 2)
+    assert not room.there
 
 
 def test_feedback_lands_on_the_desk_and_nowhere_that_a_learner_points_at(tmp_path: Path) -> None:

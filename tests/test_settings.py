@@ -96,6 +96,9 @@ def test_the_file_is_found_from_a_notebooks_folder(bare: Path, monkeypatch: pyte
         ({"host": "::"}, "SERVEBOOK_API_KEY"),
         ({"host": "gpu-box"}, "SERVEBOOK_API_KEY"),
         ({"modle": "x"}, "SERVEBOOK_MODLE"),
+        ({"cache_dir": "~nosuchuser/x"}, "SERVEBOOK_CACHE_DIR: there is no home folder for ~nosuchuser"),
+        ({"room": {"tls_cert": "x.pem"}}, "SERVEBOOK_ROOM: .*_CERT and SERVEBOOK_ROOM_TLS_KEY go together"),
+        ({"room": {"tls_key": "x.pem"}}, "go together"),
     ],
 )
 def test_what_does_not_fit_is_named(overrides: dict[str, object], says: str) -> None:
@@ -104,10 +107,15 @@ def test_what_does_not_fit_is_named(overrides: dict[str, object], says: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("model = \n", r"servebook\.toml cannot be read"), ("modle = 'x'\n", "SERVEBOOK_MODLE")]
+    ("content", "says"),
+    [
+        (b"model = \n", r"servebook\.toml cannot be read"),
+        (b"modle = 'x'\n", "SERVEBOOK_MODLE"),
+        ("model = 'é'\n".encode("latin-1"), r"servebook\.toml cannot be read: 'utf-8' codec"),
+    ],
 )
-def test_a_bad_file(bare: Path, text: str, says: str) -> None:
-    (bare / "servebook.toml").write_text(text)
+def test_a_bad_file(bare: Path, content: bytes, says: str) -> None:
+    (bare / "servebook.toml").write_bytes(content)
     with pytest.raises(ServebookError, match=says):
         load_settings()
 
@@ -274,10 +282,10 @@ def test_a_working_folder_that_was_removed(bare: Path, monkeypatch: pytest.Monke
     assert load_settings().model == "bundled"
 
 
-@given(st.text() | st.binary().map(lambda content: content.decode("latin-1")))
+@given(st.text().map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary())
 @hypothesis_settings(max_examples=50, deadline=None)
-def test_a_settings_file_of_any_content_is_read_or_refused(content: str) -> None:
+def test_a_settings_file_of_any_content_is_read_or_refused(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        Path("servebook.toml").write_bytes(content.encode("utf-8", "surrogatepass"))
+        Path("servebook.toml").write_bytes(content)
         with contextlib.suppress(ServebookError):
             load_settings()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -14,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import psutil
@@ -131,6 +135,61 @@ def test_settings_win_key_by_key_in_the_rendered_repository(tmp_path: Path) -> N
     assert render_repository(MODEL_REPOSITORY, tmp_path, ["--model", "/there"]) != rendered
     with pytest.raises(LaunchError, match="--model-repository DIR"):
         render_repository(tmp_path / "nothing", tmp_path, [])
+
+
+def test_two_servers_that_make_the_same_repository_at_once_have_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", "/here"]
+    rename = Path.rename
+
+    def second(copy: Path, target: Path) -> None:
+        if not target.exists():
+            shutil.copytree(copy, target)  # by the other server, a moment before
+        rename(copy, target)
+
+    monkeypatch.setattr(Path, "rename", second)
+    rendered = render_repository(MODEL_REPOSITORY, tmp_path, words)
+    assert "/here" in (rendered / "vllm_model/1/model.json").read_text()
+    assert list(tmp_path.iterdir()) == [rendered]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        render_repository(MODEL_REPOSITORY, tmp_path, ["--model", "/there"])
+
+
+async def test_an_error_that_nobody_expected_reaches_neither_client_nor_log_in_its_own_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They may quote the prompt. Triton's own module is there in its server only."""
+    triton = MagicMock()
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    there = set(sys.modules)
+    module = importlib.import_module("servebook.ways.triton_grpc.backend.engine")
+    for name in set(sys.modules) - there:
+        if name.startswith("servebook."):
+            del sys.modules[name]  # nobody else gets one with that in place of Triton
+
+    prompt = "a secret"
+
+    async def fails(*_: object) -> None:
+        raise RuntimeError(prompt)
+
+    engine = module.Engine.__new__(module.Engine)
+    engine._generate = fails
+    sender = MagicMock()
+    engine.waiting = {sender: "a task"}
+    await engine._serve("a request", sender)
+    (logged,), _ = triton.Logger.log_error.call_args
+    assert "RuntimeError at" in logged
+    assert "in fails" in logged
+    assert prompt not in logged
+    (message, _), _ = triton.TritonError.call_args
+    assert message == "generation failed; the server's log has the cause"
+    sender.send.assert_called_once()
 
 
 def test_the_server_listens_on_this_machine_only(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from servebook import launch
 from servebook.bench.cli import bench
 from servebook.errors import ServebookError
 from servebook.lab import cli as lab_cli
+from servebook.launch.link import remedy_for
 from servebook.room import cli as room_cli
-from servebook.settings import own_settings
+from servebook.settings import own_settings, unusable
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The LLM serving workbook."
@@ -112,7 +113,11 @@ def logs(
 ) -> None:
     """Print the end of a server's log."""
     files = launch.Files(own_settings().state_dir, name)
-    if not files.log.is_file():
+    try:
+        there = files.log.is_file()
+    except OSError as error:
+        raise unusable(files.state_dir, error) from None
+    if not there:
         launch.find_server(name)
         raise ServebookError(f"{name} has not run yet: there is no log.", f"Start it with `servebook up {name}`.")
     print(files.tail(lines))
@@ -132,6 +137,14 @@ def where(chapter: Annotated[str, typer.Argument(metavar="CHAPTER", help="Its nu
 app.command()(bench)
 
 
+def of_the_machine(error: OSError) -> ServebookError:
+    """A disk, file or network that fails a command: which, why, and what to do about it."""
+    why = error.strerror or str(error)
+    return ServebookError(
+        f"{error.filename}: {why}." if error.filename else f"{why}.", remedy_for(why) or "See `servebook doctor`."
+    )
+
+
 def main() -> None:
     """Run a command; an expected error is a message and exit code 1, never a traceback."""
     if not sys.flags.utf8_mode and locale.getencoding().lower() != "utf-8":
@@ -146,6 +159,9 @@ def main() -> None:
         app(standalone_mode=True)
     except ServebookError as error:
         print(f"servebook: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"servebook: {of_the_machine(error)}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C

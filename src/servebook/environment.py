@@ -22,8 +22,11 @@ TAKEN_OUT = {
 """What a child does not get, and why."""
 HOMES = {"HF_HOME": "huggingface", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "../.config"}
 """Where an engine's libraries write, by variable; the default is in ~/.cache."""
-SOCKET_FOLDER_CHARACTERS = 60
-"""The longest folder for temporary files in which vLLM's and Python's sockets still have names of at most 107 bytes."""
+SOCKET_FOLDER_CHARACTERS = 48
+"""The longest folder for temporary files in which a server's own still takes vLLM's sockets.
+
+A socket's name has at most 107 bytes, of which the folder's takes 19 and the socket's 37.
+"""
 
 
 def child_environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -68,6 +68,12 @@ class RoomSettings(BaseModel):
     idle_seconds: int = Field(default=3600, ge=1)
     processes: int = Field(default=1024, ge=64)
 
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> RoomSettings:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("SERVEBOOK_ROOM_TLS_CERT and SERVEBOOK_ROOM_TLS_KEY go together: set both, or neither")
+        return self
+
 
 class Settings(BaseSettings):
     """Everything that a reader may change, with its default.
@@ -148,7 +154,10 @@ class Settings(BaseSettings):
     @field_validator("cache_dir", "state_dir")
     @classmethod
     def _absolute(cls, folder: Path) -> Path:
-        return folder.expanduser().absolute()
+        try:
+            return folder.expanduser().absolute()
+        except RuntimeError:  # of ~name
+            raise ValueError(f"there is no home folder for {folder.parts[0]}: write the path out") from None
 
     @field_validator("engine_url")
     @classmethod
@@ -226,15 +235,20 @@ class Settings(BaseSettings):
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
-            raise ServebookError(
-                f"The state folder {folder} cannot be used: {error.strerror}.",
-                "Set SERVEBOOK_STATE_DIR to a folder that you can write to.",
-            ) from None
+            raise unusable(folder, error) from None
         return folder
 
     def port(self, server: str, kind: str) -> int:
         """The preferred port of `server` for `kind` ("http", "grpc" or "metrics")."""
         return int(getattr(self, f"{server.replace('-', '_')}_{kind}_port"))
+
+
+def unusable(folder: Path, error: OSError) -> ServebookError:
+    """What to say of a state folder that this user cannot look into or write to."""
+    return ServebookError(
+        f"The state folder {folder} cannot be used: {error.strerror}.",
+        "Set SERVEBOOK_STATE_DIR to a folder that you can write to.",
+    )
 
 
 def installed_vllm() -> str:
@@ -297,7 +311,7 @@ def load_settings(**overrides: Any) -> Settings:
     """
     try:
         return Settings(**{k: v for k, v in overrides.items() if v not in (None, "")})
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ServebookError(f"{settings_file()} cannot be read: {error}.", "Correct it, or remove it.") from None
     except SettingsError:  # of a variable that would have to be JSON, and there is only one
         raise ServebookError(

@@ -27,7 +27,13 @@ Callers = Annotated[list[int] | None, typer.Option("-c", "--concurrency", min=1,
 def bench(
     paths: Annotated[list[str] | None, typer.Argument(metavar="[PATH]…", help="Only these, such as grpc.")] = None,
     full: Annotated[bool, typer.Option("--full/--quick", help="Everything (1.5 to 3 hours), or a look.")] = False,
-    output: Annotated[Path, typer.Option(help="Grows step by step; the same command goes on.")] = Path("bench.json"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Grows step by step; the same command goes on, and a sweep begins anew.",
+            show_default="bench.json, or sweep.json for --sweep",
+        ),
+    ] = None,
     concurrency: Callers = None,
     rate: Annotated[float | None, typer.Option(min=0.01, help="Open loop: requests a second, not callers.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=10)] = 40,
@@ -79,10 +85,12 @@ def bench(
     )
     if to_saturation:
         level = ServiceLevel(ttft_ms=ttft_ms, tpot_ms=tpot_ms)
-        saturate(paths or ["sse"], wants, level, max(concurrency or [MAX_CONCURRENCY]), scripted, output)
+        most = max(concurrency or [MAX_CONCURRENCY])
+        saturate(paths or ["sse"], wants, level, most, scripted, output or Path("sweep.json"))
         return
     if paths:
         plan = custom(paths, [0] if rate else concurrency or [1, 8], wants, scripted)
+    output = output or Path("bench.json")
     run = start(plan, load_settings(), output, force)
     run.say = console.print
     try:
@@ -96,29 +104,38 @@ def bench(
 
 
 def saturate(paths: list[str], wants: Workload, level: ServiceLevel, most: int, scripted: bool, output: Path) -> None:
-    """Sweep one path, and leave its points in `output`."""
+    """Sweep one path, and leave its points in `output`, one after the other.
+
+    Raises:
+        BenchError: `output` holds something else, there is more than one path, or the generator is the bottleneck.
+    """
     import uvloop
 
     from servebook.bench.load import BenchError
     from servebook.bench.paths import find_path
     from servebook.bench.protocol import serve_scripted
-    from servebook.bench.sweep import Point, sweep, table
+    from servebook.bench.sweep import Sweep, require_sweep, sweep, table
 
     if len(paths) != 1:
         raise BenchError("A sweep is of one path.", "Name one, such as sse.")
+    require_sweep(output)
     path, settings = find_path(paths[0]), load_settings()
     server = serve_scripted(path, settings) if scripted else path.serve(settings)
 
-    def say(point: Point) -> None:
+    def keep(so_far: Sweep) -> None:
+        so_far.save(output)
+        point = so_far.points[-1]
         load = f"{point.callers} callers" if point.callers else f"{point.rate:.1f} requests/s sent"
         console.print(f"  {load}: {point.summary.tokens_per_s:.0f} tokens/s, {point.goodput:.1f} good requests/s")
 
     try:
-        found = uvloop.run(sweep(path, server, wants, level, most, scripted, say))
+        found = uvloop.run(sweep(path, server, wants, level, most, scripted, keep))
+    except KeyboardInterrupt:
+        console.print(f"Stopped. The points so far are in {output}.")
+        raise
     finally:
         if scripted:
             server.stop()
-    found.save(output)
     show_table(table(found), f"{path.name} to saturation: {'the scripted source' if scripted else settings.model_name}")
     end = "" if found.saturated else ", the most that were tried: more may give more"
     console.print(

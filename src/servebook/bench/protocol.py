@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from servebook.errors import ServebookError
 from servebook.launch import Server, find_server, serve
 from servebook.settings import Settings
 
 if TYPE_CHECKING:
     from servebook.bench.paths import Path
 
-SCRIPTED_RATE = float(os.environ.get("SERVEBOOK_SCRIPTED_RATE", "20"))
+RATE_VARIABLE = "SERVEBOOK_SCRIPTED_RATE"
+
+
+def rate_from(given: str) -> float:
+    """A rate as the variable has it.
+
+    Raises:
+        ServebookError: it is not one.
+    """
+    try:
+        rate = float(given)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ServebookError(
+            f"{RATE_VARIABLE} is {given!r}, and not how many tokens a second the scripted source gives.",
+            "Set it to a number above 0, or unset it: then it is 20.",
+        )
+    return rate
+
+
+SCRIPTED_RATE = rate_from(os.environ.get(RATE_VARIABLE) or "20")
 """Tokens a second for each stream: what the engine of a 2-core machine gives to each of 25. One H200 gives the bundled
 model's 190 to each of 32, which takes more cores."""
 SENTENCE = " The quick brown fox jumps over the lazy dog and runs along the river."

@@ -18,6 +18,7 @@ from servebook.bench.crosscheck import CrossCheck
 from servebook.bench.load import BenchError
 from servebook.bench.tensors import TensorCost
 from servebook.bench.wire import WireCost
+from servebook.whole import write_whole
 
 STORED = Path(__file__).with_name("stored")
 """Full runs that belong to the workbook, one JSON file per machine."""
@@ -74,9 +75,7 @@ class Results(BaseModel):
     def save(self, path: Path) -> None:
         """Write it whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(json.dumps(_rounded(self.model_dump(mode="json")), indent=1) + "\n")
-        draft.replace(path)
+        write_whole(path, json.dumps(_rounded(self.model_dump(mode="json")), indent=1) + "\n")
 
 
 def new_results(plan: str, model: str, device: str, engine_args: str = "") -> Results:

@@ -13,7 +13,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path as File
 
 import uvloop
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from servebook.bench import workload
 from servebook.bench.arms import GENERATOR_LIMIT, WAVES, Workload, jobs_for
@@ -24,6 +24,7 @@ from servebook.bench.results import Machine, now, this_machine
 from servebook.bench.stats import ServiceLevel, Summary, goodput, summarize
 from servebook.launch import Server
 from servebook.launch.processes import die_with_parent
+from servebook.whole import write_whole
 
 GAIN = 1.05
 """Twice the callers for less than this many times the tokens/s: the path is saturated."""
@@ -73,7 +74,25 @@ class Sweep(BaseModel):
         return self.knee.callers < self.closed[-1].callers
 
     def save(self, path: File) -> None:
-        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        """Write it whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, self.model_dump_json(indent=1) + "\n")
+
+
+def require_sweep(path: File) -> None:
+    """Refuse to write a sweep over anything else, such as a run that took hours.
+
+    Raises:
+        BenchError: `path` is there, and is no sweep's file.
+    """
+    if not path.exists():
+        return
+    try:
+        Sweep.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise BenchError(
+            f"{path} is no sweep, and stays as it is.", "Name another file with --output, or remove this one."
+        ) from None
 
 
 async def sweep(
@@ -83,9 +102,11 @@ async def sweep(
     level: ServiceLevel,
     most: int = MAX_CONCURRENCY,
     scripted: bool = False,
-    on_point: Callable[[Point], None] = lambda point: None,
+    on_point: Callable[[Sweep], None] = lambda found: None,
 ) -> Sweep:
     """Double the callers up to `most` or until two doublings in a row gain nothing, then send at fixed rates.
+
+    `on_point` gets what there is so far, after each point.
 
     Raises:
         BenchError: the generator itself is the bottleneck, in as many processes as there are cores.
@@ -126,7 +147,7 @@ async def sweep(
 
     def keep(point: Point) -> Point:
         found.points.append(point)
-        on_point(point)
+        on_point(found)
         return point
 
     before = keep(await measure(1, None, WAVES))

@@ -215,6 +215,8 @@ def weights_gib(model: Path) -> float:
 
     A folder without weights serves with `--load-format dummy`, to measure a shape's memory and speed.
     """
+    if not os.access(model, os.R_OK | os.X_OK):  # not there, or not for this user: the model's check says so
+        return 0.0
     if files := list(model.glob("*.safetensors")):
         return sum(file.stat().st_size for file in files) / GIB
     return _shape_gib(model) if (model / "config.json").is_file() else 0.0

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,20 @@ def sha256(path: Path) -> str:
 def bundled_path(settings: Settings) -> Path:
     """Where the bundled model is, or will be: outside the repository, named by the weights that it came from."""
     return settings.cache_dir / "models" / f"SmolLM2-135M-Instruct-{GGUF_SHA256[:8]}"
+
+
+def given_folder(settings: Settings) -> Path:
+    """What SERVEBOOK_MODEL is as a path: `~` is a home folder, as in a shell, unless there is no such user."""
+    with suppress(RuntimeError):
+        return Path(settings.model).expanduser()
+    return Path(settings.model)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this user can see a folder there."""
+    with suppress(OSError):
+        return path.is_dir()
+    return False
 
 
 def is_prepared(folder: Path, quick: bool = False) -> bool:
@@ -66,8 +81,8 @@ def model_path(settings: Settings) -> Path:
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"The model's preparation ended with {done.returncode}."]
                 raise ModelError(lines[-1])
-    elif Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser().resolve()
+    elif is_folder(given := given_folder(settings)):
+        folder = given.resolve()
     elif HUB_ID.fullmatch(name):
         folder = _from_hub(name)
     else:

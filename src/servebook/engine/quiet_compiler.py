@@ -36,6 +36,10 @@ class TooDear(ValueError):
     """A constraint that takes too long to compile. vLLM gives up its request, and no other."""
 
 
+class BrokenOffError(RuntimeError):
+    """A compiler was ended from outside: for want of memory, or by the clock beside a busy engine."""
+
+
 class ProcessCompiler:
     """Has the methods of xgrammar's compiler, and tries each thing in a child process before it compiles it here.
 
@@ -85,7 +89,10 @@ class ProcessCompiler:
         return future.result()
 
     def _compile(self, method: str, args: Any, options: Any) -> CompiledGrammar:
-        self._try(method, args, options)
+        try:
+            self._try(method, args, options)
+        except BrokenOffError:  # as if it were too dear, vLLM would not say why
+            self._try(method, args, options)
         compiled: CompiledGrammar = getattr(self.compiler, method)(*args, **options)
         return compiled
 
@@ -107,7 +114,7 @@ class ProcessCompiler:
         if status == -signal.SIGPROF:
             raise TooDear(f"it takes more than {self.seconds} s of a core to compile")
         if status < 0:
-            raise RuntimeError(f"its compiler was ended by {signal.Signals(-status).name}")
+            raise BrokenOffError(f"its compiler was ended by {signal.Signals(-status).name}")
         if status:
             raise ValueError(wrong)
 

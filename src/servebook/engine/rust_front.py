@@ -10,6 +10,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -62,7 +63,9 @@ def available(settings: Settings, quick: bool = False) -> Path | None:
         file = cached(settings)
         if not quick and not is_intact(file):
             return None
-    return file if file.is_file() else None
+    with suppress(OSError):  # in a folder that this user may not see
+        return file if file.is_file() else None
+    return None
 
 
 def cached(settings: Settings) -> Path:

@@ -10,7 +10,7 @@ import requests
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.submission import Causes, Submission
-from servebook.lab.taps.http import Exchange, Tap
+from servebook.lab.taps.http import Exchange, Tap, not_lost
 from servebook.lab.taps.sse import streamed_text, text_of
 from servebook.launch import Server
 
@@ -22,6 +22,8 @@ STATUS_CAUSES = {
     422: "the body is not the JSON that this path wants",
 }
 NOT_THAT_SERVER = "the answer does not come from that server: use the url or the client that your function is given"
+RELIABLE = {"temperature": 0, "ignore_eos": True}
+"""For a tap to add: left to itself the model may stop after a word, or before it."""
 PASS_ON = "pass on what your function is given, do not fix it in the code"
 
 
@@ -74,7 +76,7 @@ def accepted(exchange: Exchange) -> None:
 
     Raises:
         NotYet: it refused.
-        ServebookError: it has no room for anybody now, which is not the learner's fault.
+        ServebookError: it has no room for anybody now, or is gone, which is not the learner's fault.
     """
     had_room(exchange)
     if exchange.status >= 400:
@@ -91,8 +93,9 @@ def accepted(exchange: Exchange) -> None:
 
 
 def had_room(exchange: Exchange) -> None:
-    """Raise ServebookError if the server refused a request because it is full."""
+    """Raise ServebookError if the server refused a request because it is full, or is gone."""
     not_full(exchange.status)
+    not_lost(exchange.lost)
 
 
 def not_full(status: int) -> None:

@@ -25,7 +25,7 @@ PART = re.compile(r"(\d\d)-(\d)-(brief|given|answer|check|try)")
 
 
 class CellError(ServebookError):
-    """A cell that is not an exercise's raised."""
+    """A cell of the lab's own raised: one that is neither an exercise's nor the learner's."""
 
     def __init__(self, cell_id: str, error: BaseException) -> None:
         # An error of ours brings its own remedy.
@@ -45,13 +45,19 @@ def read_notebook(path: Path) -> Any:
         reason = str(error).partition("\n")[0]
         raise ServebookError(f"{path} cannot be read as a notebook: {reason}", again(path)) from None
     if any("id" not in cell for cell in notebook.cells):
-        _restore_ids(notebook, ROOT / "labs" / path.parent.name / path.name)
+        _restore_ids(notebook, released(path))
     return notebook
 
 
-def _restore_ids(notebook: Any, blank: Path) -> None:
+def released(path: Path) -> list[Any]:
+    """The cells of the same lab as it was handed out; none where that is not here."""
+    blank = ROOT / "labs" / path.parent.name / path.name
+    return list(nbformat.read(blank, as_version=4).cells) if blank.is_file() else []
+
+
+def _restore_ids(notebook: Any, blank: list[Any]) -> None:
     """Give back the cells' ids, which Colab and old versions of Jupyter do not save."""
-    known = {cell.source: cell.id for cell in nbformat.read(blank, as_version=4).cells} if blank.is_file() else {}
+    known = {cell.source: cell.id for cell in blank}
     for cell in notebook.cells:
         graded = cell.metadata.get("nbgrader", {}).get("grade_id")
         cell.id = graded or known.get(cell.source) or uuid4().hex[:8]
@@ -92,17 +98,24 @@ class LabShell:
         self.shell = InteractiveShell(user_module=ModuleType("lab"), config=quiet)
 
     def prepare(self, exercise_id: str | None = None) -> None:
-        """Run the cells that the exercises build on: the shared ones, and what is given for `exercise_id` or for all.
+        """Run the cells that the exercises build on: the shared ones, and what is given for them.
+
+        With `exercise_id` it is all that stands above its answer, earlier answers too: one may use another. What
+        belongs to other exercises, or is the learner's own, may fail.
 
         Raises:
-            CellError: one of them failed.
+            CellError: one that the lab was handed out with failed.
         """
+        ours = {cell.id for cell in released(self.notebook)}
+        runs = (None, "given", "answer") if exercise_id else (None, "given")
         for cell in self.cells:
-            part = exercise_of(cell)
-            mine = part is None or (part[1] == "given" and exercise_id in (None, part[0]))
-            if cell.cell_type == "code" and mine and not tagged(cell, "demo"):
+            exercise, part = exercise_of(cell) or (None, None)
+            if exercise_id and (exercise, part) == (exercise_id, "answer"):
+                break
+            if cell.cell_type == "code" and part in runs and not tagged(cell, "demo"):
                 error = self.run(cell.source)
-                if error:
+                needed = cell.id in ours and (part is None or exercise_id in (None, exercise))
+                if error and needed:
                     raise CellError(cell.id, error) from error
                 if tagged(cell, "parameters"):
                     self.shell.user_ns.update(self.parameters)

@@ -80,6 +80,10 @@ class Pieces(Iterator[Any]):
             close()
 
 
+class NeedsAwait(Exception):
+    """A function that is called as a plain one gave a coroutine or an asynchronous generator."""
+
+
 class Function:
     """A learner's function, for checks to call; what it returns comes by its value."""
 
@@ -96,7 +100,14 @@ class Function:
                     if inspect.iscoroutinefunction(getattr(each, "close", None)):
                         await each.close()  # clients belong to the loop that they were used in
 
-        return plain(asyncio.run(call()) if self.awaited else self.found(*args, **kwargs))
+        if self.awaited:
+            return plain(asyncio.run(call()))
+        result = self.found(*args, **kwargs)
+        if inspect.iscoroutine(result):
+            result.close()  # else Python complains that nobody has awaited it
+        if inspect.iscoroutine(result) or inspect.isasyncgen(result):
+            raise NeedsAwait(repr(result))
+        return plain(result)
 
 
 class OverTime(Exception):
@@ -109,6 +120,7 @@ class Submission:
     def __init__(self, exercise: Exercise, namespace: Mapping[str, Any]) -> None:
         self.exercise = exercise
         self.namespace = namespace
+        self.faults: list[Exception] = []
 
     def function(self, name: str, awaited: bool = False) -> Callable[..., Any]:
         """The learner's function of that name; a coroutine function is to be `awaited`."""
@@ -135,6 +147,18 @@ class Submission:
             )
         return found
 
+    def lent(self, action: Callable[[], None]) -> Callable[[], None]:
+        """The check's own `action`, for the learner's code to call: what it raises is raised by `run`, too."""
+
+        def call() -> None:
+            try:
+                action()
+            except Exception as error:
+                self.faults.append(error)
+                raise
+
+        return call
+
     def call(
         self,
         function: Callable[..., Any],
@@ -159,6 +183,7 @@ class Submission:
         Raises:
             StillOpen: it ran into the blank of this exercise.
             NotYet: it raised, or came to nothing; `causes` explains the errors that are to be expected.
+            Exception: what the check has `lent` to the code raised, which is not the learner's fault.
         """
         outcome: list[Any] = []
         failure: list[BaseException] = []
@@ -178,11 +203,14 @@ class Submission:
             idle += time.monotonic() - looked - (self.waited(thread) - had_waited)
             if busy() and time.monotonic() - started < LIMIT_SECONDS:
                 idle = 0.0
-        if thread.is_alive():
+        if over_time := thread.is_alive():
             if abort := getattr(self.namespace, "abort", None):
                 abort()
             # A loop in Python ends by this; a call that blocks in C lives on until its socket is closed.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(OverTime))
+        if self.faults:
+            raise self.faults[0]
+        if over_time:
             raise NotYet(
                 "an end",
                 f"none, {time.monotonic() - started:.0f} s after the call",
@@ -208,6 +236,8 @@ class Submission:
             raise error
         if isinstance(error, NotImplementedError) and error.args == (self.exercise.id,):
             raise StillOpen
+        if isinstance(error, NeedsAwait):
+            raise NotYet("a plain function", str(error), "the check calls it without await: write a plain def")
         cause = next((text for kind, text in causes.items() if isinstance(error, kind)), "your code raised this error")
         raise NotYet(
             "no error",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -123,8 +124,9 @@ def down(instance: str, settings: Settings | None = None) -> bool:
         lease.close()
     if link is None:
         return False
-    link.ask("stop")
-    if not link.wait_closed(STOP_SECONDS):
+    deadline = time.monotonic() + STOP_SECONDS
+    link.ask("stop")  # which a keeper that does not answer takes all the time for
+    if not link.wait_closed(max(0.1, deadline - time.monotonic())):
         raise LaunchError(f"{instance} does not end.", f"See `servebook logs {instance}`.")
     return True
 

@@ -158,10 +158,8 @@ def spawn(order: Order) -> Lease:
 
 
 def unusable(folder: object, why: str) -> LaunchError:
-    return LaunchError(
-        f"The state folder {folder} cannot be used: {why}.",
-        "Set SERVEBOOK_STATE_DIR to a folder that you, and only you, can write to.",
-    )
+    elsewhere = "Set SERVEBOOK_STATE_DIR to a folder that you, and only you, can write to."
+    return LaunchError(f"The state folder {folder} cannot be used: {why}.", remedy_for(why) or elsewhere)
 
 
 def died(files: Files) -> LaunchError:
@@ -169,7 +167,7 @@ def died(files: Files) -> LaunchError:
     code = files.read_record().get("exit")
     how = "" if not isinstance(code, int) else f" (killed by signal {-code})" if code < 0 else f" (exit code {code})"
     cause = root_cause(read_log(files.log))
-    hint = next((f"{remedy} " for words, remedy in REMEDIES.items() if words in cause.lower()), "")
+    hint = f"{remedy} " if (remedy := remedy_for(cause)) else ""
     if code == -signal.SIGKILL:
         hint = "If memory is short, Linux kills the largest process: see `servebook doctor`. "
     return LaunchError(
@@ -190,6 +188,13 @@ REMEDIES = {
     "unrecognized arguments": "Correct SERVEBOOK_ENGINE_ARGS.",
 }
 """What to do about a cause that holds these words."""
+
+
+def remedy_for(cause: str) -> str:
+    """The first of REMEDIES that fits; "" where none does."""
+    return next((remedy for words, remedy in REMEDIES.items() if words in cause.lower()), "")
+
+
 RAISED = re.compile(
     r"""^(?:\(\S+\ pid=\d+\)\ )?(?:(?:ERROR|CRITICAL)\ [^\]]*\]\ )?
     (?:servebook:\ )?(?P<cause>(?<=servebook:\ ).+|[\w.]*(?:Error|Exception)\b:\ .+|[\w.\ ]+:\ error:\ .+)$""",

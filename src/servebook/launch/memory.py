@@ -23,6 +23,7 @@ TURN_SECONDS = 5.0
 """How long a start waits for its turn to look, which is a matter of milliseconds: another user could hold the name."""
 CLAIM_SECONDS = 900.0
 """How long it waits for memory that others have claimed; no start takes longer."""
+UNIX_SOCKETS = Path("/proc/net/unix")
 CLAIM = re.compile(r"@servebook-gpu-(?P<card>\S+)-(?P<pid>\d+)-(?P<number>\d+)-(?P<mib>\d+)$")
 
 
@@ -104,7 +105,8 @@ def _one_at_a_time(card: Card) -> Iterator[None]:
 
 def _claims(card: Card) -> list[tuple[int, int]]:
     """Process and bytes of every claim on `card`."""
-    matches = map(CLAIM.search, Path("/proc/net/unix").read_text(encoding="utf-8").splitlines())
+    sockets = UNIX_SOCKETS.read_text(encoding="utf-8", errors="replace")  # any user's, of any bytes
+    matches = map(CLAIM.search, sockets.splitlines())
     return [(int(match["pid"]), int(match["mib"]) * 2**20) for match in matches if match and match["card"] == card.uuid]
 
 

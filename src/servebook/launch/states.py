@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Literal, TypedDict
 
 from servebook.launch.files import NAME, Files
-from servebook.launch.link import Link
+from servebook.launch.link import STOP_SECONDS, Link
 from servebook.launch.supervisor import Description
 from servebook.launch.table import SERVERS, find_server
-from servebook.settings import Settings, own_settings
+from servebook.settings import Settings, own_settings, unusable
+
+INFO_SECONDS = 5.0
+"""How long a keeper, which answers within milliseconds, may hold up everybody's line."""
 
 
 class Status(TypedDict):
@@ -24,20 +27,29 @@ class Status(TypedDict):
 
 
 def status(settings: Settings | None = None) -> list[Status]:
-    """Every known server's state, as `servebook status --json` prints it."""
+    """Every known server's state, as `servebook status --json` prints it.
+
+    Raises:
+        ServebookError: the state folder cannot be looked into.
+    """
     settings = settings or own_settings()
     files = [Files(settings.state_dir, name) for name in SERVERS]
-    on_disk = {file.stem for file in files[0].record.parent.glob("*") if file.suffix in (".json", ".sock")}
+    folder = files[0].record.parent
+    try:
+        on_disk = {file.stem for file in folder.glob("*") if file.suffix in (".json", ".sock")}
+    except OSError as error:
+        raise unusable(settings.state_dir, error) from None
     found = set(filter(NAME.fullmatch, on_disk))
     others = [status_of(Files(settings.state_dir, name), settings) for name in sorted(found - SERVERS.keys())]
     return [*(status_of(each, settings) for each in files), *(each for each in others if each["state"] != "stopped")]
 
 
-def describe(files: Files) -> Description | None:
-    """An instance in its keeper's words; None where there is none."""
+def describe(files: Files, seconds: float = STOP_SECONDS) -> Description | None:
+    """An instance in its keeper's words; None where there is none, or it does not answer within these seconds."""
     link = Link.open(files)
     if link is None:
         return None
+    link.connection.settimeout(seconds)
     there = link.ask("info")
     link.close()
     return there
@@ -45,7 +57,7 @@ def describe(files: Files) -> Description | None:
 
 def status_of(files: Files, settings: Settings) -> Status:
     """Of one instance."""
-    there = describe(files)
+    there = describe(files, INFO_SECONDS)
     if not there:
         record = files.read_record()
         model, owner, log = (value if isinstance(value := record.get(key), str) else None for key in RECORDED)

@@ -23,11 +23,13 @@ import json
 import os
 import resource
 import selectors
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -50,6 +52,8 @@ EX_IOERR, EX_TEMPFAIL = 74, 75
 FIRST_LEASE_SECONDS = 15.0
 """How long a server without an owner waits for its first lease (its starter may have died)."""
 OPEN_FILES = 65536
+LOG_BYTES = 1 << 20
+"""How much room a disk must have for the log of a server that starts; one says 20 to 200 KB."""
 CONNECT_SECONDS = 10.0
 """How long a supervisor may take to see that somebody is there; one that is well takes no time."""
 TERM_SECONDS = 15.0
@@ -186,7 +190,7 @@ def choose_port(host: str, preferred: int, others: set[int]) -> tuple[int, socke
     raise OSError(f"no free port from {preferred} upwards")
 
 
-def fork_under_guardian(listener: socket.socket, path: Path) -> None:
+def fork_under_guardian(listener: socket.socket, path: Path, scratch: str) -> None:
     """Go on in a child process; this one stays behind as its guardian and ends with it."""
     adopt_orphans()
     guardian = os.getpid()
@@ -209,23 +213,39 @@ def fork_under_guardian(listener: socket.socket, path: Path) -> None:
             os.waitpid(pid, 0)
         if all(map(is_tracker, left)):
             os.waitpid(left.pop(), 0)
-    free_openmp_files()
+    remove_leftovers(scratch)
     path.unlink(missing_ok=True)  # the lock is still ours: nobody else listens there yet
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
 def open_log(log: Path) -> None:
-    """Make `log` the output of this process and its children; the run before it is kept as `.log.1`."""
+    """Make `log` the output of this process and its children; the run before it is kept as `.log.1`.
+
+    Raises:
+        OSError: it cannot be written, or has no room for LOG_BYTES: then nobody could read why the server ended.
+    """
     if log.exists():
         log.replace(log.with_suffix(".log.1"))
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.posix_fallocate(file, 0, LOG_BYTES)
+    os.ftruncate(file, 0)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
 
 
-def free_openmp_files() -> None:
-    """Remove what Intel's OpenMP leaves in shared memory when its process is killed (a small file each)."""
+def complain(what: object) -> None:
+    """Say it in the log, which may lie on the full disk that it is about."""
+    with suppress(OSError):
+        print(f"supervisor: {what}", file=sys.stderr, flush=True)
+
+
+def remove_leftovers(scratch: str) -> None:
+    """Remove the server's folder for temporary files, in which vLLM leaves four at each start, and what OpenMP left.
+
+    That is a small file in shared memory for each process with Intel's OpenMP that was killed.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
     for file in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
         if not Path("/proc", file.name.split("_")[-2]).exists():
             with suppress(OSError):  # another user may have made one of this name, which only he can remove
@@ -235,8 +255,9 @@ def free_openmp_files() -> None:
 class Supervisor:
     """One server's life: start, answer, end."""
 
-    def __init__(self, order: Order, listener: socket.socket) -> None:
+    def __init__(self, order: Order, listener: socket.socket, scratch: str) -> None:
         self.order = order
+        self.scratch = scratch
         self.keep = False
         self.leases: set[socket.socket] = set()
         self.started = time.monotonic()
@@ -265,7 +286,7 @@ class Supervisor:
         words = {f"{{{kind}}}": str(port) for kind, port in self.ports.items()}
         argv = [words.get(word, word) for word in self.order["argv"]]
         # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
-        env = self.order["env"] | {KEPT: str(self.files.socket), "SPT_NOENV": "1"}
+        env = self.order["env"] | {KEPT: str(self.files.socket), "SPT_NOENV": "1", "TMPDIR": self.scratch}
         return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def describe(self) -> Description:
@@ -291,8 +312,8 @@ class Supervisor:
         try:
             draft.write_text(json.dumps({**self.describe(), "state": state, **more}))
             draft.replace(self.files.record)
-        except OSError as error:  # a full disk must not end a server that runs
-            print(f"supervisor: {error}", file=sys.stderr, flush=True)
+        except OSError as error:
+            complain(error)  # a full disk must not end a server that runs
 
     def run(self) -> None:
         """Serve requests until the server ended or nobody needs it any more."""
@@ -353,7 +374,7 @@ class Supervisor:
                 self.child.kill()
         self.sweep(signal.SIGTERM, ORPHAN_SECONDS)
         self.sweep(signal.SIGKILL, KILL_SECONDS)
-        free_openmp_files()
+        remove_leftovers(self.scratch)
         if not by_itself:
             with suppress(OSError):
                 self.files.record.unlink(missing_ok=True)
@@ -392,17 +413,19 @@ def main() -> int:
         if listener is None:
             return EX_TEMPFAIL
         open_log(files.log)
+        os.environ["TMPDIR"] = order["env"].get("TMPDIR", "")  # the server's, which is short enough for sockets
+        scratch = tempfile.mkdtemp(prefix="servebook-")
     except OSError as error:
         print(error.strerror, file=sys.stderr)
         return EX_IOERR
-    fork_under_guardian(listener, files.socket)
+    fork_under_guardian(listener, files.socket, scratch)
     listener.listen(64)
     for sig in (signal.SIGINT, signal.SIGHUP):
         signal.signal(sig, lambda *_: None)  # not SIG_IGN, which the server would inherit
     try:
-        supervisor = Supervisor(order, listener)
+        supervisor = Supervisor(order, listener, scratch)
     except OSError as error:
-        print(f"supervisor: cannot start {order['name']} on {order['host']}: {error}", file=sys.stderr)
+        complain(f"cannot start {order['name']} on {order['host']}: {error}")
         return 1
     supervisor.run()
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 import uvloop
 from aiohttp import web
 
+from servebook.errors import ServebookError
 from servebook.room.front import Front
 from servebook.room.keys import Roll
 from servebook.room.limits import Limits
@@ -55,4 +57,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except ServebookError as error:
+        sys.exit(f"servebook: {error}")

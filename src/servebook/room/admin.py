@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import requests
+from filelock import FileLock
 
 from servebook import launch
 from servebook.errors import ServebookError
@@ -17,6 +20,7 @@ from servebook.launch.files import Files
 from servebook.launch.processes import KEPT, environment_of
 from servebook.launch.states import describe
 from servebook.settings import Settings, load_settings, own_settings
+from servebook.whole import write_whole
 
 CODE_LETTERS = "ABCDEFGHJKMNPQRSTUVWXYZ23456789"
 """Those that nobody mistakes for another: eight of them are 40 bits."""
@@ -44,35 +48,66 @@ def rooms_settings() -> Settings:
 
 
 def instructors_key(settings: Settings) -> str:
-    """SERVEBOOK_API_KEY, or else a key that is made once and kept in the state folder."""
+    """SERVEBOOK_API_KEY, or else a key that is made once and kept in the state folder.
+
+    Raises:
+        ServebookError: it cannot be kept there.
+    """
     if settings.key:
         return settings.key
-    path = settings.state_folder("room") / "instructor.key"
-    if not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(32))
-    return path.read_text()
+    return _kept(settings.state_folder("room") / "instructor.key", secrets.token_urlsafe)
 
 
 def join_code(settings: Settings, new: bool = False) -> str:
     """What learners need to sign up; it stays for the next day, until a new one is asked for."""
-    path = settings.state_folder("room") / "join.code"
-    if new or not path.exists():
+
+    def drawn() -> str:
         code = "".join(secrets.choice(CODE_LETTERS) for _ in range(8))
-        draft = path.with_suffix(".draft")
-        draft.touch(mode=0o600)
-        draft.write_text(f"{code[:4]}-{code[4:]}")
-        draft.replace(path)
-    return path.read_text()
+        return f"{code[:4]}-{code[4:]}"
+
+    return _kept(settings.state_folder("room") / "join.code", drawn, new)
+
+
+def _kept(path: Path, make: Callable[[], str], new: bool = False) -> str:
+    """What this file has; made where there is none, or an empty one. Of two commands at once, one makes it.
+
+    Raises:
+        ServebookError: it cannot be written, or not be read.
+    """
+
+    def there() -> str:
+        return path.read_text() if not new and path.exists() else ""
+
+    try:
+        if not there():
+            with FileLock(path.with_suffix(".lock")):
+                if not there():  # nor has another command made it meanwhile
+                    write_whole(path, make(), 0o600)
+        return path.read_text()
+    except OSError as error:
+        raise ServebookError(
+            f"{path} cannot be kept: {error.strerror}.",
+            "Free some disk space, or set SERVEBOOK_STATE_DIR to a folder that you can write to.",
+        ) from None
 
 
 def forget_password(settings: Settings, name: str) -> bool:
-    """Whether this learner had a password; the name is free for a new sign-up then, and its desk is kept."""
+    """Whether this learner had a password; the name is free for a new sign-up then, and its desk is kept.
+
+    Raises:
+        ServebookError: what the hub keeps the passwords in cannot be read or written.
+    """
     path = settings.state_dir / "room" / "passwords.sqlite"
     if not path.exists():
         return False
-    with closing(sqlite3.connect(path, isolation_level=None)) as passwords:
-        return passwords.execute("delete from password where name = ?", [name]).rowcount == 1
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None)) as passwords:
+            return passwords.execute("delete from password where name = ?", [name]).rowcount == 1
+    except sqlite3.Error as error:
+        raise ServebookError(
+            f"The passwords in {path} cannot be changed: {error}.",
+            "Free some disk space. Or end the room and remove that file: then all learners choose a password anew.",
+        ) from None
 
 
 class RoomAdmin:
@@ -122,5 +157,8 @@ class RoomAdmin:
         except requests.RequestException:
             raise ServebookError("The room does not answer.", "`servebook status` shows whether it is up.") from None
         if not answer.ok:
-            raise ServebookError(answer.json()["error"]["message"], "See `servebook room learners`.")
+            said = f"The room answers {answer.status_code} {answer.reason}."
+            with suppress(ValueError, LookupError, TypeError):  # the front's own words; another server has others
+                said = str(answer.json()["error"]["message"])
+            raise ServebookError(said, "See `servebook room learners`.")
         return answer

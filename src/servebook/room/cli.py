@@ -72,8 +72,8 @@ def start(
     out.print(f"{settings.room.seats} seats. Ctrl-C ends the room.")
     try:
         # Not its state: a hub that is being restarted does not answer for a while, and the room goes on.
-        while state_of("hub", settings)["pid"]:
-            if engine["pid"] and not state_of("vllm", settings)["pid"]:
+        while describe(Files(settings.state_dir, "hub")):
+            if engine["pid"] and not describe(Files(settings.state_dir, "vllm")):
                 bring_back(engine, settings)
             time.sleep(1)
         raise LaunchError("JupyterHub has ended.", "See `servebook logs hub`.")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from servebook.checkout import ROOT
 from servebook.lab.manifest import load_labs
+from servebook.whole import write_whole
 
 MAX_BYTES = 20 << 20
 """Of one notebook, outputs included."""
@@ -66,8 +67,9 @@ def hand_in(folder: Path, name: str, text: bytes) -> None:
     if target.is_file() and target.read_bytes() == text:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(text)
-    (folder / "timestamp.txt").write_text(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f} UTC")
+    # The time first: once the notebook lies there, no later call would write it.
+    write_whole(folder / "timestamp.txt", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f} UTC")
+    write_whole(target, text)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from servebook.checkout import ROOT
 from servebook.lab.record import Store
+from servebook.whole import write_whole
 
 
 def make_master(master: Path) -> None:
@@ -30,7 +31,7 @@ def lay_out(master: Path, desk: Path) -> None:
         target = desk / source.relative_to(master)
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            write_whole(target, source.read_bytes())  # half a notebook would stay as the learner's
     with Store() as progress:
         progress.folder = desk / "labs"
 

@@ -42,6 +42,8 @@ READ_HERE = {"accept-encoding", "content-encoding"}
 """How bodies are packed: the front reads them on their way."""
 BODY_BYTES = 1 << 20
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 60, 120)
+READ_SECONDS = 300.0
+"""How long the engine may be silent: before an answer that is not streamed, or within a stream."""
 HEALTH_SECONDS = 2.0
 """How long the engine may take to say that it is well."""
 PAGE_SECONDS = 1.0
@@ -146,7 +148,7 @@ class Front:
     async def connections(self, _: web.Application) -> AsyncIterator[None]:
         """Hold the connections to vLLM. Its pool has no limit: the turnstile is the one place that says no."""
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=2, sock_read=300)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=2, sock_read=READ_SECONDS)
         trace = aiohttp.TraceConfig()
         # Before the connection, which is then not made; and after, since another may have come meanwhile.
         trace.on_connection_create_start.append(self.require_own)
@@ -178,7 +180,7 @@ class Front:
     # What learners ask for.
 
     async def relay(self, request: web.Request) -> web.StreamResponse:
-        """Pass a request on to vLLM, or refuse it: 400, 401, 404, 413, 429, 503."""
+        """Pass a request on to vLLM, or refuse it: 400, 401, 404, 413, 429, 503, 504."""
         path = request.rel_url.raw_path  # as it was sent: nothing in the list has to be decoded or tidied up
         if path not in RELAYED:
             return error_response(404, "not_found", "The room's engine has no such path.")
@@ -275,7 +277,10 @@ class Front:
                 headers=headers,
                 allow_redirects=False,
             )
-        except (aiohttp.ClientError, TimeoutError):
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
+                # It was reached, and is at work: this costs what was asked for.
+                return error_response(504, "engine_timeout", f"No word within {READ_SECONDS:g} s. Stream it.")
             raise Refused(503, "engine_unavailable", "The room's engine cannot be reached.", retry_after=5) from None
         async with upstream:
             if upstream.status == 500 and usage and usage.ask.constraint:  # vLLM names neither cause nor field
@@ -292,7 +297,7 @@ class Front:
             try:
                 async for piece in usage.read(upstream, pieces) if usage else pieces:
                     await response.write(piece)
-            except aiohttp.ClientPayloadError:
+            except (aiohttp.ClientPayloadError, TimeoutError):
                 log.warning("the engine broke off an answer")
                 if request.transport:  # the status is out: a cut connection is all that can still be said
                     request.transport.abort()

@@ -44,7 +44,9 @@ POLL_SECONDS = 0.2
 ROUTES_SECONDS = 30.0
 """How long a new proxy is waited for."""
 EARLY_SECONDS = 20.0
-"""Whoever ends within this time of its start has a fault that another start would not mend."""
+"""Whoever ends with an error within this time of its start has a fault that another start would not mend."""
+EARLY_ENDS = 3
+"""So many in a row in whatever way, by a signal too, are no accident."""
 
 
 def what_the_config_reads(settings: Settings, front: str, urls: dict[str, str]) -> dict[str, Any]:
@@ -141,30 +143,35 @@ def find_hub(settings: Settings) -> Path:
 
 
 def keep(commands: dict[str, list[str]], env: dict[str, str], restarted: Callable[[str], None]) -> None:
-    """Run the commands until a signal comes; start again what ends by itself, and say so by `restarted(name)`.
+    """Run the commands until a signal comes; start again what ends by itself, then say so by `restarted(name)`.
 
     Raises:
-        ServebookError: one ended right after its start.
+        ServebookError: one ended right after its start with an error, or again and again in whatever way.
     """
     # A hub that dies leaves its desks to us. It finds them again by their process ids, so one that has ended must go.
     adopt_orphans()
     running: dict[str, subprocess.Popen[bytes]] = {}
     started: dict[str, float] = {}
+    early = dict.fromkeys(commands, 0)
     try:
         while True:
+            ended = []
             for name, command in commands.items():
                 child = running.get(name)
                 if child and child.poll() is None:
                     continue
                 if child:
                     log.warning("%s ended with code %d", name, child.returncode)
-                    if child.returncode > 0 and time.monotonic() - started[name] < EARLY_SECONDS:  # not by a signal
+                    early[name] = early[name] + 1 if time.monotonic() - started[name] < EARLY_SECONDS else 0
+                    # A signal once may be somebody's; each time it is for a cause, such as memory that is short.
+                    if early[name] and (child.returncode > 0 or early[name] == EARLY_ENDS):
                         raise ServebookError(f"{name} ends as soon as it starts.", "Its words above say why.")
+                    ended.append(name)
                 running[name] = subprocess.Popen(command, env=env)
                 started[name] = time.monotonic()
                 log.info("%s is process %d", name, running[name].pid)
-                if child:
-                    restarted(name)
+            for name in ended:  # when all are there again: the proxy's routes come from the hub
+                restarted(name)
             reap(children() - {child.pid for child in running.values()})
             time.sleep(POLL_SECONDS)
     finally:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from servebook.errors import ServebookError
+from servebook.whole import write_whole
+
 NAME = re.compile(r"[\w.@+-]{1,64}")
+KNOWN = TypeAdapter(dict[str, str | None])
+"""What the file has: each learner's digest, null while it is revoked."""
 
 
 def engine_key(instructors_key: str) -> str:
@@ -32,11 +38,22 @@ class Entry:
 
 
 class Roll:
-    """The learners of a room, in a file that only its owner can read; written whole or not at all."""
+    """The learners of a room, in a file that only its owner can read; written whole or not at all.
+
+    Raises:
+        ServebookError: that file cannot be read, or was not written by a room.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            known = KNOWN.validate_json(path.read_bytes()) if path.exists() else {}
+        except (OSError, ValidationError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not what a room has written"
+            raise ServebookError(
+                f"The learners' keys in {path} cannot be read: {why}.",
+                "Put back a copy; or remove it: then each desk has to be opened anew, and who was revoked may come in.",
+            ) from None
         self.entries = {name: Entry(kept) for name, kept in known.items()}
         self._names = {entry.digest: name for name, entry in self.entries.items() if entry.digest}
 
@@ -94,10 +111,5 @@ class Roll:
 
     def _save(self, entries: dict[str, Entry]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = self.path.with_suffix(".draft")
-        draft.touch(mode=0o600)
-        with draft.open("w") as file:
-            json.dump({name: entry.digest for name, entry in entries.items()}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path)
+        text = json.dumps({name: entry.digest for name, entry in entries.items()}, indent=1)
+        write_whole(self.path, text, 0o600)

@@ -13,13 +13,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
+from threading import BrokenBarrierError
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from servebook.checkout import ROOT
+from servebook.errors import ServebookError
 from servebook.lab.feedback import Result
 from servebook.lab.handout.blanks import require_solutions
 from servebook.lab.manifest import Lab, load_labs
@@ -98,23 +101,34 @@ def do_lab(lab: Lab, url: str, key: str) -> Iterator[Checked]:
 
 
 def run(room: RoomAdmin, learners: int) -> Outcome:
-    """Let so many learners, admitted for this run only, do the labs at once."""
-    names = [f"load-{number:03}" for number in range(1, learners + 1)]
-    keys = [room.admit(name) for name in names]
+    """Let so many learners, admitted for this run only, do the labs at once.
+
+    Raises:
+        ServebookError: not all of their processes were ready in time, or one was ended; or the room does not answer.
+    """
     # A process for each, as in the room, out of one that has imported what they need.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, "openai.resources.chat", "openai.resources.completions"])
     ready = context.Barrier(learners + 1)
     before = samples(room)
+    keys: dict[str, str] = {}
     try:
+        for number in range(1, learners + 1):
+            name = f"load-{number:03}"
+            keys[name] = room.admit(name)
         with ProcessPoolExecutor(learners, context, initializer=get_ready, initargs=(ready,)) as pool:
-            working = [pool.submit(learn, room.url, key) for key in keys]
+            working = [pool.submit(learn, room.url, key) for key in keys.values()]
             ready.wait(START_SECONDS)
             began = time.monotonic()
             checks = [check for work in working for check in work.result()]
             seconds = time.monotonic() - began
+    except (BrokenBarrierError, BrokenProcessPool):
+        raise ServebookError(
+            f"The processes of {learners} learners were not all ready within {START_SECONDS} s, or one was ended.",
+            "Let fewer learn at once (--learners), or use a machine with more memory.",
+        ) from None
     finally:
-        for name in names:
+        for name in keys:
             room.forget(name)
     grown = samples(room)
     grown.subtract(before)

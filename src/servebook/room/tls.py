@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from servebook.settings import Settings, is_loopback
+from servebook.whole import write_whole
 
 LIFETIME = datetime.timedelta(days=90)
 RENEWED_BEFORE = datetime.timedelta(days=7)
@@ -52,7 +53,7 @@ def prepare(settings: Settings) -> tuple[Path, Path] | None:
     """The same for a room that starts: its own are made, or made anew. A room that is up goes on with what it read."""
     found = files(settings)
     given = settings.room.tls_cert and settings.room.tls_key
-    if found and not given and not still_good(found[0], host_for_learners(settings)):
+    if found and not given and not still_good(*found, host_for_learners(settings)):
         make(*found, host_for_learners(settings))
     return found
 
@@ -62,11 +63,15 @@ def fingerprint(cert: Path) -> str:
     return x509.load_pem_x509_certificate(cert.read_bytes()).fingerprint(hashes.SHA256()).hex(":").upper()
 
 
-def still_good(cert: Path, host: str) -> bool:
-    """Whether it is there, names this host, and lasts for a while: a browser that was told to trust it asks no more."""
-    if not cert.exists():
+def still_good(cert: Path, key: Path, host: str) -> bool:
+    """Whether it is there with its key, names this host, and lasts for a while: browsers that trust it ask no more."""
+    try:
+        kept = x509.load_pem_x509_certificate(cert.read_bytes())
+        secret = serialization.load_pem_private_key(key.read_bytes(), None)
+    except (OSError, ValueError):
         return False
-    kept = x509.load_pem_x509_certificate(cert.read_bytes())
+    if kept.public_key() != secret.public_key():  # a room that was killed between the two has made one of them anew
+        return False
     names = kept.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     left = kept.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
     return _name(host) in names and left > RENEWED_BEFORE
@@ -90,14 +95,11 @@ def make(cert: Path, key: Path, host: str) -> None:
         .sign(secret, hashes.SHA256())
     )
     cert.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    key.unlink(missing_ok=True)
-    key.touch(mode=0o600)
-    key.write_bytes(
-        secret.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+    private = secret.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    cert.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    write_whole(key, private, 0o600)
+    write_whole(cert, signed.public_bytes(serialization.Encoding.PEM))
 
 
 def _name(host: str) -> x509.GeneralName:

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +29,7 @@ from servebook.checkout import ROOT
 from servebook.engine import rust_front
 from servebook.engine.arguments import available_gib, cpu_flags, cpu_quota, gpu_gib, needed_gib
 from servebook.engine.gpu import GIB, Card, cards
-from servebook.engine.model import bundled_path, context_limit, is_prepared
+from servebook.engine.model import bundled_path, context_limit, given_folder, is_folder, is_prepared
 from servebook.environment import (
     GIVEN,
     LOOPBACK_NAMES,
@@ -254,11 +255,12 @@ def check_model(settings: Settings, quick: bool) -> Finding:
     if settings.model == BUNDLED_MODEL:
         if is_prepared(folder, quick=quick):
             return Finding("OK", "model", f"SmolLM2-135M-Instruct in {folder}")
-        level: Level = "FAIL" if folder.exists() else "WARN"
-        state = "altered or incomplete" if folder.exists() else "not prepared yet"
+        there = os.access(folder, os.F_OK)  # False where this user may not look
+        level: Level = "FAIL" if there else "WARN"
+        state = "altered or incomplete" if there else "not prepared yet"
         return Finding(level, "model", f"{state}: {folder}", "Run `python -m servebook.engine.prepare` (20 s).")
-    folder = Path(settings.model).expanduser()
-    if not folder.is_dir():
+    folder = given_folder(settings)
+    if not is_folder(folder):
         return Finding("OK", "model", f"{settings.model}, fetched from the hub when an engine starts")
     try:
         limit = context_limit(folder)
@@ -317,7 +319,8 @@ def check_folder(variable: str, folder: Path) -> Finding:
 
 def check_environment(environment: Mapping[str, str], cache_dir: Path = Path("/tmp")) -> Finding:
     """Misspelt settings, what servers do not get or get otherwise, and a proxy before this very machine."""
-    known = {f"SERVEBOOK_{name.upper()}" for name in Settings.model_fields} | {KEPT, "SERVEBOOK_JUDGE_APART"}
+    known = {f"SERVEBOOK_{name.upper()}" for name in Settings.model_fields}
+    known |= {KEPT, "SERVEBOOK_JUDGE_APART", "SERVEBOOK_SCRIPTED_RATE"}
     known |= {f"SERVEBOOK_ROOM_{name.upper()}" for name in RoomSettings.model_fields}
     unknown = sorted(name for name in environment if name.startswith("SERVEBOOK_") and name not in known)
     found = [
@@ -401,8 +404,10 @@ def check_browser(path: str | None) -> Finding:
 def run(settings: Settings | None = None, quick: bool = False) -> Report:
     """Every check on this machine; `quick` (under a second) leaves out the model's hash and the browser."""
     settings = settings or load_settings()
-    entries = launch.status(settings)
-    weights = bundled_path(settings) if settings.model == BUNDLED_MODEL else Path(settings.model).expanduser()
+    entries = []
+    with suppress(ServebookError):  # the state folder cannot be looked into: `check_folder` says so
+        entries = launch.status(settings)
+    weights = bundled_path(settings) if settings.model == BUNDLED_MODEL else given_folder(settings)
     lock_file = ROOT / "requirements" / f"{'gpu' if settings.on_gpu else 'cpu'}.txt"
     lock = lock_file.read_text() if lock_file.is_file() else None
     card = next(iter(cards()), None)
@@ -448,7 +453,11 @@ def find_browser() -> str | None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     builds = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or cache / "ms-playwright")
     installed = (path for name in BROWSERS if (path := shutil.which(name)))
-    return next(installed, None) or next(map(str, builds.glob("chromium-*/chrome-linux*/chrome")), None)
+    if found := next(installed, None):
+        return found
+    with suppress(OSError):  # a home folder that is another's
+        return next(map(str, builds.glob("chromium-*/chrome-linux*/chrome")), None)
+    return None
 
 
 def _installed(name: str) -> str | None:
@@ -465,8 +474,8 @@ def _libpython() -> Path | None:
 
 
 def _free(*folders: Path) -> dict[str, int]:
-    """Free bytes for each folder that is there."""
-    return {str(folder): shutil.disk_usage(folder).free for folder in folders if folder.exists()}
+    """Free bytes for each folder that is there, as far as this user may see."""
+    return {str(folder): shutil.disk_usage(folder).free for folder in folders if os.access(folder, os.F_OK)}
 
 
 def _port_holders(settings: Settings, entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], str] | None:

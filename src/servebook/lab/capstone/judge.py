@@ -73,7 +73,7 @@ def judge_service(folder: Path = FOLDER, vllm: Server | None = None, last: int =
     A stage that goes wrong costs its points and no more, unless the service has ended.
 
     Raises:
-        ServebookError: there is no service, or the engine has no room, which is not the learner's fault.
+        ServebookError: there is no service, or the engine has no room or is gone, which is not the learner's fault.
     """
     bench = Bench(folder, vllm or serve("vllm"))
     outcomes: list[Outcome] = []
@@ -91,7 +91,7 @@ def outcome(bench: Bench, stage: Stage) -> Outcome:
     """Judge one stage.
 
     Raises:
-        ServebookError: the engine has no room.
+        ServebookError: the engine has no room, or is gone.
     """
     before, said = len(bench.exchanges), len(bench.child.said())
     try:

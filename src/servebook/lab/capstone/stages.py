@@ -525,7 +525,7 @@ STAGES = tuple(
                 "Ready only when the engine is",
                 1,
                 ready,
-                "What does your service do when nobody answers at ENGINE_URL? Chapter 05, section on health.",
+                "What does your service do when nobody answers at ENGINE_URL? Chapter 05, section 8 (`/readyz`).",
             ),
             ("The engine's own answer", 1, right, "Print the engine's JSON for one prompt. Chapter 01 has the call."),
             (

@@ -14,15 +14,13 @@ from openai import OpenAI
 
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, judge, require
-from servebook.lab.rest import asked, key_of, sends, sends_key, through
+from servebook.lab.rest import RELIABLE, asked, key_of, sends, sends_key, through
 from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import content_of, events_of, streamed_text, text_of
 
 KOREAN = {"structured_outputs": {"choice": ["안녕하세요, 반갑습니다"]}}
 """Forces text of several bytes a character, and often several tokens a character, out of an English model."""
-RELIABLE = {"temperature": 0, "ignore_eos": True}
-"""Left to itself the model may stop after a word, or before it."""
 CHAT = "/v1/chat/completions"
 CHAT_API = "that is the other API: this exercise is a chat, client.chat.completions.create"
 
@@ -144,10 +142,13 @@ def check_02_2(submission: Submission) -> None:
     first_read, early = threading.Event(), threading.Event()
 
     def hold(chunks: Iterator[bytes], _: Exchange) -> Iterator[bytes]:
-        """Let no more through than three events until the learner's code has yielded text."""
+        """Let no more through than three events, and never the end, until the learner's code has yielded text."""
+        held = False
         for number, event in enumerate(events_of(chunks)):
-            if number == 3 and first_read.wait(3):
-                early.set()
+            if not held and (number == 3 or b"[DONE]" in event):
+                held = True
+                if first_read.wait(3):
+                    early.set()
             yield event
 
     def read(*args: Any) -> list[Any]:
@@ -162,7 +163,7 @@ def check_02_2(submission: Submission) -> None:
         TypeError: "yield the pieces, or return an iterator of them",
         KeyError: "each API has its own place for the text: choices[0].text, or choices[0].delta.content",
     }
-    with Tap(vllm.url, hold) as tap:
+    with Tap(vllm.url, hold, RELIABLE) as tap:
         pieces, made = through(tap, submission, read, tap.url, key, vllm.model, prompt, 12, causes=causes)
         exchange = asked(made, "/v1/completions", "that is the chat API; this exercise continues a prompt")
         sends_key(exchange, key)

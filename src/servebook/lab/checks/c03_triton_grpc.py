@@ -287,13 +287,15 @@ def _why_refused(message: str) -> str:
 def check_03_4(submission: Submission) -> None:
     """Deltas as they come, to the last response and no further; errors reach the caller; the client stays usable."""
     deltas, triton = submission.function("deltas"), submission.server("triton")
-    first_read, early = threading.Event(), threading.Event()
+    first_read, early, paused = threading.Event(), threading.Event(), threading.Event()
     mode = "whole"
 
     def watch(response: Any, stream: Stream) -> None:
-        """Hold the last response back until its reader has had text; or be gone after the third."""
-        if mode == "whole" and len(stream.responses) == 2 and first_read.wait(3):
-            time.sleep(SILENCE_SECONDS)
+        """Fall silent after the first text, hold the last response back until that is read; or go after the third."""
+        if mode == "whole" and stream.text and not paused.is_set():
+            paused.set()
+            if first_read.wait(3):
+                time.sleep(SILENCE_SECONDS)
         if mode == "whole" and is_final(response) and first_read.wait(3):
             early.set()
         if mode == "broken" and len(stream.responses) == 3:
@@ -396,8 +398,25 @@ def _judge_pieces(pieces: list[str], stream: Stream, early: bool) -> None:
 
 SILENCE_SECONDS = 1.6
 """How long an engine falls silent in the midst of a stream: longer than anybody waits at a guess."""
-LATE = 60
-"""Responses that come after it was enough: two seconds of them, and nobody leaves that late by accident."""
+LATE = 3
+"""Responses that come after it was enough, before the next ones are held back for a caller who leaves."""
+LEAVE_SECONDS = 3.0
+"""How long they are held back: an engine may be faster than anybody leaves."""
+
+
+class LeaveWatch:
+    """Watches a stream that is to be left once `enough` is true of its text; `overrun` where it is not."""
+
+    def __init__(self, enough: Callable[[str], bool]) -> None:
+        self.enough = enough
+        self.overrun = threading.Event()
+
+    def watch(self, response: Any, stream: Stream) -> None:
+        """Hold what comes too late back until its reader has left; break the stream off where they have not."""
+        late = rest(stream, self.enough)
+        if (late > LATE or (late and is_final(response))) and not stream.call.done.wait(LEAVE_SECONDS):
+            self.overrun.set()
+            raise Lost
 
 
 def check_03_5(submission: Submission) -> None:
@@ -418,15 +437,10 @@ def check_03_5(submission: Submission) -> None:
         f"{running(triton):.0f} requests in the engine",
         "an earlier stream still runs: wait for it, or restart the kernel",
     )
-    overrun = threading.Event()
-
-    def watch(response: Any, stream: Stream) -> None:
-        if _rest(stream, is_enough) > LATE:
-            overrun.set()
-            raise Lost
-
+    leave = LeaveWatch(is_enough)
+    overrun = leave.overrun
     inputs = infer_inputs("One, two, three, four,", stream=True, max_tokens=400, temperature=0, ignore_eos=True)
-    with TritonTap(triton.grpc, watch) as tap, client_of(tap) as client:
+    with TritonTap(triton.grpc, leave.watch) as tap, client_of(tap) as client:
 
         def outcome() -> Any:
             try:
@@ -443,8 +457,10 @@ def check_03_5(submission: Submission) -> None:
         )
         require(bool(tap.streams), "a request over a stream", got, "the text does not come from the server")
         stream = tap.streams[-1]
-        free = wait_until(lambda: overrun.is_set() or running(triton) == 0, 3)
-        late = f"the engine writes on for nobody: {_rest(stream, is_enough)} more responses by now"
+        # An engine without work is not all: a fast one has written to the end by now.
+        wait_until(lambda: overrun.is_set() or (stream.call.done.is_set() and running(triton) == 0), 5)
+        free = stream.call.done.is_set() and running(triton) == 0
+        late = f"the engine writes on for nobody: {rest(stream, is_enough)} more responses by now"
         cause = "stop_stream() alone waits for all that is still to come: cancel_requests=True cancels it"
         if not any(map(is_enough, asked)):
             cause = "enough was never asked about all the text so far: ask after every piece, with the pieces joined"
@@ -465,7 +481,7 @@ def running(triton: Server) -> float:
     return metric(triton.metrics, "vllm:num_requests_running")
 
 
-def _rest(stream: Stream, enough: Callable[[str], bool]) -> int:
+def rest(stream: Stream, enough: Callable[[str], bool]) -> int:
     """How many responses have come since the text was enough."""
     text = ""
     for number, response in enumerate(stream.responses):

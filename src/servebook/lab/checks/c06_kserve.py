@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -48,14 +51,35 @@ def check_06_1(submission: Submission) -> None:
             missing = submission.call(signature, tap.url, "nope", causes=refused, busy=tap.busy)
             require(missing is None, f"None for a model that {title} does not have", missing, refusal)
 
-    def broken() -> Any:
+    def broken(url: str) -> Any:
         try:
-            return signature(f"{tap.url}/not-v2", MODEL)
+            return signature(url, MODEL)
         except Exception:  # of whichever library
             return "an error"
 
-    got = submission.run(broken)  # the tap is gone: nobody answers
-    require(got == "an error", "an error where nobody answers", got, "only 404 stands for: no such model")
+    with not_ready() as url:
+        for address, what in ((tap.url, "where nobody answers"), (url, "where the server says 503")):
+            got = submission.run(partial(broken, address))  # the tap is gone
+            require(got == "an error", f"an error {what}", got, "only 404 stands for: no such model")
+
+
+@contextmanager
+def not_ready() -> Iterator[str]:
+    """The URL of a server that answers everything with 503, as one does whose model is still being loaded."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(503)
+
+        def log_message(self, *_: Any) -> None:
+            """Be silent."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 def _judge_signature(metadata: Any, got: Any, title: str) -> None:

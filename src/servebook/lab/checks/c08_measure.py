@@ -16,7 +16,7 @@ import numpy as np
 import requests
 
 from servebook.lab.feedback import NotYet, judge, require
-from servebook.lab.rest import key_of
+from servebook.lab.rest import key_of, not_full
 from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import events_of
@@ -122,18 +122,24 @@ def check_08_2(submission: Submission) -> None:
 
     with Tap(vllm.url, slower) as tap:
 
+        @submission.lent
+        def ask() -> None:
+            answer = requests.post(
+                f"{tap.url}/v1/completions",
+                headers={"Authorization": f"Bearer {key_of(vllm)}"},
+                json={"model": vllm.model, "prompt": "Hello", "max_tokens": 1},
+                timeout=60,
+            )
+            not_full(answer.status_code)
+            answer.raise_for_status()
+
         def path(name: str) -> Callable[[], None]:
             def request() -> None:
                 if len(order) == 4 * (2 + 4 * rounds):
                     raise TooMany
                 order.append(name)
                 started = time.perf_counter()
-                requests.post(
-                    f"{tap.url}/v1/completions",
-                    headers={"Authorization": f"Bearer {key_of(vllm)}"},
-                    json={"model": vllm.model, "prompt": "Hello", "max_tokens": 1},
-                    timeout=60,
-                ).raise_for_status()
+                ask()
                 spent.append(time.perf_counter() - started)
 
             return request
@@ -409,10 +415,8 @@ def check_08_6(submission: Submission) -> None:
         capacity = callers[over - 1] if over else None
         within = [n for n, tail in zip(callers, tails, strict=True) if tail <= limit]
         strictly = [n for n, tail in zip(callers, tails, strict=True) if tail < limit]
-        nothing: Causes = {
-            ValueError: "no load keeps the limit here: the capacity is None then",
-            IndexError: "no load keeps the limit here: the capacity is None then",
-        }
+        none = "no load keeps the limit here: the capacity is None then"
+        nothing: Causes = {ValueError: none, IndexError: none} if capacity is None else {}
         got = submission.call(read_curve, [rows[place] for place in (-1, *range(len(rows) - 1))], limit, causes=nothing)
         given = f"tokens/s of {tokens} and a p99 of {tails} s at {callers} callers, limit {limit} s"
         pair = isinstance(got, list | tuple) and len(got) == 2
@@ -432,7 +436,7 @@ def check_08_6(submission: Submission) -> None:
         judge(
             capacity,
             got[1],
-            (capacity is None, "no load keeps the limit here: the capacity is None then"),
+            (capacity is None, none),
             (
                 got[1] == max(within, default=None),
                 "a smaller load is over the limit already: the capacity ends before it",

@@ -10,7 +10,7 @@ import requests
 from jsonschema import Draft202012Validator
 
 from servebook.lab.feedback import NotYet, judge, require
-from servebook.lab.rest import key_of
+from servebook.lab.rest import key_of, not_full
 from servebook.lab.submission import Submission
 
 TEAMS = (["network", "mail"], ["printing"])
@@ -32,6 +32,7 @@ def check_13_1(submission: Submission) -> None:
         json={"model": vllm.model, "messages": turn, "max_tokens": 1, "response_format": form},
         timeout=60,
     )
+    not_full(answer.status_code)
     cause = "the schema is right, but the engine cannot make a grammar of it: say it in plainer words"
     require(answer.ok, "a schema that the engine takes", answer.text[:300], cause)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from jupyter_core.paths import jupyter_runtime_dir
 
 from servebook.checkout import ROOT
+from servebook.engine.model import given_folder
 from servebook.settings import FILE_NAME, load_settings
 
 TMP, DEVICES = Path("/tmp"), Path("/dev")
@@ -40,7 +41,7 @@ def folders(course: Path, scratch: Path) -> dict[str, list[str]]:
     hidden = [ROOT.resolve(), course, prefix, DEVICES, state, Path(os.environ.get(FROM, state)).resolve()]
     hidden += [each for each in (Path.home().resolve(),) if each.parts[1:]]  # "/" in some containers
     given = [*(ROOT / name for name in (*BUNDLE, "labs", ".venv")), prefix, Path(sys.base_prefix).resolve()]
-    given += [settings.cache_dir, hub_cache(), Path(settings.model).expanduser().resolve()]
+    given += [settings.cache_dir, hub_cache(), given_folder(settings).resolve()]
     given += [scratch.parent / name for name in (NAMED, FILE_NAME)]
     own = [scratch, sockets_folder()]
     own += [path for name in EVERYBODYS for path in DEVICES.glob(name)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import nbformat
@@ -12,6 +11,7 @@ from servebook.errors import ServebookError
 from servebook.lab.manifest import Lab, find_exercise, load_labs
 from servebook.lab.record import Store
 from servebook.lab.shell import again, read_notebook
+from servebook.whole import write_whole
 
 
 def make_copy(target: Path) -> tuple[list[Lab], list[Lab]]:
@@ -26,7 +26,7 @@ def make_copy(target: Path) -> tuple[list[Lab], list[Lab]]:
             kept.append(lab)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(_at(ROOT / "labs", lab), path)
+        write_whole(path, _at(ROOT / "labs", lab).read_bytes())  # half a notebook would be kept the next time
         copied.append(lab)
     with Store() as progress:
         progress.folder = target.resolve()
@@ -57,7 +57,7 @@ def reset(exercise_id: str) -> Path:
     if answer is None or "servebook" not in answer.metadata:
         raise ServebookError(f"{path} has no answer cell for {exercise_id}.", again(path))
     answer.source, answer.outputs, answer.execution_count = answer.metadata["servebook"]["stub"], [], None
-    nbformat.write(notebook, path)
+    write_whole(path, nbformat.writes(notebook) + "\n")  # there is no other copy of the learner's answers
     with Store() as progress:
         progress.records.pop(exercise_id, None)
     return path

@@ -31,7 +31,7 @@ from servebook.lab.handout.landlock import confine_as_told
 from servebook.lab.judge.process import LISTENING
 from servebook.lab.judge.wire import Failed, FarFunction, Wire
 from servebook.lab.manifest import find_exercise
-from servebook.lab.submission import waited
+from servebook.lab.submission import NeedsAwait, waited
 from servebook.launch import SERVERS, serve
 
 KNOWN = {
@@ -46,6 +46,7 @@ KNOWN = {
         requests.Timeout,
         grpc.RpcError,
         InferenceServerException,
+        NeedsAwait,
     )
 }
 """The errors that checks tell apart; any other comes as the nearest of these that it is a kind of."""

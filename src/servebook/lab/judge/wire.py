@@ -112,7 +112,8 @@ class Wire:
         if message["use"] == "close":
             thing.close()
             return {}
-        return {"value": self.encode(thing(*map(self.decode, message["args"])))}
+        kwargs = {name: self.decode(each) for name, each in message["kwargs"].items()}
+        return {"value": self.encode(thing(*map(self.decode, message["args"]), **kwargs))}
 
     def encode(self, value: Any) -> Any:
         """A value in JSON; lists and dicts in a dict that names their kind."""
@@ -187,10 +188,14 @@ class FarFunction:
     def __init__(self, wire: Wire, number: int) -> None:
         self.wire, self.number = wire, number
 
-    def __call__(self, *args: Any) -> Any:
-        return self.wire.decode(
-            self.wire.ask(use="call", of=self.number, args=list(map(self.wire.encode, args)))["value"]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reply = self.wire.ask(
+            use="call",
+            of=self.number,
+            args=list(map(self.wire.encode, args)),
+            kwargs={name: self.wire.encode(each) for name, each in kwargs.items()},
         )
+        return self.wire.decode(reply["value"])
 
 
 class FarIterator(Iterator[Any]):

@@ -16,6 +16,9 @@ from typing import Any, Self
 
 import grpc
 
+from servebook.lab.feedback import NotYet
+from servebook.lab.taps.http import not_lost
+
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 FOREVER = 1e6
 """gRPC says "no deadline" with a time far beyond anybody's life (seconds)."""
@@ -39,6 +42,8 @@ class Call:
     details: str = ""
     left: float | None = None
     """When the client went away before that."""
+    lost: bool = False
+    """Whether the server itself could not be reached, or has gone: no filter's doing."""
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -78,6 +83,8 @@ class GrpcTap:
         self.close()
         self._upstream.close()
         self._pool.shutdown(wait=False)
+        if isinstance(error, NotYet):
+            not_lost(any(call.lost for call in self.calls))
 
     def close(self) -> None:
         """Take no more calls, and soon cancel what is still under way."""
@@ -136,6 +143,7 @@ class GrpcTap:
         except grpc.RpcError:
             if call.left is None:
                 call.code, call.details = upstream.code(), upstream.details() or ""
+                call.lost = call.code is grpc.StatusCode.UNAVAILABLE
                 context.abort(call.code, call.details)
         finally:
             upstream.cancel()  # where the filter ended before the server did

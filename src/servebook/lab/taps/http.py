@@ -2,6 +2,7 @@
 
 Checks judge by what was really said, not by what the code looks like. What passes is not altered; a `filter` may
 hold it back or cut it into other pieces, as any network may, and `more` may ask for an answer that can be relied on.
+Where the server itself has gone, a check cannot judge, and the tap says so.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
+
+from servebook.errors import ServebookError
+from servebook.lab.feedback import NotYet
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "date", "server"}
 
@@ -41,6 +45,8 @@ class Exchange:
     """When the whole answer was relayed."""
     left: float | None = None
     """When the client hung up before that."""
+    lost: bool = False
+    """Whether the server could not be reached, or was gone in the midst of its answer."""
     marks: dict[str, float] = field(default_factory=dict)
     """Times that a filter has noted."""
     done: threading.Event = field(default_factory=threading.Event)
@@ -75,6 +81,28 @@ class Listener(ThreadingHTTPServer):
 
 
 Filter = Callable[[Iterator[bytes], Exchange], Iterator[bytes]]
+
+
+@contextmanager
+def noting_loss(exchange: Exchange) -> Iterator[None]:
+    """Mark the exchange as lost where the server cannot be reached, or breaks its answer off.
+
+    Raises:
+        OSError: it does; or it takes too long, which may be what it was asked for.
+    """
+    try:
+        yield
+    except TimeoutError:
+        raise
+    except (OSError, http.client.IncompleteRead) as error:
+        exchange.lost = True
+        raise ConnectionError from error
+
+
+def not_lost(lost: bool) -> None:
+    """Raise ServebookError if a server was lost: what learners' code makes of that says nothing about the code."""
+    if lost:
+        raise ServebookError("The server does not answer.", "See `servebook status`.")
 
 
 class Tap:
@@ -127,6 +155,8 @@ class Tap:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if isinstance(error, NotYet):
+            not_lost(any(exchange.lost for exchange in self.exchanges))
 
     def close(self) -> None:
         """Take no more connections: whoever comes now is refused."""
@@ -174,12 +204,17 @@ class Tap:
         upstream = self._connect()
         try:
             headers = {k: v for k, v in handler.headers.items() if k.lower() not in HOP_BY_HOP | {"accept-encoding"}}
-            upstream.request(handler.command, self.target.path + handler.path, raw or None, headers)
-            answer = upstream.getresponse()
+            with noting_loss(exchange):
+                upstream.request(handler.command, self.target.path + handler.path, raw or None, headers)
+                answer = upstream.getresponse()
             exchange.status = answer.status
 
+            def read() -> bytes:
+                with noting_loss(exchange):
+                    return answer.read1(65536)
+
             def chunks() -> Iterator[bytes]:
-                while chunk := answer.read1(65536):
+                while chunk := read():
                     exchange.answer += chunk
                     yield chunk
 

@@ -27,7 +27,8 @@ RETRY_UNAVAILABLE = json.dumps(
         ]
     }
 )
-"""Service config: UNAVAILABLE means that no work was done. gRPC stops retrying with the first message of a stream."""
+"""Service config: with UNAVAILABLE no answer was begun, and a second try may have one: on another server, or on this
+one later. gRPC stops retrying with the first message of a stream."""
 
 KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 OPTIONS = [("grpc.service_config", RETRY_UNAVAILABLE), *KEEPALIVE]

@@ -112,10 +112,14 @@ async def watch(url: str, *work: Coroutine[object, object, T], key: str | None =
     """
     looks = [await asyncio.to_thread(look, url, key)]
     doing = asyncio.gather(*work)
-    while not doing.done():
+    try:
+        while not doing.done():
+            looks.append(await asyncio.to_thread(look, url, key))
+            await asyncio.wait([doing], timeout=EVERY_SECONDS)
         looks.append(await asyncio.to_thread(look, url, key))
-        await asyncio.wait([doing], timeout=EVERY_SECONDS)
-    looks.append(await asyncio.to_thread(look, url, key))
+    finally:
+        doing.cancel()  # where a look fails, or the caller is cancelled
+        await asyncio.gather(doing, return_exceptions=True)
     return await doing, looks
 
 

@@ -85,7 +85,7 @@ class Calls:
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
         except Exception as error:
-            refusal = refusal_for(error, self.limit, call.id, call.constraint)
+            refusal = refusal_for(error, call.id, call.constraint)
             code = refusal.code
             if code is grpc.StatusCode.INTERNAL:
                 # Type and place, not the message: it may quote the prompt.

@@ -49,13 +49,14 @@ def invalid(field: str, problem: str) -> Refusal:
 
 def queue_full(limit: int) -> Refusal:
     """RESOURCE_EXHAUSTED: `limit` calls are in the server already; the same request may succeed later."""
+    return busy(f"The server is busy with {limit} calls, its limit")
+
+
+def busy(why: str) -> Refusal:
+    """RESOURCE_EXHAUSTED, with the time after which to try again."""
     retry = error_details_pb2.RetryInfo()
     retry.retry_delay.FromSeconds(RETRY_SECONDS)
-    return Refusal(
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        f"The server is busy with {limit} calls, its limit; try again in {RETRY_SECONDS} s.",
-        retry,
-    )
+    return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{why}; try again in {RETRY_SECONDS} s.", retry)
 
 
 def unavailable(reason: str, message: str) -> Refusal:
@@ -75,7 +76,7 @@ def no_text(constraint: str) -> Refusal:
     return unavailable("ENGINE_ABORTED", "The engine gave this request up.")
 
 
-def refusal_for(error: Exception, limit: int, call_id: str, constraint: str) -> Refusal:
+def refusal_for(error: Exception, call_id: str, constraint: str) -> Refusal:
     """What the client gets for any error of a call; INTERNAL where it is nobody's expected one.
 
     `constraint` is the request's field that says which form the text must have.
@@ -91,7 +92,7 @@ def refusal_for(error: Exception, limit: int, call_id: str, constraint: str) -> 
             return engine_dead()
         case VLLMClientError():  # what is left for the engine to check: whether the regex, schema or choice compiles
             return invalid(constraint or "sampling", reason(error))
-        case GracefulHTTPError():  # vLLM's own limits (--max-num-queued-reqs)
-            return queue_full(limit)
+        case GracefulHTTPError():  # vLLM's own limits (--max-num-queued-reqs), whatever they are
+            return busy("The engine's queue is full")
         case _:
             return Refusal(grpc.StatusCode.INTERNAL, f"The server failed; its log has the cause under {call_id}.")

@@ -269,7 +269,10 @@ def reserve(host: str, port: int) -> socket.socket:
             raise LaunchError(f"Cannot listen on {host}:{port}: {error}", "Choose another port.") from None
     held = socket.socket(family)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    # Connections of a server that has ended are there for a minute. Afterwards it would let others bind, too.
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind((host, port))
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     return held
 
 

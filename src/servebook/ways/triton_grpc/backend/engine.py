@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
@@ -137,8 +138,10 @@ class Engine:
             self._fail(sender, f"the engine cannot serve: {error}", Error.UNAVAILABLE)
         except Exception as error:
             cause = error.__cause__ or error
-            pb_utils.Logger.log_error(f"request failed: {cause!r}")
-            self._fail(sender, f"generation failed: {cause!r}", Error.INTERNAL)
+            # Type and place, not the message: it may quote the prompt.
+            place = "".join(traceback.format_tb(cause.__traceback__))
+            pb_utils.Logger.log_error(f"request failed: {type(cause).__name__} at\n{place}")
+            self._fail(sender, "generation failed; the server's log has the cause", Error.INTERNAL)
 
     def _fail(self, sender: Any, message: str, code: int) -> None:
         """Send the error as the final response, unless there was one."""

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from servebook.checkout import ROOT
@@ -43,6 +42,9 @@ def render_repository(source: Path, scratch: Path, engine_words: list[str]) -> P
         with tempfile.TemporaryDirectory(dir=scratch) as draft:
             copy = Path(shutil.copytree(source, Path(draft) / "repository"))
             (copy / TENSOR_MODEL_NAME / "1" / ENGINE_ARGS).write_text(text + "\n")
-            with suppress(FileExistsError):  # another server made the same copy meanwhile
+            try:
                 copy.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another server has made the same copy meanwhile
+                    raise
     return target

@@ -1,0 +1,177 @@
+"""What stands between a learner's code and a server, without an engine."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from unittest.mock import Mock
+
+import grpc
+import pytest
+import requests
+from smg_grpc_proto import vllm_engine_pb2 as pb
+
+from servebook.errors import ServebookError
+from servebook.lab.checks import c03_triton_grpc, c07_vllm_native_grpc
+from servebook.lab.checks.c03_triton_grpc import LeaveWatch
+from servebook.lab.checks.c07_vllm_native_grpc import HOLD_AT, held_for_abort, left_alone
+from servebook.lab.checks.c10_scale_out import LONG, keep_at_work
+from servebook.lab.feedback import NotYet
+from servebook.lab.learner_server.judge import StreamWatch
+from servebook.lab.taps.grpc import Call, GrpcTap, Lost
+from servebook.lab.taps.http import Tap
+from servebook.lab.taps.triton import Stream
+
+SAYS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+
+
+@contextmanager
+def server_that_says(answer: bytes | None) -> Iterator[str]:
+    """The address of a server that says this to one caller, and hangs up; None: nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) if answer else socket.socket() as listener:
+        if answer:
+
+            def serve() -> None:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+            threading.Thread(target=serve, daemon=True).start()
+        else:
+            listener.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def find_fault(tap: Tap | GrpcTap, call: Callable[[], object]) -> None:
+    """A check: calls a learner's code, and finds fault with what comes of it."""
+    with tap:
+        call()
+        raise NotYet("no error", "an error", "your code raised this error")
+
+
+@pytest.mark.parametrize("answer", [None, SAYS], ids=["refused", "broken off"])
+def test_a_server_that_has_gone_is_no_learners_fault(answer: bytes | None) -> None:
+    with server_that_says(answer) as address:
+        tap = Tap(f"http://{address}")
+
+        def ask() -> None:
+            with suppress(requests.RequestException):
+                requests.get(tap.url, timeout=10)
+
+        with pytest.raises(ServebookError, match="does not answer"):
+            find_fault(tap, ask)
+
+
+def test_a_grpc_server_that_has_gone_is_no_learners_fault() -> None:
+    with server_that_says(None) as address:
+        tap = GrpcTap(address)
+
+        def ask() -> None:
+            with suppress(grpc.RpcError), grpc.insecure_channel(tap.address) as channel:
+                channel.unary_unary("/a.Service/Method", None, None)(b"", timeout=10)
+
+        with pytest.raises(ServebookError, match="does not answer"):
+            find_fault(tap, ask)
+
+
+def test_a_caller_who_leaves_is_the_learners_own_doing() -> None:
+    left = threading.Event()
+
+    def hold(chunks: Iterator[bytes], _: object) -> Iterator[bytes]:
+        yield next(chunks)
+        left.wait(10)
+        yield from chunks
+
+    with server_that_says(SAYS + b"5\r\nagain\r\n0\r\n\r\n") as address:
+        tap = Tap(f"http://{address}", hold)
+
+        def leave() -> None:
+            requests.get(tap.url, stream=True, timeout=10).close()
+            left.set()
+            tap.settle()
+
+        with pytest.raises(NotYet):
+            find_fault(tap, leave)
+
+
+def test_a_short_stream_is_held_at_its_end() -> None:
+    """A busy engine merges tokens: so few pieces come that no place among them is late enough."""
+    events = [b'data: {"choices": [{"text": "a"}]}\n\n', b"data: [DONE]\n\n"]
+    watch = StreamWatch()
+    watch.first_read.set()
+    assert list(watch.hold(iter(events), Mock())) == events
+    assert watch.early.is_set()
+    watch.leaving.set()
+    gone = iter([False, True])
+    exchange = Mock(client_gone=lambda: next(gone))
+    assert list(watch.hold(iter(events), exchange)) == events
+    assert next(gone, None) is None, "it was asked again at the end, until the client had gone"
+
+
+def test_a_fast_engine_outruns_nobody_who_leaves_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many responses come until then; who stays is seen."""
+    monkeypatch.setattr(c03_triton_grpc, "text_of", str)
+    monkeypatch.setattr(c03_triton_grpc, "is_final", lambda _: False)
+    stream, leave = Stream(Mock()), LeaveWatch(lambda text: len(text) >= 2)
+    for _ in range(100):
+        leave.watch("x", stream)
+        stream.responses.append("x")
+    assert not leave.overrun.is_set()
+    stream.call.done.wait.return_value = False  # type: ignore[attr-defined]
+    with pytest.raises(Lost):
+        leave.watch("x", stream)
+    assert leave.overrun.is_set()
+
+
+def two_ids(count: int) -> Iterator[bytes]:
+    """So many messages of vLLM's, and the last one."""
+    for _ in range(count):
+        yield pb.GenerateResponse(chunk=pb.GenerateStreamChunk(token_ids=[1, 2])).SerializeToString()
+    yield pb.GenerateResponse(complete=pb.GenerateComplete(finish_reason="length")).SerializeToString()
+
+
+def test_a_fast_engine_outruns_nobody_who_leaves_vllm() -> None:
+    call, passed, waits = Call("Generate"), 0, []
+    call.done = Mock(wait=lambda _: waits.append(passed))
+    for _ in left_alone(two_ids(100), call):
+        passed += 1
+    assert waits == [HOLD_AT]
+
+
+@pytest.mark.parametrize("aborts", [True, False])
+def test_a_fast_engine_outruns_no_abort(aborts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has come to its end already; the messages are held back."""
+    monkeypatch.setattr(c07_vllm_native_grpc, "LEAVE_SECONDS", 0.2)
+    came, in_time = threading.Event(), threading.Event()
+    ids: list[int] = []
+    for message in held_for_abort(came.is_set, 5, in_time)(two_ids(100), Call("Generate")):
+        ids += pb.GenerateResponse.FromString(message).chunk.token_ids
+        if aborts and len(ids) >= 5:
+            came.set()
+    assert in_time.is_set() is aborts
+
+
+def test_a_replica_is_at_work_without_a_gap_on_a_fast_engine() -> None:
+    told: list[str] = []
+
+    class Answer:
+        def __enter__(self) -> Answer:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            told.append("closed")
+
+        def iter_lines(self) -> Iterator[bytes]:
+            told.append("read")
+            yield from [b"data: {}", b""] * LONG
+            told.append("over")
+
+    def ask() -> Answer:
+        told.append("asked")
+        return Answer()
+
+    keep_at_work(ask, lambda: None, lambda: told.count("over") == 2)  # type: ignore[arg-type]
+    assert told[:7] == ["asked", "read", "asked", "over", "read", "asked", "over"]
