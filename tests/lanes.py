@@ -10,10 +10,10 @@ import pytest
 
 LANES = {
     "several": "what needs the engines of several ways",
-    "one": "what needs that of vLLM's own server, or none",
+    "one": "what needs that of vLLM's own server and at most one more at a time, or none",
     "own": "what starts and ends engines itself, and the router with its two",
 }
-"""What is in each lane. An engine takes 2.5 GB; of those in a lane, four are up at a time, one, and three."""
+"""What is in each lane. An engine takes 2.5 GB; of those in a lane, four are up at a time, two, and three."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -638,7 +638,7 @@ def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: la
         body = {"model": vllm.model, "prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
         requests.post(f"{vllm.url}/v1/completions", json=body, timeout=60).raise_for_status()
 
-    long = {"message": STORY["message"], "max_tokens": measure_pace(write).tokens(2, at_least=48)}
+    long = {"message": STORY["message"], "max_tokens": measure_pace(write).tokens(4, at_least=60)}
 
     def answers_meanwhile(url: str) -> bool:
         with half_a_request(url, "/chat", long) as caller:

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,10 +63,10 @@ def test_up_twice_starts_one_and_down_leaves_nothing(desk: Desk) -> None:
     eventually(lambda: len(desk.family()) == 5, "guardian, supervisor, server, child, grandchild")
     assert "attached to" in desk.run("up", "vllm")
     assert desk.status() == first
-    scratch = temporary_files(desk)
+    sockets = sockets_folder(desk)
     assert "ended" in desk.run("down", "vllm")
     assert desk.family() == []
-    assert not scratch.exists()
+    assert not sockets.exists()
     assert desk.status()["state"] == "stopped"
     assert "was not running" in desk.run("down", "vllm")
 
@@ -485,8 +486,8 @@ def test_what_was_left_in_the_shell_or_lies_in_the_folder_reaches_no_server(
     desk.run("up", "vllm")
     env = psutil.Process(desk.status()["pid"]).environ()
     assert not {"VLLM_PORT", "VLLM_API_KEY", "PYTHONWARNINGS"} & env.keys()
-    assert (env["PYTHONSAFEPATH"], env["PYTHONUTF8"]) == ("1", "1")
-    assert Path(env["TMPDIR"]).parent == Path("/tmp")
+    assert (env["TMPDIR"], env["PYTHONSAFEPATH"], env["PYTHONUTF8"]) == ("/tmp", "1", "1")
+    assert Path(env["VLLM_RPC_BASE_PATH"]).parent == Path("/tmp")
     assert env["HF_HOME"] == str(desk.settings.cache_dir / "hf_home")
 
 
@@ -598,22 +599,18 @@ def test_the_first_exception_is_the_cause(log: str, cause: str) -> None:
     assert bool(root_cause(log)) is bool(cause)
 
 
-FULL_DISK = f"""
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-sys.argv[1:] = ["cli", "up", "vllm"]
-runpy.run_path({str(TINY)!r}, run_name="__main__")
-"""
-
-
 @pytest.mark.survives("a full disk at start", "every server", lost="the start, with the cause and the remedy")
-def test_a_full_disk_is_the_cause_that_is_told(desk: Desk) -> None:
-    """A limit of file sizes stands for it."""
-    child = desk.start("-c", FULL_DISK)
-    said, errors = child.communicate(timeout=60)
-    assert child.returncode == 1
-    assert re.search("The state folder .* cannot be used: File too large", said + errors)
-    desk.nothing_left()
+def test_a_full_disk_is_the_cause_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text("of the run before")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(OSError, match="No space left") as caught:
+        supervisor.open_log(log)
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["of the run before"]
+    said = str(link.unusable(tmp_path, str(caught.value.strerror)))
+    assert "cannot be used: No space left on device" in said
+    assert "Free some disk space" in said
 
 
 def test_a_log_that_cannot_be_written_any_more_ends_no_server(desk: Desk) -> None:
@@ -764,9 +761,9 @@ def shared_memory() -> set[str]:
     return files
 
 
-def temporary_files(desk: Desk) -> Path:
-    """The server's folder for them, which ends with it."""
-    return Path(psutil.Process(desk.status()["pid"]).environ()["TMPDIR"])
+def sockets_folder(desk: Desk) -> Path:
+    """Where vLLM has those of the server; it ends with it."""
+    return Path(psutil.Process(desk.status()["pid"]).environ()["VLLM_RPC_BASE_PATH"])
 
 
 def engine_cores(desk: Desk) -> list[psutil.Process]:
@@ -816,11 +813,11 @@ def test_real_engine_killed_while_it_serves(real: Desk) -> None:
     size, in_large_pages = max(kib_of_mappings(core))
     assert size >= 2**20, "the KV cache"
     assert in_large_pages < size / 10
-    scratch = temporary_files(real)
-    assert list(scratch.iterdir()), "vLLM's sockets"
+    sockets = sockets_folder(real)
+    assert list(sockets.iterdir())
     core.kill()
     real.nothing_left()
-    assert not scratch.exists()
+    assert not sockets.exists()
     assert real.status()["state"] == "failed"
 
 
@@ -833,11 +830,11 @@ def test_real_engine_whose_keeper_is_killed_while_it_starts(real: Desk, victim: 
     eventually(lambda: kernel.poll() is not None or engine_cores(real), "EngineCore", seconds=250)
     assert kernel.poll() is None, kernel.communicate()
     assert real.status()["state"] == "starting"
-    scratch = temporary_files(real)
+    sockets = sockets_folder(real)
     (kernel if victim == "kernel" else real.supervisor()).kill()
     real.nothing_left()
     assert real.status()["state"] == ("stopped" if victim == "kernel" else "failed")
-    assert not scratch.exists()
+    assert not sockets.exists()
 
 
 @pytest.mark.lifetime

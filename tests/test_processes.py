@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from servebook.errors import LaunchError
-from servebook.launch import lifetime, states
+from servebook.launch import lifetime
 from servebook.launch.child import Child, run_child
-from servebook.launch.files import Files
 from servebook.launch.link import STOP_SECONDS, Link
 from servebook.launch.processes import can_bind, end, environment_of, free_port, listeners, marked, wait_until
 from servebook.settings import load_settings
@@ -155,12 +154,3 @@ def test_a_keeper_that_does_not_answer_is_waited_for_as_long_as_is_said(
     with pytest.raises(LaunchError, match="does not end"):
         lifetime.down("vllm", load_settings(state_dir=tmp_path))
     assert clock[0] == pytest.approx(STOP_SECONDS, abs=1)
-
-
-def test_a_keeper_that_does_not_answer_holds_up_nobodys_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, there = socket.socketpair()
-    with here, there:
-        monkeypatch.setattr(Link, "open", lambda _: Link(here))
-        monkeypatch.setattr(states, "INFO_SECONDS", 0.01)
-        files = Files(tmp_path, "vllm")
-        assert states.status_of(files, load_settings(state_dir=tmp_path))["state"] == "stopped"

@@ -650,7 +650,7 @@ async def test_an_answer_that_takes_too_long_is_paid_for(
 async def test_a_stream_that_falls_silent_is_cut_and_costs_what_it_had(
     engine: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(front, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(front, "READ_SECONDS", 2)
     stand_in, url = engine
     stand_in.says, stand_in.goes_on = [PIECE] * 5, asyncio.Event()
     async with caller(tmp_path, url) as ada:

@@ -139,7 +139,7 @@ app.command()(bench)
 
 def of_the_machine(error: OSError) -> ServebookError:
     """A disk, file or network that fails a command: which, why, and what to do about it."""
-    why = error.strerror or str(error)
+    why = error.strerror or str(error) or type(error).__name__
     return ServebookError(
         f"{error.filename}: {why}." if error.filename else f"{why}.", remedy_for(why) or "See `servebook doctor`."
     )

@@ -23,9 +23,9 @@ TAKEN_OUT = {
 HOMES = {"HF_HOME": "huggingface", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "../.config"}
 """Where an engine's libraries write, by variable; the default is in ~/.cache."""
 SOCKET_FOLDER_CHARACTERS = 48
-"""The longest folder for temporary files in which a server's own still takes vLLM's sockets.
+"""The longest folder for temporary files in which there may be a server's folder of vLLM's sockets.
 
-A socket's name has at most 107 bytes, of which the folder's takes 19 and the socket's 37.
+A socket's name has at most 107 bytes; that folder's takes 19 of them, and the socket's in it 37.
 """
 
 

@@ -114,7 +114,7 @@ def saturate(paths: list[str], wants: Workload, level: ServiceLevel, most: int, 
     from servebook.bench.load import BenchError
     from servebook.bench.paths import find_path
     from servebook.bench.protocol import serve_scripted
-    from servebook.bench.sweep import Sweep, require_sweep, sweep, table
+    from servebook.bench.sweep import Point, Sweep, require_sweep, sweep, table
 
     if len(paths) != 1:
         raise BenchError("A sweep is of one path.", "Name one, such as sse.")
@@ -122,16 +122,18 @@ def saturate(paths: list[str], wants: Workload, level: ServiceLevel, most: int, 
     path, settings = find_path(paths[0]), load_settings()
     server = serve_scripted(path, settings) if scripted else path.serve(settings)
 
+    kept: list[Point] = []
+
     def keep(so_far: Sweep) -> None:
         so_far.save(output)
-        point = so_far.points[-1]
+        kept.append(point := so_far.points[-1])
         load = f"{point.callers} callers" if point.callers else f"{point.rate:.1f} requests/s sent"
         console.print(f"  {load}: {point.summary.tokens_per_s:.0f} tokens/s, {point.goodput:.1f} good requests/s")
 
     try:
         found = uvloop.run(sweep(path, server, wants, level, most, scripted, keep))
     except KeyboardInterrupt:
-        console.print(f"Stopped. The points so far are in {output}.")
+        console.print(f"Stopped. The points above are in {output}." if kept else "Stopped before the first point.")
         raise
     finally:
         if scripted:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from servebook.errors import ServebookError
 from servebook.settings import load_settings
+from servebook.whole import write_whole
 
 
 class Record(BaseModel):
@@ -54,11 +55,9 @@ class Store:
         return self.progress
 
     def __exit__(self, *_: object) -> None:
-        draft = self.path.with_suffix(".draft")
         try:
             with self._state_folder():
-                draft.write_text(self.progress.model_dump_json(indent=1), encoding="utf-8")
-                draft.replace(self.path)
+                write_whole(self.path, self.progress.model_dump_json(indent=1))
         finally:
             self.lock.release()
 

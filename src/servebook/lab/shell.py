@@ -108,13 +108,15 @@ class LabShell:
         """
         ours = {cell.id for cell in released(self.notebook)}
         runs = (None, "given", "answer") if exercise_id else (None, "given")
+        begun = False  # what stands above the first exercise is the lab's, also where its id got lost
         for cell in self.cells:
             exercise, part = exercise_of(cell) or (None, None)
+            begun = begun or exercise is not None
             if exercise_id and (exercise, part) == (exercise_id, "answer"):
                 break
             if cell.cell_type == "code" and part in runs and not tagged(cell, "demo"):
                 error = self.run(cell.source)
-                needed = cell.id in ours and (part is None or exercise_id in (None, exercise))
+                needed = (cell.id in ours or not begun) and (part is None or exercise_id in (None, exercise))
                 if error and needed:
                     raise CellError(cell.id, error) from error
                 if tagged(cell, "parameters"):

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Literal, TypedDict
 
 from servebook.launch.files import NAME, Files
-from servebook.launch.link import STOP_SECONDS, Link
+from servebook.launch.link import Link
 from servebook.launch.supervisor import Description
 from servebook.launch.table import SERVERS, find_server
 from servebook.settings import Settings, own_settings, unusable
-
-INFO_SECONDS = 5.0
-"""How long a keeper, which answers within milliseconds, may hold up everybody's line."""
 
 
 class Status(TypedDict):
@@ -44,12 +41,14 @@ def status(settings: Settings | None = None) -> list[Status]:
     return [*(status_of(each, settings) for each in files), *(each for each in others if each["state"] != "stopped")]
 
 
-def describe(files: Files, seconds: float = STOP_SECONDS) -> Description | None:
-    """An instance in its keeper's words; None where there is none, or it does not answer within these seconds."""
+def describe(files: Files) -> Description | None:
+    """An instance in its keeper's words; None where there is none, or it has ended without an answer.
+
+    One that is just ending its server answers nobody, and is waited for.
+    """
     link = Link.open(files)
     if link is None:
         return None
-    link.connection.settimeout(seconds)
     there = link.ask("info")
     link.close()
     return there
@@ -57,7 +56,7 @@ def describe(files: Files, seconds: float = STOP_SECONDS) -> Description | None:
 
 def status_of(files: Files, settings: Settings) -> Status:
     """Of one instance."""
-    there = describe(files, INFO_SECONDS)
+    there = describe(files)
     if not there:
         record = files.read_record()
         model, owner, log = (value if isinstance(value := record.get(key), str) else None for key in RECORDED)

@@ -251,8 +251,9 @@ class Front:
             raise
         finally:
             learner.tokens.give_back(asked - usage.tokens)
-        learner.served += 1
-        self.metrics.seconds.observe(time.monotonic() - started)
+        if response.status != 504:
+            learner.served += 1
+            self.metrics.seconds.observe(time.monotonic() - started)
         return response
 
     async def context_tokens(self) -> int:
@@ -280,7 +281,8 @@ class Front:
         except (aiohttp.ClientError, TimeoutError) as error:
             if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
                 # It was reached, and is at work: this costs what was asked for.
-                return error_response(504, "engine_timeout", f"No word within {READ_SECONDS:g} s. Stream it.")
+                advice = " Stream it." if usage else ""
+                return error_response(504, "engine_timeout", f"No word within {READ_SECONDS:g} s.{advice}")
             raise Refused(503, "engine_unavailable", "The room's engine cannot be reached.", retry_after=5) from None
         async with upstream:
             if upstream.status == 500 and usage and usage.ask.constraint:  # vLLM names neither cause nor field

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,8 @@ def check_08_2(submission: Submission) -> None:
     take_turns, vllm = submission.function("take_turns"), submission.server("vllm")
     rounds = 2
     order: list[str] = []
-    spent: list[float] = []
+    begun: list[float] = []
+    ended: list[float] = []
 
     def slower(chunks: Iterator[bytes], _: Exchange) -> Iterator[bytes]:
         time.sleep(0.3 if len(order) <= 2 else 0.02 * len(order))
@@ -138,15 +138,16 @@ def check_08_2(submission: Submission) -> None:
                 if len(order) == 4 * (2 + 4 * rounds):
                     raise TooMany
                 order.append(name)
-                started = time.perf_counter()
+                begun.append(time.perf_counter())
                 ask()
-                spent.append(time.perf_counter() - started)
+                ended.append(time.perf_counter())
 
             return request
 
         endless = "the calls never come to an end: there are 2 to warm up, and 4 in each round"
         causes: Causes = {TooMany: endless, TimeoutError: endless}
         got = submission.call(take_turns, path("A"), path("B"), rounds, causes=causes, busy=tap.busy)
+    begun.append(time.perf_counter())
     calls, wanted = "".join(order), f"A and B once each to warm up, then {rounds} rounds of A B B A"
     measured = calls[2:]
     judge(
@@ -178,7 +179,9 @@ def check_08_2(submission: Submission) -> None:
         seconds = {name: [float(value) for value in values] for name, values in zip("AB", got, strict=True)}
     except (TypeError, ValueError):
         raise NotYet("two lists of seconds", got, "return the seconds of A, and those of B") from None
-    right = {name: [spent[2 + i] for i in places[name]] for name in "AB"}
+    # Of each call: what it took at least, and the time from the call before it to the one after it.
+    spans = [(ended[i] - begun[i], begun[i + 1] - ended[i - 1]) for i in range(2, len(ended))]
+    right = {name: [spans[i] for i in places[name]] for name in "AB"}
     judge(
         right,
         seconds,
@@ -187,20 +190,27 @@ def check_08_2(submission: Submission) -> None:
             "the warm-up is among them: forget what it took",
         ),
         (
-            _close(seconds["A"], right["B"]) and _close(seconds["B"], right["A"]),
+            _within(seconds["A"], right["B"]) and _within(seconds["B"], right["A"]),
             "the two lists are the wrong way round, or one call's time went to the other path",
         ),
-        (_close([value / 1000 for value in seconds["A"]], right["A"]), "these are milliseconds"),
+        (_within([value / 1000 for value in seconds["A"]], right["A"]), "these are milliseconds"),
         otherwise="measure each call from just before to just after it, in seconds",
-        expected={name: [round(value, 3) for value in values] for name, values in right.items()},
+        expected={name: [round(least, 3) for least, _ in values] for name, values in right.items()},
         shown={name: [round(value, 3) for value in values] for name, values in seconds.items()},
-        fits=lambda got, right: all(_close(got[name], right[name]) for name in "AB"),
+        fits=lambda got, right: all(_within(got[name], right[name]) for name in "AB"),
     )
 
 
-def _close(some: list[float], others: list[float]) -> bool:
-    """All but one of four: a call may have waited for a core on its way back, which is not the learner's fault."""
-    return len(some) == len(others) and median(abs(a - b) for a, b in zip(some, others, strict=True)) < 0.008
+CLOCKS_SECONDS = 0.002
+"""How far two clocks may differ over a call."""
+
+
+def _within(seconds: list[float], spans: list[tuple[float, float]]) -> bool:
+    """Whether each lies between the least and the most that can have been measured; a core may be waited for."""
+    return len(seconds) == len(spans) and all(
+        least - CLOCKS_SECONDS <= each <= most + CLOCKS_SECONDS
+        for each, (least, most) in zip(seconds, spans, strict=True)
+    )
 
 
 def check_08_3(submission: Submission) -> None:

@@ -57,7 +57,8 @@ def reset(exercise_id: str) -> Path:
     if answer is None or "servebook" not in answer.metadata:
         raise ServebookError(f"{path} has no answer cell for {exercise_id}.", again(path))
     answer.source, answer.outputs, answer.execution_count = answer.metadata["servebook"]["stub"], [], None
-    write_whole(path, nbformat.writes(notebook) + "\n")  # there is no other copy of the learner's answers
+    # There is no other copy of the learner's answers.
+    write_whole(path, nbformat.writes(notebook) + "\n", path.stat().st_mode & 0o777)
     with Store() as progress:
         progress.records.pop(exercise_id, None)
     return path

@@ -14,6 +14,8 @@ from typing import Any
 from nbgrader.api import Gradebook
 from nbgrader.plugins import ExportPlugin
 
+from servebook.whole import write_whole
+
 FILE = Path("remarks.json")
 """In the course's folder: remarks by assignment and student."""
 COLUMNS = (
@@ -48,9 +50,7 @@ def remark(resources: Any, text: str) -> None:
 
 
 def _write(everything: dict[str, dict[str, list[str]]]) -> None:
-    draft = FILE.with_suffix(".draft")
-    draft.write_text(json.dumps(everything, indent=1, ensure_ascii=False), encoding="utf-8")
-    draft.replace(FILE)
+    write_whole(FILE, json.dumps(everything, indent=1, ensure_ascii=False))
 
 
 class GradesWithRemarks(ExportPlugin):  # type: ignore[misc]
