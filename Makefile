@@ -40,7 +40,7 @@ browser:
 	@$(if $(K),-)scripts/browser "$(env)"
 
 check: lint
-	$(bin)/pytest -m "not engine and not browser and not lifetime" -n logical --maxprocesses 4 --dist worksteal
+	$(bin)/pytest -m "not engine and not browser and not lifetime" -n $$(($$(nproc) + 1)) --maxprocesses 4 --dist worksteal
 
 lint: $(ready)
 	$(bin)/ruff check .
