@@ -259,8 +259,8 @@ def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device.\n→ Free some disk space"),
         (
-            PermissionError(errno.EACCES, "Permission denied", "/root/x"),
-            "/root/x: Permission denied.\n→ Let this user write there",
+            PermissionError(errno.EACCES, "Permission denied", "/srv/state"),
+            "/srv/state: Permission denied.\n→ Let this user write there",
         ),
         (OSError("of some library"), "of some library.\n→ See `servebook doctor`."),
     ],
