@@ -38,15 +38,19 @@ async def cross_check(server: Server, wants: Workload, concurrency: int, request
     """Run ours, theirs, ours: ours is the mean of what was before and after.
 
     Raises:
-        BenchError: vLLM's benchmark fails.
+        BenchError: vLLM's benchmark fails, or counts other tokens than were asked for.
     """
     # A seed for each load, and none of a step's: what an earlier one has sent may still be in the prefix cache.
     jobs = workload.completions(wants.prompt_tokens, wants.max_tokens, seed=7_000_000 + concurrency)
     async with find_path("sse").open(server) as send:
         await closed_loop(send, workload.take(jobs, concurrency), concurrency)
         before = await closed_loop(send, workload.take(jobs, requests), concurrency)
-        theirs = await _vllm_bench(server, workload.take(jobs, requests), concurrency)
+        same = workload.take(jobs, requests)
+        theirs = await _vllm_bench(server, same, concurrency)
         after = await closed_loop(send, workload.take(jobs, requests), concurrency)
+    asked, counted = sum(job.max_tokens for job in same), theirs["total_output_tokens"]
+    if counted != asked:
+        raise BenchError(f"`vllm bench serve` counts {counted} tokens, and {asked} were asked for")
     ours = summarize(before, after)
     tokens_per_s, ttft, tpot = theirs["output_throughput"], theirs["p50_ttft_ms"], theirs["p50_tpot_ms"]
     return CrossCheck(
