@@ -284,7 +284,7 @@ def test_what_is_compiled_elsewhere_is_the_same(compiler: ProcessCompiler) -> No
 
 FORK = """
 import asyncio, os, signal, sys, types
-from servebook.engine.forked_core import METHOD, register
+from servebook.engine.faster_start import METHOD, register
 
 class CpuPlatform:
     @classmethod
@@ -380,33 +380,21 @@ def test_what_is_compiled_keeps_torchs_norm(norms: Any, mode: str, first: str) -
     assert priority.gelu_and_mul_sparse == ["native"]
 
 
-LARGE_PAGES = """
-from contextlib import nullcontext
-from servebook.launch.processes import small_pages
-
-def large_kib():
-    lines = open("/proc/self/smaps").read().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:"))
-
-for pages in (nullcontext, small_pages, nullcontext):
-    before = large_kib()
-    with pages():
-        memory = bytearray(b"x") * 2**26
-    print(large_kib() - before > 2**15)
-    del memory
-"""
-
-
-def test_memory_in_small_pages(cpu: Settings) -> None:
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not pages.is_file() or "[never]" in pages.read_text():
-        pytest.skip("this kernel has no large pages")
-    env = os.environ | engine.engine_env(cpu)
-    done = subprocess.run([sys.executable, "-c", LARGE_PAGES], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False", "True"]
+def test_memory_that_is_zero_because_it_is_new() -> None:
+    size = 2**26
+    used = psutil.Process().memory_info().rss
+    with faster_cpu.NewMemory():
+        cache = torch.zeros(size, dtype=torch.int8, device=torch.device("cpu"))
+        others = [torch.zeros(3, 2), torch.zeros(0, dtype=torch.int8), torch.zeros(4, dtype=torch.int8, device="meta")]
+    assert psutil.Process().memory_info().rss - used < size / 2
+    assert (cache.shape, cache.dtype, cache.data_ptr() % 4096) == ((size,), torch.int8, 0)
+    cache[:: 2**12] += 1
+    assert cache.sum() == size / 2**12, "elsewhere it is zero"
+    assert [tensor.shape for tensor in others] == [(3, 2), (0,), (4,)]
+    assert others[-1].is_meta
 
 
 def test_vllm_is_told_of_the_plugins() -> None:
     names = {point.value for point in entry_points(group="vllm.general_plugins")}
-    ours = {f"servebook.engine.{plugin}:register" for plugin in ("quiet_compiler", "forked_core", "faster_cpu")}
+    ours = {f"servebook.engine.{plugin}:register" for plugin in ("quiet_compiler", "faster_start", "faster_cpu")}
     assert names >= ours, "`make setup` tells vLLM of them"

@@ -129,6 +129,7 @@ def engine_env(settings: Settings) -> dict[str, str]:
     # The model runs in EngineCore itself. In a process of its own, vLLM's default on a CPU, it takes a third longer to
     # start and 0.6 GB more, and EngineCore polls that process at full speed.
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(_threads(settings))}
+    env["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # faster_start.py
     # Weights and KV cache in pages of 2 MB, where the kernel has them: a start has 0.1 million page faults and not 0.5,
     # and a fork has a fortieth of the pages to note. With small pages the first of two engines was 4 % slower than the
     # second (2 cores, Intel Xeon), which no comparison of servers could bear.

@@ -9,8 +9,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
@@ -18,7 +18,6 @@ from typing import TypeVar
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-PR_SET_THP_DISABLE = 41
 POLL_SECONDS = 0.05
 KILL_SECONDS = 5.0
 """How long the kernel may take to end what got SIGKILL."""
@@ -55,16 +54,6 @@ def die_with_asker(sig: signal.Signals = signal.SIGKILL) -> None:
         os.kill(os.getpid(), sig)
 
     Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def small_pages() -> Iterator[None]:
-    """Meanwhile the kernel gives this process small pages only, also where large ones are asked for."""
-    _libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
-    try:
-        yield
-    finally:
-        _libc.prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0)
 
 
 def adopt_orphans() -> None:

@@ -150,12 +150,8 @@ def _tls_of_vllm(settings: Settings) -> list[str]:
     return own + (["--ssl-ca-certs", str(authority.resolve()), "--ssl-cert-reqs", "2"] if authority else [])
 
 
-def _vllm_env(settings: Settings, _: Callable[[str], None]) -> dict[str, str]:
-    return {} if settings.on_gpu else {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}  # engine/forked_core.py
-
-
 def _rust_env(settings: Settings, say: Callable[[str], None]) -> dict[str, str]:
-    return _vllm_env(settings, say) | {
+    return {
         "VLLM_USE_RUST_FRONTEND": "1",
         "VLLM_RUST_FRONTEND_PATH": str(rust_front(settings, say)),
         "NO_COLOR": "1",  # its part of the log
@@ -269,7 +265,6 @@ SERVERS: dict[str, ServerSpec] = {
             ports=("http",),
             argv=_vllm,
             ready=lambda at: http_ok(at["http"], "/health"),
-            env=_vllm_env,
         ),
         ServerSpec(
             name="triton",

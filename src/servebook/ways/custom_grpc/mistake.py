@@ -26,7 +26,11 @@ from servebook.launch.processes import wait_until
 from servebook.settings import load_settings
 from servebook.ways.custom_grpc.client import GrpcClient
 
-AS_IT_COMES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+AS_IT_COMES = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 """The engine in a process of its own: vLLM's default for `LLM`, and so what whoever writes this server has."""
 START_SECONDS = 300
 MAX_TOKENS = 12

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 
 from prometheus_client import start_http_server
 
@@ -32,5 +31,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # as in `server`
     asyncio.run(main())

@@ -1,15 +1,13 @@
-"""Lets EngineCore begin as a fork of its server on a CPU too, where vLLM spawns it whatever it is told.
+"""Lets vLLM start sooner: what is imported is not searched for garbage, and EngineCore begins as a fork of its server.
 
-A spawned one is a new interpreter, which imports torch and vLLM once more. Measured (2 cores, Intel Xeon): ready after
-23 s, of which 26 s of a core; forked after 15 s and 17 s, and with 0.2 GB less.
-
-Only vLLM's own HTTP server asks for it (`launch/table.py`): a process in which gRPC's threads run cannot be forked.
+Measured (2 cores, AMD EPYC): vLLM's own server is ready after 15.3 s with neither, 11.3 s with a fork, 9.6 s with both.
 
 vLLM loads this into each of its processes, as a plugin (`vllm.general_plugins` in pyproject.toml).
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from typing import Any
@@ -18,9 +16,20 @@ METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 def register() -> None:
-    """Where "fork" is asked for, let it stand."""
-    if os.environ.get(METHOD) != "fork":
-        return
+    """Set both up, before the engine is built."""
+    # Python's advice before a fork, whose pages would be copied otherwise. vLLM does it, too, but after its start, in
+    # which it collects five times.
+    gc.freeze()
+    if os.environ.get(METHOD) == "fork":
+        let_fork_stand()
+
+
+def let_fork_stand() -> None:
+    """Let EngineCore be forked on a CPU too, where vLLM spawns it whatever it is told.
+
+    A spawned one is a new interpreter, which imports torch and vLLM once more. A process in which gRPC's threads run
+    cannot be forked: who starts them before the engine sets `METHOD` to "spawn".
+    """
     from vllm.platforms.cpu import CpuPlatform
 
     check = CpuPlatform.check_and_update_config
