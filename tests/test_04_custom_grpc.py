@@ -46,7 +46,6 @@ from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
 from servebook.ways.custom_grpc.server import calls
-from servebook.ways.custom_grpc.server.inputs import Inputs
 from servebook.ways.custom_grpc.server.servicer import LLMServicer
 from servebook.ways.custom_grpc.steps import Ladder, ladder
 from servebook.ways.limits import GIVEN_UP
@@ -210,7 +209,7 @@ def test_constraints_hold(client: GrpcClient) -> None:
 
 async def test_a_dear_schema_is_refused_and_holds_up_no_other(aio: GrpcAioClient, grpc_server: launch.Server) -> None:
     """Its compiler has ten seconds of what is left of the cores; others get their constraints and their tokens."""
-    sampling = pb.Sampling(json_schema=json.dumps({"type": "string", "pattern": "." * 2000}))
+    sampling = pb.Sampling(json_schema=json.dumps({"type": "string", "pattern": "." * 16_000}))
     dear = asyncio.create_task(aio.generate("x", max_tokens=1, sampling=sampling, timeout=120))
 
     def compilers() -> list[psutil.Process]:
@@ -318,6 +317,8 @@ def test_a_stream_is_refused_like_a_unary_call(client: GrpcClient) -> None:
 
 
 def test_a_models_own_limit_of_tokens_is_a_default() -> None:
+    from servebook.ways.custom_grpc.server.inputs import Inputs  # imports vLLM, which takes seconds
+
     inputs = Inputs(None, 100, {"max_tokens": 7, "top_p": 0.5})  # nothing is tokenized
     unset, three = pb.GenerateRequest(prompt="x"), pb.GenerateRequest(prompt="x", max_tokens=3)
     for request, prompt_tokens, wanted in ((unset, 5, 7), (three, 5, 3), (unset, 96, 4)):
