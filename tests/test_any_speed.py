@@ -31,7 +31,7 @@ from servebook.ways.metrics import metric
 from servebook.workbook.gate import NOTEBOOKS
 from servebook.workbook.notebook import expect_error, machine_card, measure_pace, until
 
-pytestmark = [pytest.mark.engine, pytest.mark.lane("own"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
 ENDLESS = llm_pb2.Sampling(ignore_eos=True)
 

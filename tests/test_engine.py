@@ -136,6 +136,13 @@ def write(folder: Path, **files: object) -> None:
         (folder / name.replace("__", ".")).write_text(f"{value}\n")
 
 
+@pytest.fixture
+def no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None that runs on this machine, beside these tests perhaps, is to be reckoned with."""
+    monkeypatch.setattr(engine, "promised_bytes", lambda: 0)
+
+
+@pytest.mark.usefixtures("no_engines")
 def test_a_containers_limit_counts(tmp_path: Path) -> None:
     machine = psutil.virtual_memory().available / GIB
     assert engine.available_gib(tmp_path) == pytest.approx(machine, rel=0.2)
@@ -145,12 +152,40 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
     assert engine.available_gib(tmp_path) == pytest.approx(0.75)
 
 
+@pytest.mark.usefixtures("no_engines")
 def test_a_containers_limit_counts_in_the_older_layout(tmp_path: Path) -> None:
     folder = tmp_path / "memory"
     write(
         folder, memory__limit_in_bytes=GIB, memory__usage_in_bytes=GIB, memory__stat=f"total_inactive_file {GIB // 2}"
     )
     assert engine.available_gib(tmp_path) == pytest.approx(0.5)
+
+
+CACHE = """
+import sys, torch
+from setproctitle import setproctitle
+from servebook.engine.faster_cpu import NewMemory
+setproctitle("VLLM::EngineCore")
+with NewMemory():
+    cache = torch.zeros(2**30, dtype=torch.int8, device=torch.device("cpu"))
+cache[: 2**28] = 1
+print("there", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_cache_that_is_not_used_yet_is_taken_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another engine could have been started in what this one has been promised, and one of them would be killed."""
+    with subprocess.Popen([sys.executable, "-c", CACHE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as core:
+        assert core.stdout
+        assert core.stdout.readline() == b"there\n"
+        promised = engine.promised_bytes([psutil.Process(core.pid)])
+        assert promised == pytest.approx(0.75 * GIB, rel=0.1)
+        assert engine.promised_bytes() >= promised
+        core.communicate()
+    monkeypatch.setattr(engine, "promised_bytes", lambda: promised)
+    write(tmp_path, memory__max=3 * GIB, memory__current=GIB, memory__stat="inactive_file 0")
+    assert engine.available_gib(tmp_path) == pytest.approx(2 - promised / GIB)
 
 
 def test_memory(cpu: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

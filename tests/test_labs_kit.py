@@ -873,7 +873,6 @@ def course() -> Iterator[Path]:
 
 
 @pytest.mark.engine
-@pytest.mark.lane("one")
 @pytest.mark.timeout(600)
 def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path, learner: Run, tmp_path: Path) -> None:
     """One perfect, one partial and one empty submission get their points, whatever others do, or have lost."""

@@ -31,6 +31,7 @@ from jupyter_client.manager import KernelManager
 from servebook import launch
 from servebook.bench.resources import is_engine
 from servebook.engine import faster_cpu
+from servebook.engine.arguments import promised_bytes
 from servebook.errors import LaunchError
 from servebook.launch import find_server, link, supervisor
 from servebook.launch.files import Files, visible
@@ -811,6 +812,7 @@ def test_real_engine_killed_while_it_serves(real: Desk) -> None:
     size, used = max(kib_of_mappings(core))
     assert size >= 2**20, "the KV cache"
     assert 0 < used < size / 10
+    assert promised_bytes() >= (size - used) * 2**10
     sockets = sockets_folder(real)
     assert list(sockets.iterdir())
     core.kill()

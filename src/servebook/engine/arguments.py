@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +44,8 @@ Go and Rust's reqwest 90). Where the server closes first, a request may be on it
 connection; and a POST must not simply be sent again. uvicorn, and with it vLLM, has 5 s by itself, as httpx has."""
 
 
+LARGE = 128 * 2**20
+"""Bytes of unused memory in one piece that is a cache: what malloc keeps for each thread is half of it."""
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 """A processor with one of these computes in bfloat16. The others, most laptops among them, only emulate it."""
 
@@ -182,7 +186,10 @@ def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 
 def available_gib(cgroups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Memory that a new process can have, in GiB: the machine's, or the container's where that is less."""
+    """Memory that a new process can have, in GiB: the machine's, or the container's where that is less.
+
+    What running engines have not used yet of their KV caches is theirs.
+    """
     available = psutil.virtual_memory().available
     for limit_file, usage_file, cache in (
         ("memory.max", "memory.current", "inactive_file"),
@@ -196,7 +203,23 @@ def available_gib(cgroups: Path = Path("/sys/fs/cgroup")) -> float:
             available = min(available, limit - used + int(words[words.index(cache) + 1]))
         except (OSError, ValueError):  # no such controller, or "max"
             continue
-    return available / GIB
+    return max(0, available - promised_bytes()) / GIB
+
+
+def promised_bytes(processes: Iterable[psutil.Process] | None = None) -> int:
+    """What engines on CPUs have been given for their KV caches and have not used yet (`faster_cpu.py`), in bytes.
+
+    Without `processes` of all of one's own engines; root sees everybody's.
+    """
+    promised = 0
+    for process in processes or psutil.process_iter():
+        with suppress(psutil.Error):  # it has just ended, or is another user's
+            if process.name().startswith("VLLM::Engine"):
+                maps = process.memory_maps(grouped=False)
+                on_gpu = any("nvidia" in each.path for each in maps)  # its cache is there
+                unused = [each.size - each.rss for each in maps if each.path == "[anon]" and each.perms[:2] == "rw"]
+                promised += 0 if on_gpu else sum(size for size in unused if size > LARGE)
+    return promised
 
 
 def needed_gib(settings: Settings, model: Path) -> float:
