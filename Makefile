@@ -17,7 +17,7 @@ path := $(if $(conda),,$$PWD/)$(bin):$$PATH
 python := $(bin)/python -P
 ready := $(env)/.servebook-$(device)
 room := $(env)/room
-chapter := $(and $(K),$(wildcard notebooks/$(K)_*))
+chapter := $(filter $(K)_%,$(notdir $(wildcard notebooks/*.ipynb)))
 part := $(if $(chapter),,$(K))
 locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
@@ -34,10 +34,10 @@ lab: $(ready)
 room: $(room)/.ready
 	@exec $(bin)/servebook room start
 
-# First of all the browser: what has none must not fail when everything else has run. A part may do without. K=04 is all
-# of chapter 04, in the lanes of the suite, and not each test that has 404 or 2048 in its name.
+# First of all the browser: what has none must not fail when everything else has run. A part may do without. K=04 is
+# what bears the number of chapter 04, in the lanes of the suite, and not each test that has 404 or 2048 in its name.
 test: browser lint $(room)/.ready
-	$(if $(part),$(bin)/pytest --durations 25 -k "$(part)",scripts/test "$(bin)/pytest" $(if $(chapter),"$(K)_ or $(K)."))
+	$(if $(part),$(bin)/pytest --durations 25 -k "$(part)",scripts/test "$(bin)/pytest" $(if $(chapter),"test_$(K)_ or [$(K) or -$(K)"))
 
 browser:
 	@$(if $(K),-)scripts/browser "$(env)"

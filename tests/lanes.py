@@ -47,5 +47,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A chapter may have no test in a lane."""
-    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.getoption("lane"):
+    option = session.config.option
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and option.lane and option.keyword:
         session.exitstatus = pytest.ExitCode.OK

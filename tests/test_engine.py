@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import entry_points
@@ -28,6 +29,8 @@ from servebook.engine import faster_cpu
 from servebook.engine.model import model_path
 from servebook.engine.quiet_compiler import BrokenOffError, ProcessCompiler, TooDear
 from servebook.errors import LaunchError
+from servebook.launch import Server
+from servebook.launch.processes import is_tracker
 from servebook.settings import Settings, load_settings
 from servebook.ways import limits
 from servebook.ways.limits import Limits
@@ -163,15 +166,22 @@ def test_a_containers_limit_counts_in_the_older_layout(tmp_path: Path) -> None:
 
 CACHE = """
 import sys, torch
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE, mmap
 from setproctitle import setproctitle
 from servebook.engine.faster_cpu import NewMemory
 setproctitle("VLLM::EngineCore")
 with NewMemory():
     cache = torch.zeros(2**30, dtype=torch.int8, device=torch.device("cpu"))
 cache[: 2**28] = 1
+kernels = mmap(-1, 2**28, flags=MAP_PRIVATE | MAP_ANONYMOUS, prot=PROT_READ | PROT_WRITE | PROT_EXEC)
 print("there", flush=True)
 sys.stdin.read()
 """
+
+
+def denied(**_: object) -> None:
+    """What psutil says of another user's process."""
+    raise psutil.AccessDenied
 
 
 def test_a_cache_that_is_not_used_yet_is_taken_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,9 +189,14 @@ def test_a_cache_that_is_not_used_yet_is_taken_all_the_same(tmp_path: Path, monk
     with subprocess.Popen([sys.executable, "-c", CACHE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as core:
         assert core.stdout
         assert core.stdout.readline() == b"there\n"
-        promised = engine.promised_bytes([psutil.Process(core.pid)])
+        process = psutil.Process(core.pid)
+        promised = engine.promised_bytes([process])
         assert promised == pytest.approx(0.75 * GIB, rel=0.1)
         assert engine.promised_bytes() >= promised
+        with monkeypatch.context() as another:
+            another.setattr(process, "memory_maps", denied)
+            elsewhere = engine.promised_bytes([process])
+            assert elsewhere == pytest.approx(engine.CORE_GIB * GIB - process.memory_info().rss)
         core.communicate()
     monkeypatch.setattr(engine, "promised_bytes", lambda: promised)
     write(tmp_path, memory__max=3 * GIB, memory__current=GIB, memory__stat="inactive_file 0")
@@ -318,7 +333,7 @@ def test_what_is_compiled_elsewhere_is_the_same(compiler: ProcessCompiler) -> No
 
 
 FORK = """
-import asyncio, os, signal, sys, types
+import asyncio, gc, os, signal, sys, types
 from servebook.engine.faster_start import METHOD, register
 
 class CpuPlatform:
@@ -345,7 +360,7 @@ async def server():
     status = os.waitstatus_to_exitcode(os.wait()[1])
     for _ in range(3):  # it would be read from a socket by now
         await asyncio.sleep(0)
-    print(os.environ[METHOD], status, heard)
+    print(os.environ[METHOD], status, heard, gc.get_freeze_count() > 1000)
 
 asyncio.run(server())
 """
@@ -354,10 +369,10 @@ asyncio.run(server())
 @pytest.mark.parametrize(
     ("asked", "traces", "workers", "seen"),
     [
-        ("fork", "", "1", "fork 7 []"),
-        ("fork", "http://127.0.0.1:4317", "1", "spawn 7 []"),
-        ("fork", "", "2", "spawn 7 []"),
-        ("spawn", "", "1", "spawn 7 ['SIGTERM']"),
+        ("fork", "", "1", "fork 7 [] True"),
+        ("fork", "http://127.0.0.1:4317", "1", "spawn 7 [] True"),
+        ("fork", "", "2", "spawn 7 [] True"),
+        ("spawn", "", "1", "spawn 7 ['SIGTERM'] True"),
     ],
 )
 def test_a_fork_is_kept_where_it_is_asked_for_and_its_signals_are_its_own(
@@ -366,6 +381,25 @@ def test_a_fork_is_kept_where_it_is_asked_for_and_its_signals_are_its_own(
     env = os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": asked}
     done = subprocess.run([sys.executable, "-c", FORK, traces, workers], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == seen, done.stderr
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("name", "forked"),
+    [
+        pytest.param(name, forked, marks=pytest.mark.needs(name))
+        for forked, names in ((True, ("vllm", "vllm-rs", "vllm-grpc", "kserve")), (False, ("grpc", "triton")))
+        for name in names
+    ],
+)
+def test_a_server_is_forked_where_grpcs_threads_come_later(
+    name: str, forked: bool, settings: Settings, server_of: Callable[[str], Server]
+) -> None:
+    if settings.on_gpu:
+        pytest.skip("on a GPU that is vLLM's own affair")
+    family = psutil.Process(server_of(name).pid).children(recursive=True)
+    assert [child for child in family if child.name().startswith(engine.ENGINE_TITLES)]
+    assert any(is_tracker(child.pid) for child in family) != forked, "beside a spawned engine is a resource tracker"
 
 
 @pytest.fixture(scope="module")

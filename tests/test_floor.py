@@ -63,7 +63,7 @@ def test_a_run_says_where_its_seconds_went(tmp_path: Path) -> None:
 
 
 def test_the_lanes_are_all_tests(tmp_path: Path) -> None:
-    """Each has a floor of its own, and what needs servers comes first there."""
+    """Each has a floor of its own, and what needs servers comes first; where a part is asked for, one may be empty."""
     marks = "".join(f"  {name}:\n" for name in ("engine", "browser", "lane"))
     (tmp_path / "pytest.ini").write_text(f"[pytest]\ntestpaths = .\nmarkers =\n{marks}")
     (tmp_path / "conftest.py").write_text('import floor\nfloor.FLOOR = {"several": 3, "one": 3}\n')
@@ -89,9 +89,9 @@ def test_e(): pass
 """
     )
     said = {}
-    for lane, code in (("several", 0), ("one", 1)):
+    for lane, code, *words in (("several", 0), ("own", 5), ("own", 0, "-k", "test_a"), ("one", 1)):
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-v", "-p", "floor", "-p", "lanes", "--lane", lane],
+            [sys.executable, "-m", "pytest", "-v", "-p", "floor", "-p", "lanes", "--lane", str(lane), *words],
             cwd=tmp_path,
             env=os.environ
             | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -101,4 +101,4 @@ def test_e(): pass
         )
         assert done.returncode == code, done.stdout + done.stderr
         said[lane] = re.findall(r"::(test_\w) PASSED", done.stdout)
-    assert said == {"several": ["test_a", "test_c", "test_e"], "one": ["test_d", "test_b"]}
+    assert said == {"several": ["test_a", "test_c", "test_e"], "own": [], "one": ["test_d", "test_b"]}

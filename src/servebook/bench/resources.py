@@ -7,8 +7,7 @@ import time
 import psutil
 from pydantic import BaseModel, Field
 
-ENGINE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
-"""The titles that vLLM gives to the processes of its engine; workers only where it uses several GPUs."""
+from servebook.engine.arguments import ENGINE_TITLES
 
 
 class CpuSeconds(BaseModel):

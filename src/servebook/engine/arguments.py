@@ -44,6 +44,10 @@ Go and Rust's reqwest 90). Where the server closes first, a request may be on it
 connection; and a POST must not simply be sent again. uvicorn, and with it vLLM, has 5 s by itself, as httpx has."""
 
 
+ENGINE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
+"""The titles that vLLM gives to the processes of its engine; workers only where it uses several GPUs, or is told to."""
+CORE_GIB = 2.1
+"""EngineCore with the workbook's own model on a CPU, when all of its KV cache has been used (measured)."""
 LARGE = 128 * 2**20
 """Bytes of unused memory in one piece that is a cache: what malloc keeps for each thread is half of it."""
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -134,7 +138,7 @@ def engine_env(settings: Settings) -> dict[str, str]:
     # start and 0.6 GB more, and EngineCore polls that process at full speed.
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(_threads(settings))}
     env["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # faster_start.py
-    # Weights and KV cache in pages of 2 MB, where the kernel has them: a start has 0.1 million page faults and not 0.5,
+    # All but the KV cache in pages of 2 MB, where the kernel has them: a start has 0.1 million page faults and not 0.5,
     # and a fork has a fortieth of the pages to note. With small pages the first of two engines was 4 % slower than the
     # second (2 cores, Intel Xeon), which no comparison of servers could bear.
     env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -209,17 +213,26 @@ def available_gib(cgroups: Path = Path("/sys/fs/cgroup")) -> float:
 def promised_bytes(processes: Iterable[psutil.Process] | None = None) -> int:
     """What engines on CPUs have been given for their KV caches and have not used yet (`faster_cpu.py`), in bytes.
 
-    Without `processes` of all of one's own engines; root sees everybody's.
+    Without `processes` of all that run here. Of another user's engine one sees how much it has in all, and takes it for
+    one with the workbook's own model.
     """
     promised = 0
-    for process in processes or psutil.process_iter():
-        with suppress(psutil.Error):  # it has just ended, or is another user's
-            if process.name().startswith("VLLM::Engine"):
-                maps = process.memory_maps(grouped=False)
-                on_gpu = any("nvidia" in each.path for each in maps)  # its cache is there
-                unused = [each.size - each.rss for each in maps if each.path == "[anon]" and each.perms[:2] == "rw"]
-                promised += 0 if on_gpu else sum(size for size in unused if size > LARGE)
+    for process in psutil.process_iter() if processes is None else processes:
+        with suppress(psutil.Error, ValueError):  # it has just ended, or changed meanwhile
+            if process.name().startswith(ENGINE_TITLES):
+                promised += _promised(process)
     return promised
+
+
+def _promised(process: psutil.Process) -> int:
+    try:
+        maps = process.memory_maps(grouped=False)
+    except (psutil.AccessDenied, AttributeError):  # another user's, or a kernel that tells nobody
+        return max(0, int(CORE_GIB * GIB) - process.memory_info().rss)
+    if any(each.path.startswith("/dev/nvidia") for each in maps):  # its cache is there
+        return 0
+    unused = (each.size - each.rss for each in maps if each.path == "[anon]" and each.perms == "rw-p")
+    return sum(size for size in unused if size > LARGE)
 
 
 def needed_gib(settings: Settings, model: Path) -> float:

@@ -26,11 +26,7 @@ from servebook.launch.processes import wait_until
 from servebook.settings import load_settings
 from servebook.ways.custom_grpc.client import GrpcClient
 
-AS_IT_COMES = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
+AS_IT_COMES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """The engine in a process of its own: vLLM's default for `LLM`, and so what whoever writes this server has."""
 START_SECONDS = 300
 MAX_TOKENS = 12
@@ -99,6 +95,7 @@ def main() -> None:
     """Start the server, ask, print, and end the server with all that it started, which a crash leaves behind."""
     command = [sys.executable, "-m", "servebook.ways.custom_grpc.mistake", "serve"]
     env = engine_env(load_settings()) | AS_IT_COMES
+    env.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
     with run_child(command, addresses, env=env, seconds=START_SECONDS, grace=0) as server:
         locked, unlocked = addresses(server)
         result: dict[str, Any] = {"alone": asdict(ask(locked, clients=1))}

@@ -37,7 +37,7 @@ def where(child: Child) -> Ladder | None:
 
 @contextmanager
 def ladder(settings: Settings | None = None) -> Iterator[Ladder]:
-    """Run steps 1 to 4 over one engine in a process of its own, which takes half a minute to start.
+    """Run steps 1 to 4 over one engine in a process of its own, which takes some seconds to start.
 
     Raises:
         LaunchError: it did not start; the message has the end of its output.

@@ -56,7 +56,7 @@ class TritonPythonModel:
                 f"config.pbtxt: parameter {name} has no effect; engine arguments belong into 1/model.json"
             )
         flags = {name: parameters.get(name, {}).get("string_value", "").lower() == "true" for name in FLAGS}
-        # A forked engine would hold the guardian's pipe open, and not bear its mark; on a CPU vLLM never forks.
+        # A forked engine would hold the guardian's pipe open, and not bear its mark.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         if args["model_instance_kind"] == "GPU":  # one instance per device, each with its own
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
