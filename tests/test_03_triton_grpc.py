@@ -28,17 +28,19 @@ from desk import eventually, seconds_until
 from tritonclient.utils import InferenceServerException
 
 from servebook import launch
+from servebook.checkout import ROOT
 from servebook.launch import Server
 from servebook.launch.files import Files, read_log
 from servebook.launch.processes import KEPT, free_port, marked
 from servebook.settings import load_settings
 from servebook.ways.client import Answer, Piece
 from servebook.ways.metrics import metric
+from servebook.ways.pace import Pace as ResponsePace
 from servebook.ways.triton_grpc import steps
 from servebook.ways.triton_grpc.aio_client import TritonAioClient
 from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
 from servebook.ways.triton_grpc.client import TritonClient
-from servebook.workbook.notebook import difference, measure_pace
+from servebook.workbook.notebook import Pace, difference, measure_pace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -359,9 +361,21 @@ async def test_32_streams_at_once(triton: Server) -> None:
     for chunks in answers:
         assert sum(chunk.tokens for chunk in chunks) == 24
         assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
-    if not load_settings().on_gpu:  # a response waits for 0.1 s; not the last two, whose answer is at its end
-        assert max(map(len, answers)) <= seconds / 0.1 + 2
+    if not load_settings().on_gpu:
+        # A response waits as long as its pace says, but for those at an answer's end: each has at most half of what was
+        # left before it, so that they are five of 24 tokens. With fewer streams open they come no faster in sum.
+        per_second = 32 / pace_on_shared_cores().hold_seconds(32, sent=1, left=24)
+        assert sum(map(len, answers)) <= seconds * per_second + 32 * (5 + 1)
     await until(lambda: running(triton) == 0, "no request is left running")
+
+
+def pace_on_shared_cores() -> ResponsePace:
+    """The backend's own, from its source: nobody but Triton can import that."""
+    source = (ROOT / "src/servebook/ways/triton_grpc/backend/engine.py").read_text()
+    [words] = re.findall(r"^PACE_ON_SHARED_CORES = (Pace\(.+\))$", source, re.MULTILINE)
+    pace = eval(words, {"Pace": ResponsePace, "os": os})
+    assert isinstance(pace, ResponsePace)
+    return pace
 
 
 async def seconds_per_step(client: TritonAioClient) -> float:
@@ -386,15 +400,21 @@ async def test_a_cancel_reaches_the_engine_within_200_ms(triton: Server, stream:
 
 
 async def test_a_cancel_before_the_first_token(triton: Server) -> None:
-    prompt = " ".join(str(number) for number in range(400))  # its prefill takes longer than the client waits
+    """On a fast engine before the first response, which is the whole answer: the prefill may be done by then."""
+    pace = await asyncio.to_thread(pace_of, triton)
+    prompt = " ".join(str(number) for number in range(400))  # leaves room for 559 tokens
     async with TritonAioClient(triton.grpc) as client:
         before = vllm_metric(triton, "generation_tokens_total")
+        start = time.monotonic()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await client.generate(prompt, **LONG)
+        seconds = time.monotonic() - start
         await client.generate("next", max_tokens=1)
         await until(lambda: running(triton) == 0, "the engine is free")
-    assert vllm_metric(triton, "generation_tokens_total") - before < 20
+    # What it writes until the client leaves, and until that is seen; 20 for who looks late.
+    most = 20 + pace.tokens(seconds + 0.1, at_least=0)
+    assert vllm_metric(triton, "generation_tokens_total") - before < most
 
 
 @pytest.mark.survives("200 callers who leave at random", "triton", lost="nothing")
@@ -420,11 +440,13 @@ async def test_200_random_cancels(triton: Server) -> None:
     assert {role: process.pid for role, process in family(triton).items()} == before
 
 
+def pace_of(server: Server) -> Pace:
+    return measure_pace(lambda n: TritonClient(server.grpc).generate(PROMPT, max_tokens=n, ignore_eos=True))
+
+
 def patience(server: Server) -> float:
     """Seconds in which LONG cannot be done, on an engine of any speed."""
-    return measure_pace(lambda n: TritonClient(server.grpc).generate(PROMPT, max_tokens=n, ignore_eos=True)).seconds(
-        LONG["max_tokens"] // 3, at_most=0.5
-    )
+    return pace_of(server).seconds(LONG["max_tokens"] // 3, at_most=0.5)
 
 
 def test_a_deadline_ends_the_request_on_both_sides(triton: Server) -> None:
@@ -552,7 +574,8 @@ def paused() -> Iterator[Server]:
 
     with ThreadPoolExecutor() as pool:
         served = pool.submit(launch.serve, "triton", instance=name)
-        loading = eventually(stub, "the stub")
+        loading = eventually(lambda: served.done() or stub(), "the stub", load_settings().start_timeout)
+        assert loading is not True, f"it started, or failed, before it could be paused: {served.exception()}"
         loading.suspend()
         time.sleep(2)  # the pause
         loading.resume()
@@ -645,8 +668,7 @@ class TestSteps:
         """`waits`: the first caller has everything before the second one has a first piece."""
         tokens = STORY["max_tokens"]
         if not waits:  # it must not be over before the second caller has connected, however fast the engine is
-            pace = measure_pace(lambda n: TritonClient(triton.grpc).generate(PROMPT, max_tokens=n, ignore_eos=True))
-            tokens = pace.tokens(3, at_least=tokens)
+            tokens = pace_of(triton).tokens(3, at_least=tokens)
         before = self.written(triton)
         with (
             closing(steps.stream(ladder, step, PROMPT, **STORY | {"max_tokens": tokens})) as first,
@@ -654,7 +676,7 @@ class TestSteps:
         ):
             next(first)
             next(second)
-            assert (self.written(triton) - before > tokens) == waits
+            assert (self.written(triton) - before >= tokens) == waits
         eventually(lambda: running(triton) == 0, "an idle engine")
 
     @pytest.mark.parametrize(("step", "sampling", "whole"), [(2, STORY, True), (3, LONG, False)])

@@ -43,7 +43,7 @@ from servebook.ways.fastapi_gateway.server.limits import HISTORY_TURNS, MAX_TOKE
 from servebook.ways.fastapi_gateway.server.telemetry import Metrics, Telemetry
 from servebook.ways.fastapi_gateway.steps import step_1_await, step_2_disconnect, step_3_errors, step_4_limits
 from servebook.ways.metrics import metric
-from servebook.workbook.notebook import difference, measure_pace
+from servebook.workbook.notebook import Pace, difference, measure_pace
 
 pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
 
@@ -533,18 +533,34 @@ def doomed() -> launch.Server:
     return launch.serve("vllm", instance="vllm-doomed", vllm_http_port=free_port(), engine_url=None)
 
 
+GO = {"messages": [{"role": "user", "content": "Go."}], "max_tokens": 1500, "ignore_eos": True}
+
+
+async def first_token_seconds(server: launch.Server) -> float:
+    """From the request to the first chunk; then the request is taken back."""
+    async with Engine(Config(server.url)) as engine:
+        call = engine.call("first")
+        started = time.monotonic()
+        await anext(await call.stream(GO))
+        seconds = time.monotonic() - started
+        call.close()
+    return seconds
+
+
 @pytest.mark.survives(
     "the engine stopped (SIGSTOP) beyond the time limit", "gateway", lost="its answers, each with an error"
 )
 async def test_an_engine_that_hangs_is_a_timeout(doomed: launch.Server) -> None:
     assert doomed.pid
-    app = create_app(Config(doomed.url, idle_seconds=0.5, answer_seconds=1))
+    await first_token_seconds(doomed)  # what only the first request pays for
+    patience = max(0.5, 5 * await first_token_seconds(doomed))
+    app = create_app(Config(doomed.url, idle_seconds=patience, answer_seconds=2 * patience))
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=60) as client,
     ):
-        chunks = await app.state.engine.call("hang").stream({"messages": [{"role": "user", "content": "Go."}]})
+        chunks = await app.state.engine.call("hang").stream(GO)
         await anext(chunks)
         os.kill(doomed.pid, signal.SIGSTOP)
         try:
@@ -556,6 +572,13 @@ async def test_an_engine_that_hangs_is_a_timeout(doomed: launch.Server) -> None:
     assert last.startswith('event: error\ndata: {"error": {"code": "engine_timeout"')
     assert end == ""
     assert [(answer.status_code, answer.json()["error"]["code"]) for answer in answers] == [(504, "engine_timeout")] * 2
+
+
+def answers_at(address: str) -> bool:
+    """Whether somebody takes connections there."""
+    host, port = address.rsplit(":", 1)
+    with socket.socket() as caller:
+        return caller.connect_ex((host, int(port))) == 0
 
 
 @pytest.mark.survives("the engine killed (SIGKILL)", "gateway", lost="its answers, each with an error")
@@ -589,6 +612,8 @@ def test_the_engine_killed_under_load_and_back(doomed: launch.Server, vllm: laun
                 "request_id": answer.headers["x-request-id"],
             }
         assert requests.get(f"{url}/readyz", timeout=30).status_code == 503
+        # EngineCore is a fork of the server, and holds its socket until it ends, too.
+        eventually(lambda: not answers_at(doomed.http), "nobody listens at the dead engine's port")
         assert requests.post(f"{url}/chat", json=JAPAN, timeout=30).json()["error"]["code"] == "engine_unavailable"
 
         doomed.stop()  # returns when nothing is left of it: its port is free
@@ -608,6 +633,15 @@ def steps(vllm: launch.Server) -> Iterator[list[str]]:
     """The URLs of the first three steps; of the others an application without a socket shows it all."""
     with ExitStack() as stack:
         yield [stack.enter_context(child_server(step.__name__, "--upstream", vllm.url)) for step in LADDER[:3]]
+
+
+@pytest.fixture(scope="module")
+def pace(vllm: launch.Server) -> Pace:
+    def write(tokens: int) -> None:
+        body = {"model": vllm.model, "prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
+        requests.post(f"{vllm.url}/v1/completions", json=body, timeout=60).raise_for_status()
+
+    return measure_pace(write)
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
@@ -631,14 +665,11 @@ async def test_every_step_answers(step: Any, vllm: launch.Server) -> None:
     assert "".join(piece["text"] for piece in texts(stream.text))
 
 
-def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: launch.Server, steps: list[str]) -> None:
+def test_a_blocking_client_stops_the_event_loop(
+    gateway: launch.Server, vllm: launch.Server, steps: list[str], pace: Pace
+) -> None:
     """While one caller waits for /chat, the article's gateway answers nobody; step 1 and ours do."""
-
-    def write(tokens: int) -> None:
-        body = {"model": vllm.model, "prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
-        requests.post(f"{vllm.url}/v1/completions", json=body, timeout=60).raise_for_status()
-
-    long = {"message": STORY["message"], "max_tokens": measure_pace(write).tokens(4, at_least=60)}
+    long = STORY | {"max_tokens": pace.tokens(4, at_least=60)}
 
     def answers_meanwhile(url: str) -> bool:
         with half_a_request(url, "/chat", long) as caller:
@@ -657,7 +688,7 @@ def test_a_blocking_client_stops_the_event_loop(gateway: launch.Server, vllm: la
 
 @pytest.mark.parametrize(("step", "path", "ended"), [(1, "/chat", 1), (1, "/chat/stream", 0), (2, "/chat", 0)])
 def test_from_step_2_on_nobody_computes_for_who_has_left(
-    steps: list[str], vllm: launch.Server, step: int, path: str, ended: int
+    steps: list[str], vllm: launch.Server, pace: Pace, step: int, path: str, ended: int
 ) -> None:
     """`ended`: how many answers the engine wrote to their end, though their caller had hung up."""
 
@@ -667,7 +698,8 @@ def test_from_step_2_on_nobody_computes_for_who_has_left(
 
     eventually(lambda: running(vllm.url) == 0, "the engine is idle")
     before = written()
-    with half_a_request(steps[step], path, {"message": STORY["message"], "max_tokens": 100}):
+    # Long enough to be seen in the engine, and left while it is there.
+    with half_a_request(steps[step], path, STORY | {"max_tokens": pace.tokens(2, at_least=60)}):
         eventually(lambda: running(vllm.url) == 1, "the engine has the request")
     eventually(lambda: running(vllm.url) == 0, "the engine is idle again", 60)
     eventually(lambda: written() - before == ended, "it is counted")

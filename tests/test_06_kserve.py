@@ -34,7 +34,7 @@ from servebook.ways.client import Answer
 from servebook.ways.kserve.client import V2Client, tensor
 from servebook.ways.kserve.steps import ladder
 from servebook.ways.metrics import metric
-from servebook.workbook.notebook import difference, measure_pace
+from servebook.workbook.notebook import Pace, difference, measure_pace
 
 pytestmark = pytest.mark.engine
 
@@ -436,6 +436,11 @@ def test_clients_of_other_dialects_are_answered(kserve: launch.Server) -> None:
 # Callers who leave
 
 
+@pytest.fixture(scope="module")
+def pace(client: V2Client) -> Pace:
+    return measure_pace(lambda tokens: client.generate("Once", max_tokens=tokens, ignore_eos=True))
+
+
 def running(kserve: launch.Server) -> float:
     return metric(kserve.url, "vllm:num_requests_running")
 
@@ -444,13 +449,13 @@ def generated(kserve: launch.Server) -> float:
     return metric(kserve.url, "vllm:generation_tokens_total")
 
 
-def leave_rest(kserve: launch.Server) -> None:
+def leave_rest(kserve: launch.Server, _: Pace) -> None:
     body = {"inputs": [given("text_input", PROMPT), sampling(**ENDLESS)]}
     with half_a_request(kserve.url, f"/v2/models/{MODEL}/infer", body):
         eventually(lambda: running(kserve) == 1, "the request in the engine")
 
 
-def leave_grpc(kserve: launch.Server) -> None:
+def leave_grpc(kserve: launch.Server, _: Pace) -> None:
     with V2Client(kserve.grpc) as client:
         inputs = [tensor("text_input", PROMPT), tensor("sampling_parameters", json.dumps(ENDLESS))]
         call = client.stub.async_infer(MODEL, inputs, callback=lambda result, error: None)
@@ -458,29 +463,30 @@ def leave_grpc(kserve: launch.Server) -> None:
         call.cancel()
 
 
-def leave_by_deadline(kserve: launch.Server) -> None:
+def leave_by_deadline(kserve: launch.Server, pace: Pace) -> None:
     with V2Client(kserve.grpc) as client:
-        pace = measure_pace(lambda n: client.infer(PROMPT, ENDLESS | {"max_tokens": n}))
         with pytest.raises(InferenceServerException) as caught:
-            client.infer(PROMPT, ENDLESS, timeout=pace.seconds(500, at_most=2))
+            client.infer(PROMPT, ENDLESS, timeout=pace.seconds(200, at_most=2))
         assert caught.value.status() == "StatusCode.DEADLINE_EXCEEDED"
 
 
-def leave_openai_stream(kserve: launch.Server) -> None:
+def leave_openai_stream(kserve: launch.Server, _: Pace) -> None:
     body = {"model": MODEL, "prompt": PROMPT, "stream": True, **ENDLESS}
     with httpx.stream("POST", f"{kserve.url}/openai/v1/completions", json=body, timeout=30) as stream:
         next(stream.iter_lines())
 
 
-def leave_openai(kserve: launch.Server) -> None:
+def leave_openai(kserve: launch.Server, _: Pace) -> None:
     with half_a_request(kserve.url, "/openai/v1/completions", {"model": MODEL, "prompt": PROMPT, **ENDLESS}):
         eventually(lambda: running(kserve) == 1, "the request in the engine")
 
 
 @pytest.mark.parametrize("leave", [leave_rest, leave_grpc, leave_by_deadline, leave_openai_stream, leave_openai])
-def test_caller_who_leaves_stops_the_engine(kserve: launch.Server, leave: Callable[[launch.Server], None]) -> None:
+def test_caller_who_leaves_stops_the_engine(
+    kserve: launch.Server, pace: Pace, leave: Callable[[launch.Server, Pace], None]
+) -> None:
     before = generated(kserve)
-    leave(kserve)
+    leave(kserve, pace)
     eventually(lambda: running(kserve) == 0, "an idle engine")
     assert generated(kserve) - before < ENDLESS["max_tokens"] / 2
 
@@ -610,9 +616,8 @@ class TestSteps:
     """A class, for the steps' processes to end with the last of these tests."""
 
     @pytest.fixture(scope="class")
-    def long(self, client: V2Client) -> JsonTensor:
+    def long(self, pace: Pace) -> JsonTensor:
         """Two seconds of work, however fast the engine is: it can be seen there before it is done."""
-        pace = measure_pace(lambda tokens: client.generate("Once", max_tokens=tokens, ignore_eos=True))
         return sampling(max_tokens=pace.tokens(2, at_least=48), ignore_eos=True)
 
     def refused(self, url: str, *inputs: JsonTensor) -> tuple[int, str]:

@@ -230,17 +230,21 @@ def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(
     router: launch.Server, client: RouterClient
 ) -> None:
     kept, leaving = client.replicas()
+    # They are at work still when the replica leaves, on an engine of any speed.
+    tokens = measure_pace(lambda n: complete(router, max_tokens=n, ignore_eos=True)).tokens(4, at_least=100)
+    eventually(lambda: not any(map(running, client.replicas())), "idle replicas")
     at = client.sent(leaving)
     with ThreadPoolExecutor() as pool:
-        long = [pool.submit(complete, router, max_tokens=100, ignore_eos=True) for _ in range(4)]
+        long = [pool.submit(complete, router, max_tokens=tokens, ignore_eos=True) for _ in range(4)]
         eventually(lambda: client.sent(leaving) == at + 2, "two long requests at each replica")
         drained = pool.submit(client.drain, leaving)
         try:
             eventually(lambda: list(client.replicas()) == [kept], "one replica less")
+            assert not any(each.done() for each in long)
             assert {complete(router).status_code for _ in range(4)} == {200}
             drained.result(timeout=90)
             assert running(leaving) == 0, "the long ones have ended"
-            assert [each.result(timeout=60).json()["usage"]["completion_tokens"] for each in long] == [100] * 4
+            assert [each.result(timeout=60).json()["usage"]["completion_tokens"] for each in long] == [tokens] * 4
             assert client.sent(leaving) == at + 2
         finally:
             client.add(leaving)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 
 import psutil
@@ -11,6 +13,8 @@ import pytest
 from playwright.sync_api import Locator, Page, Request, expect
 
 from servebook import launch
+from servebook.lab.taps.http import Exchange, Tap
+from servebook.lab.taps.sse import content_of, events_of
 from servebook.launch.child import child_server
 from servebook.launch.processes import free_port, wait_until
 from servebook.ways.metrics import metric
@@ -20,10 +24,73 @@ pytestmark = [pytest.mark.browser, pytest.mark.lane("one")]
 JAPAN = "What is the capital of Japan?"
 STORY = "Tell me a very long story about a fox."
 KEY = "only-for-this-test"
+HELD_SECONDS = 60
+"""Longer than anything here is waited for."""
+
+
+class HeldEngine:
+    """The engine as a gateway sees it; it keeps all but an answer's first words back until `let_go`, or until who
+    asked has left. However fast it is, an answer is still coming then."""
+
+    def __init__(self, vllm: launch.Server) -> None:
+        self.tap = Tap(vllm.url, self._hold)
+        self.gateway = ""
+        self._let_go = threading.Event()
+
+    def _hold(self, chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
+        begun = False
+        for event in events_of(chunks) if exchange.path.endswith("/completions") else chunks:
+            if begun:
+                wait_until(lambda: self._let_go.is_set() or exchange.client_gone(), HELD_SECONDS)
+            yield event
+            begun = begun or bool(content_of(event))
+
+    def hold(self) -> None:
+        """From the next answer on."""
+        self._let_go.clear()
+        self.tap.exchanges.clear()
+
+    def let_go(self) -> None:
+        """This answer and those to come."""
+        self._let_go.set()
+
+    def was_left(self) -> bool:
+        """Whether the gateway hung up on the engine in the midst of the first answer."""
+        answer = next(each for each in self.tap.exchanges if each.path.endswith("/completions"))
+        return answer.done.wait(5) and answer.left is not None
+
+
+@pytest.fixture(scope="module")
+def holding(vllm: launch.Server) -> Iterator[HeldEngine]:
+    held = HeldEngine(vllm)
+    with (
+        held.tap,
+        child_server("servebook.ways.fastapi_gateway.server", "--upstream", held.tap.url) as held.gateway,
+    ):
+        yield held
+
+
+@pytest.fixture
+def held(holding: HeldEngine) -> Iterator[HeldEngine]:
+    holding.hold()
+    yield holding
+    holding.let_go()
 
 
 @pytest.fixture
 def chat(page: Page, gateway: launch.Server) -> Iterator[Page]:
+    with opened(page, gateway.url):
+        yield page
+
+
+@pytest.fixture
+def held_chat(page: Page, held: HeldEngine) -> Iterator[Page]:
+    with opened(page, held.gateway):
+        yield page
+
+
+@contextmanager
+def opened(page: Page, gateway: str) -> Iterator[None]:
     """The page, open and ready; afterwards nothing was asked of another host, and the console is clean."""
     asked: list[str] = []
     said: list[str] = []
@@ -34,9 +101,9 @@ def chat(page: Page, gateway: launch.Server) -> Iterator[Page]:
     page.on("request", note)
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.goto(gateway.url)
-    yield page
-    assert all(url.startswith(gateway.url) for url in asked)
+    page.goto(gateway)
+    yield
+    assert all(url.startswith(gateway) for url in asked)
     assert said == []
 
 
@@ -53,12 +120,14 @@ def engine_idle(vllm: launch.Server, seconds: float = 5) -> bool:
     return wait_until(lambda: not metric(vllm.url, "vllm:num_requests_running"), seconds)
 
 
-def test_an_answer_streams_in(chat: Page) -> None:
+def test_an_answer_streams_in(held_chat: Page, held: HeldEngine) -> None:
+    chat = held_chat
     ask(chat, STORY, longest=200)
     answer = chat.get_by_role("article", name="Model")
     expect(answer).to_have_attribute("aria-busy", "true")
     expect(answer.locator("p").first).not_to_be_empty()
     assert answer.get_attribute("aria-busy") == "true", "the first words came with the last"
+    held.let_go()
     expect(chat.get_by_role("status")).to_have_text("Answer complete.")
     expect(answer).not_to_have_attribute("aria-busy", "true")
     expect(chat.locator("#ttft")).to_have_text(re.compile(r"^\d+ ms$"))
@@ -110,31 +179,37 @@ def test_a_wrong_option_is_shown(chat: Page) -> None:
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
-def test_stop_stops_the_engine(chat: Page, vllm: launch.Server, how: str) -> None:
+def test_stop_stops_the_engine(held_chat: Page, held: HeldEngine, vllm: launch.Server, how: str) -> None:
+    chat = held_chat
     ask(chat, STORY, longest=1500)
     expect(chat.get_by_role("article", name="Model").locator("p").first).not_to_be_empty()
-    assert metric(vllm.url, "vllm:num_requests_running") == 1
     if how == "button":
         chat.get_by_role("button", name="Stop").click()
     else:
         chat.keyboard.press("Escape")
     expect(chat.get_by_role("article", name="Model")).to_contain_text("Stopped.")
+    assert held.was_left()
     assert engine_idle(vllm)
+    held.let_go()
     ask(chat, JAPAN)
     expect(chat.get_by_role("status")).to_have_text("Answer complete.")
 
 
-def test_a_reload_in_mid_stream_stops_the_engine_too(chat: Page, vllm: launch.Server) -> None:
+def test_a_reload_in_mid_stream_stops_the_engine_too(held_chat: Page, held: HeldEngine, vllm: launch.Server) -> None:
+    chat = held_chat
     ask(chat, STORY, longest=1500)
     expect(chat.get_by_role("article", name="Model").locator("p").first).not_to_be_empty()
     chat.reload()
+    assert held.was_left()
     assert engine_idle(vllm)
+    held.let_go()
     expect(chat.get_by_role("article")).to_have_count(0)
     ask(chat, JAPAN)
     expect(chat.get_by_role("article", name="Model")).to_contain_text("Tokyo")
 
 
-def test_what_people_write_is_text(chat: Page) -> None:
+def test_what_people_write_is_text(held_chat: Page) -> None:
+    chat = held_chat
     words = "안녕하세요 🦊👩‍👩‍👧 <img src=x onerror=\"document.title='broken'\">\nשלום"
     chat.get_by_label("Message", exact=True).fill(words)
     chat.get_by_role("button", name="Send").click()
@@ -143,7 +218,8 @@ def test_what_people_write_is_text(chat: Page) -> None:
     chat.get_by_role("button", name="Stop").click()
 
 
-def test_the_keyboard_is_enough(chat: Page) -> None:
+def test_the_keyboard_is_enough(held_chat: Page) -> None:
+    chat = held_chat
     expect(chat.get_by_label("Message", exact=True)).to_be_focused()
     chat.keyboard.type("One line")
     chat.keyboard.press("Shift+Enter")
@@ -221,9 +297,9 @@ def test_a_key_is_asked_for(page: Page, vllm: launch.Server) -> None:
         expect(page.get_by_role("article", name="Model").last).to_contain_text("Tokyo")
 
 
-def test_a_gateway_that_dies_in_mid_stream(page: Page, vllm: launch.Server) -> None:
+def test_a_gateway_that_dies_in_mid_stream(page: Page, held: HeldEngine, vllm: launch.Server) -> None:
     port = free_port()
-    with child_server("servebook.ways.fastapi_gateway.server", "--upstream", vllm.url, port=port) as url:
+    with child_server("servebook.ways.fastapi_gateway.server", "--upstream", held.tap.url, port=port) as url:
         page.goto(url)
         ask(page, STORY, longest=1500)
         expect(page.get_by_role("article", name="Model").locator("p").first).not_to_be_empty()

@@ -30,8 +30,9 @@ CELL_MS = 240_000
 SERVE = 'import requests\nfrom servebook import serve\nvllm = serve("vllm")\nprint("pid", vllm.pid)'
 STREAM = """\
 body = {"model": vllm.model, "prompt": "Once upon a time", "max_tokens": 1500, "stream": True, "ignore_eos": True}
-for line in requests.post(vllm.url + "/v1/completions", json=body, stream=True).iter_lines():
-    print("got", len(line))"""
+while True:  # an answer of a fast engine is over before anybody has interrupted it
+    for line in requests.post(vllm.url + "/v1/completions", json=body, stream=True).iter_lines():
+        print("got", len(line))"""
 ALIVE = 'print("health", requests.get(vllm.url + "/health").status_code, "pid", serve("vllm").pid)'
 
 

@@ -754,12 +754,16 @@ def real(tmp_path: Path) -> Iterator[Desk]:
 
 
 def shared_memory() -> set[str]:
-    """What Python's multiprocessing has there and no process has mapped: the other lane's tests use it, too."""
-    files = {str(file) for pattern in ("psm_*", "sem.mp-*") for file in Path("/dev/shm").glob(pattern)}
+    """What Python's multiprocessing has there and no process has mapped: the other lanes' tests use it, too."""
+    files = {}
+    for file in (file for pattern in ("psm_*", "sem.mp-*") for file in Path("/dev/shm").glob(pattern)):
+        with suppress(OSError):  # it is gone meanwhile
+            files[str(file)] = str(file.stat().st_ino)
+    mapped = set()  # by number: a semaphore is made under another name than it has later
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):  # it has ended meanwhile, or is another user's
-            files -= {line.split()[-1] for line in maps.read_text().splitlines() if "/dev/shm/" in line}
-    return files
+            mapped |= {line.split()[4] for line in maps.read_text().splitlines() if "/dev/shm/" in line}
+    return {name for name, number in files.items() if number not in mapped}
 
 
 def sockets_folder(desk: Desk) -> Path:

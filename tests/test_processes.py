@@ -40,6 +40,27 @@ def test_a_child_ends_with_all_that_it_started(grace: float) -> None:
     assert marked(MARK) == {}
 
 
+def test_a_child_is_started_by_no_fork_which_threads_of_grpc_would_break() -> None:
+    script = (
+        "import os; from servebook.launch.child import run_child\n"
+        "os.register_at_fork(before=lambda: print('forked', flush=True))\n"
+        "with run_child(['true'], lambda child: child.process.wait() == 0): print('ran')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "ran\n"
+
+
+def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "torn").write_text("no program")
+    (tmp_path / "torn").chmod(0o755)
+    for program in ("no-such-program", tmp_path / "none", "./none"):
+        with pytest.raises(FileNotFoundError), run_child([program], cwd=tmp_path):
+            pytest.fail("it runs")
+    torn = run_child(["./torn"], lambda _: False, cwd=tmp_path)
+    with pytest.raises(LaunchError, match="torn: Exec format error"), torn:
+        pytest.fail("it runs")
+
+
 def test_a_child_that_ends_or_never_listens_is_a_message_with_its_output() -> None:
     with (
         pytest.raises(LaunchError, match=r"(?s)tiny did not start.*the weights are torn"),

@@ -15,8 +15,9 @@ from uuid import uuid4
 
 from servebook.environment import child_environment
 from servebook.errors import LaunchError
+from servebook.launch.bound import bound
 from servebook.launch.probes import http_ok
-from servebook.launch.processes import die_with_parent, end, free_port, wait_until
+from servebook.launch.processes import end, free_port, wait_until
 
 START_SECONDS = 60.0
 GRACE_SECONDS = 10.0
@@ -55,17 +56,17 @@ def run_child(
         LaunchError: it ended, or was not ready in time; the message has the end of its output.
     """
     mark = f"_SERVEBOOK_CHILD_{uuid4().hex}=1"
+    # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
+    environment = child_environment() | (env or {}) | {"SPT_NOENV": "1"} | dict([mark.split("=")])
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            words,
-            # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
-            env=child_environment() | (env or {}) | {"SPT_NOENV": "1"} | dict([mark.split("=")]),
+            bound(words, environment, cwd),
+            env=environment,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=die_with_parent,
         )
         child = Child(process, output)
 

@@ -35,7 +35,7 @@ def wait_until(condition: Callable[[], T], seconds: float, every: float = POLL_S
 
 
 def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
-    """Let the kernel send `sig` to this process when the thread that started it ends; for a `preexec_fn`."""
+    """Let the kernel send `sig` to this process when the thread that started it ends."""
     _libc.prctl(PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
 
 

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import requests
 from prometheus_client.parser import text_string_to_metric_families
@@ -31,7 +32,7 @@ PROMPT = "The sea is"
 BACK_SECONDS = 5.0
 HEARD_SECONDS = 3 * GONE_SECONDS
 TOGETHER_SECONDS = 8.0
-"""How long the first of a crowd is held for the last to come."""
+"""How long a crowd is held for the next of it to come."""
 BEYOND = 4
 """Callers beyond the capacity."""
 HELD_AT = 2
@@ -285,13 +286,18 @@ def limits(bench: Bench) -> None:
 def crowd(bench: Bench) -> None:
     """The engine's answers are held until all callers are at work: no clock says whether they were together."""
     before = len(bench.asked())
-    together, apart = threading.Event(), threading.Event()
+    apart = threading.Event()
+
+    def came() -> int:
+        return len(bench.asked()) - before
+
+    def another(than: int) -> bool:
+        return apart.is_set() or came() > than
 
     def hold(exchange: Exchange, number: int) -> None:
-        if len(bench.asked()) - before >= CAPACITY:
-            together.set()
-        if not apart.is_set() and not together.wait(TOGETHER_SECONDS):
-            apart.set()
+        while not apart.is_set() and (here := came()) < CAPACITY:
+            if not wait_until(partial(another, here), TOGETHER_SECONDS):
+                apart.set()
 
     def one(number: int) -> Answer:
         return bench.post(f"Caller {number} says:", 8, seconds=30)

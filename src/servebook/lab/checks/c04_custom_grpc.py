@@ -357,11 +357,14 @@ def check_04_3(submission: Submission) -> None:
         ask(code.UNAVAILABLE, "the same, max_tokens not given", prompt="Hello")
 
 
+PIECES = (" there", " was", " a", " fox", ".")
+
+
 class Front(llm_pb2_grpc.LLMServiceServicer):
     """`StreamGenerate` in front of vLLM, for clients under check: notes their deadlines, and stops short if told to.
 
-    `mode` is "whole", "slow" (falls silent after three messages) or "broken" (ends with UNAVAILABLE after three);
-    `status` is what vLLM answered with.
+    `mode` is "whole", "slow" (falls silent after three messages) or "broken" (ends with UNAVAILABLE after three). These
+    three are PIECES, and at once: no deadline is to be met by an engine. `status` is what vLLM answered with.
     """
 
     def __init__(self, vllm: Server) -> None:
@@ -373,11 +376,22 @@ class Front(llm_pb2_grpc.LLMServiceServicer):
         self.cancelled = threading.Event()
 
     def StreamGenerate(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        """Relay the engine's chunks."""
+        """Relay the engine's chunks, or send PIECES."""
         remaining = context.time_remaining()
         # gRPC says "no deadline" with a time far beyond anybody's life.
         self.deadlines.append(remaining if remaining is not None and remaining < 1e6 else None)
         self.sent = []
+        for number, text in enumerate(PIECES if self.mode != "whole" else ()):
+            if number == 3 and self.mode == "broken":
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the engine has gone")
+            if number == 3:
+                ended = threading.Event()
+                context.add_callback(ended.set)
+                ended.wait(6)
+            self.sent.append(text)
+            yield llm_pb2.StreamGenerateResponse(text=text, sequence=number, is_finished=number == len(PIECES) - 1)
+        if self.mode != "whole":
+            return
         body = {"model": self.vllm.model, "prompt": request.prompt, "max_tokens": 8, "stream": True}
         with requests.post(
             f"{self.vllm.url}/v1/completions",
@@ -391,12 +405,6 @@ class Front(llm_pb2_grpc.LLMServiceServicer):
                 if line.startswith(b"data: {"):
                     choice = json.loads(line[6:])["choices"][0]
                     number, last = len(self.sent), bool(choice["finish_reason"])
-                    if number == 3 and self.mode == "broken":
-                        context.abort(grpc.StatusCode.UNAVAILABLE, "the engine has gone")
-                    if number == 3 and self.mode == "slow":
-                        ended = threading.Event()
-                        context.add_callback(ended.set)
-                        ended.wait(6)
                     self.sent.append(choice["text"])
                     yield llm_pb2.StreamGenerateResponse(text=choice["text"], sequence=number, is_finished=last)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 from servebook.lab.feedback import Result
 from servebook.lab.judge.learner import Session
 from servebook.lab.manifest import find_exercise
-from servebook.launch.processes import die_with_parent
+from servebook.launch.bound import bound
 
 APART = "SERVEBOOK_JUDGE_APART"
 """Set in the environment of a room's learners: `check` then asks a judge instead of judging itself."""
@@ -43,16 +44,16 @@ class JudgeProcess:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
+        environment = os.environ if self.environment is None else self.environment
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "servebook.lab.judge"],
-            env=self.environment,
+            bound([sys.executable, "-P", "-m", "servebook.lab.judge"], environment, self.folder),
+            env=environment,
             cwd=self.folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
-            preexec_fn=die_with_parent,
         )
 
     def judged(self, exercise_id: str, folder: Path, address: Path, answer: Callable[[], object]) -> Result:

@@ -27,7 +27,7 @@ OPTIONS = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     # A unary call is silent while the engine works: without these, a client that pings meanwhile is
-    # thrown out with too_many_pings. gRPC ignores a misspelt name, so a test holds them.
+    # thrown out with too_many_pings. gRPC ignores a misspelt name: a test holds the second, which alone would do.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
