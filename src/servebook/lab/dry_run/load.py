@@ -27,12 +27,11 @@ from servebook.errors import LaunchError
 from servebook.lab.handout.landlock import as_told
 from servebook.launch.child import Child, run_child
 from servebook.launch.processes import free_port
-from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
+from servebook.ways.triton_grpc.backend.server import own_shared_memory, tritonserver_command, tritonserver_env
 
 LOAD_SECONDS = 30
 LAST_WORDS = 500
 COMPLAINT = re.compile(r"Error parsing.*|(?<=\] \").*(?:[Pp]oll failed|failed to load).*(?=\")")
-SHARED_MEMORY = Path("/dev/shm")
 
 
 class Refused(Exception):
@@ -46,22 +45,17 @@ def loaded_config(repository: Path, name: str) -> Any:
         Refused: Triton does not load it.
         LaunchError: Triton cannot run here.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, own_shared_memory(Path(scratch)) as words:
         command = tritonserver_command(
             repository, Path(scratch), grpc_port=free_port(), http_port=free_port(), metrics_port=free_port()
         )
         shutil.copy(Path(__file__).with_name("model.py"), Path(scratch) / "backends/vllm/model.py")
-        segments = f"{Path(scratch).name}-"
-        command += [f"--backend-config={each},shm-region-prefix-name={segments}" for each in ("vllm", "python")]
+        command += words
         address = next(word for word in command if word.startswith("--grpc-port=")).partition("=")[2]
-        try:
-            # Ending in good order takes Triton three seconds, and there is nothing in it to be saved: no grace.
-            with run_child(as_told(command), env=tritonserver_env(), grace=0) as triton:
-                config = _config_once_ready(triton, f"127.0.0.1:{address}", name)
-                said, ended = triton.said(), triton.process.poll() is not None
-        finally:
-            for segment in SHARED_MEMORY.glob(f"{segments}*"):
-                segment.unlink()
+        # Ending in good order takes Triton three seconds, and there is nothing in it to be saved: no grace.
+        with run_child(as_told(command), env=tritonserver_env(), grace=0) as triton:
+            config = _config_once_ready(triton, f"127.0.0.1:{address}", name)
+            said, ended = triton.said(), triton.process.poll() is not None
         if config is None:
             if ended and not COMPLAINT.search(said):
                 raise LaunchError(f"Triton ended by itself, and named no model: {said[-LAST_WORDS:].strip()}")

@@ -7,12 +7,15 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from servebook.errors import LaunchError
 from servebook.settings import in_address, is_loopback
 
+SHARED_MEMORY = Path("/dev/shm")
 LOCKED = ("model-repository", "trace", "logging")
 NOBODY = "no\nbody"
 """The header that opens what is locked. Every user of the machine can read it in /proc, so it is one that cannot be
@@ -68,6 +71,20 @@ def tritonserver_command(
         "--exit-timeout-secs=12",  # an engine takes up to 6 s to end; the launcher waits for 15
         "--log-format=ISO8601",
     ]
+
+
+@contextmanager
+def own_shared_memory(scratch: Path) -> Iterator[list[str]]:
+    """Words for a Triton's command by which its backends' shared memory bears the name of its `scratch` folder.
+
+    What it leaves there when it is killed goes with the block.
+    """
+    prefix = f"{scratch.name}-"
+    try:
+        yield [f"--backend-config={backend},shm-region-prefix-name={prefix}" for backend in ("vllm", "python")]
+    finally:
+        for region in SHARED_MEMORY.glob(f"{prefix}*"):
+            region.unlink(missing_ok=True)
 
 
 def tritonserver_env() -> dict[str, str]:

@@ -16,7 +16,7 @@ from servebook.launch.child import run_child
 from servebook.launch.probes import http_ok
 from servebook.launch.processes import free_port
 from servebook.settings import LOOPBACK
-from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
+from servebook.ways.triton_grpc.backend.server import own_shared_memory, tritonserver_command, tritonserver_env
 from servebook.ways.triton_grpc.client import TritonClient, infer_inputs
 
 STEPS = sorted(Path(__file__).parent.glob("step_*.py"))
@@ -35,7 +35,7 @@ def ladder(upstream: str) -> Iterator[str]:
     Raises:
         LaunchError: it did not start; the message has the end of its output.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, own_shared_memory(Path(folder)) as words:
         repository = Path(folder) / "models"
         for number, step in enumerate(STEPS):
             version = repository / f"step_{number}" / "1"
@@ -49,7 +49,11 @@ def ladder(upstream: str) -> Iterator[str]:
         command = tritonserver_command(repository, Path(folder), grpc_port=grpc, http_port=http, metrics_port=metrics)
         ready = f"{LOOPBACK}:{http}", "/v2/health/ready"
         with run_child(
-            command, lambda _: http_ok(*ready), name="the ladder", env=tritonserver_env(), seconds=START_SECONDS
+            [*command, *words],
+            lambda _: http_ok(*ready),
+            name="the ladder",
+            env=tritonserver_env(),
+            seconds=START_SECONDS,
         ):
             yield f"{LOOPBACK}:{grpc}"
 
