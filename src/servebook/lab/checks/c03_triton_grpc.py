@@ -462,8 +462,9 @@ def check_03_5(submission: Submission) -> None:
         free = stream.call.done.is_set() and running(triton) == 0
         late = f"the engine writes on for nobody: {rest(stream, is_enough)} more responses by now"
         cause = "stop_stream() alone waits for all that is still to come: cancel_requests=True cancels it"
+        joined = "enough was never asked about all the text so far: ask after every piece, with the pieces joined"
         if not any(map(is_enough, asked)):
-            cause = "enough was never asked about all the text so far: ask after every piece, with the pieces joined"
+            cause = joined
         require(free and not overrun.is_set(), "no request in the engine once it is enough", late, cause)
         pieces = [text_of(response) for response in stream.responses]
         texts = ["".join(pieces[:count]) for count in range(len(pieces) + 1)]
@@ -471,6 +472,8 @@ def check_03_5(submission: Submission) -> None:
         judge(
             right,
             got,
+            # Of a fast engine, or a busy machine, one piece alone may be enough.
+            (lambda *_: any(text not in texts for text in asked), joined),
             (lambda got, right: len(got) > len(right), "nothing is added after it was enough"),
             otherwise="return the text up to the piece with which it was enough, that one too",
         )
