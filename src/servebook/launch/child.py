@@ -54,6 +54,7 @@ def run_child(
 
     Raises:
         LaunchError: it ended, or was not ready in time; the message has the end of its output.
+        OSError: there is no such program.
     """
     mark = f"_SERVEBOOK_CHILD_{uuid4().hex}=1"
     # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
