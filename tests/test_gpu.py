@@ -31,8 +31,13 @@ CARDS = {  # total as NVML has it, GiB; how many engines of the bundled model fi
 
 
 @pytest.fixture
-def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setattr(engine, "available_gib", lambda: 64.0)  # of the machine: enough for all that starts here
+def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the machine, for all that starts here, whatever other tests have just taken of it."""
+    monkeypatch.setattr(engine, "available_gib", lambda: 64.0)
+
+
+@pytest.fixture
+def settings(enough_memory: None) -> Settings:
     return load_settings(device="gpu")
 
 
@@ -212,6 +217,7 @@ def test_cuda_visible_devices(visible: str | None, names: list[str], monkeypatch
     assert [card.name for card in gpu.cards()] == names
 
 
+@pytest.mark.usefixtures("enough_memory")
 def test_on_a_cpu_no_card_is_asked(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeCard(8, 0))
     cpu = load_settings(device="cpu")
