@@ -189,7 +189,7 @@ def test_what_is_no_engine_is_refused_with_what_to_do(vllm: Server) -> None:
 
 def test_the_blocks_are_those_that_vllm_reports(vllm: Server, settings: Settings) -> None:
     cache = cache_of(vllm.url)
-    assert cache.bytes == settings.kv_cache_gib * GIB
+    assert cache.bytes == round(settings.kv_cache_gib * GIB)
     bits = 32 if in_float32(settings) else 16
     assert blocks(shape_of(model_path(settings)), cache.bytes, cache.block_size, bits) == cache.blocks
 

@@ -40,7 +40,7 @@ GIB = 2**30
 
 @pytest.fixture
 def cpu() -> Settings:
-    return load_settings(device="cpu")
+    return load_settings(device="cpu", kv_cache_gib=1)
 
 
 @pytest.fixture

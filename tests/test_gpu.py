@@ -38,7 +38,7 @@ def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def settings(enough_memory: None) -> Settings:
-    return load_settings(device="gpu")
+    return load_settings(device="gpu", kv_cache_gib=1)
 
 
 @pytest.fixture

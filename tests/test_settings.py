@@ -65,11 +65,11 @@ def test_the_documented_default_ports() -> None:
 
 
 def test_order_parameters_environment_file_default(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (bare / "servebook.toml").write_text('max_model_len = 100\nmodel = "a/b"\nkv_cache_gib = 3\n')
+    (bare / "servebook.toml").write_text('max_model_len = 100\nmodel = "a/b"\nkv_cache_gib = 0.5\n')
     monkeypatch.setenv("SERVEBOOK_MAX_MODEL_LEN", "200")
     monkeypatch.setenv("SERVEBOOK_KV_CACHE_GIB", "")  # empty is as if not set
     settings = load_settings(model="", engine_url=None)
-    assert (settings.max_model_len, settings.model, settings.kv_cache_gib) == (200, "a/b", 3)
+    assert (settings.max_model_len, settings.model, settings.kv_cache_gib) == (200, "a/b", 0.5)
     assert load_settings(max_model_len=300).max_model_len == 300
 
 
@@ -87,6 +87,9 @@ def test_the_file_is_found_from_a_notebooks_folder(bare: Path, monkeypatch: pyte
     [
         ({"max_model_len": "many"}, "SERVEBOOK_MAX_MODEL_LEN"),
         ({"max_model_len": 1}, "SERVEBOOK_MAX_MODEL_LEN"),
+        ({"kv_cache_gib": 0}, "SERVEBOOK_KV_CACHE_GIB"),
+        ({"kv_cache_gib": "inf"}, "SERVEBOOK_KV_CACHE_GIB"),
+        ({"room": {"memory_gib": "nan"}}, "SERVEBOOK_ROOM_MEMORY_GIB"),
         ({"device": "tpu"}, "SERVEBOOK_DEVICE"),
         ({"engine_url": "gpu-box:8000"}, "http://"),
         ({"engine_url": "http://ada:secret@gpu-box:8000"}, "must hold no password"),

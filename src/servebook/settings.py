@@ -50,7 +50,7 @@ class RoomSettings(BaseModel):
     without a sign of life; `processes` (threads are counted too) is for a desk as a whole.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     env: Path = Path(sys.prefix) / "room"
     url: str = ""
@@ -92,6 +92,7 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
         extra="forbid",
         validate_default=True,
+        allow_inf_nan=False,
     )
 
     model: str = BUNDLED_MODEL
@@ -104,7 +105,7 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = None
     host: str = LOOPBACK
     max_model_len: int = Field(default=2048, ge=16)
-    kv_cache_gib: int = Field(default=1, ge=1)
+    kv_cache_gib: float = Field(default=1, gt=0)
     vllm_rs_file: Path | None = None
     cores: str = Field(default="", pattern=r"^(\d+(,\d+)*)?$")
     engine_args: str = ""

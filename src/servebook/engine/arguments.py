@@ -75,7 +75,7 @@ def engine_argv(settings: Settings, model: Path) -> list[str]:
         *("--model", str(model)),
         *("--served-model-name", settings.model_name),
         *("--max-model-len", str(settings.max_model_len)),
-        *("--kv-cache-memory-bytes", str(settings.kv_cache_gib * GIB)),
+        *("--kv-cache-memory-bytes", str(round(settings.kv_cache_gib * GIB))),
         *("--structured-outputs-config", '{"backend": "xgrammar"}'),
         *(_gpu_words(settings, model) if settings.on_gpu else ["--enforce-eager"]),
         *(["--dtype", "float32"] if in_float32(settings) else []),

@@ -7,7 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ import psutil
 from servebook.engine.arguments import gpu_gib, require_memory
 from servebook.engine.gpu import GIB, Card, cards
 from servebook.errors import LaunchError
-from servebook.launch.processes import KEPT, wait_until
+from servebook.launch.processes import KEPT, claim_name, wait_until
 from servebook.settings import Settings
 
 POLL_SECONDS = 0.2
@@ -91,15 +91,8 @@ def _claim(claim: socket.socket, needed: float) -> bool:
 @contextmanager
 def _one_at_a_time(card: Card) -> Iterator[None]:
     """Nobody else looks at the claims on `card` within the block, which takes milliseconds."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as turn:
-
-        def ours() -> bool:
-            with suppress(OSError):
-                turn.bind(f"\0servebook-gpu-{card.uuid}")
-                return True
-            return False
-
-        wait_until(ours, TURN_SECONDS, 0.01)  # without a turn the worst is that vLLM finds the memory taken
+    turn = wait_until(lambda: claim_name(f"gpu-{card.uuid}"), TURN_SECONDS, 0.01)
+    with turn or nullcontext():  # without a turn the worst is that vLLM finds the memory taken
         yield
 
 

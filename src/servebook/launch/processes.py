@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import secrets
 import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +25,11 @@ KILL_SECONDS = 5.0
 """How long the kernel may take to end what got SIGKILL."""
 KEPT = "SERVEBOOK_SUPERVISOR"
 """In the environment of each process that a supervisor started: the path of its socket. An orphan is known by it."""
+GIVEN_PORTS = range(20_000, 30_000)
+"""What `free_port` chooses from. Linux gives none of them to who connects, or asks for any: those are from 32768
+upwards, and one of them was now and then another program's before its server listened."""
+_given: deque[socket.socket] = deque(maxlen=64)
+"""The claims to the last ports that were given away: their servers listen by now, or never will."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -115,10 +122,26 @@ def end(mark: str, grace: float) -> set[str]:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port on which nobody listens now."""
-    with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port on which nobody listens now, and which no other call gives away while a server for it starts."""
+    while True:
+        port = secrets.choice(GIVEN_PORTS)
+        if can_bind(host, port) and (taken := claim_name(f"given-port-{port}")):
+            _given.append(taken)
+            return port
+
+
+def claim_name(name: str) -> socket.socket | None:
+    """Claim `name` among all users of this machine, until the returned socket is closed; None: somebody else has it.
+
+    It is an abstract socket, which the kernel drops with its process.
+    """
+    held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        held.bind(f"\0servebook-{name}")
+    except OSError:
+        held.close()
+        return None
+    return held
 
 
 def can_bind(host: str, port: int) -> bool:

@@ -44,6 +44,7 @@ from servebook.launch.processes import (
     adopt_orphans,
     can_bind,
     children,
+    claim_name,
     die_with_parent,
     is_tracker,
     wait_until,
@@ -167,27 +168,17 @@ def claim(path: Path) -> socket.socket | None:
     return listener
 
 
-def reserve(port: int) -> socket.socket | None:
-    """Claim `port` among all users' supervisors; the claim ends with the returned socket or its process.
-
-    Another user can take the name, as he can take the port itself: then it is the next one.
-    """
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        claim.bind(f"\0servebook-port-{port}")
-    except OSError:
-        claim.close()
-        return None
-    return claim
-
-
 def choose_port(host: str, preferred: int, others: set[int]) -> tuple[int, socket.socket]:
-    """Return the first free port from `preferred` upwards that is nobody else's default, and its claim."""
+    """Return the first free port from `preferred` upwards that is nobody else's default, and its claim.
+
+    The claim is among all users' supervisors. Another user can take its name, as he can take the port itself: then it
+    is the next one.
+    """
     for port in range(preferred, 65536):
         if port != preferred and port in others:
             continue
-        if can_bind(host, port) and (claim := reserve(port)):
-            return port, claim
+        if can_bind(host, port) and (claimed := claim_name(f"port-{port}")):
+            return port, claimed
     raise OSError(f"no free port from {preferred} upwards")
 
 

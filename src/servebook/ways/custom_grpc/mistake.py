@@ -45,7 +45,7 @@ def serve() -> None:
     llm = LLM(
         model=str(model),
         max_model_len=settings.max_model_len,
-        kv_cache_memory_bytes=settings.kv_cache_gib * 2**30,
+        kv_cache_memory_bytes=round(settings.kv_cache_gib * 2**30),
         enforce_eager=not settings.on_gpu,
         dtype="float32" if in_float32(settings) else "auto",
         **({"gpu_memory_utilization": share} if share else {}),
