@@ -846,7 +846,9 @@ def test_sigterm_lets_open_calls_finish_and_refuses_new_ones(friend: GrpcClient,
         assert last.usage.completion_tokens == tokens
     _, alive = psutil.wait_procs(family, timeout=IDLE_SECONDS)
     assert not alive
-    assert '"event": "stopped"' in guarded.tail(50)
+    said = guarded.tail(50)
+    assert '"event": "stopped"' in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.ends("grpc")

@@ -348,7 +348,9 @@ def config(endpoint, workers):
     return types.SimpleNamespace(observability_config=observability, parallel_config=parallel)
 
 for name in ("vllm", "vllm.platforms", "vllm.platforms.cpu"):
-    sys.modules[name] = types.SimpleNamespace(CpuPlatform=CpuPlatform)  # vLLM's own takes 8 s to import
+    sys.modules[name] = types.SimpleNamespace(  # vLLM's own takes 8 s to import
+        CpuPlatform=CpuPlatform, current_platform=types.SimpleNamespace(is_cpu=lambda: True)
+    )
 register()
 CpuPlatform.check_and_update_config(config(*sys.argv[1:]))
 
@@ -356,7 +358,8 @@ async def server():
     heard = []
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, heard.append, "SIGTERM")
     if not os.fork():
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+        gc.unfreeze()
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(7 if gc.get_freeze_count() else 8))
         signal.raise_signal(signal.SIGTERM)
     status = os.waitstatus_to_exitcode(os.wait()[1])
     for _ in range(3):  # it would be read from a socket by now
@@ -373,15 +376,51 @@ asyncio.run(server())
         ("fork", "", "1", "fork 7 [] True"),
         ("fork", "http://127.0.0.1:4317", "1", "spawn 7 [] True"),
         ("fork", "", "2", "spawn 7 [] True"),
-        ("spawn", "", "1", "spawn 7 ['SIGTERM'] True"),
+        ("spawn", "", "1", "spawn 8 ['SIGTERM'] True"),
     ],
 )
 def test_a_fork_is_kept_where_it_is_asked_for_and_its_signals_are_its_own(
     asked: str, traces: str, workers: str, seen: str
 ) -> None:
+    """Status 7: vLLM's `gc.unfreeze` at its end changes nothing there."""
     env = os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": asked}
     done = subprocess.run([sys.executable, "-c", FORK, traces, workers], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == seen, done.stderr
+
+
+ENDS = """
+import atexit, gc, multiprocessing, sys, types
+
+platform = types.SimpleNamespace(is_cpu=lambda: sys.argv[1] == "cpu")
+sys.modules["vllm"] = types.ModuleType("vllm")
+sys.modules["vllm.platforms"] = types.SimpleNamespace(current_platform=platform)
+
+def process(name):
+    atexit.register(lambda: print(name, gc.get_freeze_count() > 1000))  # the last of all
+    from servebook.engine.faster_start import register
+    register()
+    gc.unfreeze()
+    print(name, gc.get_freeze_count() > 1000)
+
+def core():
+    process("core")
+    atexit._run_exitfuncs()  # as at the end of a process that is no fork
+
+child = multiprocessing.get_context("fork").Process(target=core)
+child.start()
+child.join()
+process("server")
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_only_a_cpus_engine_ends_without_a_search_for_garbage(device: str) -> None:
+    """True: all that is there is exempt from it; once vLLM has asked for it, and once Python is about to."""
+    env = os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    done = subprocess.run([sys.executable, "-uc", ENDS, device], env=env, capture_output=True, text=True)
+    exempt = device == "cpu"
+    seen = [f"core {exempt}", f"core {exempt}", "server False", "server False"]
+    assert done.stdout.splitlines() == seen, done.stderr
 
 
 @pytest.mark.engine

@@ -55,6 +55,7 @@ def main() -> None:
             Fronts(options, engine_words).run()
         else:
             uvloop.run(serve(options, lambda: start_engine(engine_words)))
+            os._exit(0)  # all has ended; Python would end the engine once more, without the modules that this takes
     except ServebookError as error:
         sys.exit(f"servebook.ways.custom_grpc.server: {error}")
 
