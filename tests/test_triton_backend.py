@@ -33,6 +33,7 @@ from servebook.launch.probes import http_ok
 from servebook.launch.processes import free_port
 from servebook.settings import Settings
 from servebook.ways.triton_grpc.backend.files import ModelFilesError, engine_words_as_json, read_engine_args, read_loras
+from servebook.ways.triton_grpc.backend.guardian import MARK, start_guardian
 from servebook.ways.triton_grpc.backend.repository import MODEL_REPOSITORY, render_repository
 from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
 from servebook.ways.triton_grpc.backend.tensors import arrays, elements
@@ -226,6 +227,17 @@ stub = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
 print(stub.pid, flush=True)
 stub.wait() if "waits" in sys.argv else time.sleep(60)
 """
+
+
+def test_a_stub_ends_as_it_should_without_its_guardian(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the model of an engine that died would not be unloaded, and nobody would hear of it."""
+    for name in (MARK, "SPT_NOENV"):  # with which the start marks this process
+        monkeypatch.setenv(name, "")
+    guardian = start_guardian()
+    guardian.process.kill()
+    guardian.process.wait()
+    guardian.expect_the_end()
+    guardian.release()
 
 
 def test_a_killed_stub_takes_engine_and_server_along() -> None:

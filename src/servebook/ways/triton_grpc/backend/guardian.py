@@ -47,8 +47,9 @@ class Guardian:
     def expect_the_end(self) -> None:
         """Say that the engine died: from now on the stub has `death_seconds` to end."""
         assert self.process.stdin
-        self.process.stdin.write(DYING)
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it was killed: then it is Triton alone that ends the stub
+            self.process.stdin.write(DYING)
+            self.process.stdin.flush()
 
     def release(self) -> None:
         """Say that the stub ends as it should, and wait for the guardian's own end."""
