@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import pairwise, product
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -23,6 +23,8 @@ import pytest
 import requests
 import schemathesis
 import urllib3
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from desk import eventually, half_a_request
 from fastapi import FastAPI
 from hypothesis import HealthCheck
@@ -271,8 +273,11 @@ def test_other_refusals(gateway: launch.Server, path: str) -> None:
 
 @pytest.mark.parametrize("headers", [{}, with_key("wrong"), with_key(""), {"Authorization": f"Basic {KEY}"}])
 def test_key_missing_or_wrong(keyed: str, headers: dict[str, str]) -> None:
-    for path in ("/chat", "/chat/stream"):
-        answer = requests.post(f"{keyed}{path}", json={"message": ""}, headers=headers, timeout=30)
+    bodies = b'{"message": ""}', b"{not json", b"\xff", b" " * 1_000_000
+    for path, body in product(("/chat", "/chat/stream"), bodies):
+        answer = requests.post(
+            f"{keyed}{path}", data=body, headers=headers | {"Content-Type": "application/json"}, timeout=30
+        )
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
         assert answer.json()["error"]["code"] == "unauthorized"
@@ -476,6 +481,16 @@ def test_the_page_asks_no_other_host_and_has_a_strict_policy(gateway: launch.Ser
             r"(https?:)?//(?!www\.w3\.org/2000/svg)\w", re.sub(r"^\s*//.*$", "", text.text, flags=re.M)
         )
     assert not re.search(r"<script>|<style|\son\w+=|style=", page.text)
+
+
+async def test_a_proxy_before_the_engine_is_not_asked_to_pack_an_answer() -> None:
+    async def what_was_asked_for(request: web.Request) -> web.Response:
+        return web.json_response({"asked": request.headers.getall("Accept-Encoding")})
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/chat/completions", what_was_asked_for)])
+    async with TestServer(app) as upstream, Engine(Config(str(upstream.make_url("")), key=KEY)) as engine:
+        assert await engine.call("1").complete({}) == {"asked": ["identity"]}
 
 
 # When something dies

@@ -587,6 +587,14 @@ def test_openai_errors_keep_their_codes(kserve: launch.Server, fields: dict[str,
     assert answer.json()["error"]
 
 
+@pytest.mark.parametrize(("messages", "parts"), [(513, 0), (1, 512)])
+def test_openai_counts_messages_and_their_parts(kserve: launch.Server, messages: int, parts: int) -> None:
+    empty = {"role": "user", "content": [{"type": "text", "text": ""}] * parts or ""}
+    body = {"model": MODEL, "messages": [empty] * messages, "max_tokens": 1}
+    answer = requests.post(f"{kserve.url}/openai/v1/chat/completions", json=body, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+
+
 # From the predictor that one writes first to ours
 
 STEPS = sorted((ROOT / "src/servebook/ways/kserve/steps").glob("step_*.py"))

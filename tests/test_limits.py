@@ -35,6 +35,9 @@ def properties(number: int) -> dict[str, Any]:
         ("n", 16, 17, 16),
         ("n", -1, 4096, 16),  # what makes no sense is for the engine to say
         ("prompts", 16, 1024, 16),
+        ("messages", [{"role": "user", "content": ""}] * 512, [{"role": "user", "content": ""}] * 513, 512),
+        ("messages", [{"content": [{}] * 511}], [{"content": [{}] * 512}], 512),  # the parts of one
+        ("messages", "a text", [[]] * 513, 512),
         ("logprobs", 20, 21, 20),
         ("logprobs", 0, -1, 20),  # -1: the whole vocabulary
         ("stop", ["a"] * 16, ["a"] * 17, 16),

@@ -31,6 +31,7 @@ import requests
 import tiny_server
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestServer
+from aiohttp.web_response import ContentCoding
 from classroom import bearer
 from desk import eventually
 from hypothesis import given
@@ -48,6 +49,7 @@ from servebook.launch.processes import free_port
 from servebook.launch.table import SERVERS, Endpoints, find_server
 from servebook.room import admin, asking, cli, collect, desk, front, hub, load, tls
 from servebook.room.admin import instructors_key, instructors_settings, rooms_settings
+from servebook.room.asking import TOKENIZING
 from servebook.room.board import Attempt, Board, stuck_first, watch_key
 from servebook.room.front import RELAYED, Front, Learner
 from servebook.room.keys import Roll, engine_key
@@ -169,6 +171,7 @@ FIELDS = [
     *("prompt", "n", "max_tokens", "max_completion_tokens", "max_output_tokens", "sampling_params", "background"),
     *("stream", "stream_options", "stream_interval", "logprobs", "top_logprobs", "prompt_logprobs", "stop", "tools"),
     *("logit_bias", "structured_outputs", "response_format", "text", "output_config", "json", "regex", "function"),
+    *("messages", "input", "content"),
 ]
 """Names that mean something to the front, in any place."""
 VALUES = st.recursive(
@@ -227,6 +230,10 @@ SELF = {"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}
         ),
         ("/v1/completions", {"prompt": ["a"] * 1024}, "prompt", "16"),
         ("/v1/completions", {"prompt": ["a"] * 4, "n": 5}, "n", "16"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 30_000}, "messages", "512"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 512}]}, "messages", "512"),
+        ("/v1/responses", {"input": [{"role": "user", "content": ""}] * 513}, "input", "512"),
+        ("/v1/messages", {"system": [{"type": "text", "text": ""}] * 513}, "system", "512"),
         ("/v1/completions", {"n": 4096}, "n", "16"),
         ("/v1/completions", {"logprobs": 21}, "logprobs", "20"),
         ("/v1/completions", {"prompt_logprobs": -1}, "prompt_logprobs", "20"),
@@ -293,6 +300,8 @@ class StandIn:
         """Its answer, or the events of a stream."""
         self.goes_on: asyncio.Event | None = None
         """What it waits for before its answer ends."""
+        self.packs = ""
+        """As a proxy before it may: what it answers is packed "where it may be" or "always"."""
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         if request.method == "GET" and request.path == "/v1/models":
@@ -305,9 +314,9 @@ class StandIn:
         if not isinstance(self.says, list):
             if self.goes_on:
                 await self.goes_on.wait()
-            return web.json_response(self.says, status=self.status)
+            return self.packed(web.json_response(self.says, status=self.status))
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        await stream.prepare(request)
+        await self.packed(stream).prepare(request)
         for event in self.says:
             await stream.write(
                 b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n"
@@ -316,6 +325,11 @@ class StandIn:
             await self.goes_on.wait()
         await stream.write_eof()
         return stream
+
+    def packed(self, answer: web.StreamResponse) -> web.StreamResponse:
+        if self.packs:
+            answer.enable_compression(ContentCoding.gzip if self.packs == "always" else None)
+        return answer
 
 
 class Caller:
@@ -463,6 +477,27 @@ async def test_the_instructor_sees_who_is_where_and_learners_see_nobody(
         assert answers[-1] == 429
 
 
+async def test_what_learners_say_is_shown_to_the_instructors_terminal_and_not_obeyed(
+    engine: tuple[StandIn, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cause = "\x1b]52;c;cm0=\x1b\\\x1b[2J \x9b2J \u202e [red] [/x]\n\n\nhere"
+    async with caller(tmp_path, engine[1]) as ada:
+        attempt = {"exercise": "01.1", "state": "wrong", "cause": cause}
+        assert (await ada.ask("POST", "/room/checks", attempt))[0] == 200
+        _, seen, _ = await ada.ask("GET", "/services/watch/board", key=KEY)
+    cli.out.print(cli.board_table(seen, hide_names=False))
+    table = capsys.readouterr().out
+    cli.say(cause)
+    line = capsys.readouterr().out
+    for shown in (table, line):
+        assert not [char for char in shown if not char.isprintable() and char != "\n"]
+        words = re.sub(r"\s", "", shown)
+        assert "\\x1b]52;c;cm0=" in words
+        assert "here" in words
+    assert "[red] [/x]" in line
+    assert seen["learners"][0]["cause"].endswith("[/x] here"), "a learner makes no line for each of 300 characters"
+
+
 async def test_an_engine_that_hangs_is_told_on_the_board_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -602,6 +637,19 @@ async def test_a_stream_has_no_event_that_its_reader_did_not_ask_for(
     ]
 
 
+@pytest.mark.parametrize(("packs", "cost"), [("where it may be", 7), ("always", 100)])
+async def test_a_stream_that_a_proxy_would_pack_comes_as_it_is_and_one_that_is_packed_costs_what_was_asked_for(
+    engine: tuple[StandIn, str], tmp_path: Path, packs: str, cost: int
+) -> None:
+    stand_in, url = engine
+    stand_in.packs, stand_in.says = packs, [PIECE, {"choices": [], "usage": USAGE}, b"[DONE]"]
+    async with caller(tmp_path, url) as ada:
+        answer = await ada.send("/v1/completions", {"stream": True, "max_tokens": 100})
+        assert ("Content-Encoding" in answer.headers) == (packs == "always")
+        assert answer.text.endswith("data: [DONE]\n\n")
+        assert 6000 - cost <= ada.level() <= 6000 - cost + 2
+
+
 async def test_who_leaves_a_stream_pays_for_what_was_written(engine: tuple[StandIn, str], tmp_path: Path) -> None:
     stand_in, url = engine
     stand_in.says, stand_in.goes_on = [PIECE] * 5, asyncio.Event()
@@ -673,6 +721,48 @@ async def test_an_answer_takes_a_place(engine: tuple[StandIn, str], tmp_path: Pa
         stand_in.goes_on.set()
         assert [(await task)[0] for task in (first, second)] == [200, 200]
         assert ada.taken() == 0
+
+
+@pytest.mark.parametrize("path", sorted(TOKENIZING))
+async def test_who_tokenizes_takes_a_place_and_sends_no_book(
+    engine: tuple[StandIn, str], tmp_path: Path, path: str
+) -> None:
+    stand_in, url = engine
+    stand_in.goes_on = asyncio.Event()
+    async with caller(tmp_path, url, Limits(learner_places=1)) as ada:
+        first = asyncio.create_task(ada.ask("POST", path, {}))
+        await asyncio.to_thread(eventually, lambda: ada.taken() == 1, "a place taken")
+        second = asyncio.create_task(ada.ask("POST", path, {}))
+        await asyncio.to_thread(eventually, lambda: ada.front_app.turnstile.waiting == 1, "the second waits")
+        assert (await ada.ask("POST", path, {}))[0] == 429
+        stand_in.goes_on.set()
+        assert [(await task)[0] for task in (first, second)] == [200, 200]
+        assert (await ada.ask("POST", path, {"prompt": "1 " * (1 << 15)}))[0] == 413
+        assert ada.taken() == 0
+    assert len(stand_in.seen) == 2
+
+
+@pytest.mark.survives("a reader who does not read", "room", lost="that answer; its place is free again")
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_who_does_not_read_gives_up_the_place(
+    engine: tuple[StandIn, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    streamed: bool,
+) -> None:
+    monkeypatch.setattr(front, "READER_SECONDS", 0.2)
+    stand_in, url = engine
+    piece = PIECE | {"text": "a" * (1 << 20)}
+    stand_in.says = [piece] * 32 if streamed else {"choices": [piece] * 32}  # more than the sockets between them hold
+    async with caller(tmp_path, url) as ada:
+        answer = await asyncio.to_thread(ada.begin, "/v1/completions", {"stream": streamed, "max_tokens": 1000})
+        with answer:
+            await asyncio.to_thread(eventually, lambda: not ada.state().under_way, "the end of what nobody reads")
+            assert ada.taken() == 0
+        assert await ada.counted() == ['room_requests_total{path="/v1/completions",status="499"} 1.0']
+    assert "a learner does not read an answer" in caplog.text
+    assert "the engine broke off" not in caplog.text
 
 
 async def test_pages_without_a_key_cost_the_engine_one_request_a_second(
@@ -984,6 +1074,51 @@ def test_the_join_code_is_drawn_and_is_on_no_command_line(tmp_path: Path) -> Non
     assert told == "https://x/#CODE"
     python.write_text("#!/bin/sh\nexit 1\n")
     assert "segno is not in" in cli.picture(settings, "https://x/#CODE")
+
+
+def test_an_address_and_a_path_are_printed_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "why_not_apart", lambda _: "there is no /tmp/[/x]/useradd")
+    settings = load_settings(host="fd00:a::5", api_key=KEY, state_dir=tmp_path, room={"env": tmp_path / "[/x]"})
+    cli.show_door(settings, "8100")
+    said = capsys.readouterr().out
+    assert "Learners sign up at https://[fd00:a::5]:8100 with the join code" in said
+    assert "there is no /tmp/[/x]/useradd" in said
+
+
+def test_a_hub_gets_an_ipv6_address_as_urls_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(hub, "find_hub", lambda _: tmp_path)
+    monkeypatch.setattr(hub, "make_master", lambda _: None)
+    monkeypatch.setattr(hub, "keep", lambda commands, env, _: given.append(env["SERVEBOOK_HUB_CONFIG"]))
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("SERVEBOOK_API_KEY", KEY)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        hub.main(front="http://127.0.0.1:1", http_port=8100, routes_port=1, api_port=2, host="::1")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert json.loads(given[0])["public_url"] == "http://[::1]:8100"
+
+
+def test_of_the_cache_a_desk_sees_what_is_everybodys_and_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    shared = ["models/m/model.safetensors", "adapters/a/adapter.safetensors", "vllm-rs/1/vllm-rs", "home/hub/m/blob"]
+    own = ["home/token", "home/stored_tokens", "vllm/compiled.py", "token"]
+    for name in (*shared, *own):
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).touch(mode=0o600)
+    (cache / "models" / "link").symlink_to(cache / "token")
+    monkeypatch.setenv("HF_HOME", str(cache / "home"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    settings = load_settings(cache_dir=cache, state_dir=tmp_path / "state")
+    hub.open_cache(settings)
+    assert [name for name in (*shared, *own) if (cache / name).stat().st_mode & 0o004] == shared
+    shown = [path.removeprefix(f"{cache}/") for path in hub.view(settings)["shown"] if path.startswith(f"{cache}/")]
+    assert shown == ["adapters", "home/hub", "models", "vllm-rs"]
 
 
 OPENED = {"host": "0.0.0.0", "api_key": "instructors-key"}

@@ -70,7 +70,7 @@ class Board:
         if at is None or at.exercise != attempt.exercise:
             at = self.standings[learner] = Standing(attempt.exercise, now, now)
         at.tries += 1
-        at.last, at.state, at.cause = now, attempt.state, attempt.cause[:CAUSE_CHARS]
+        at.last, at.state, at.cause = now, attempt.state, " ".join(attempt.cause.split())[:CAUSE_CHARS]
         if attempt.state == "passed":
             self.passed.setdefault(learner, set()).add(attempt.exercise)
 

@@ -13,16 +13,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from servebook import launch
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
 from servebook.lab.manifest import load_labs
-from servebook.launch.files import Files
+from servebook.launch.display import plain_console
+from servebook.launch.files import Files, visible
 from servebook.launch.processes import can_bind
 from servebook.launch.states import Status, describe
 from servebook.launch.table import rooms_engine
@@ -40,7 +39,7 @@ from servebook.room.tls import address, files, fingerprint, host_for_learners
 from servebook.settings import LOOPBACK, Settings, is_loopback, own_settings
 
 app = typer.Typer(no_args_is_help=True, help="A room of learners: JupyterHub, and one engine with a key for each.")
-out = Console(highlight=False, soft_wrap=True)
+out = plain_console(soft_wrap=True)
 
 RETRY_SECONDS = 10.0
 """Between two tries to start an engine again."""
@@ -53,6 +52,16 @@ HISTOGRAMS = {
 }
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A learner.")]
+
+
+def say(text: str) -> None:
+    """Print it, control characters written out: some of the words are learners'."""
+    out.print(visible(text))
+
+
+def add_row(table: Table, *words: str, style: str = "") -> None:
+    """The same for a row of a table."""
+    table.add_row(*map(visible, words), style=style)
 
 
 @app.command()
@@ -69,7 +78,7 @@ def start(
     hub = launch.serve("hub", settings=settings)
     engine = state_of("vllm", settings)
     show_door(settings, hub.url.rpartition(":")[2])
-    out.print(f"{settings.room.seats} seats. Ctrl-C ends the room.")
+    say(f"{settings.room.seats} seats. Ctrl-C ends the room.")
     try:
         # Not its state: a hub that is being restarted does not answer for a while, and the room goes on.
         while describe(Files(settings.state_dir, "hub")):
@@ -94,7 +103,7 @@ def bring_back(engine: Status, settings: Settings) -> None:
     Where that cannot be, say why and wait a moment.
     """
     when = time.strftime("%H:%M:%S")
-    out.print(f"{when} The engine has ended, and is started again. `servebook logs front` says who asked last.")
+    say(f"{when} The engine has ended, and is started again. `servebook logs front` says who asked last.")
     host, _, port = engine["endpoints"]["http"].rpartition(":")
     try:
         if not can_bind(host, int(port)):
@@ -105,7 +114,7 @@ def bring_back(engine: Status, settings: Settings) -> None:
             raise taken(int(port))
     except ServebookError as error:
         pause = f"The room stays open without an engine; the next try is in {RETRY_SECONDS:g} s."
-        out.print(f"{error}\n{pause}", markup=False)
+        say(f"{error}\n{pause}")
         time.sleep(RETRY_SECONDS)
 
 
@@ -121,20 +130,20 @@ def show_door(settings: Settings, port: str) -> None:
     """Print the address, the join code, a picture that has both for a telephone or tablet, and what that gives away."""
     url = address(settings, port)
     if settings.room.open_sign_up:
-        out.print(f"Learners sign up at {url} without a code: whoever reaches that address gets a desk.")
+        say(f"Learners sign up at {url} without a code: whoever reaches that address gets a desk.")
     else:
         code = join_code(settings)
         print(picture(settings, f"{url}/hub/login#{code}"))
-        out.print(f"Learners sign up at {url} with the join code {code}.")
+        say(f"Learners sign up at {url} with the join code {code}.")
     if (tls := files(settings)) and tls[0].exists():
-        out.print(f"Its certificate's SHA-256 fingerprint, to compare in the browser: {fingerprint(tls[0])}")
+        say(f"Its certificate's SHA-256 fingerprint, to compare in the browser: {fingerprint(tls[0])}")
     if why := why_not_apart(settings):
-        out.print(
+        say(
             f"A desk is a shell on this machine as {getpass.getuser()}, whom you are too ({why}): "
             "let in only those whom you trust with your files."
         )
     else:
-        out.print("A desk is a shell on this machine, as a user of its own that sees neither your files nor others'.")
+        say("A desk is a shell on this machine, as a user of its own that sees neither your files nor others'.")
 
 
 def picture(settings: Settings, url: str) -> str:
@@ -167,7 +176,7 @@ def reset(name: Name) -> None:
     """Forget a learner's password: with the join code they choose a new one, and find their desk as they left it."""
     if not forget_password(own_settings(), name):
         raise ServebookError(f"No {name} has signed up.", "See `servebook room learners`.")
-    out.print(f"{name} can sign up again")
+    say(f"{name} can sign up again")
 
 
 @app.command()
@@ -176,7 +185,7 @@ def learners() -> None:
     table = Table("learner", "under way", "served", "refused", "")
     for row in RoomAdmin(rooms_settings()).learners():
         numbers = (str(row[column]) for column in ("under_way", "served", "refused"))
-        table.add_row(row["name"], *numbers, "revoked" if row["revoked"] else "")
+        add_row(table, row["name"], *numbers, "revoked" if row["revoked"] else "")
     out.print(table)
 
 
@@ -190,7 +199,7 @@ def watch(
     room = RoomAdmin(settings)
     hub = state_of("hub", settings)
     root = address(settings, hub["endpoints"]["http"].rpartition(":")[2]) if hub["pid"] else room.url
-    out.print(f"For a browser: {root}/services/watch/#{watch_key(room.key)}")
+    say(f"For a browser: {root}/services/watch/#{watch_key(room.key)}")
     if once:
         out.print(board_table(room.board(), hide_names))
         return
@@ -215,7 +224,7 @@ def board_table(board: dict[str, Any], hide_names: bool) -> Table:
         minutes = (row["quiet"] if row["state"] == "passed" else row["since"]) // 60
         words = [name, row["exercise"], row["state"], str(row["tries"]), str(minutes)]
         words += [row["cause"], str(row["passed"]), f"{row['share']} %"]
-        table.add_row(*map(Text, words), style="bold yellow" if row["needs_help"] else "")
+        add_row(table, *words, style="bold yellow" if row["needs_help"] else "")
     return table
 
 
@@ -235,7 +244,7 @@ def admit(name: Name) -> None:
 def revoke(name: Name) -> None:
     """Take a learner's key away: what is under way is broken off, and nothing more is served."""
     RoomAdmin(rooms_settings()).revoke(name)
-    out.print(f"{name}: revoked; `servebook room admit {name}` lets them in again")
+    say(f"{name}: revoked; `servebook room admit {name}` lets them in again")
 
 
 @app.command()
@@ -249,16 +258,16 @@ def collect(
     if not desks.is_dir():
         raise ServebookError("There are no desks yet.", "Start a room with `servebook room start`.")
     for row in hand_in.collect(desks, submitted):
-        out.print(f"{row.learner}: {len(row.labs)} of {len(load_labs())} labs")
+        say(f"{row.learner}: {len(row.labs)} of {len(load_labs())} labs")
         for path, why in row.left.items():
-            out.print(f"  {path!r} was left: {why}", markup=False)  # a name may hold anything, a terminal's codes too
+            say(f"  {path!r} was left: {why}")
     if not grade:
-        out.print(f"in {submitted}; `servebook room collect --grade` grades them too")
+        say(f"in {submitted}; `servebook room collect --grade` grades them too")
         return
     from servebook.room import grading
 
     for line in grading.grade(course.resolve(), settings, desks):
-        out.print(line, markup=False)
+        say(line)
 
 
 @app.command()
@@ -282,10 +291,10 @@ def load(
         table.add_row(what, *(f"≤ {outcome.requests_within(histogram, share):g}" for share in SHARES))
     out.print(table)
     statuses = (f"{count} × {status}" for status, count in outcome.statuses().items())
-    out.print(f"answers by status: {', '.join(statuses)}")
-    out.print(", ".join(f"{outcome.count(word)} checks {word}" for word in ("passed", "refused", "failed")))
+    say(f"answers by status: {', '.join(statuses)}")
+    say(", ".join(f"{outcome.count(word)} checks {word}" for word in ("passed", "refused", "failed")))
     for check in outcome.checks:
         if check.outcome == "failed":
-            out.print(f"  {check.result.exercise.id}: {check.result.got} — {check.result.cause}", markup=False)
+            say(f"  {check.result.exercise.id}: {check.result.got} — {check.result.cause}")
     if outcome.count("failed"):
         raise typer.Exit(1)

@@ -10,8 +10,8 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from servebook.launch.processes import listeners
 from servebook.room import asking
-from servebook.room.asking import GENERATING
+from servebook.room.asking import GENERATING, TOKENIZING, TOKENIZING_BYTES
 from servebook.room.board import Attempt, Board, stuck_first, watch_key
 from servebook.room.keys import Roll, engine_key
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
@@ -35,15 +35,19 @@ log = logging.getLogger("servebook.room")
 
 OPEN = {"/health", "/ping", "/version", "/metrics"}
 """What needs no key, as with vLLM on its own machine."""
-RELAYED = {*GENERATING, *OPEN, "/v1/models", "/tokenize", "/detokenize"}
+RELAYED = {*GENERATING, *TOKENIZING, *OPEN, "/v1/models"}
 """What learners reach of vLLM, to the letter. Its other paths are for whoever runs it, or would evade the shares."""
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "host", "content-length", "date", "server"}
 READ_HERE = {"accept-encoding", "content-encoding"}
 """How bodies are packed: the front reads them on their way."""
+UNPACKED = {"Accept-Encoding": "identity"}
+"""Else aiohttp says what it could unpack, and a proxy before an engine elsewhere would pack a stream into one piece."""
 BODY_BYTES = 1 << 20
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 60, 120)
 READ_SECONDS = 300.0
 """How long the engine may be silent: before an answer that is not streamed, or within a stream."""
+READER_SECONDS = 30.0
+"""How long a learner may leave a full socket unread before they count as gone, as with the workbook's other servers."""
 HEALTH_SECONDS = 2.0
 """How long the engine may take to say that it is well."""
 PAGE_SECONDS = 1.0
@@ -105,6 +109,22 @@ def shown_key(request: web.Request) -> str:
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
+@contextmanager
+def gone_if_unread(request: web.Request) -> Iterator[None]:
+    """Cut a learner's connection where what is written within this takes too long; all goes on as if they had left."""
+
+    def cut() -> None:
+        log.warning("a learner does not read an answer")
+        if request.transport:
+            request.transport.abort()
+
+    timer = asyncio.get_running_loop().call_later(READER_SECONDS, cut)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Front:
     """The front as a set of handlers. `key` is the instructor's: learners never see it.
 
@@ -155,7 +175,7 @@ class Front:
         trace.on_connection_create_end.append(self.require_own)
         traces = [trace] if self.own_engine else []
         async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, auto_decompress=False, trace_configs=traces
+            connector=connector, timeout=timeout, headers=UNPACKED, auto_decompress=False, trace_configs=traces
         ) as self.session:
             yield
 
@@ -228,8 +248,12 @@ class Front:
             raise Refused(
                 429, "rate_limited", f"That is more than {each} requests a minute. Wait {wait} s.", retry_after=wait
             )
-        body = await request.read()
         path = request.rel_url.raw_path
+        most = TOKENIZING_BYTES if path in TOKENIZING else BODY_BYTES
+        body = await request.clone(client_max_size=most).read()
+        if request.method == "POST" and path in TOKENIZING:
+            async with self.turnstile.place(name):
+                return await self.forward(request, body)
         if request.method != "POST" or path not in GENERATING:
             return await self.forward(request, body)
         ask = asking.read(path, body, await self.context_tokens(), self.limits.answers)
@@ -298,13 +322,15 @@ class Front:
             pieces = upstream.content.iter_any()
             try:
                 async for piece in usage.read(upstream, pieces) if usage else pieces:
-                    await response.write(piece)
+                    with gone_if_unread(request):
+                        await response.write(piece)
             except (aiohttp.ClientPayloadError, TimeoutError):
                 log.warning("the engine broke off an answer")
                 if request.transport:  # the status is out: a cut connection is all that can still be said
                     request.transport.abort()
                 return response
-            await response.write_eof()
+            with gone_if_unread(request):
+                await response.write_eof()
         return response
 
     async def page(self, path: str) -> web.Response:

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -26,17 +27,20 @@ import typer
 
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
+from servebook.lab.handout.confine import hub_cache
 from servebook.launch.processes import adopt_orphans, children
 from servebook.room.admin import join_code
 from servebook.room.desk import make_master
 from servebook.room.tls import prepare
-from servebook.settings import Settings, is_loopback, load_settings
+from servebook.settings import Settings, in_address, is_loopback, load_settings
 
 log = logging.getLogger("servebook.room")
 
 NOBODY = 65534
 SEEN = ("src", "jupyter", "jupyterhub", "labs", "protos", "triton", "kubernetes", "shims", "requirements")
 """What a desk sees of the checkout: what its own notebooks show and import. Those here have an instructor's notes."""
+OF_THE_CACHE = ("models", "adapters", "vllm-rs")
+"""What a desk sees of the cache. An engine writes there too, and Hugging Face's home, with its token, may lie there."""
 ENTER = ROOT / "jupyterhub" / "enter_desk.py"
 PROXY = ROOT / "jupyterhub" / "proxy.py"
 CONFIG = ROOT / "jupyterhub" / "jupyterhub_config.py"
@@ -86,14 +90,26 @@ def view(settings: Settings) -> dict[str, Any]:
     """
     python, master = Path(sys.executable), settings.state_dir / "room" / "master"
     seen = [*(ROOT / name for name in SEEN), python.parents[1], settings.room.env, Path(sys.base_prefix), master]
-    if settings.cache_dir.is_dir():
-        seen += [path for path in settings.cache_dir.iterdir() if path.name != "vllm"]  # which its engine writes
+    seen += of_the_cache(settings)
     return {
         "shown": sorted({str(path) for path in seen if path.exists()}),
         "covers": [str(path) for path in (ROOT, settings.state_dir, Path.home()) if path.parts[1:]],
         "cache": str(settings.cache_dir),
         "accounts": f"room{hashlib.sha256(str(settings.state_dir).encode()).hexdigest()[:4]}",
     }
+
+
+def of_the_cache(settings: Settings) -> list[Path]:
+    """The folders of the cache that are everybody's; of Hugging Face's home, where it lies there, the models."""
+    found = [settings.cache_dir / name for name in OF_THE_CACHE]
+    return found + [path for path in [hub_cache()] if settings.cache_dir in path.parents]
+
+
+def open_cache(settings: Settings) -> None:
+    """Let everybody read what desks see of the cache: weights are written for their owner alone."""
+    for path in (path for folder in of_the_cache(settings) for path in folder.rglob("*")):
+        if stat.S_ISREG(mode := path.lstat().st_mode):  # what a link names lies elsewhere
+            path.chmod(mode | 0o444)
 
 
 def why_not_apart(settings: Settings) -> str:
@@ -104,8 +120,7 @@ def why_not_apart(settings: Settings) -> str:
         return "there is no useradd"
     for folder in (settings.cache_dir, settings.state_dir):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for file in filter(Path.is_file, settings.cache_dir.rglob("*")):
-        file.chmod(file.stat().st_mode | 0o444)  # weights are written for their owner alone
+    open_cache(settings)
     where = limits(settings) | view(settings) | {"home": str(ROOT / "labs"), "uid": NOBODY, "gid": NOBODY}
     command = [sys.executable, "-I", str(ENTER), json.dumps(where), sys.executable, "-P", "-c", "import servebook.lab"]
     tried = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -221,7 +236,7 @@ def main(
     join_code(settings)
     tls = prepare(settings)
     urls = {
-        "public_url": f"{'https' if tls else 'http'}://{host}:{http_port}",
+        "public_url": f"{'https' if tls else 'http'}://{in_address(host)}:{http_port}",
         "routes_url": f"http://127.0.0.1:{routes_port}",
         "hub_url": f"http://127.0.0.1:{api_port}",
     }

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from servebook.settings import Settings, is_loopback
+from servebook.settings import Settings, in_address, is_loopback
 from servebook.whole import write_whole
 
 LIFETIME = datetime.timedelta(days=90)
@@ -34,9 +34,8 @@ def address(settings: Settings, port: int | str) -> str:
     """The room's URL, for learners: `SERVEBOOK_ROOM_URL`, or this machine's."""
     if settings.room.url:
         return settings.room.url.rstrip("/")
-    host = host_for_learners(settings)
     scheme = "https" if files(settings) else "http"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{scheme}://{in_address(host_for_learners(settings))}:{port}"
 
 
 def files(settings: Settings) -> tuple[Path, Path] | None:

@@ -56,7 +56,8 @@ class Usage:
     async def read(self, answer: aiohttp.ClientResponse, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The same pieces; those of a stream cut where its events end, and without what only we asked for."""
         self.refused = answer.status >= 400
-        streamed = answer.content_type == "text/event-stream"
+        packed = answer.headers.get("Content-Encoding", "identity") != "identity"  # unasked for: it cannot be read here
+        streamed = answer.content_type == "text/event-stream" and not packed
         self.counted = 0 if streamed else None
         kept = b""  # of a stream, the event that has begun
         async for piece in pieces:

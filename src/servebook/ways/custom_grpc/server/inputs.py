@@ -23,8 +23,6 @@ Request = GenerateRequest | StreamGenerateRequest
 CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
 MAX_TEMPERATURE = 2
 """As in vLLM."""
-MAX_MESSAGES = 512
-"""Of one chat. Each costs the event loop time before it is known to be too long; 4 MiB hold two million empty ones."""
 LIMITS = Limits()
 CONSTRAINTS = {"regex": "regex", "json_schema": "schema", "choice": "choice"}
 """The kinds of constraint, and the limits that hold for each."""
@@ -66,8 +64,8 @@ class Inputs:
                     self.renderer.validate_token_ids(ids)
                     [rendered] = await self.renderer.render_cmpl_async([{"prompt_token_ids": ids}])
                 case "chat":
-                    if not 1 <= (count := len(request.chat.messages)) <= MAX_MESSAGES:
-                        raise invalid("chat.messages", f"must be from 1 to {MAX_MESSAGES}, got {count}")
+                    if not 1 <= (count := len(request.chat.messages)) <= LIMITS.messages:
+                        raise invalid("chat.messages", f"must be from 1 to {LIMITS.messages}, got {count}")
                     turns = [{"role": turn.role, "content": turn.content} for turn in request.chat.messages]
                     _, [rendered] = await self.renderer.render_chat_async([turns], CHAT)
                 case _:

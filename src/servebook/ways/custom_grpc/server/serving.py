@@ -33,7 +33,7 @@ log = logging.getLogger("servebook.ways.custom_grpc.server")
 
 
 def start_engine(words: list[str]) -> tuple[AsyncLLM, Inputs]:
-    """Import vLLM and load the model; takes half a minute, in a thread, while the port is open already."""
+    """Import vLLM and load the model; takes some seconds, in a thread, while the port is open already."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from servebook.ways.custom_grpc.server.inputs import Inputs

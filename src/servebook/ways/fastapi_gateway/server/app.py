@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from servebook.ways.asgi import BodyLimit, CancelOnDisconnect, HeadAsGet
 from servebook.ways.fastapi_gateway.server import chat
+from servebook.ways.fastapi_gateway.server.auth import KeyFirst
 from servebook.ways.fastapi_gateway.server.config import Config
 from servebook.ways.fastapi_gateway.server.engine import Engine
 from servebook.ways.fastapi_gateway.server.errors import GatewayError, add_error_handlers, body_refused, documented
@@ -67,6 +68,8 @@ def create_app(config: Config) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(CancelOnDisconnect, reader_seconds=config.reader_seconds)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes, refuse=body_refused)
+    if config.key:
+        app.add_middleware(KeyFirst, key=config.key)
     app.add_middleware(HeadAsGet)
     if config.cors_origins:
         app.add_middleware(

@@ -13,7 +13,7 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from servebook.ways.asgi import LINE_ENDS
-from servebook.ways.fastapi_gateway.server.auth import require_key
+from servebook.ways.fastapi_gateway.server.auth import bearer
 from servebook.ways.fastapi_gateway.server.engine import Engine, EngineCall
 from servebook.ways.fastapi_gateway.server.errors import GatewayError, documented, error_body
 from servebook.ways.fastapi_gateway.server.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS, Slots
@@ -78,7 +78,7 @@ class ChatResponse(BaseModel):
     usage: Usage
 
 
-async def engine_call(request: Request, _: Annotated[None, Depends(require_key)]) -> AsyncIterator[EngineCall]:
+async def engine_call(request: Request, _: Annotated[object, Depends(bearer)]) -> AsyncIterator[EngineCall]:
     """A place and a call to the engine, given back when the response is out or its caller gone."""
     slots: Slots = request.app.state.slots
     engine: Engine = request.app.state.engine

@@ -49,7 +49,8 @@ class Engine:
         config = self.config
         self.session = aiohttp.ClientSession(
             f"{config.upstream.rstrip('/')}/",
-            headers={"Authorization": f"Bearer {config.key}"} if config.key else None,
+            # Of a packed answer a proxy between us and vLLM would pass nothing on before it has a block full.
+            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {config.key}"} if config.key else {}),
             # No limit of its own: `limits.Slots` is the one place that says no.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
         )

@@ -80,7 +80,8 @@ async def guarded(answer: Callable[[Any, Request], Awaitable[Any]], request: Any
     prompt = getattr(request, "prompt", None)
     is_list = isinstance(prompt, list) and not all(isinstance(part, int) for part in prompt)  # token ids are one prompt
     try:
-        check(LIMITS, prompts=len(prompt or ()) if is_list else 1, names={"prompts": "prompt"})
+        messages = getattr(request, "messages", None)
+        check(LIMITS, prompts=len(prompt or ()) if is_list else 1, messages=messages, names={"prompts": "prompt"})
         check_limits(sampling_of(request))
     except LimitExceeded as error:
         raise VLLMValidationError(str(error), parameter=error.field) from None
