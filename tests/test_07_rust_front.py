@@ -352,18 +352,3 @@ def test_ready_with_tls_and_with_mutual_tls(certificates: Certificates, settings
         finally:
             server.kill()
     assert not ready(at)
-
-
-def test_tls_files_that_cannot_be_used(certificates: Certificates, tmp_path: Path) -> None:
-    nonsense = tmp_path / "nonsense.pem"
-    nonsense.write_text("no certificate")
-    nonsense.chmod(0o600)
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"tls_cert": certificates.server_cert}, "go together"),
-        ({"tls_cert": certificates.server_cert, "tls_key": certificates.client_key}, "mismatch"),
-        ({"tls_cert": certificates.server_cert, "tls_key": tmp_path / "none.key"}, "No such file"),
-        ({"tls_cert": nonsense, "tls_key": nonsense}, "PEM"),
-    ]
-    for files, why in cases:
-        with pytest.raises(LaunchError, match=f"TLS files cannot be used: .*{why}"):
-            launch.serve("vllm-rs", instance="vllm-rs-tls", **files)

@@ -17,11 +17,14 @@ from typing import Any, ClassVar
 import aiohttp
 import jsonschema
 import numpy as np
+import psutil
 import pytest
+import uvloop
+from desk import eventually
 from typer.testing import CliRunner
 from uvicorn import Config
 
-from servebook.bench import guard, report, workload
+from servebook.bench import crosscheck, guard, report, workload
 from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, WAVES, Arm, Workload, compare, jobs_for, off_by
 from servebook.bench.cli import custom
 from servebook.bench.cost import Cost, fit
@@ -680,6 +683,29 @@ async def test_the_guard_compares_with_what_it_stored(tmp_path: FilePath, monkey
     assert guard.verdicts([found])[1][0][-1] == "dearer"
     found.arm.path = "new"
     assert guard.verdicts([found])[1][0][-1] == "not stored"
+
+
+def test_vllms_benchmark_ends_with_a_cross_check_that_is_cancelled() -> None:
+    there = Server("vllm", "smollm2", {"http": "127.0.0.1:9"}, load_settings())
+
+    def its_process() -> list[psutil.Process]:
+        found = psutil.Process().children(recursive=True)
+        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE and started(process)]
+
+    def started(process: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return process.cmdline()[2:5] == ["vllm.entrypoints.cli.main", "bench", "serve"]
+        return False
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(crosscheck._vllm_bench(there, [Job("Once", 4)], 1))
+        await asyncio.to_thread(eventually, its_process, "vLLM's benchmark")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not its_process()
+
+    uvloop.run(cancelled())  # as the command line has it
 
 
 def test_the_command_line_knows_its_ways() -> None:

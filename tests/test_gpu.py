@@ -5,16 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from desk import TINY, Desk
 from nvml import FakeCard, install
+from tiny_server import AGAIN
 
 from servebook.engine import arguments as engine
 from servebook.engine import gpu
 from servebook.engine.gpu import GIB
 from servebook.errors import LaunchError
-from servebook.launch import memory
+from servebook.launch import find_server, memory, serve
 from servebook.launch.memory import memory_for
 from servebook.launch.processes import KEPT
 from servebook.settings import Settings, load_settings
@@ -76,6 +80,20 @@ def test_each_engine_asks_for_what_it_needs(
         memory_for(settings, model, 1, quiet),
     ):
         pass
+
+
+def test_whether_there_is_room_is_asked_of_machine_and_card(
+    settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free, room in ((6, True), (5, False)):  # two take 5.6 GiB
+        install(monkeypatch, FakeCard(24, free))
+        assert engine.has_room(settings, model, 2) is room
+        assert engine.has_room(load_settings(device="cpu"), model, 2)
+    install(monkeypatch)
+    assert not engine.has_room(settings, model, 2), "no card answers"
+    install(monkeypatch, FakeCard(24, 24))
+    monkeypatch.setattr(engine, "available_gib", lambda: 5.0)
+    assert not engine.has_room(settings, model, 2)
 
 
 def test_a_model_without_weights_is_reckoned_by_its_shape(tmp_path: Path, settings: Settings) -> None:
@@ -196,6 +214,22 @@ def test_a_socket_of_anybodys_with_a_name_of_any_bytes_stops_no_start(
         other.bind(b"\0\xff")
         with memory_for(settings, model, 1, quiet):
             pass
+
+
+@pytest.mark.lifetime
+def test_a_second_try_counts_on_what_the_first_had_claimed(
+    desk: Desk, enough_memory: None, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card holds one such engine; the server dies by chance, and is up when it is started once more."""
+    install(monkeypatch, FakeCard(4, 4))
+    (model / "config.json").write_text("{}")
+    words = [sys.executable, str(TINY), "server", "--lost", str(desk.folder / "lost"), "--host", "127.0.0.1"]
+    spec = replace(find_server("vllm"), again=AGAIN, env=lambda *_: {}, argv=lambda *_: [*words, "--port", "{http}"])
+    server = serve("vllm", spec=spec, settings=desk.settings, device="gpu", model=str(model))
+    assert (desk.folder / "lost").exists()
+    assert desk.status()["state"] == "ready"
+    with memory_for(server.settings, model, 1, quiet):
+        """What it claimed for its start is free again: the engine has it by now."""
 
 
 @pytest.mark.parametrize(

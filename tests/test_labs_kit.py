@@ -6,6 +6,7 @@ import ast
 import csv
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -36,7 +37,7 @@ from traitlets.config import Config
 from servebook import launch
 from servebook.checkout import ROOT
 from servebook.errors import ServebookError
-from servebook.lab import checking
+from servebook.lab import checking, record
 from servebook.lab.capstone.stages import STAGES
 from servebook.lab.feedback import Result
 from servebook.lab.handout import autograde, confine, landlock, provided
@@ -471,6 +472,35 @@ def test_a_record_of_any_content_is_kept_aside(content: bytes) -> None:
         assert not kept.exists() or kept.read_bytes() == content
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("fault", ["cannot be read", "cannot be put aside"])
+def test_a_record_that_failed_once_holds_up_no_later_check(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path))
+    wrong = tmp_path / ("labs.json" if fault == "cannot be read" else "labs.unreadable")
+    if fault == "cannot be put aside":
+        (tmp_path / "labs.json").write_text("{")
+    (wrong / "full").mkdir(parents=True)
+    failed = [Store(), Store()]  # which a notebook keeps, too, with its last traceback
+    for store in failed:
+        with pytest.raises(ServebookError, match="Progress cannot be kept"), store:
+            pass
+    shutil.rmtree(wrong)
+    with Store() as progress:
+        assert progress.records == {}
+
+
+@pytest.mark.timeout(60)
+def test_a_check_that_hangs_is_told_to_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path))
+    monkeypatch.setattr(record, "LOCK_SECONDS", 0.05)
+    with Store(), pytest.raises(ServebookError, match=r"Another check has held .*labs\.lock"), Store():
+        pass
+    with Store():
+        """The one that had it has left it."""
+
+
 def test_bundle_has_every_file_that_it_names(tmp_path: Path) -> None:
     """What notebooks show of the repository, and what they and README link to."""
     write_bundle(tmp_path)
@@ -713,7 +743,8 @@ def test_triton_loads_beside_what_is_hidden_in_tmp_and_sees_no_judge() -> None:
 
 
 TRIES = """
-import os, sys
+import os, resource, sys
+from functools import partial
 from pathlib import Path
 from servebook.launch.files import Files
 from servebook.launch.link import Link
@@ -742,6 +773,14 @@ tries = {
     "write the instructor's progress": (state / "labs.json").touch,
     "replace the judge's server": (judges / "servers/vllm.sock").unlink,
     "write into the course": (course / "lab.ipynb").touch,
+    "read what not everybody may": Path("/etc/shadow").read_bytes,
+    "look into services": partial(os.listdir, "/run"),
+    "look into their files": partial(os.listdir, "/var/log"),
+    "limit another program": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CPU),
+    "end another program": lambda: os.kill(os.getppid(), 0),
+    "read what everybody may": Path("/etc/passwd").read_bytes,
+    "limit itself": lambda: resource.setrlimit(resource.RLIMIT_CPU, resource.getrlimit(resource.RLIMIT_CPU)),
+    "end itself": lambda: os.kill(os.getpid(), 0),
     "read the model": (cache / "weights").read_text,
     "attach to servers": lambda: attach(scratch / "state"),
     "attach as the judge does": lambda: attach(judges),
@@ -784,6 +823,11 @@ def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path:
     answers = dict(line.split(": ") for line in told)
     assert [what for what, answer in answers.items() if answer == "yes"] == [
         *(["read a disk"] if not any(each.is_block_device() for each in Path("/dev").iterdir()) else []),
+        *(["limit another program"] if platform.machine() != "x86_64" else []),
+        *(["end another program"] if landlock.version() < landlock.VERSION_OF_SIGNALS else []),
+        "read what everybody may",
+        "limit itself",
+        "end itself",
         "read the model",
         "attach to servers",
         "attach as the judge does",
@@ -791,7 +835,7 @@ def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path:
         "write what is its own",
         "write to nowhere",
     ], done.stdout + done.stderr
-    assert len(answers) == 20
+    assert len(answers) == 28
     assert int(capabilities, 16) == 0 or os.getuid() != 0
 
 

@@ -105,6 +105,13 @@ def test_paths_and_ids(tmp_path: Path) -> None:
         model_path(load_settings(model=str(tmp_path), max_model_len=2048))
     (tmp_path / "config.json").write_text("{}")
     assert context_limit(tmp_path) is None
+    for content in (
+        *("[]", "[{}]", "3", "null", '"text"', '{"text_config": [1]}', '{"max_position_embeddings": "many"}'),
+        *('{"max_position_embeddings": [1]}', '{"max_position_embeddings": Infinity}', "\xff"),
+    ):
+        (tmp_path / "config.json").write_text(content, encoding="latin-1")
+        with pytest.raises(ModelError, match=r"no readable config\.json"):
+            context_limit(tmp_path)
 
 
 def test_a_hub_that_cannot_be_reached_names_the_way_out() -> None:

@@ -93,6 +93,8 @@ def test_the_file_is_found_from_a_notebooks_folder(bare: Path, monkeypatch: pyte
         ({"device": "tpu"}, "SERVEBOOK_DEVICE"),
         ({"engine_url": "gpu-box:8000"}, "http://"),
         ({"engine_url": "http://ada:secret@gpu-box:8000"}, "must hold no password"),
+        ({"engine_url": "http://gpu-box:8000/?key=secret"}, "must end before [?]"),
+        ({"engine_url": "http://gpu-box:8000#secret"}, "must end before [?]"),
         ({"engine_args": "--a 'b"}, "SERVEBOOK_ENGINE_ARGS"),
         ({"vllm_http_port": 70000}, "SERVEBOOK_VLLM_HTTP_PORT"),
         ({"host": "0.0.0.0"}, "SERVEBOOK_API_KEY"),
@@ -249,6 +251,11 @@ def test_a_key_that_others_may_read_is_refused(bare: Path) -> None:
     (bare / "server.key").chmod(0o604)
     with pytest.raises(ServebookError, match="SERVEBOOK_TLS_KEY: others may read"):
         load_settings(tls_key=bare / "server.key")
+    room = {"tls_cert": bare / "server.pem", "tls_key": bare / "server.key"}
+    with pytest.raises(ServebookError, match="SERVEBOOK_ROOM_TLS_KEY: others may read"):
+        load_settings(room=room)
+    (bare / "server.key").chmod(0o600)
+    assert load_settings(room=room).room.tls_key == bare / "server.key"
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
+import nbformat
 import pytest
+from typer.testing import CliRunner
 
+from servebook.bench import guard
+from servebook.checkout import ROOT
+from servebook.cli import app
 from servebook.lab import record
 from servebook.lab.handout import copy
+from servebook.lab.handout.blanks import write_labs
 from servebook.lab.manifest import load_labs
 from servebook.whole import write_whole
+from servebook.workbook import gate
 
 
 @pytest.fixture
@@ -52,6 +60,47 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     write_whole(tmp_path / "link", "text")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_text() == "text"
+
+
+def write_guard(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(guard, "STORED", folder / "guard.json")
+    guard.store([])
+
+
+def write_report(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.chdir(folder)
+    if result := CliRunner().invoke(app, ["bench", "--report"]).exception:
+        raise result
+
+
+def write_outputs(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    notebook = next(folder.rglob("*.ipynb"))
+    gate._store(notebook, nbformat.read(notebook, as_version=4), [])
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("guard.json", write_guard),
+        ("BENCHMARKS.md", write_report),
+        (load_labs()[0].path, write_outputs),
+        (load_labs()[0].path, lambda folder, _: write_labs(folder)),
+    ],
+)
+def test_what_is_kept_in_the_repository_is_not_half_written(
+    name: str, write: Callable[[Path, pytest.MonkeyPatch], object], tmp_path: Path, full: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    before = (ROOT / "labs" / name).read_text() if name.endswith(".ipynb") else "before"
+    file.write_text(before)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, full)
+    assert file.read_text() == before
+    full.undo()
+    write(tmp_path, full)
+    assert file.read_text() != "before"
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_learners_notebook_is_not_half_written(tmp_path: Path, full: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from servebook import launch
 from servebook.bench.cli import bench
 from servebook.errors import ServebookError
 from servebook.lab import cli as lab_cli
+from servebook.launch.display import plain_console
 from servebook.launch.link import remedy_for
 from servebook.room import cli as room_cli
 from servebook.settings import own_settings, unusable
@@ -29,7 +29,7 @@ app = typer.Typer(
 app.add_typer(lab_cli.app, name="labs")
 app.command()(lab_cli.release)
 app.add_typer(room_cli.app, name="room")
-out = Console(highlight=False)
+out = plain_console()
 
 Names = Annotated[
     list[str] | None, typer.Argument(metavar="NAME…", help=f"One or more of {', '.join(launch.SERVERS)}.")

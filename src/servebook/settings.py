@@ -16,7 +16,16 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from platformdirs import user_cache_path, user_state_path
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -39,6 +48,16 @@ TENSOR_MODEL_NAME = "vllm_model"
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
+def _private(file: Path) -> Path:
+    if file.is_file() and others_may_read(file):
+        raise ValueError(f"others may read {file}: `chmod 600 {file}`")
+    return file
+
+
+PrivateFile = Annotated[Path, AfterValidator(_private)]
+"""A file with a secret, such as a TLS key: refused where others may read it."""
+
+
 class RoomSettings(BaseModel):
     """A room of learners: `SERVEBOOK_ROOM_…`, or the table `[room]` of servebook.toml.
 
@@ -57,7 +76,7 @@ class RoomSettings(BaseModel):
     open_sign_up: bool = False
     trusted: bool = False
     tls_cert: Path | None = None
-    tls_key: Path | None = None
+    tls_key: PrivateFile | None = None
     seats: int = Field(default=40, ge=1)
     places: int = Field(default=64, ge=1)
     learner_places: int = Field(default=16, ge=1)
@@ -101,7 +120,7 @@ class Settings(BaseSettings):
     engine_url: str | None = None
     api_key: SecretStr | None = None
     tls_cert: Path | None = None
-    tls_key: Path | None = None
+    tls_key: PrivateFile | None = None
     tls_client_ca: Path | None = None
     host: str = LOOPBACK
     max_model_len: int = Field(default=2048, ge=16)
@@ -169,6 +188,8 @@ class Settings(BaseSettings):
             raise ValueError("must start with http:// or https://, for example http://gpu-box:8000")
         if "@" in urlsplit(url).netloc:
             raise ValueError("must hold no password, which would stand on command lines: set SERVEBOOK_API_KEY")
+        if "?" in url or "#" in url:
+            raise ValueError("must end before ? and #: a key in there would stand on command lines")
         return url.rstrip("/").removesuffix("/v1")
 
     @field_validator("api_key")
@@ -179,13 +200,6 @@ class Settings(BaseSettings):
         if text and not (printable and len(text) >= KEY_CHARACTERS):
             raise ValueError(f"a key has at least {KEY_CHARACTERS} characters, all of them printable ASCII")
         return key if text else None
-
-    @field_validator("tls_key")
-    @classmethod
-    def _private_key(cls, file: Path | None) -> Path | None:
-        if file and file.is_file() and others_may_read(file):
-            raise ValueError(f"others may read {file}: `chmod 600 {file}`")
-        return file
 
     @field_validator("engine_args")
     @classmethod

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from servebook.launch.display import plain_console
 from servebook.settings import load_settings
+from servebook.whole import write_whole
 
 if TYPE_CHECKING:
     from servebook.bench.arms import Workload
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from servebook.bench.run import Plan
     from servebook.bench.stats import ServiceLevel
 
-console = Console(highlight=False, soft_wrap=True)
+console = plain_console(soft_wrap=True)
 
 Callers = Annotated[list[int] | None, typer.Option("-c", "--concurrency", min=1, max=512, help="Callers at a time.")]
 
@@ -71,7 +72,7 @@ def bench(
         watch(store)
         return
     if as_report:
-        Path("BENCHMARKS.md").write_text(markdown(stored()), encoding="utf-8")
+        write_whole(Path("BENCHMARKS.md"), markdown(stored()))
         console.print("BENCHMARKS.md is written.")
         return
     plan = FULL if full else QUICK

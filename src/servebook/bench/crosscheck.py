@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, Field
@@ -83,7 +84,12 @@ async def _vllm_bench(server: Server, jobs: list[Job], concurrency: int) -> dict
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        output, _ = await process.communicate()
+        try:
+            output, _ = await process.communicate()
+        finally:  # Ctrl-C, too: it would go on and load the engine
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
         if process.returncode:
             last = output.decode(errors="replace").strip().splitlines()[-3:]
             raise BenchError("`vllm bench serve` failed: " + " / ".join(last))

@@ -11,6 +11,7 @@ from servebook.bench.report import Row, Rows, interval
 from servebook.bench.run import SCRIPTED_CALLERS, Plan, start
 from servebook.bench.stats import Estimate
 from servebook.settings import Settings
+from servebook.whole import write_whole
 
 STORED = Path(__file__).with_name("guard.json")
 """CPU of each front per token / that of vLLM's SSE, as it was when somebody last said that it was right."""
@@ -56,7 +57,7 @@ async def measure(settings: Settings) -> list[Comparison]:
 def store(found: list[Comparison]) -> None:
     """From now on these ratios are the right ones."""
     ratios = {each.arm.path: round(each.front_cpu.value, 3) for each in found if each.front_cpu}
-    STORED.write_text(json.dumps(ratios, indent=1) + "\n", encoding="utf-8")
+    write_whole(STORED, json.dumps(ratios, indent=1) + "\n")
 
 
 def verdicts(found: list[Comparison]) -> Rows:

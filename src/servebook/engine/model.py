@@ -103,17 +103,17 @@ def context_limit(folder: Path) -> int | None:
     """The longest sequence, in tokens, that the model's `config.json` allows; None where it does not say.
 
     Raises:
-        ModelError: `folder` holds no readable `config.json`.
+        ModelError: `folder` holds no `config.json` in Hugging Face's layout.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        config = json.loads((folder / "config.json").read_bytes())
+        limit = (config.get("text_config") or config).get("max_position_embeddings")
+        return int(limit) if limit else None
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError):
         raise ModelError(
             f"{folder} is not a model: it has no readable config.json.",
             "Set SERVEBOOK_MODEL to a folder in Hugging Face's layout, or unset it for the bundled model.",
         ) from None
-    limit = (config.get("text_config") or config).get("max_position_embeddings")
-    return int(limit) if limit else None
 
 
 def _from_hub(name: str) -> Path:

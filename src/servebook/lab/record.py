@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from servebook.errors import ServebookError
 from servebook.settings import load_settings
 from servebook.whole import write_whole
+
+LOCK_SECONDS = 10.0
+"""How long others may have the progress file, which they need for milliseconds."""
 
 
 class Record(BaseModel):
@@ -42,17 +45,29 @@ class Store:
         self.lock = FileLock(self.path.with_suffix(".lock"))
 
     def __enter__(self) -> Progress:
+        """Lock the file and read it.
+
+        Raises:
+            ServebookError: it cannot be read, or others have had it for too long.
+        """
         with self._state_folder():
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.lock.acquire()
+            self.lock.acquire(timeout=LOCK_SECONDS)
             try:
-                self.progress = Progress.model_validate_json(self.path.read_bytes())
-            except FileNotFoundError:
-                self.progress = Progress()
-            except ValidationError:  # cut off, or edited by hand: it is kept for whoever can read it
-                self.path.replace(self.path.with_suffix(".unreadable"))
-                self.progress = Progress()
+                self.progress = self._read()
+            except BaseException:  # __exit__ is not called then, and the next check would wait for ever
+                self.lock.release()
+                raise
         return self.progress
+
+    def _read(self) -> Progress:
+        try:
+            return Progress.model_validate_json(self.path.read_bytes())
+        except FileNotFoundError:
+            return Progress()
+        except ValidationError:  # cut off, or edited by hand: it is kept for whoever can read it
+            self.path.replace(self.path.with_suffix(".unreadable"))
+            return Progress()
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -65,6 +80,11 @@ class Store:
     def _state_folder(self) -> Iterator[None]:
         try:
             yield
+        except Timeout:
+            raise ServebookError(
+                f"Another check has held {self.lock.lock_file} for {LOCK_SECONDS:.0f} s.",
+                "End the notebook or command that hangs, then check again.",
+            ) from None
         except OSError as error:
             raise ServebookError(
                 f"Progress cannot be kept in {self.path.parent}: {error.strerror}.",

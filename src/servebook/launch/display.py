@@ -11,6 +11,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 
 class Progress:
@@ -63,10 +64,15 @@ class NotebookProgress(Progress):
             self.last = text
 
 
+def plain_console(stderr: bool = False, soft_wrap: bool = False) -> Console:
+    """A terminal that shows text as it is: of `[fd00:a::5]` Rich would make a style, and of `:a:` a picture."""
+    return Console(stderr=stderr, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
+
+
 @cache
 def stderr() -> Console:
     """One for all: it stacks the spinners of servers that start at once."""
-    return Console(stderr=True, highlight=False)
+    return plain_console(stderr=True)
 
 
 class TerminalProgress(Progress):
@@ -85,9 +91,9 @@ class TerminalProgress(Progress):
             self.console.print(text, soft_wrap=True)
         elif self.console.is_terminal:
             if not self.status:
-                self.status = self.console.status(text)
+                self.status = self.console.status(Text(text))
                 self.status.start()
-            self.status.update(text)
+            self.status.update(Text(text))
         elif self.current != self.last_phase:
             self.console.print(f"{self.what}: {self.current}")
             self.last_phase = self.current

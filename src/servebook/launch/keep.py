@@ -24,13 +24,14 @@ BROKEN_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Kept:
-    """A server that is on its way, or was there before (`attached`), and the lease on it."""
+    """A server that is on its way, or was there before (`attached`), the lease on it, and its claim to memory."""
 
     start: Start
     link: Link
     there: Description
     attached: bool
     display: Progress
+    claim: ExitStack
 
 
 def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
@@ -51,7 +52,8 @@ def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
                         at[start.instance] = ask_elsewhere(start.settings)[1]
                         continue
                     display = starting.enter_context(progress(start.instance))
-                    one = begin(start, at, display, starting, engines=1 + sum(not other.attached for other in begun))
+                    claim = starting.enter_context(ExitStack())
+                    one = begin(start, at, display, claim, engines=1 + sum(not other.attached for other in begun))
                     leases.callback(one.link.close)
                     begun.append(one)
                 for number, one in enumerate(begun):
@@ -60,31 +62,33 @@ def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
                     except LaunchError:
                         if not by_chance(one):
                             raise
-                        begun[number] = one = begin(one.start, at, one.display, starting, engines=1)
+                        one.claim.close()  # what it claimed is free again, and the next try is not refused for it
+                        begun[number] = one = begin(one.start, at, one.display, one.claim, engines=1)
                         leases.callback(one.link.close)
                         await_ready(one)
+                    one.claim.close()
                     at[one.start.instance] = one.there["endpoints"]
                 kept += begun
         leases.pop_all()
     return kept[-1].there, {one.start.files: one.link for one in kept}
 
 
-def begin(start: Start, needs: dict[str, Endpoints], display: Progress, starting: ExitStack, engines: int) -> Kept:
+def begin(start: Start, needs: dict[str, Endpoints], display: Progress, claim: ExitStack, engines: int) -> Kept:
     """Take a lease on the server that is there, or on a new one; does not wait until it is ready.
 
     `engines` are those that start together, this one included: memory must be there for all, and what a GPU has is
-    held for them until `starting` is closed.
+    held for this one until `claim` is closed.
     """
     display.phase("looking for the model")
     model = model_path(start.settings)
     order = start.order(model, needs)
     if lease := attach(order):
-        return Kept(start, *lease, attached=True, display=display)
+        return Kept(start, *lease, attached=True, display=display, claim=claim)
     order["env"] |= start.spec.env(start.settings, display.phase)
     if start.spec.has_engine:
-        starting.enter_context(memory_for(start.settings, model, engines, display.phase))
+        claim.enter_context(memory_for(start.settings, model, engines, display.phase))
     display.phase("importing")
-    return Kept(start, *spawn(order), attached=False, display=display)
+    return Kept(start, *spawn(order), attached=False, display=display, claim=claim)
 
 
 def await_ready(kept: Kept) -> None:

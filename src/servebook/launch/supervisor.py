@@ -49,6 +49,7 @@ from servebook.launch.processes import (
     is_tracker,
     wait_until,
 )
+from servebook.whole import write_whole
 
 EX_IOERR, EX_TEMPFAIL = 74, 75
 FIRST_LEASE_SECONDS = 15.0
@@ -299,10 +300,8 @@ class Supervisor:
 
     def record(self, state: str, **more: Any) -> None:
         """Write what is left to read when the supervisor is gone; whole or not at all."""
-        draft = self.files.record.with_suffix(".draft")
         try:
-            draft.write_text(json.dumps({**self.describe(), "state": state, **more}))
-            draft.replace(self.files.record)
+            write_whole(self.files.record, json.dumps({**self.describe(), "state": state, **more}))
         except OSError as error:
             complain(error)  # a full disk must not end a server that runs
 

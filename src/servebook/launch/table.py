@@ -96,6 +96,7 @@ def _module(name: str, *ports: str) -> Argv:
 
 
 def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
+    _require_tls(settings)
     files = {"cert": settings.tls_cert, "key": settings.tls_key, "client-ca": settings.tls_client_ca}
     return [
         *_module("custom_grpc.server", "grpc", "metrics")(settings, model, needs),
@@ -129,16 +130,30 @@ def _tls_of_vllm(settings: Settings) -> list[str]:
     """vLLM's options for the TLS files.
 
     Raises:
-        LaunchError: they cannot be used. vLLM would find out only when the engine is loaded.
+        LaunchError: as `_require_tls`.
+    """
+    _require_tls(settings)
+    cert, key, authority = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if not (cert and key):
+        return []
+    own = ["--ssl-certfile", str(cert.resolve()), "--ssl-keyfile", str(key.resolve())]
+    return own + (["--ssl-ca-certs", str(authority.resolve()), "--ssl-cert-reqs", "2"] if authority else [])
+
+
+def _require_tls(settings: Settings) -> None:
+    """Look whether the TLS files fit, where there are any.
+
+    Raises:
+        LaunchError: they cannot be used. The servers would find out only when the engine is loaded.
     """
     cert, key, authority = settings.tls_cert, settings.tls_key, settings.tls_client_ca
     if not (cert or key or authority):
-        return []
+        return
     try:
         if not (cert and key):
             raise ValueError("a certificate and its key go together")
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(cert, key)
+        context.load_cert_chain(cert, key, password="")  # else it would ask at the terminal for that of a locked key
         if authority:
             context.load_verify_locations(authority)
     except (OSError, ValueError) as error:  # SSLError is an OSError
@@ -146,8 +161,6 @@ def _tls_of_vllm(settings: Settings) -> list[str]:
             f"The TLS files cannot be used: {error}.",
             "Correct SERVEBOOK_TLS_CERT, SERVEBOOK_TLS_KEY and SERVEBOOK_TLS_CLIENT_CA, or unset all three.",
         ) from None
-    own = ["--ssl-certfile", str(cert.resolve()), "--ssl-keyfile", str(key.resolve())]
-    return own + (["--ssl-ca-certs", str(authority.resolve()), "--ssl-cert-reqs", "2"] if authority else [])
 
 
 def _rust_env(settings: Settings, say: Callable[[str], None]) -> dict[str, str]:
@@ -268,7 +281,7 @@ SERVERS: dict[str, ServerSpec] = {
         ),
         ServerSpec(
             name="triton",
-            about="Triton with the vLLM backend",
+            about="Triton with this workbook's vLLM backend",
             ports=("grpc", "metrics", "http"),
             argv=_module("triton_grpc.backend", "grpc", "metrics", "http"),
             ready=lambda at: http_ok(at["http"], f"/v2/models/{TENSOR_MODEL_NAME}/ready"),

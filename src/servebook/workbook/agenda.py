@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from servebook.checkout import ROOT
 from servebook.lab.manifest import find_exercise
+from servebook.whole import write_whole
 from servebook.workbook.chapters import find_chapter
 
 GUIDE = ROOT / "docs" / "instructor.md"
@@ -112,4 +113,4 @@ def written(guide: str) -> str:
 
 
 if __name__ == "__main__":
-    GUIDE.write_text(written(GUIDE.read_text(encoding="utf-8")), encoding="utf-8")
+    write_whole(GUIDE, written(GUIDE.read_text(encoding="utf-8")))

@@ -35,6 +35,7 @@ from traitlets.config import Config
 from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.launch import serve
+from servebook.whole import write_whole
 
 NOTEBOOKS = ROOT / "notebooks"
 CHECKED = "nbval-check-output"
@@ -176,7 +177,7 @@ def _store(notebook: Path, source: NotebookNode, done: Sequence[tuple[NotebookNo
                 output.execution_count = count
     source.metadata.kernelspec = KERNEL
     nbformat.validate(source)
-    nbformat.write(source, notebook)
+    write_whole(notebook, f"{nbformat.writes(source)}\n")
 
 
 def table(results: Sequence[Result]) -> str:

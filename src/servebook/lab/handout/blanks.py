@@ -24,6 +24,7 @@ from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab.manifest import load_labs
 from servebook.lab.shell import exercise_of, tagged
+from servebook.whole import write_whole
 
 TASK = re.compile(r"(// |)### BEGIN SOLUTION (.+)")
 
@@ -100,7 +101,7 @@ def write_labs(target: Path, root: Path = ROOT) -> list[Path]:
     for lab in load_labs():
         path = target / lab.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(student_notebook(solutions / lab.path))
+        write_whole(path, student_notebook(solutions / lab.path))
         written.append(path)
     return written
 

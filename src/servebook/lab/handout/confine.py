@@ -1,14 +1,17 @@
 """Confines what a submission runs to the files that a student has: neither solutions, nor others' work, nor grades.
 
-Reading is allowed everywhere but in the instructor's folders, writing in the submission's own; `landlock` does it.
+Reading is allowed everywhere but in the instructor's folders and where a system has secrets, writing in the
+submission's own; `landlock` does it.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from jupyter_core.paths import jupyter_runtime_dir
@@ -17,7 +20,9 @@ from servebook.checkout import ROOT
 from servebook.engine.model import given_folder
 from servebook.settings import FILE_NAME, load_settings
 
-TMP, DEVICES = Path("/tmp"), Path("/dev")
+TMP, DEVICES, CONFIGURATION = Path("/tmp"), Path("/dev"), Path("/etc")
+OF_SERVICES = (Path("/run"), Path("/var"))
+"""What services keep there may be root's alone, such as the tokens and secrets that a container is given."""
 EVERYBODYS = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "nvidia*")
 """The devices that a program may need. Root's include disks."""
 NAMED = "folders.json"
@@ -40,9 +45,11 @@ def folders(course: Path, scratch: Path) -> dict[str, list[str]]:
     prefix, state = Path(sys.prefix).resolve(), settings.state_dir.resolve()
     hidden = [ROOT.resolve(), course, prefix, DEVICES, state, Path(os.environ.get(FROM, state)).resolve()]
     hidden += [each for each in (Path.home().resolve(),) if each.parts[1:]]  # "/" in some containers
+    hidden += [*OF_SERVICES, *not_for_everybody(CONFIGURATION)]  # root without its powers is still their owner
     given = [*(ROOT / name for name in (*BUNDLE, "labs", ".venv")), prefix, Path(sys.base_prefix).resolve()]
     given += [settings.cache_dir, hub_cache(), given_folder(settings).resolve()]
     given += [scratch.parent / name for name in (NAMED, FILE_NAME)]
+    given += [(CONFIGURATION / "resolv.conf").resolve()]  # for names of machines; often a link into /run
     own = [scratch, sockets_folder()]
     own += [path for name in EVERYBODYS for path in DEVICES.glob(name)]
     return {
@@ -52,6 +59,14 @@ def folders(course: Path, scratch: Path) -> dict[str, list[str]]:
         # Triton's stub makes itself a folder there, whatever TMPDIR says.
         "make folders": [str(TMP)],
     }
+
+
+def not_for_everybody(folder: Path) -> Iterator[Path]:
+    """What in `folder`, at any depth, only its owner or a group may read, such as /etc/shadow."""
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it has just gone
+            if not path.lstat().st_mode & stat.S_IROTH:
+                yield path
 
 
 def hub_cache() -> Path:

@@ -31,22 +31,51 @@ MAKE_FOLDERS = 0b10000000
 LIST = 0b1000
 """The names in a folder."""
 RIGHTS = {"read": READ, "list": LIST, "write": WRITE, "make folders": MAKE_FOLDERS}
-VERSION = 3
-PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
+VERSION, VERSION_OF_SIGNALS = 3, 6
+SIGNALS = 2
+"""LANDLOCK_SCOPE_SIGNAL (Linux 6.12): no signal to who is not confined with this process, or further."""
+PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 22, 24, 38
+OWN_LIMITS = (
+    (0x20, 0, 0, 4),  # for what kind of machine is the call?
+    (0x15, 0, 6, 0xC000003E),  # not for x86-64: refused
+    (0x20, 0, 0, 0),  # which call is it?
+    (0x35, 4, 0, 0x40000000),  # one of x32: refused
+    (0x15, 0, 2, 302),  # not prlimit64: allowed
+    (0x20, 0, 0, 16),  # of which process?
+    (0x15, 0, 1, 0),  # not of this one: refused
+    (0x06, 0, 0, 0x7FFF0000),  # allowed
+    (0x06, 0, 0, 0x00050001),  # refused: EPERM
+)
+"""A filter of system calls for x86-64, in linux/filter.h's words: a process sets its own limits, and nobody else's.
+
+A limit of processor seconds ends a process as a signal does (`prlimit --cpu=1 --pid PID`).
+"""
 CAPABILITIES = struct.pack("=Ii", 0x20080522, 0), bytes(24)
 """What capset wants to take all of them from this process: linux/capability.h, version 3."""
 O_PATH = getattr(os, "O_PATH", 0)
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+def version() -> int:
+    """That of this machine's Landlock; -1 where there is none."""
+    return int(libc.syscall(CREATE_RULESET, None, 0, 1)) if platform.system() == "Linux" else -1
+
+
 def possible() -> bool:
     """Whether this machine can confine."""
-    return platform.system() == "Linux" and int(libc.syscall(CREATE_RULESET, None, 0, 1)) >= VERSION
+    return version() >= VERSION
 
 
 def confine(allowed: dict[str, list[str]]) -> None:
-    """Confine this process and all that it will start; what it has open stays open. Root's powers are given up, too."""
-    ruleset = libc.syscall(CREATE_RULESET, struct.pack("Q", WRITE), 8, 0)
+    """Confine this process and all that it will start; what it has open stays open. Root's powers are given up, too.
+
+    It ends none of this user's other processes, by a signal (Linux 6.12) or by a limit (x86-64).
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    attributes = struct.pack("QQQ", WRITE, 0, SIGNALS) if version() >= VERSION_OF_SIGNALS else struct.pack("Q", WRITE)
+    ruleset = libc.syscall(CREATE_RULESET, attributes, len(attributes), 0)
     for what, paths in allowed.items():
         for path in paths:
             _allow(ruleset, path, RIGHTS[what])
@@ -57,6 +86,15 @@ def confine(allowed: dict[str, list[str]]) -> None:
     if libc.syscall(RESTRICT_SELF, ruleset, 0):
         raise OSError(ctypes.get_errno(), "Landlock refuses")
     os.close(ruleset)
+    if platform.machine() == "x86_64":
+        _set_filter()
+
+
+def _set_filter() -> None:
+    words = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in OWN_LIMITS))
+    program = struct.pack("@HP", len(OWN_LIMITS), ctypes.addressof(words))
+    if libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp refuses")
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:
