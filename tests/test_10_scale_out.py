@@ -92,7 +92,7 @@ def test_another_number_of_replicas_is_not_silently_ignored(desk: Desk) -> None:
 
 def test_more_replicas_than_cores(desk: Desk) -> None:
     cores = len(os.sched_getaffinity(0))
-    text = desk.run("up", "router", "--replicas", str(cores + 1), expect=1)
+    text = desk.run("up", "router", "--replicas", str(cores + 1), expect=1, device="cpu")
     assert f"{cores + 1} replicas need {cores + 1} cores, one each, and {cores} can be used here" in text
     assert f"--replicas {cores}" in text
     assert desk.family() == []
@@ -125,10 +125,10 @@ def test_the_router_is_not_installed(settings: Settings, monkeypatch: pytest.Mon
 
 
 def test_memory_is_counted_for_all_replicas(settings: Settings, tmp_path: Path) -> None:
-    one = engine.needed_gib(settings, tmp_path)
-    enough = int(engine.available_gib() / one)
+    cpu = settings.model_copy(update={"device": "cpu"})
+    enough = int(engine.available_gib() / engine.needed_gib(cpu, tmp_path))
     with pytest.raises(LaunchError, match=rf"(?s){enough + 9} engines need about .* fewer replicas"):
-        engine.require_memory(settings.model_copy(update={"device": "cpu"}), tmp_path, enough + 9)
+        engine.require_memory(cpu, tmp_path, enough + 9)
 
 
 def test_each_replica_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
@@ -189,7 +189,9 @@ async def test_its_clients_are_those_of_a_replica(router: launch.Server, client:
         assert "".join([piece.text async for piece in aio.stream(PROMPT, **greedy)]) == answer.text
 
 
-def test_replicas_compute_on_different_cores(client: RouterClient) -> None:
+def test_replicas_compute_on_different_cores(settings: Settings, client: RouterClient) -> None:
+    if settings.on_gpu:
+        pytest.skip("engines on a GPU are bound to no cores")
     cores = [child for name in REPLICAS for child in psutil.Process(entry(name)["pid"]).children() if is_engine(child)]
     one, other = (os.sched_getaffinity(core.pid) for core in cores)
     assert one.isdisjoint(other)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from nvml import FakeCard, install
 
 from servebook import cli, launch
 from servebook.engine.gpu import Card
@@ -76,6 +77,10 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_gpu(L4, "Held by: game (pid 7) 2.0 GiB.", 20.5, "auto", False), "WARN", "game (pid 7) 2.0 GiB"),
         (doctor.check_gpu(L4, "", 30.0, "auto", False), "FAIL", "smaller model"),
         (doctor.check_gpu(L4, "", 30.0, "auto", False), "FAIL", "run `make setup DEVICE=cpu`"),
+        (doctor.check_compiler("/usr/bin/gcc", Path(__file__)), "OK", "/usr/bin/gcc"),
+        (doctor.check_compiler(None, Path(__file__)), "WARN", "no C compiler: an engine"),
+        (doctor.check_compiler("/usr/bin/gcc", Path("/none/Python.h")), "WARN", "no Python.h: an engine"),
+        (doctor.check_compiler(None, Path("/none/Python.h")), "WARN", "no C compiler and no Python.h"),
         (doctor.check_engine_url(None, None), "OK", "this machine"),
         (doctor.check_engine_url("http://gpu-box:8000", None), "OK", "http://gpu-box:8000"),
         (doctor.check_engine_url("http://x", LaunchError("No vLLM answers.", "Start it.")), "FAIL", "No vLLM answers."),
@@ -235,6 +240,18 @@ def test_folders_that_this_user_may_not_look_into_are_findings(monkeypatch: pyte
     for each in (settings, settings.model_copy(update={"model": BUNDLED_MODEL})):
         failed = {finding.name: finding.fact for finding in doctor.run(each, quick=True) if finding.level == "FAIL"}
         assert failed == {name: f"{OUT_OF_SIGHT} cannot be written: File name too long" for name in ("state", "cache")}
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_compiler_is_looked_for_on_a_gpu_alone(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeCard(22, 20))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    report = doctor.run(load_settings(device=device), quick=True)
+    found = [finding.level for finding in report if finding.name == "compiler"]
+    assert found == ([] if device == "cpu" else ["WARN"])
+    (tmp_path / "gcc").touch(0o755)
+    assert doctor._compiler() == str(tmp_path / "gcc")
 
 
 @pytest.mark.parametrize("words", ["status", "down vllm", "down --all", "logs vllm"])

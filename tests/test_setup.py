@@ -120,7 +120,16 @@ def test_no_disk_space(clone: Path, program: Callable[[str, str], Path]) -> None
     program("df", "printf 'Filesystem 1024-blocks Used Available Capacity Mounted\\n/dev/x 9 9 3145728 99%% /\\n'")
     done = make(clone)
     assert done.returncode != 0
-    assert "3 GB are free here" in done.stderr
+    assert "3 GB are free here; the environment takes about 4 GB, and 6 are needed" in done.stderr
+    assert not (clone / ".venv").exists()
+
+
+def test_no_disk_space_for_a_gpu(clone: Path, program: Callable[[str, str], Path]) -> None:
+    """Which would be enough for a CPU."""
+    program("df", "printf 'Filesystem 1024-blocks Used Available Capacity Mounted\\n/dev/x 9 9 8388608 99%% /\\n'")
+    done = make(clone, DEVICE="gpu")
+    assert done.returncode != 0
+    assert "8 GB are free here; the environment takes about 10 GB, and 14 are needed" in done.stderr
     assert not (clone / ".venv").exists()
 
 
@@ -565,6 +574,37 @@ def test_ci_says_what_it_cannot_install(clone: Path, program: Callable[[str, str
     done = subprocess.run([shutil.which("bash") or "", clone / ".ci/run"], env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert "cannot install make" in done.stderr
+
+
+# --- the lanes of the suite ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "free_mib", "at_a_time"),
+    [("cpu", None, 3), ("gpu", 24_000, 3), ("gpu", 11_500, 1), ("gpu", None, 1)],
+)
+def test_lanes_that_find_no_room_on_the_card_come_one_after_another(
+    clone: Path, program: Callable[[str, str], Path], tmp_path: Path, device: str, free_mib: int | None, at_a_time: int
+) -> None:
+    (clone / ".venv/bin").mkdir(parents=True)
+    (clone / f".venv/.servebook-{device}").touch()
+    program("awk", "echo 64")  # GB of the machine's memory
+    program("nvidia-smi", f"echo {free_mib}" if free_mib else "exit 9")
+    lane = clone / ".venv/bin/pytest"
+    notes = tmp_path / "notes"
+    # A lane ends when so many have begun.
+    lane.write_text(
+        f'#!/bin/bash\necho "begin $2" >> {notes}\n'
+        f"until [ $(grep -c begin {notes}) -ge {at_a_time} ]; do sleep 0.02; done\n"
+        f'echo "end $2" >> {notes}\n'
+    )
+    lane.chmod(0o755)
+    command = [str(clone / "scripts/test"), ".venv/bin/pytest"]
+    subprocess.run(command, cwd=clone, env=environment(clone), check=True, timeout=60)
+    lines = [line.split() for line in notes.read_text().splitlines()]
+    assert {name for _, name in lines} == {"several", "one", "own"}
+    words = [word for word, _ in lines]
+    assert words == ["begin", "end"] * 3 if at_a_time == 1 else ["begin"] * 3 + ["end"] * 3
 
 
 # --- the browser of the tests -------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def _promised(process: psutil.Process) -> int:
         maps = process.memory_maps(grouped=False)
     except (psutil.AccessDenied, AttributeError):  # another user's, or a kernel that tells nobody
         return max(0, int(CORE_GIB * GIB) - process.memory_info().rss)
-    if any(each.path.startswith("/dev/nvidia") for each in maps):  # its cache is there
+    if any(each.path.startswith(("/dev/nvidia", "/dev/dxg")) for each in maps):  # its cache is there (dxg: in WSL 2)
         return 0
     unused = (each.size - each.rss for each in maps if each.path == "[anon]" and each.perms == "rw-p")
     return sum(size for size in unused if size > LARGE)
@@ -267,6 +267,13 @@ def _shape_gib(model: Path) -> float:
     with torch.device("meta"):  # shapes without memory
         shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     return float(2 * sum(weight.numel() for weight in shape.parameters()) / GIB)
+
+
+def has_room(settings: Settings, model: Path, engines: int) -> bool:
+    """Whether memory is free for `engines` more: the machine's, and on a GPU the card's as well."""
+    if settings.on_gpu and not any(card.free >= engines * gpu_gib(settings, model) * GIB for card in cards()[:1]):
+        return False
+    return available_gib() >= engines * needed_gib(settings, model)
 
 
 def require_memory(settings: Settings, model: Path, engines: int = 1) -> None:

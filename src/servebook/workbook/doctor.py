@@ -249,6 +249,22 @@ def check_gpu(card: Card | None, held: str, needed_gib: float, device: str, cpu_
     return Finding("OK", "gpu", fact)
 
 
+def check_compiler(compiler: str | None, header: Path) -> Finding:
+    """On a GPU, the `triton` package (not the server) builds its link to CUDA at a first start, against `header`.
+
+    As its source has it (`triton/runtime/build.py`); a machine without either was not tried.
+    """
+    lacking = [name for name, there in {"C compiler": compiler, header.name: header.is_file()}.items() if not there]
+    if not lacking:
+        return Finding("OK", "compiler", str(compiler))
+    return Finding(
+        "WARN",
+        "compiler",
+        f"no {' and no '.join(lacking)}: an engine on a GPU may not start",
+        "sudo apt-get install gcc python3.11-dev, or set CC to a compiler.",
+    )
+
+
 def check_model(settings: Settings, quick: bool) -> Finding:
     """The model is there; the bundled one unaltered (by hash, or only by size of its files where `quick`)."""
     folder = bundled_path(settings)
@@ -434,6 +450,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
                 settings.device,
                 installed_vllm().endswith("+cpu"),
             ),
+            *([check_compiler(_compiler(), _python_h())] if settings.on_gpu else []),
             check_model(settings, quick),
             check_rust_front(rust_front.available(settings, quick)),
             check_engine_url(settings.engine_url, _engine_problem(settings)),
@@ -471,6 +488,15 @@ def _libpython() -> Path | None:
     lib, arch = (Path(sysconfig.get_config_var("LIBDIR")), sysconfig.get_config_var("MULTIARCH") or "")
     found = (file for folder in (lib, lib / arch) for file in folder.glob("libpython3.11.so*"))
     return next(found, None)
+
+
+def _compiler() -> str | None:
+    """The one that `triton` would take."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+def _python_h() -> Path:
+    return Path(sysconfig.get_paths()["include"]) / "Python.h"
 
 
 def _free(*folders: Path) -> dict[str, int]:
