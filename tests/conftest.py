@@ -204,11 +204,13 @@ def turns(items: list[pytest.Item]) -> dict[str, tuple[int, bool]]:
 NEEDS_ENGINE = {*SHARED, "gateway", "run_notebook", "doomed"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what uses an engine, or a desk with servers: `make check` leaves it out. In the order of SHARED.
 
-    And labs come one after the other, as their proofs are made.
+    And labs come one after the other, as their proofs are made. Of a chapter by itself (K=…) they run beside its tests,
+    in another lane: its server is started twice, and it is done sooner.
     """
+    others = {"one": "several", "several": "one"} if config.option.keyword else {}
     files = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in items))}
     turn = turns(items)
     items.sort(key=lambda item: (turn[item.nodeid], files[item.path], lab.stem if (lab := lab_of(item)) else ""))
@@ -216,12 +218,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures, shared = set(getattr(item, "fixturenames", ())), shared_by(item)
         if shared or NEEDS_ENGINE & fixtures:
             item.add_marker("engine")
-        if "router" in shared:
-            item.add_marker(pytest.mark.lane("own"))
-        elif set(shared) - {"vllm"}:
-            item.add_marker(pytest.mark.lane("several"))
-        elif shared and lab_of(item):
-            item.add_marker(pytest.mark.lane("one"))
+        lane = "own" if "router" in shared else "several" if set(shared) - {"vllm"} else "one"
+        if shared and lab_of(item):
+            item.add_marker(pytest.mark.lane(others.get(lane, lane)))
+        elif lane != "one":
+            item.add_marker(pytest.mark.lane(lane))
         if "desk" in fixtures:
             item.add_marker("lifetime")
 

@@ -584,6 +584,7 @@ def paused() -> Iterator[Server]:
     server.stop()
 
 
+@pytest.mark.lane("own")
 @pytest.mark.survives("a pause of 2 s while it loads (SIGSTOP)", "triton", lost="seconds: it is started once more")
 def test_a_pause_while_it_loads_is_no_load_that_lasts_for_ever(paused: Server) -> None:
     assert requests.get(f"{paused.url}/v2/models/{MODEL}/ready", timeout=5).status_code == 200
@@ -598,7 +599,10 @@ def own(victim: str, request: pytest.FixtureRequest) -> Server:
 
 
 @pytest.mark.survives("the engine killed (SIGKILL)", "triton", lost="its answers, each with an error")
-@pytest.mark.parametrize("victim", ["core", pytest.param("stub", marks=pytest.mark.ends("triton"))])
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param("core", marks=pytest.mark.lane("own")), pytest.param("stub", marks=pytest.mark.ends("triton"))],
+)
 async def test_a_death_is_seen_at_once_by_all_and_leaves_nothing(own: Server, victim: str) -> None:
     processes = family(own)
     regions = {entry.path for entry in processes["stub"].memory_maps() if "_backend_shm_region_" in entry.path}

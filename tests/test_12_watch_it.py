@@ -272,8 +272,8 @@ def test_the_parts_of_the_engines_span_end_with_it() -> None:
         "gen_ai.latency.time_in_model_decode": 3.0,
     }
     rows = waterfall([span("engine", 101.0, 108.0, "gateway", **parts), span("gateway", 100.0, 109.0)])
-    assert list(rows) == ["gateway", "engine", "  queue", "  prefill", "  decode"]
-    assert list(rows.values()) == [(0, 9), (1, 8), (2, 3), (3, 5), (5, 8)]
+    assert list(rows) == ["gateway", "engine", "  not yet taken in", "  queue", "  prefill", "  decode"]
+    assert list(rows.values()) == [(0, 9), (1, 8), (1, 2), (2, 3), (3, 5), (5, 8)]
 
 
 def test_the_collector_takes_what_opentelemetry_sends() -> None:
@@ -352,5 +352,6 @@ async def test_without_an_endpoint_the_gateway_traces_nobody() -> None:
     assert "traceparent" not in seen[0]
 
 
+@pytest.mark.lane("several")
 def test_notebook(vllm: Server, gateway: Server, run_notebook: Callable[[str], None]) -> None:
     run_notebook("12_watch_it")
