@@ -10,8 +10,8 @@ from typing import Annotated
 
 import httpx
 import uvicorn
-from fastapi import Depends, FastAPI, Header, HTTPException, Response
-from fastapi.responses import StreamingResponse
+from fastapi import Depends, FastAPI, HTTPException, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, generate_latest
 from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -56,14 +56,28 @@ class Counted:
         await self.app(scope, receive, counted)
 
 
+class Locked:
+    """Refuses whoever does not show the key. Compared as bytes: a header may hold anything.
+
+    No dependency, because FastAPI parses the body before it calls any.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        if scope["type"] == "http" and scope["path"] == "/generate":
+            shown = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(shown, SHOWN):
+                refusal = {"detail": "Show the key: Authorization: Bearer …"}
+                app = JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})
+        await app(scope, receive, send)
+
+
 app = FastAPI()
-app.add_middleware(Counted)
-
-
-async def authorized(authorization: Annotated[str, Header()] = "") -> None:
-    """Refuse whoever does not show the key. Compared as bytes: a header may hold anything."""
-    if not hmac.compare_digest(authorization.encode(), SHOWN):
-        raise HTTPException(401, "Show the key: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
+app.add_middleware(Locked)
+app.add_middleware(Counted)  # the last one added is the outermost: refusals count, too
 
 
 async def place() -> AsyncIterator[None]:
@@ -94,7 +108,7 @@ async def metrics() -> Response:
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
-@app.post("/generate", dependencies=[Depends(authorized), Depends(place)], response_model=None)
+@app.post("/generate", dependencies=[Depends(place)], response_model=None)
 async def generate(ask: Ask) -> dict[str, str | int] | StreamingResponse:
     """The engine's greedy text, whole or piece by piece."""
     body = ask.model_dump() | {"model": os.environ["ENGINE_MODEL"], "temperature": 0}

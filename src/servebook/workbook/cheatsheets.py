@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from servebook.checkout import ROOT
 from servebook.launch import ServerSpec, find_server
 from servebook.settings import LOOPBACK, Settings
+from servebook.whole import write_whole
 from servebook.workbook.chapters import find_chapter
 
 PAGES = ROOT / "docs" / "cheatsheets"
@@ -150,4 +151,4 @@ def pages() -> dict[str, str]:
 if __name__ == "__main__":
     PAGES.mkdir(exist_ok=True)
     for stem, text in pages().items():
-        (PAGES / f"{stem}.md").write_text(text, encoding="utf-8")
+        write_whole(PAGES / f"{stem}.md", text)

@@ -232,8 +232,13 @@ class Bench:
         self, prompt: Any, max_tokens: Any, key: str | None = None, seconds: float = PATIENCE_SECONDS, **more: Any
     ) -> Answer:
         """POST /generate; `key` is the whole header Authorization in place of the right one, "" for none."""
-        body = {"prompt": prompt, "max_tokens": max_tokens} | more
-        response = self.call("POST", "/generate", seconds, json=body, headers=self.headers(key))
+        return self.send({"prompt": prompt, "max_tokens": max_tokens} | more, key, seconds)
+
+    def send(self, body: dict[str, Any] | bytes, key: str | None = None, seconds: float = PATIENCE_SECONDS) -> Answer:
+        """The same with any body: JSON, or bytes as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | self.headers(key)
+        response = self.call("POST", "/generate", seconds, data=data, headers=headers)
         return Answer(response.status_code, response.headers, response.content)
 
     def stream(self, prompt: str, max_tokens: int) -> Stream:

@@ -61,7 +61,7 @@ def check_01_2(submission: Submission) -> None:
     account, vllm = submission.function("account"), submission.server("vllm")
     client = OpenAI(base_url=f"{vllm.url}/v1", api_key=key_of(vllm))
     requests: list[dict[str, Any]] = [
-        {"prompt": "One, two, three,", "max_tokens": 6, "extra_body": {"ignore_eos": True}},
+        {"prompt": "The capital of France is", "max_tokens": 6, "extra_body": {"ignore_eos": True}},
         {"prompt": "Say yes or no:", "max_tokens": 9, "extra_body": {"structured_outputs": {"choice": ["yes"]}}},
     ]
     looks = {KeyError: "the answer has no such field: look at the one printed above", TypeError: "choices is a list"}
@@ -190,7 +190,7 @@ def check_01_4(submission: Submission) -> None:
                 ),
                 (got is None, "no word for this case: return the one in the table"),
                 (right == "ok", "this call succeeds: is the model handed on as it was given?"),
-                otherwise="each case has its own class in the SDK: see the ladder in the brief",
+                otherwise="each case has its own class in the SDK: see the table in the brief",
                 expected=what,
             )
         release.set()

@@ -56,12 +56,12 @@ ALLOWED: list[tuple[str, list[bytes], list[str], str]] = [
         "a line that begins with a colon is a comment, and an event without data is none",
     ),
     ("other fields", [b"event: tok", b"en\nid: 7\ndata: one\n\n"], ["one"], "only the data field is asked for"),
-    ("no blank after the colon", [b"data:one\n\n"], ["one"], "one blank after the colon may be there, or not"),
+    ("no space after the colon", [b"data:one\n\n"], ["one"], "one space after the colon may be there, or not"),
     (
-        "blanks of the data's own",
+        "spaces of the data's own",
         [b"data:  one", b" \n\n"],
         [" one "],
-        "only the first blank after the colon belongs to the wire: do not strip the rest",
+        "only the first space after the colon belongs to the wire: do not strip the rest",
     ),
     (
         "data in two lines",
@@ -180,7 +180,7 @@ def check_02_2(submission: Submission) -> None:
             (bool(right) and got.replace("None", "") == right, "some events carry no text: leave those out"),
             (
                 "".join(got.split()) == "".join(right.split()),
-                "blanks and line feeds are part of the text: do not strip it",
+                "spaces and line feeds are part of the text: do not strip it",
             ),
             (right.startswith(got) or right.endswith(got), "a piece is lost at the end or at the beginning"),
             (bool(pieces) and pieces[-1] == right, "each piece has all the text so far: yield only what is new"),

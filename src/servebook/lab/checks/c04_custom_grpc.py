@@ -544,7 +544,7 @@ def check_04_5(submission: Submission) -> None:
                 _judge_door(code.UNAUTHENTICATED, call(*metadata), f"{method} with {what}")
             require(
                 len(tap.exchanges) == before,
-                "no request to the engine for who has no key",
+                "no request to the engine for a caller without the key",
                 len(tap.exchanges) - before,
                 "the handler has run: return another one in its place",
             )
@@ -567,7 +567,7 @@ def _judge_door(right: grpc.StatusCode, answer: tuple[grpc.StatusCode, str], wha
     judge(
         right,
         got,
-        ("health" in what, "who asks for health has no key: let /grpc.health.v1.Health/ through"),
+        ("health" in what, "a health check carries no key: let /grpc.health.v1.Health/ through"),
         (got is code.UNIMPLEMENTED, "no handler came back: return what continuation gives, awaited"),
         (
             right is code.UNAUTHENTICATED and got is code.OK,

@@ -59,7 +59,7 @@ def _judge_cost(lengths: Sequence[int], seconds: list[float], got: Any) -> None:
         ),
         (
             lambda got, _: _near(got, {"fixed": slope, "per_token": fixed}),
-            "the two are the wrong way round: polyfit gives the steepness first",
+            "the two are the wrong way round: polyfit gives the slope first",
         ),
         (
             lambda got, right: _near(got, {name: 1000 * value for name, value in right.items()}),
@@ -76,9 +76,9 @@ def _judge_cost(lengths: Sequence[int], seconds: list[float], got: Any) -> None:
         (lambda got, _: _same(got["per_token"], 1 / slope), "that is tokens per second"),
         (
             lambda got, _: _same(got["per_token"], slope),
-            "the steepness is right; fixed is where the line is at 0 tokens",
+            "the slope is right; fixed is where the line is at 0 tokens, its intercept",
         ),
-        otherwise="per_token is the steepness of the line, fixed its height at 0 tokens",
+        otherwise="per_token is the slope of the line, fixed its intercept: where it is at 0 tokens",
         expected=f"fixed {fixed:.6f} and per_token {slope:.8f}, for {list(lengths)} tokens and {seconds} s",
         fits=_near,
     )

@@ -202,7 +202,10 @@ def _judge_own(spans: list[dict[str, Any]], got: Any) -> None:
         got,
         (got is None, "the function returns nothing: `return` is missing"),
         (not isinstance(got, dict) or got.keys() != right.keys(), "return a dict with the seconds of every span"),
-        (lambda got, _: _near(got, whole), "that is how long each span is: take off what its children were there for"),
+        (
+            lambda got, _: _near(got, whole),
+            "that is how long each span is: take off the time in which a child is running",
+        ),
         (
             lambda got, right: _near(got, {name: 1000 * value for name, value in right.items()}),
             "these are milliseconds; the brief asks for seconds",
@@ -230,7 +233,7 @@ def _judge_own(spans: list[dict[str, Any]], got: Any) -> None:
             lambda got, _: all(any(_same(got[name], value) for value in values) for name, values in single.items()),
             "a span may have several children: take off all of them",
         ),
-        otherwise="of each span the time in which none of its children is there",
+        otherwise="the self time of each span: the seconds in which none of its children is running",
         expected=f"{ {name: round(value, 6) for name, value in right.items()} } for {spans}",
         fits=_near,
     )

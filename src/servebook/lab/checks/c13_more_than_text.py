@@ -9,7 +9,7 @@ from typing import Any
 import requests
 from jsonschema import Draft202012Validator
 
-from servebook.lab.feedback import NotYet, judge, require
+from servebook.lab.feedback import NotYet, judge, require, shorten
 from servebook.lab.rest import key_of, not_full
 from servebook.lab.submission import Submission
 
@@ -94,6 +94,12 @@ def check_13_2(submission: Submission) -> None:
         ("repeat", '{"word": "ha"', no_json, "a call that was cut off is no JSON: json.loads raises ValueError"),
         ("repeat", "{'word': 'ha'}", no_json, "that is Python, not JSON: a model's words are read, never evaluated"),
         ("repeat", "", no_json, "an empty text is no JSON"),
+        (
+            "repeat",
+            "[" * 100_000,
+            no_json,
+            "for brackets that are nested too deep json.loads raises RecursionError, which is no ValueError",
+        ),
         ("repeat", "{}", misfit, "a required argument is missing, and nobody has seen it"),
         ("repeat", '{"word": 7}', misfit, "the names are right and a value is not: let the schema judge all of it"),
         (
@@ -102,6 +108,7 @@ def check_13_2(submission: Submission) -> None:
             misfit,
             "a value is beyond its bounds: let the schema judge all of it",
         ),
+        ("repeat", '{"word": "hahahahahahahahahahaha"}', misfit, "a text is too long: let the schema judge all of it"),
         ("repeat", '{"word": "ha", "path": "/"}', misfit, "an argument too many: the schema allows no others"),
         ("repeat", '["ha"]', misfit, "this is JSON, but no object"),
     ]
@@ -119,7 +126,7 @@ def check_13_2(submission: Submission) -> None:
             (got is None, "the function returns nothing: `return` is missing"),
             (lambda got, _: isinstance(got["arguments"], str), "the arguments are still a text: return them as a dict"),
             otherwise=cause,
-            expected=f"{right} for {call}",
+            expected=f"{right} for {shorten(call)}",
         )
 
 

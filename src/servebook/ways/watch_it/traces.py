@@ -88,8 +88,8 @@ class Collector(TraceServiceServicer):
 def waterfall(spans: Sequence[Span]) -> dict[str, tuple[float, float]]:
     """When each span began and ended, in seconds since the first began; after vLLM's, the parts that it consists of.
 
-    vLLM says how long queue, prefill and decode took. They are laid end to end, back from the span's end; what is left
-    before them is the way into the engine, which takes new requests in between two steps.
+    vLLM says how long queue, prefill and decode took. They are laid end to end, back from the span's end. What is left
+    before them is the time until the engine takes the request in, which it does between two steps.
     """
     first = min(span.start for span in spans)
     rows: dict[str, tuple[float, float]] = {}
@@ -100,6 +100,8 @@ def waterfall(spans: Sequence[Span]) -> dict[str, tuple[float, float]]:
             if attribute in span.attributes:
                 parts[f"  {part}"] = (end - span.attributes[attribute], end)
                 end -= span.attributes[attribute]
+        if parts and end > (start := span.start - first):
+            parts["  not yet taken in"] = (start, end)
         rows |= dict(reversed(parts.items()))
     return rows
 

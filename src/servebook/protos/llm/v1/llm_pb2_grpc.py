@@ -59,7 +59,7 @@ class LLMServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Server streaming: one request, a message for each step of the engine, the last with is_finished.
+        """Server streaming: one request, then messages with one or more tokens each, the last with is_finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,7 @@ class LLMServiceStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_llm_pb2.GenerateRequest, _llm_pb2.GenerateResponse]
     """Unary: one request, one response with the whole text."""
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_llm_pb2.StreamGenerateRequest, _llm_pb2.StreamGenerateResponse]
-    """Server streaming: one request, a message for each step of the engine, the last with is_finished."""
+    """Server streaming: one request, then messages with one or more tokens each, the last with is_finished."""
 
 @_typing.type_check_only
 class LLMServiceAsyncStub(LLMServiceStub):
@@ -49,7 +49,7 @@ class LLMServiceAsyncStub(LLMServiceStub):
     Generate: _aio.UnaryUnaryMultiCallable[_llm_pb2.GenerateRequest, _llm_pb2.GenerateResponse]  # type: ignore[assignment]
     """Unary: one request, one response with the whole text."""
     StreamGenerate: _aio.UnaryStreamMultiCallable[_llm_pb2.StreamGenerateRequest, _llm_pb2.StreamGenerateResponse]  # type: ignore[assignment]
-    """Server streaming: one request, a message for each step of the engine, the last with is_finished."""
+    """Server streaming: one request, then messages with one or more tokens each, the last with is_finished."""
 
 class LLMServiceServicer(metaclass=_abc_1.ABCMeta):
     """Text generation by one model."""
@@ -68,6 +68,6 @@ class LLMServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _llm_pb2.StreamGenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_llm_pb2.StreamGenerateResponse], _abc.AsyncIterator[_llm_pb2.StreamGenerateResponse]]:
-        """Server streaming: one request, a message for each step of the engine, the last with is_finished."""
+        """Server streaming: one request, then messages with one or more tokens each, the last with is_finished."""
 
 def add_LLMServiceServicer_to_server(servicer: LLMServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

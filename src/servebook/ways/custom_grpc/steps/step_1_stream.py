@@ -1,6 +1,7 @@
 """Step 1 of the server: `AsyncLLM`, on an event loop beside the threads. All callers share a batch, and text streams.
 
-Still wrong: who leaves is computed for to the end, who is refused waits for ever, and a fifth caller for a thread.
+Still wrong: an answer is generated to its end even if its caller has left; a refused caller waits for ever; a fifth
+caller waits for a free thread.
 """
 
 from __future__ import annotations

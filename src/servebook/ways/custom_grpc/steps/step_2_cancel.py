@@ -1,6 +1,6 @@
 """Step 2 of the server: an event loop instead of threads. When a call ends, so does the engine's work for it.
 
-Still wrong: every fault is an UNKNOWN that quotes the server, and who sets no deadline may keep the engine for ever.
+Still wrong: every fault is an UNKNOWN that quotes the server, and a call without a deadline may take for ever.
 """
 
 from __future__ import annotations

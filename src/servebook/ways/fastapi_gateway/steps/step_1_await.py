@@ -1,6 +1,6 @@
 """Step 1 of the gateway: a client that can be awaited. While one caller waits, the event loop serves the others.
 
-Still wrong: who hangs up while `/chat` waits is computed for to the end.
+Still wrong: the engine finishes an answer of `/chat` whose caller has hung up.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class Predictor(Model, OpenAIAnswers):  # type: ignore[misc]
         return [{"name": name, "datatype": datatype, "shape": [1]} for name, datatype in INPUTS.items()]
 
     def get_output_types(self) -> list[dict[str, Any]]:
-        return [{"name": name, "datatype": datatype, "shape": [-1]} for name, datatype in OUTPUTS.items()]
+        one = {"num_input_tokens": 1}  # the others have one element per choice (`n`)
+        return [{"name": name, "datatype": kind, "shape": [one.get(name, -1)]} for name, kind in OUTPUTS.items()]
 
     async def predict(
         self,

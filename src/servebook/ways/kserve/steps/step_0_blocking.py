@@ -1,6 +1,6 @@
 """Step 0 of the predictor: a blocking client inside `async def predict`.
 
-Still wrong: while one caller waits for an answer, nobody else is answered, not even who asks whether the server lives.
+Still wrong: while one caller waits for an answer, nobody else gets one, not even a health check.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Step 2 of the predictor: an error says whose fault it was, and names the tensor.
 
-Still wrong: who hangs up is computed for to the end.
+Still wrong: the engine finishes an answer whose caller has hung up.
 """
 
 from __future__ import annotations

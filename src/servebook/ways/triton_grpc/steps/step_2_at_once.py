@@ -1,6 +1,7 @@
 """Step 2 of the backend: `execute` returns at once. All requests are under way together, and share the batch.
 
-Still wrong: who leaves is computed for to the end, and who made a mistake waits for ever: nobody hears of the error.
+Still wrong: an answer is generated to its end even if its caller has left, and a caller whose request is invalid
+waits until its deadline, because the error is never sent.
 """
 
 from __future__ import annotations

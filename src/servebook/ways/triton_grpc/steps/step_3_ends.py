@@ -1,7 +1,8 @@
 """Step 3 of the backend: every request has an end that somebody hears of: the engine when the caller leaves, the
 caller when it went wrong.
 
-Still missing: to see before the first token that a caller left, most inputs and outputs, metrics, an engine of its own.
+Still missing: noticing before the first token that a caller has left, most inputs and outputs, metrics, an engine of
+its own.
 """
 
 from __future__ import annotations
