@@ -282,6 +282,11 @@ def test_key_missing_or_wrong(keyed: str, headers: dict[str, str]) -> None:
         assert answer.headers["www-authenticate"] == "Bearer"
         assert answer.json()["error"]["code"] == "unauthorized"
         assert KEY not in answer.text
+    assert requests.post(f"{keyed}/nothing", headers=headers, timeout=30).status_code == 404
+    assert requests.post(f"{keyed}/healthz", headers=headers, timeout=30).status_code == 405
+    assert requests.post(f"{keyed}/chat%0A", json=JAPAN, headers=headers, timeout=30).status_code == 401
+    metrics = requests.get(f"{keyed}/metrics", timeout=30).text
+    assert re.search(r'gateway_requests_total\{path="/chat",status="401"\} \d', metrics)
 
 
 def test_the_right_key_opens(keyed: str) -> None:

@@ -587,7 +587,7 @@ def test_openai_errors_keep_their_codes(kserve: launch.Server, fields: dict[str,
     assert answer.json()["error"]
 
 
-@pytest.mark.parametrize(("messages", "parts"), [(513, 0), (1, 512)])
+@pytest.mark.parametrize(("messages", "parts"), [(513, 0), (1, 513)])
 def test_openai_counts_messages_and_their_parts(kserve: launch.Server, messages: int, parts: int) -> None:
     empty = {"role": "user", "content": [{"type": "text", "text": ""}] * parts or ""}
     body = {"model": MODEL, "messages": [empty] * messages, "max_tokens": 1}

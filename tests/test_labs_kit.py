@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import platform
+import pwd
 import re
 import shutil
 import socket
@@ -752,6 +753,7 @@ from servebook.lab.handout import confine, landlock, provided
 course, scratch, home, state, cache = map(Path, sys.argv[1:])
 provided.make_folders(scratch)
 environment, judges = provided.environment(scratch), provided.judges_state(scratch)
+confine.CONFIGURATION = home.parent / "etc"
 landlock.confine(confine.folders(course, scratch))
 os.environ |= environment
 disk = next((each for each in Path("/dev").iterdir() if each.is_block_device()), None)
@@ -773,7 +775,7 @@ tries = {
     "write the instructor's progress": (state / "labs.json").touch,
     "replace the judge's server": (judges / "servers/vllm.sock").unlink,
     "write into the course": (course / "lab.ipynb").touch,
-    "read what not everybody may": Path("/etc/shadow").read_bytes,
+    "read what not everybody may": (home.parent / "etc/shadow").read_bytes,
     "look into services": partial(os.listdir, "/run"),
     "look into their files": partial(os.listdir, "/var/log"),
     "limit another program": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CPU),
@@ -798,6 +800,21 @@ print(next(line for line in Path("/proc/self/status").read_text().splitlines() i
 """
 
 
+def test_what_is_hidden_and_what_a_client_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, mode in (("secret", 0o600), ("everybodys", 0o644)):
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(mode)
+    (tmp_path / "keys").mkdir(mode=0o750)
+    assert set(confine.not_for_everybody(tmp_path)) == {tmp_path / "secret", tmp_path / "keys"}
+    elsewhere = {"SSL_CERT_FILE": tmp_path / "link", "REQUESTS_CA_BUNDLE": tmp_path / "everybodys"}
+    (tmp_path / "link").symlink_to(tmp_path / "secret")
+    for variable, file in elsewhere.items():
+        monkeypatch.setenv(variable, str(file))
+    assert confine.certificates() >= {tmp_path / "secret", tmp_path / "everybodys"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert confine.homes() == {tmp_path, Path(pwd.getpwuid(os.getuid()).pw_dir).resolve()}
+
+
 @pytest.mark.skipif(not landlock.possible(), reason="needs Landlock (Linux 6.2 or newer)")
 def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path: Path) -> None:
     names = ("course", "scratch", "home", "state", "cache")
@@ -808,6 +825,8 @@ def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path:
         (places["state"] / name).mkdir(parents=True)
     for secret in ("home/token", "state/room/instructor.key", "state/nbgrader.log", "cache/weights"):
         (tmp_path / secret).write_text("secret")
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/shadow").touch(0o600)
     environment = os.environ | {
         "HOME": str(places["home"]),
         "SERVEBOOK_STATE_DIR": str(places["state"]),

@@ -36,7 +36,8 @@ def properties(number: int) -> dict[str, Any]:
         ("n", -1, 4096, 16),  # what makes no sense is for the engine to say
         ("prompts", 16, 1024, 16),
         ("messages", [{"role": "user", "content": ""}] * 512, [{"role": "user", "content": ""}] * 513, 512),
-        ("messages", [{"content": [{}] * 511}], [{"content": [{}] * 512}], 512),  # the parts of one
+        ("messages", [{"content": [{}]}] * 512, [{"content": [{}] * 512}, {"content": [{}]}], 512),  # parts of them
+        ("messages", [{"content": [{"input": [0] * 600}]}], [[]] * 513, 512),  # what a tool was given is none
         ("messages", "a text", [[]] * 513, 512),
         ("logprobs", 20, 21, 20),
         ("logprobs", 0, -1, 20),  # -1: the whole vocabulary

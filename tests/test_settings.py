@@ -258,6 +258,18 @@ def test_a_key_that_others_may_read_is_refused(bare: Path) -> None:
     assert load_settings(room=room).room.tls_key == bare / "server.key"
 
 
+def test_a_key_in_a_folder_that_one_may_not_enter_is_named(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody is told to remove it."""
+
+    def refuse(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("servebook.settings.others_may_read", refuse)
+    (bare / "server.key").write_text("")
+    with pytest.raises(ServebookError, match=r"SERVEBOOK_TLS_KEY: .*server\.key cannot be looked at"):
+        load_settings(tls_key=bare / "server.key")
+
+
 @pytest.mark.parametrize(
     "key", ["pä-key-of-mine", "~", "sevench", "with\nnewline", "with\ttab-in-it", " in-spaces ", "😀" * 8]
 )

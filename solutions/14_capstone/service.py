@@ -67,7 +67,7 @@ class Locked:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
-        if scope["type"] == "http" and scope["path"] == "/generate":
+        if scope["type"] == "http" and scope["method"] == "POST":  # whatever a router makes of the path
             shown = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(shown, SHOWN):
                 refusal = {"detail": "Show the key: Authorization: Bearer …"}

@@ -49,8 +49,11 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 def _private(file: Path) -> Path:
-    if file.is_file() and others_may_read(file):
-        raise ValueError(f"others may read {file}: `chmod 600 {file}`")
+    try:
+        if file.is_file() and others_may_read(file):
+            raise ValueError(f"others may read {file}: `chmod 600 {file}`")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be looked at: {error.strerror}") from None
     return file
 
 

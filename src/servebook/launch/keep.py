@@ -119,7 +119,8 @@ def await_ready(kept: Kept) -> None:
     moved = [
         str(port) for kind, port in there["preferred"].items() if not there["endpoints"][kind].endswith(f":{port}")
     ]
-    taken = f"; port {', '.join(moved)} was taken" if moved else ""
+    is_taken = "; port {} was taken" if len(moved) == 1 else "; ports {} were taken"
+    taken = is_taken.format(", ".join(moved)) if moved else ""
     display.done(f"{'attached to' if kept.attached else 'ready'}: {where} ({display.elapsed}){taken}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import secrets
+import random
 import signal
 import socket
 import sys
@@ -26,10 +26,11 @@ KILL_SECONDS = 5.0
 KEPT = "SERVEBOOK_SUPERVISOR"
 """In the environment of each process that a supervisor started: the path of its socket. An orphan is known by it."""
 GIVEN_PORTS = range(20_000, 30_000)
-"""What `free_port` chooses from. Linux gives none of them to who connects, or asks for any: those are from 32768
-upwards, and one of them was now and then another program's before its server listened."""
-_given: deque[socket.socket] = deque(maxlen=64)
-"""The claims to the last ports that were given away: their servers listen by now, or never will."""
+"""What `free_port` chooses from. By default Linux gives none of them to who connects, or asks for any: those are from
+32768 upwards, and one of them was now and then another program's before its server listened."""
+GIVEN_AT_A_TIME = 64
+_given: deque[socket.socket] = deque()
+"""The claims to the last ports that were given away; of those before, the servers listen by now, or never will."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -122,12 +123,18 @@ def end(mark: str, grace: float) -> set[str]:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port on which nobody listens now, and which no other call gives away while a server for it starts."""
-    while True:
-        port = secrets.choice(GIVEN_PORTS)
+    """A port on which nobody listens now, and which no other call gives away while a server for it starts.
+
+    Raises:
+        OSError: none was found.
+    """
+    for port in random.SystemRandom().sample(GIVEN_PORTS, 1000):
         if can_bind(host, port) and (taken := claim_name(f"given-port-{port}")):
             _given.append(taken)
+            if len(_given) > GIVEN_AT_A_TIME:
+                _given.popleft().close()
             return port
+    raise OSError(f"no free port among {GIVEN_PORTS.start} to {GIVEN_PORTS.stop}")
 
 
 def claim_name(name: str) -> socket.socket | None:

@@ -99,10 +99,11 @@ def check(
         most = getattr(limits, field)
         if isinstance(value, int) and (value > most or (field == "logprobs" and value < 0)):
             raise LimitExceeded(called[field], f"may be {most} at most, got {min(value, FAR_BEYOND)}", most)
-    if _more_elements(messages, limits.messages):
-        raise LimitExceeded(
-            called["messages"], f"may have {limits.messages} messages and parts of them at most", limits.messages
-        )
+    if isinstance(messages, list):
+        contents = [each["content"] for each in messages if isinstance(each, dict) and "content" in each]
+        parts = sum(len(each) for each in contents if isinstance(each, list))
+        for what, count in (("messages", len(messages)), ("parts of messages", parts)):
+            _count(called["messages"], count, limits.messages, what)
     if isinstance(stop, str | Sequence):
         strings = [stop] if isinstance(stop, str) else stop
         _count(called["stop"], len(strings), limits.stop, "strings")
@@ -175,18 +176,6 @@ def _bytes(field: str, text: str, limits: Limits) -> None:
     size = len(text.encode(errors="replace"))
     if size > limits.bytes:
         raise LimitExceeded(field, f"may take {limits.bytes} bytes at most, got {size}", limits.bytes)
-
-
-def _more_elements(value: object, limit: int) -> bool:
-    """Whether the lists in a JSON value have more elements than this, all together."""
-    left, found = [value], 0
-    while left and found <= limit:
-        node = left.pop()
-        if isinstance(node, list):
-            found += len(node)
-        if isinstance(node, dict | list):
-            left.extend(node.values() if isinstance(node, dict) else node)
-    return found > limit
 
 
 def _schema(field: str, schema: str | Mapping[str, Any] | bool, limits: Limits) -> None:

@@ -42,7 +42,7 @@ class Door:
         self.app, self.at_work = app, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != "/generate":
+        if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
 
         async def counted(message: Message) -> None:

@@ -234,11 +234,17 @@ class Bench:
         """POST /generate; `key` is the whole header Authorization in place of the right one, "" for none."""
         return self.send({"prompt": prompt, "max_tokens": max_tokens} | more, key, seconds)
 
-    def send(self, body: dict[str, Any] | bytes, key: str | None = None, seconds: float = PATIENCE_SECONDS) -> Answer:
-        """The same with any body: JSON, or bytes as they are."""
+    def send(
+        self,
+        body: dict[str, Any] | bytes,
+        key: str | None = None,
+        seconds: float = PATIENCE_SECONDS,
+        path: str = "/generate",
+    ) -> Answer:
+        """The same with any body, JSON or bytes as they are, and to any path."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | self.headers(key)
-        response = self.call("POST", "/generate", seconds, data=data, headers=headers)
+        response = self.call("POST", path, seconds, data=data, headers=headers)
         return Answer(response.status_code, response.headers, response.content)
 
     def stream(self, prompt: str, max_tokens: int) -> Stream:

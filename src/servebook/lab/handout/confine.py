@@ -7,6 +7,8 @@ submission's own; `landlock` does it.
 from __future__ import annotations
 
 import os
+import pwd
+import ssl
 import stat
 import sys
 import tempfile
@@ -44,12 +46,13 @@ def folders(course: Path, scratch: Path) -> dict[str, list[str]]:
     settings = load_settings()
     prefix, state = Path(sys.prefix).resolve(), settings.state_dir.resolve()
     hidden = [ROOT.resolve(), course, prefix, DEVICES, state, Path(os.environ.get(FROM, state)).resolve()]
-    hidden += [each for each in (Path.home().resolve(),) if each.parts[1:]]  # "/" in some containers
+    hidden += [each for each in homes() if each.parts[1:]]  # "/" in some containers
     hidden += [*OF_SERVICES, *not_for_everybody(CONFIGURATION)]  # root without its powers is still their owner
     given = [*(ROOT / name for name in (*BUNDLE, "labs", ".venv")), prefix, Path(sys.base_prefix).resolve()]
     given += [settings.cache_dir, hub_cache(), given_folder(settings).resolve()]
     given += [scratch.parent / name for name in (NAMED, FILE_NAME)]
     given += [(CONFIGURATION / "resolv.conf").resolve()]  # for names of machines; often a link into /run
+    given += certificates()
     own = [scratch, sockets_folder()]
     own += [path for name in EVERYBODYS for path in DEVICES.glob(name)]
     return {
@@ -59,6 +62,20 @@ def folders(course: Path, scratch: Path) -> dict[str, list[str]]:
         # Triton's stub makes itself a folder there, whatever TMPDIR says.
         "make folders": [str(TMP)],
     }
+
+
+def homes() -> set[Path]:
+    """This user's home folder, and what HOME calls so: another one where root's environment was kept."""
+    with suppress(KeyError):  # a container's user without a name
+        return {Path.home().resolve(), Path(pwd.getpwuid(os.getuid()).pw_dir).resolve()}
+    return {Path.home().resolve()}
+
+
+def certificates() -> set[Path]:
+    """Those of the authorities, by which a client knows a server: links may lead to them, into /var for example."""
+    paths = ssl.get_default_verify_paths()
+    files = [paths.cafile, paths.capath, os.environ.get("REQUESTS_CA_BUNDLE")]
+    return {Path(each).resolve() for each in files if each}
 
 
 def not_for_everybody(folder: Path) -> Iterator[Path]:

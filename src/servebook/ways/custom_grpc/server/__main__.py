@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -55,7 +56,9 @@ def main() -> None:
             Fronts(options, engine_words).run()
         else:
             uvloop.run(serve(options, lambda: start_engine(engine_words)))
-            os._exit(0)  # all has ended; Python would end the engine once more, without the modules that this takes
+            # At its end Python would come to the engine once more, when the modules that it ends with are gone.
+            atexit._run_exitfuncs()
+            os._exit(0)
     except ServebookError as error:
         sys.exit(f"servebook.ways.custom_grpc.server: {error}")
 

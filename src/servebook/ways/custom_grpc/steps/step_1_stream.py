@@ -1,7 +1,6 @@
 """Step 1 of the server: `AsyncLLM`, on an event loop beside the threads. All callers share a batch, and text streams.
 
-Still wrong: an answer is generated to its end even if its caller has left; a refused caller waits for ever; a fifth
-caller waits for a free thread.
+Still wrong: the engine goes on when a caller leaves; a refused caller waits for ever, a fifth one for a free thread.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def create_app(config: Config) -> FastAPI:
     app.add_middleware(CancelOnDisconnect, reader_seconds=config.reader_seconds)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes, refuse=body_refused)
     if config.key:
-        app.add_middleware(KeyFirst, key=config.key)
+        app.add_middleware(KeyFirst, key=config.key, routes=chat.router.routes)
     app.add_middleware(HeadAsGet)
     if config.cors_origins:
         app.add_middleware(

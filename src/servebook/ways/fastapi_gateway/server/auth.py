@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 from fastapi import Request
 from fastapi.security import HTTPBearer
 from fastapi.security.utils import get_authorization_scheme_param
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from servebook.ways.fastapi_gateway.server.errors import GatewayError, error_response
@@ -16,20 +18,25 @@ bearer = HTTPBearer(auto_error=False, description="SERVEBOOK_API_KEY, where the 
 
 
 class KeyFirst:
-    """ASGI middleware that answers 401 to a POST without the key, before anybody reads its body.
+    """ASGI middleware that answers 401 to a request for one of `routes` without the key, before its body is read.
 
-    No dependency of FastAPI's, which parses the body before it calls any.
+    No dependency of FastAPI's, which parses the body before it calls any. The routes say themselves what they take for
+    theirs: a comparison of paths may differ from that.
     """
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    def __init__(self, app: ASGIApp, key: str, routes: Sequence[BaseRoute]) -> None:
         self.app = app
         self.key = key.encode()
+        self.routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
-        if scope["type"] == "http" and scope["method"] == "POST" and not self.is_shown(request := Request(scope)):
-            unauthorized = GatewayError(401, "unauthorized", "Send the gateway's key as `Authorization: Bearer KEY`.")
-            app = error_response(request, unauthorized)
+        if scope["type"] == "http" and not self.is_shown(request := Request(scope)):
+            for route in self.routes:
+                if route.matches(scope)[0] is Match.FULL:
+                    scope["route"] = route  # as the router would, for who counts
+                    message = "Send the gateway's key as `Authorization: Bearer KEY`."
+                    app = error_response(request, GatewayError(401, "unauthorized", message))
         await app(scope, receive, send)
 
     def is_shown(self, request: Request) -> bool:
