@@ -863,7 +863,7 @@ def test_real_engine_killed_while_it_serves(real: Desk) -> None:
         assert psutil.Process(core.ppid()).children() == [core], "a fork: beside a spawned one is a resource tracker"
         assert f"rms_norm=['{faster_cpu.OURS}', " in Path(entry["log"]).read_text()
         size, used = max(kib_of_mappings(core))
-        assert size >= real.settings.kv_cache_gib * 2**20, "the KV cache"
+        assert size > 0.99 * real.settings.kv_cache_gib * 2**20, "the KV cache, in whole blocks"
         assert 0 < used < size / 10
         assert promised_bytes() >= (size - used) * 2**10
     sockets = sockets_folder(real)

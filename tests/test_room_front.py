@@ -231,7 +231,7 @@ SELF = {"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}
         ("/v1/completions", {"prompt": ["a"] * 1024}, "prompt", "16"),
         ("/v1/completions", {"prompt": ["a"] * 4, "n": 5}, "n", "16"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 30_000}, "messages", "512"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 512}]}, "messages", "512"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 513}]}, "messages", "512"),
         ("/v1/responses", {"input": [{"role": "user", "content": ""}] * 513}, "input", "512"),
         ("/v1/messages", {"system": [{"type": "text", "text": ""}] * 513}, "system", "512"),
         ("/v1/completions", {"n": 4096}, "n", "16"),
