@@ -38,6 +38,7 @@ def properties(number: int) -> dict[str, Any]:
         ("messages", [{"role": "user", "content": ""}] * 512, [{"role": "user", "content": ""}] * 513, 512),
         ("messages", [{"content": [{}]}] * 512, [{"content": [{}] * 512}, {"content": [{}]}], 512),  # parts of them
         ("messages", [{"content": [{"input": [0] * 600}]}], [[]] * 513, 512),  # what a tool was given is none
+        ("messages", [{"content": [{"content": [{}] * 511}]}], [{"content": [{"content": [{}] * 512}]}], 512),
         ("messages", "a text", [[]] * 513, 512),
         ("logprobs", 20, 21, 20),
         ("logprobs", 0, -1, 20),  # -1: the whole vocabulary

@@ -29,8 +29,8 @@ class Limits:
     """The most that one request may ask for.
 
     `n` answers, `prompts`, `stop` strings of `stop_chars` each, entries of `logit_bias`, `logprobs` for each token.
-    `messages` of a chat, their parts among them: a server looks at each on its event loop before it knows that they are
-    too long, and 1 MiB holds 33,000 empty ones, 0.2 s for vLLM (measured, AMD EPYC).
+    `messages` of a chat, and as many parts of them in all: a server looks at each on its event loop before it knows
+    that they are too long, and 1 MiB holds 33,000 empty ones, 0.2 s for vLLM (measured, AMD EPYC).
     A schema, regex, grammar or choice takes `bytes` at most (UTF-8; a schema as JSON). In a schema: `depth` levels
     of brackets, `properties` and `enum` values in all; a choice has `enum` options too. `repeats` is what the counted
     repetitions add up to: `maxLength: 100` and `[a-z]{1,100}` are 100 each, `([a-z]{10}){10}` is 100. A compiler
@@ -100,9 +100,7 @@ def check(
         if isinstance(value, int) and (value > most or (field == "logprobs" and value < 0)):
             raise LimitExceeded(called[field], f"may be {most} at most, got {min(value, FAR_BEYOND)}", most)
     if isinstance(messages, list):
-        contents = [each["content"] for each in messages if isinstance(each, dict) and "content" in each]
-        parts = sum(len(each) for each in contents if isinstance(each, list))
-        for what, count in (("messages", len(messages)), ("parts of messages", parts)):
+        for what, count in (("messages", len(messages)), ("parts of messages", _parts(messages))):
             _count(called["messages"], count, limits.messages, what)
     if isinstance(stop, str | Sequence):
         strings = [stop] if isinstance(stop, str) else stop
@@ -176,6 +174,18 @@ def _bytes(field: str, text: str, limits: Limits) -> None:
     size = len(text.encode(errors="replace"))
     if size > limits.bytes:
         raise LimitExceeded(field, f"may take {limits.bytes} bytes at most, got {size}", limits.bytes)
+
+
+def _parts(messages: list[Any]) -> int:
+    """How many parts the messages' contents have, and those contents' parts in turn: a tool's result has some, too."""
+    left, found = list(messages), 0
+    while left:
+        node = left.pop()
+        content = node.get("content") if isinstance(node, dict) else None
+        if isinstance(content, list):
+            found += len(content)
+            left.extend(content)
+    return found
 
 
 def _schema(field: str, schema: str | Mapping[str, Any] | bool, limits: Limits) -> None:
