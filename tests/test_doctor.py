@@ -155,7 +155,12 @@ def test_model(here: Settings, tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     assert "no readable config.json" in doctor.check_model(load_settings(model=str(own)), quick=True).fact
-    (own / "config.json").write_text('{"max_position_embeddings": 4096}')
+    for content, says in (("[]", "no readable config.json"), ("{}", "describes no language model")):
+        (own / "config.json").write_text(content)
+        failed = [each for each in doctor.run(load_settings(model=str(own)), quick=True) if each.level == "FAIL"]
+        assert [each.name for each in failed] == ["model"]
+        assert says in failed[0].fact
+    (own / "config.json").write_text('{"max_position_embeddings": 4096, "model_type": "llama"}')
     assert "up to 4096 tokens" in doctor.check_model(load_settings(model=str(own)), quick=True).fact
     for name in ("Qwen/Qwen3-0.6B", "~nosuchuser/x"):
         assert "from the hub" in doctor.check_model(load_settings(model=name), quick=True).fact

@@ -448,7 +448,7 @@ def test_only_a_cpus_engine_ends_without_a_search_for_garbage(device: str) -> No
     ("name", "forked"),
     [
         pytest.param(name, forked, marks=pytest.mark.needs(name))
-        for forked, names in ((True, ("vllm", "vllm-rs", "vllm-grpc", "kserve")), (False, ("grpc", "triton")))
+        for forked, names in ((True, ("vllm", "vllm-rs", "grpc", "vllm-grpc", "kserve")), (False, ("triton",)))
         for name in names
     ],
 )

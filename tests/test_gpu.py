@@ -17,7 +17,7 @@ from tiny_server import AGAIN
 from servebook.engine import arguments as engine
 from servebook.engine import gpu
 from servebook.engine.gpu import GIB
-from servebook.errors import LaunchError
+from servebook.errors import LaunchError, ModelError
 from servebook.launch import find_server, memory, serve
 from servebook.launch.memory import memory_for
 from servebook.launch.processes import KEPT
@@ -103,6 +103,13 @@ def test_a_model_without_weights_is_reckoned_by_its_shape(tmp_path: Path, settin
     )
     assert engine.weights_gib(tmp_path) == pytest.approx(8_030_261_248 * 2 / GIB)
     assert engine.gpu_gib(settings, tmp_path) == pytest.approx(8_030_261_248 * 2.2 / GIB + 1 + engine.GPU_RUNTIME_GIB)
+
+
+@pytest.mark.parametrize("config", ["{}", "[]", "{", '{"model_type": "clip"}'])
+def test_a_shape_that_is_no_language_models_is_refused(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelError, match=r"describes no language model.*\n→ Set SERVEBOOK_MODEL"):
+        engine.weights_gib(tmp_path)
 
 
 def test_the_refusal_names_who_holds_the_memory(

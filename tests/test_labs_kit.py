@@ -473,6 +473,18 @@ def test_a_record_of_any_content_is_kept_aside(content: bytes) -> None:
         assert not kept.exists() or kept.read_bytes() == content
 
 
+@pytest.mark.parametrize("shown", [-1, 9])
+def test_a_record_of_more_hints_than_there_are_is_no_error(
+    shown: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path))
+    _, exercise = find_exercise("01.2")
+    with Store() as progress:
+        progress.of("01.2").hints = shown
+    said = checking.remember(Result(exercise, "wrong"))
+    assert said.startswith(exercise.hints[0 if shown < 0 else -1])
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("fault", ["cannot be read", "cannot be put aside"])
 def test_a_record_that_failed_once_holds_up_no_later_check(

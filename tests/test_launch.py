@@ -48,9 +48,19 @@ from servebook.ways.metrics import metric
 SERVEBOOK = Path(sys.executable).with_name("servebook")
 KEY = "sk-not-for-other-eyes"
 WITHOUT_ENGINE = """
-import time
+import multiprocessing, time
+from servebook.launch.processes import die_with_parent
 from servebook.ways.custom_grpc.server import __main__ as server
-server.start_engine = lambda _: time.sleep(600)
+
+def core():
+    die_with_parent()
+    time.sleep(600)
+
+def start_engine(_):
+    multiprocessing.get_context("fork").Process(target=core).start()
+    time.sleep(600)
+
+server.start_engine = start_engine
 server.main()
 """
 
@@ -242,6 +252,12 @@ def test_needs_stay_on_this_machine(name: str, behind: str) -> None:
     # A room's engine has arguments and a key of its own, which tests/test_room_front.py holds.
     alike = {name: each.model_copy(update={"engine_args": "", "api_key": None}) for name, each in needed.items()}
     assert alike == {behind: settings.model_copy(update={"host": "127.0.0.1", "api_key": None})}
+
+
+def test_no_replica_has_another_servers_port() -> None:
+    settings = load_settings(device="gpu", replicas=8)
+    ports = [each.vllm_http_port for each in find_server("router").needs(settings).values()]
+    assert ports == [8092, 8093, 8094, 8096, 8097, 8098, 8099, 8103], "8095 is the front's, 8100 to 8102 the hub's"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from servebook.engine import prepare as prepare_model
 from servebook.engine.model import CHECKSUMS, bundled_path, context_limit, is_prepared, model_path
@@ -62,6 +64,48 @@ def test_a_torn_file_is_seen_at_once_and_an_altered_one_by_its_hash(cache: Setti
     assert not is_prepared(folder, quick=True)
     # `serve` asks for the path: that alone must mend it.
     assert is_prepared(model_path(cache))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("sums", ["{}", "null", "[1]", '["config.json"]', "7", "{"])
+def test_sums_of_any_content_prove_nothing(tmp_path: Path, sums: str, quick: bool) -> None:
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / CHECKSUMS).write_text(sums)
+    assert not is_prepared(tmp_path, quick)
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("echo 'Loading: 12%' >&2; kill -9 $$", "was killed by signal 9.\n→ If memory is short"),
+        ("echo 'ValueError: torn' >&2; exit 1", "ValueError: torn\n→ Run `python -m servebook.engine.prepare`"),
+        ("echo 'No wheel. → Run `make setup`.' >&2; exit 1", "No wheel.\n→ Run `make setup`."),
+        ("exit 3", "The model's preparation ended with 3.\n→ Run `python -m servebook.engine.prepare`"),
+    ],
+)
+def test_a_preparation_that_ends_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ModelError, match=re.escape(says)):
+        model_path(load_settings(cache_dir=tmp_path))
+
+
+def test_a_preparation_that_failed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> None:
+        assert not list(left.parent.parent.glob(".preparing-*")), "what a killed one had left"
+        raise SafetensorError("I/O error: Disk quota exceeded")
+
+    settings = load_settings(cache_dir=tmp_path)
+    left = bundled_path(settings).with_name(".preparing-killed") / "model"
+    left.mkdir(parents=True)
+    monkeypatch.setattr(prepare_model, "_convert", fail)
+    with pytest.raises(ModelError, match=r"Disk quota exceeded.*\n→ Free some disk space"):
+        prepare_model.prepare_bundled(settings)
 
 
 def test_an_altered_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from servebook.checkout import ROOT
 from servebook.workbook import gate as notebook_gate
@@ -68,6 +69,16 @@ def test_green_canary_runs_in_this_environment(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "argv", ["gate", "--store", str(copy)])
     assert notebook_gate.main() == 0
     assert copy.read_bytes() == stored, "storing twice must give the same bytes"
+
+
+@pytest.mark.parametrize(("home", "stored"), [("/home/ada", "~/a/b"), ("/", "/home/ada/a/b")])
+def test_a_home_folder_is_stored_as_such_unless_it_is_the_root(
+    home: str, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", home)
+    cell = new_code_cell(outputs=[new_output("stream", text="/home/ada/a/b")])
+    notebook_gate._store(tmp_path / "a.ipynb", new_notebook(cells=[cell]), [(cell, cell.copy())])
+    assert nbformat.read(tmp_path / "a.ipynb", as_version=4).cells[0].outputs[0].text == stored
 
 
 def test_parameters_reach_the_notebook() -> None:

@@ -63,7 +63,7 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_child_that_ends_or_never_listens_is_a_message_with_its_output() -> None:
     with (
-        pytest.raises(LaunchError, match=r"(?s)tiny did not start.*the weights are torn"),
+        pytest.raises(LaunchError, match=r"(?s)tiny did not start.*the weights are torn\n\n→ Correct"),
         run_child([sys.executable, "-c", "print('the weights are torn')"], lambda _: False, name="tiny"),
     ):
         pytest.fail("it is not ready")

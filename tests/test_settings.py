@@ -96,6 +96,17 @@ def test_the_file_is_found_from_a_notebooks_folder(bare: Path, monkeypatch: pyte
         ({"engine_url": "http://gpu-box:8000/?key=secret"}, "must end before [?]"),
         ({"engine_url": "http://gpu-box:8000#secret"}, "must end before [?]"),
         ({"engine_args": "--a 'b"}, "SERVEBOOK_ENGINE_ARGS"),
+        ({"engine_args": "--host 0.0.0.0"}, "SERVEBOOK_ENGINE_ARGS: --host is not .*: set SERVEBOOK_HOST"),
+        ({"engine_args": "--seed 7 --hos=0.0.0.0"}, "--hos is not .*: set SERVEBOOK_HOST"),
+        ({"engine_args": "--uds /tmp/socket"}, "set SERVEBOOK_HOST"),
+        ({"engine_args": "--port=9000"}, "set SERVEBOOK_VLLM_HTTP_PORT"),
+        ({"engine_args": "--metrics_port 9000"}, "set SERVEBOOK_VLLM_HTTP_PORT, or that of the server meant"),
+        ({"engine_args": "--grpc-port 9000"}, "_PORT"),
+        ({"engine_args": "--api_key=sk-of-this-test"}, "--api-key is not for the engine to say: set SERVEBOOK_API_KEY"),
+        ({"engine_args": "--ssl_keyfile x.pem"}, "set SERVEBOOK_TLS_CERT"),
+        ({"engine_args": "--tls-key x.pem"}, "set SERVEBOOK_TLS_CERT"),
+        ({"engine_args": "--model=/other"}, "set SERVEBOOK_MODEL"),
+        ({"engine_args": "--served_model_name x"}, "set SERVEBOOK_SERVED_NAME"),
         ({"vllm_http_port": 70000}, "SERVEBOOK_VLLM_HTTP_PORT"),
         ({"host": "0.0.0.0"}, "SERVEBOOK_API_KEY"),
         ({"host": "::"}, "SERVEBOOK_API_KEY"),
@@ -157,10 +168,19 @@ def test_engine_url_is_taken_as_people_write_it() -> None:
     assert load_settings(engine_url="http://gpu-box:8000/v1/").engine_url == "http://gpu-box:8000"
 
 
-def test_folders_are_absolute(bare: Path) -> None:
-    settings = load_settings(cache_dir="~/cache", state_dir="state")
+def test_folders_and_the_program_are_absolute(bare: Path) -> None:
+    settings = load_settings(cache_dir="~/cache", state_dir="state", vllm_rs_file="./vllm-rs")
     assert settings.cache_dir == Path.home() / "cache"
     assert settings.state_dir == bare / "state"
+    assert settings.vllm_rs_file == bare / "vllm-rs", "a word without a folder is looked for along PATH"
+    assert load_settings().vllm_rs_file is None
+
+
+@pytest.mark.parametrize(
+    "words", ["--dtype float16", "--model-impl auto --data-parallel-rpc-port 9", "--chat-template=--host", "-- - ''"]
+)
+def test_what_is_the_engines_reaches_it(words: str) -> None:
+    assert load_settings(engine_args=words).engine_args == words
 
 
 @pytest.mark.parametrize(

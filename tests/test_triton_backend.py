@@ -209,9 +209,9 @@ def test_the_server_listens_on_this_machine_only(tmp_path: Path) -> None:
 
 
 STUB = """
-import subprocess, sys
+import subprocess, sys, time
 from servebook.ways.triton_grpc.backend.guardian import start_guardian
-guardian = start_guardian(death_seconds=0.5, lost_seconds=0.5)
+guardian = start_guardian(death_seconds=0.5, lost_seconds=0.5, end_seconds=2)
 engine = subprocess.Popen(["sleep", "60"], start_new_session=True)
 print(engine.pid, guardian.process.pid, flush=True)
 word = sys.stdin.readline()
@@ -219,7 +219,8 @@ if word != "end\\n":
     guardian.expect_the_end()
 if word != "stuck\\n":
     guardian.release()
-guardian.process.wait()
+if word in ("stuck\\n", "hangs\\n"):
+    time.sleep(60)
 """
 SERVER = """
 import subprocess, sys, time
@@ -251,13 +252,15 @@ def test_a_killed_stub_takes_engine_and_server_along() -> None:
     assert not alive
 
 
-def test_a_stub_that_is_stuck_after_its_engines_death_is_ended_with_all() -> None:
+@pytest.mark.parametrize("word", [b"stuck\n", b"hangs\n"])
+def test_a_stub_that_is_stuck_after_its_engines_death_is_ended_with_all(word: bytes) -> None:
+    """While it unloads its model, or when it is done with that."""
     server = subprocess.Popen([sys.executable, "-c", SERVER, STUB], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdout
     assert server.stdin
     stub = psutil.Process(int(server.stdout.readline()))
     engine, guardian = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
-    server.stdin.write(b"stuck\n")
+    server.stdin.write(word)
     server.stdin.flush()
     assert server.wait(10) == -signal.SIGKILL
     _, alive = psutil.wait_procs([stub, engine, guardian], timeout=10)
@@ -287,6 +290,7 @@ def test_a_stub_that_ends_as_it_should_harms_nobody(word: bytes) -> None:
     server.stdin.write(word)
     server.stdin.flush()
     guardian.wait(10)
+    assert stub.status() == psutil.STATUS_ZOMBIE, "the guardian stays as long as its stub"
     assert engine.is_running()
     assert server.poll() is None
     for process in (engine, stub, server):

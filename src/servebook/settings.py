@@ -44,6 +44,19 @@ KEY_CHARACTERS = 8
 """The least that an API key has: what is shorter is guessed. JupyterHub asks for as many."""
 TENSOR_MODEL_NAME = "vllm_model"
 """The model's name in Triton and KServe, as the article's model repository has it."""
+SET_ELSEWHERE = {
+    "SERVEBOOK_HOST": ("--host", "--uds"),
+    "SERVEBOOK_VLLM_HTTP_PORT, or that of the server meant": ("--port", "--http-port", "--grpc-port", "--metrics-port"),
+    "SERVEBOOK_API_KEY": ("--api-key",),
+    "SERVEBOOK_TLS_CERT and its companions": (
+        *("--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-ciphers"),
+        *("--tls-cert", "--tls-key", "--tls-client-ca"),
+    ),
+    "SERVEBOOK_MODEL": ("--model",),
+    "SERVEBOOK_SERVED_NAME": ("--served-model-name",),
+}
+"""What says where a server listens, with which model and under which name, and the setting that does so: among
+`engine_args`, which win, it would open a server without a key, and nobody would know where it is."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -174,13 +187,15 @@ class Settings(BaseSettings):
             require_trusted(file, holds_key="api_key" in toml.toml_data)
         return init_settings, env_settings, toml
 
-    @field_validator("cache_dir", "state_dir")
+    @field_validator("cache_dir", "state_dir", "vllm_rs_file")
     @classmethod
-    def _absolute(cls, folder: Path) -> Path:
+    def _absolute(cls, path: Path | None) -> Path | None:
+        if not path:
+            return None
         try:
-            return folder.expanduser().absolute()
+            return path.expanduser().absolute()
         except RuntimeError:  # of ~name
-            raise ValueError(f"there is no home folder for {folder.parts[0]}: write the path out") from None
+            raise ValueError(f"there is no home folder for {path.parts[0]}: write the path out") from None
 
     @field_validator("engine_url")
     @classmethod
@@ -207,7 +222,12 @@ class Settings(BaseSettings):
     @field_validator("engine_args")
     @classmethod
     def _words(cls, text: str) -> str:
-        shlex.split(text)
+        for word in shlex.split(text):
+            name = word.partition("=")[0].replace("_", "-")  # as vLLM reads it
+            for setting, words in SET_ELSEWHERE.items():
+                # vLLM's parser takes an option's beginning for the option.
+                if len(name) > len("--") and any(each.startswith(name) for each in words):
+                    raise ValueError(f"{name} is not for the engine to say: set {setting}")
         return text
 
     @model_validator(mode="after")

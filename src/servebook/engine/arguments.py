@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from servebook.engine.gpu import GIB, cards
-from servebook.errors import LaunchError
+from servebook.errors import LaunchError, ModelError
 from servebook.settings import Settings
 
 if TYPE_CHECKING:
@@ -251,6 +251,9 @@ def weights_gib(model: Path) -> float:
     """The model's weights at 16 bits each, in GiB: the size of its files, or of its shape where it has none.
 
     A folder without weights serves with `--load-format dummy`, to measure a shape's memory and speed.
+
+    Raises:
+        ModelError: it has no such files, and its `config.json` describes no language model.
     """
     if not os.access(model, os.R_OK | os.X_OK):  # not there, or not for this user: the model's check says so
         return 0.0
@@ -264,8 +267,14 @@ def _shape_gib(model: Path) -> float:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):  # shapes without memory
-        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    try:
+        with torch.device("meta"):  # shapes without memory
+            shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    except Exception:  # whatever the file's content leads to in transformers
+        raise ModelError(
+            f"{model} has no *.safetensors, and its config.json describes no language model.",
+            "Set SERVEBOOK_MODEL to a folder in Hugging Face's layout, or unset it for the bundled model.",
+        ) from None
     return float(2 * sum(weight.numel() for weight in shape.parameters()) / GIB)
 
 

@@ -1,7 +1,7 @@
 """Lets vLLM start and end sooner: less is searched for garbage, and EngineCore begins as a fork of its server.
 
-Measured (2 cores, AMD EPYC): vLLM's own server is ready after 15.3 s with neither, 11.3 s with a fork, 9.6 s with both;
-our gRPC server, whose EngineCore is no fork, ends after 0.5 s and not 2.9.
+Measured (2 cores, AMD EPYC): vLLM's own server is ready after 15.3 s with neither, 11.3 s with a fork, 9.6 s with both.
+Our gRPC server is ready after 7 s and not 13 to 15 by the fork, and ends after 0.4 s and not 2.9.
 
 vLLM loads this into each of its processes, as a plugin (`vllm.general_plugins` in pyproject.toml).
 """
@@ -35,7 +35,7 @@ def let_fork_stand() -> None:
     """Let EngineCore be forked on a CPU too, where vLLM spawns it whatever it is told.
 
     A spawned one is a new interpreter, which imports torch and vLLM once more. A process in which gRPC's threads run
-    cannot be forked: who starts them before the engine sets `METHOD` to "spawn".
+    cannot be forked: they come after the engine, or `METHOD` is set to "spawn".
     """
     from vllm.platforms.cpu import CpuPlatform
 

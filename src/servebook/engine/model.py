@@ -55,12 +55,14 @@ def is_prepared(folder: Path, quick: bool = False) -> bool:
     `quick` (5 ms instead of 200) does not read the weights, but compares their length with their header.
     """
     try:
-        sums: dict[str, str] = json.loads((folder / CHECKSUMS).read_text())
+        sums = json.loads((folder / CHECKSUMS).read_text())
+        if not isinstance(sums, dict) or not sums:
+            return False
         if quick:
             with safe_open(folder / "model.safetensors", framework="numpy"):
                 return all((folder / name).is_file() for name in sums)
-        return bool(sums) and all(sha256(folder / name) == digest for name, digest in sums.items())
-    except (OSError, ValueError, AttributeError, SafetensorError):
+        return all(sha256(folder / name) == digest for name, digest in sums.items())
+    except (OSError, ValueError, SafetensorError):
         return False
 
 
@@ -78,9 +80,17 @@ def model_path(settings: Settings) -> Path:
             command = [sys.executable, "-P", "-m", "servebook.engine.prepare"]
             env = child_environment() | {"SERVEBOOK_CACHE_DIR": str(settings.cache_dir)}
             done = subprocess.run(command, env=env, capture_output=True, text=True)
+            if done.returncode < 0:
+                raise ModelError(
+                    f"The model's preparation was killed by signal {-done.returncode}.",
+                    "If memory is short, Linux kills the largest process: see `servebook doctor`.",
+                )
             if done.returncode:
-                lines = done.stderr.strip().splitlines() or [f"The model's preparation ended with {done.returncode}."]
-                raise ModelError(lines[-1])
+                problem, _, remedy = done.stderr.strip().rpartition("\n")[2].partition(" → ")
+                raise ModelError(
+                    problem or f"The model's preparation ended with {done.returncode}.",
+                    remedy or "Run `python -m servebook.engine.prepare`, which shows the whole error.",
+                )
     elif is_folder(given := given_folder(settings)):
         folder = given.resolve()
     elif HUB_ID.fullmatch(name):

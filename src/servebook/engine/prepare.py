@@ -11,12 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from servebook.engine.model import CHECKSUMS, GGUF_SHA256, bundled_path, is_prepared, sha256
 from servebook.errors import ModelError, ServebookError
 from servebook.settings import Settings, load_settings
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DRAFT = ".preparing-"
 NEEDED_BYTES = 600_000_000
 
 
@@ -32,10 +34,12 @@ def prepare_bundled(settings: Settings) -> Path:
         lock = FileLock(target.with_suffix(".lock"))
         with lock:
             if not is_prepared(target):
+                for left in target.parent.glob(f"{DRAFT}*"):  # by one that was killed: nobody else has the lock
+                    shutil.rmtree(left, ignore_errors=True)
                 _convert(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter where its file does not fit into a quota
         raise ModelError(
-            f"The model cannot be written to {target.parent}: {error.strerror or error}.",
+            f"The model cannot be written to {target.parent}: {getattr(error, 'strerror', None) or error}.",
             "Free some disk space, or set SERVEBOOK_CACHE_DIR to a folder that you can write to.",
         ) from error
     return target
@@ -59,7 +63,7 @@ def _convert(target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".preparing-") as scratch:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=DRAFT) as scratch:
         draft = Path(scratch) / "model"
         # Without dequantize=True the weights stay packed and cannot be saved as safetensors.
         model = AutoModelForCausalLM.from_pretrained(

@@ -125,6 +125,6 @@ def remember(result: Result) -> str:
             record.state = "tried"
         if result.state == "stuck":
             return ""
-        record.hints = max(record.hints, 1)
+        record.hints = min(max(record.hints, 1), len(exercise.hints))  # of an older workbook there may be more
         more = "" if record.hints == len(exercise.hints) else f'; more with hint("{exercise.id}")'
         return f"{exercise.hints[record.hints - 1]} ({record.hints} of {len(exercise.hints)}{more})"

@@ -77,7 +77,10 @@ def run_child(
         try:
             if wait_until(state, seconds) != "ready":
                 name = name or Path(words[0]).name
-                raise LaunchError(f"{name} did not start. The end of its output:\n{child.said()[-TAIL_CHARACTERS:]}")
+                raise LaunchError(
+                    f"{name} did not start. The end of its output:\n{child.said()[-TAIL_CHARACTERS:]}",
+                    "Correct what it says there; what the machine lacks, `servebook doctor` says.",
+                )
             yield child
         finally:
             end(mark, grace)

@@ -170,7 +170,7 @@ def claim(path: Path) -> socket.socket | None:
 
 
 def choose_port(host: str, preferred: int, others: set[int]) -> tuple[int, socket.socket]:
-    """Return the first free port from `preferred` upwards that is nobody else's default, and its claim.
+    """Return `preferred`, or the first free port after it that is none of `others`, and its claim.
 
     The claim is among all users' supervisors. Another user can take its name, as he can take the port itself: then it
     is the next one.

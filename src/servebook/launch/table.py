@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-import ssl
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -19,6 +19,7 @@ from servebook.errors import LaunchError
 from servebook.launch.probes import grpc_serving, http_ok, https_ok
 from servebook.room.keys import engine_key
 from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback
+from servebook.tls import require_tls
 
 Endpoints = Mapping[str, str]
 Argv = Callable[[Settings, Path, dict[str, Endpoints]], list[str]]
@@ -96,7 +97,7 @@ def _module(name: str, *ports: str) -> Argv:
 
 
 def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
-    _require_tls(settings)
+    _check_tls(settings)
     files = {"cert": settings.tls_cert, "key": settings.tls_key, "client-ca": settings.tls_client_ca}
     return [
         *_module("custom_grpc.server", "grpc", "metrics")(settings, model, needs),
@@ -130,9 +131,9 @@ def _tls_of_vllm(settings: Settings) -> list[str]:
     """vLLM's options for the TLS files.
 
     Raises:
-        LaunchError: as `_require_tls`.
+        LaunchError: they cannot be used.
     """
-    _require_tls(settings)
+    _check_tls(settings)
     cert, key, authority = settings.tls_cert, settings.tls_key, settings.tls_client_ca
     if not (cert and key):
         return []
@@ -140,27 +141,9 @@ def _tls_of_vllm(settings: Settings) -> list[str]:
     return own + (["--ssl-ca-certs", str(authority.resolve()), "--ssl-cert-reqs", "2"] if authority else [])
 
 
-def _require_tls(settings: Settings) -> None:
-    """Look whether the TLS files fit, where there are any.
-
-    Raises:
-        LaunchError: they cannot be used. The servers would find out only when the engine is loaded.
-    """
-    cert, key, authority = settings.tls_cert, settings.tls_key, settings.tls_client_ca
-    if not (cert or key or authority):
-        return
-    try:
-        if not (cert and key):
-            raise ValueError("a certificate and its key go together")
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(cert, key, password="")  # else it would ask at the terminal for that of a locked key
-        if authority:
-            context.load_verify_locations(authority)
-    except (OSError, ValueError) as error:  # SSLError is an OSError
-        raise LaunchError(
-            f"The TLS files cannot be used: {error}.",
-            "Correct SERVEBOOK_TLS_CERT, SERVEBOOK_TLS_KEY and SERVEBOOK_TLS_CLIENT_CA, or unset all three.",
-        ) from None
+def _check_tls(settings: Settings) -> None:
+    remedy = "Correct SERVEBOOK_TLS_CERT, SERVEBOOK_TLS_KEY and SERVEBOOK_TLS_CLIENT_CA, or unset all three."
+    require_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca, remedy)
 
 
 def _rust_env(settings: Settings, say: Callable[[str], None]) -> dict[str, str]:
@@ -211,6 +194,8 @@ def _replicas(settings: Settings) -> dict[str, Settings]:
     if find_spec("vllm_router") is None:
         raise LaunchError("vLLM's router is not installed.", "Run `make setup`: it is in the lock.")
     cores, number = sorted(os.sched_getaffinity(0)), settings.replicas
+    others = {settings.port(spec.name, kind) for spec in SERVERS.values() for kind in spec.ports}
+    ports = (port for port in count(settings.router_metrics_port + 1) if port not in others)
     if not settings.on_gpu and number > len(cores):
         raise LaunchError(
             f"{number} replicas need {number} cores, one each, and {len(cores)} can be used here.",
@@ -221,7 +206,7 @@ def _replicas(settings: Settings) -> dict[str, Settings]:
         mine = cores[index * len(cores) // number : (index + 1) * len(cores) // number]
         return settings.model_copy(
             update={
-                "vllm_http_port": settings.router_metrics_port + 1 + index,
+                "vllm_http_port": next(ports),
                 "cores": ",".join(map(str, mine)),
             }
         )

@@ -27,7 +27,7 @@ import psutil
 from servebook import launch
 from servebook.checkout import ROOT
 from servebook.engine import rust_front
-from servebook.engine.arguments import available_gib, cpu_flags, cpu_quota, gpu_gib, needed_gib
+from servebook.engine.arguments import available_gib, cpu_flags, cpu_quota, gpu_gib, needed_gib, weights_gib
 from servebook.engine.gpu import GIB, Card, cards
 from servebook.engine.model import bundled_path, context_limit, given_folder, is_folder, is_prepared
 from servebook.environment import (
@@ -280,6 +280,7 @@ def check_model(settings: Settings, quick: bool) -> Finding:
         return Finding("OK", "model", f"{settings.model}, fetched from the hub when an engine starts")
     try:
         limit = context_limit(folder)
+        weights_gib(folder)
     except ServebookError as error:
         return Finding("FAIL", "model", str(error).split("\n")[0], error.remedy)
     return Finding("OK", "model", f"{folder}, up to {limit or 'an unknown number of'} tokens")
@@ -424,6 +425,10 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
     with suppress(ServebookError):  # the state folder cannot be looked into: `check_folder` says so
         entries = launch.status(settings)
     weights = bundled_path(settings) if settings.model == BUNDLED_MODEL else given_folder(settings)
+    try:
+        weights_gib(weights)
+    except ServebookError:  # `check_model` says so; memory is reckoned without them
+        weights = Path(os.devnull)
     lock_file = ROOT / "requirements" / f"{'gpu' if settings.on_gpu else 'cpu'}.txt"
     lock = lock_file.read_text() if lock_file.is_file() else None
     card = next(iter(cards()), None)

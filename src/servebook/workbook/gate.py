@@ -165,12 +165,15 @@ def _store(notebook: Path, source: NotebookNode, done: Sequence[tuple[NotebookNo
 
     The home folder is written as `~`: an output that names it would differ on every machine.
     """
+    home = Path.home()
     for cell in source.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     for count, (cell, new) in enumerate(done, start=1):
         cell.execution_count = count
-        outputs = json.dumps(coalesce_streams(new.outputs)).replace(str(Path.home()), "~")
+        outputs = json.dumps(coalesce_streams(new.outputs))
+        if home.parts[1:]:  # not "/", as of a container's user without a name: "/" stands in every picture
+            outputs = outputs.replace(str(home), "~")
         cell.outputs = nbformat.from_dict(json.loads(outputs))
         for output in cell.outputs:
             if output.output_type == "execute_result":

@@ -11,8 +11,10 @@ from pathlib import Path
 import uvloop
 
 from servebook.errors import ServebookError
-from servebook.settings import is_loopback, load_settings
+from servebook.settings import LOOPBACK, is_loopback, load_settings
+from servebook.tls import require_tls
 from servebook.ways.custom_grpc.server.serving import serve, set_up_log, start_engine
+from servebook.ways.custom_grpc.server.transport import require_port
 
 MAX_FRONTS = 64
 
@@ -47,9 +49,11 @@ def main() -> None:
     """Run the server; exit code 1 with one line if it cannot start."""
     options, engine_words = read_arguments(sys.argv[1:])
     set_up_log()
-    # A fork of a process in which gRPC's threads run may hang.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     try:
+        # What cannot be had is told now, and not when the engine has started.
+        require_tls(options.tls_cert, options.tls_key, options.tls_client_ca, "Correct --tls-cert and the others.")
+        require_port(options.host, options.grpc_port, "--grpc-port")
+        require_port(LOOPBACK, options.metrics_port, "--metrics-port")
         if options.fronts > 1:
             from servebook.ways.custom_grpc.server.fronts import Fronts
 

@@ -142,7 +142,6 @@ class Fronts:
         reserved = reserve(self.options.host, self.options.grpc_port)
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, self.stop)
-        show_metrics(self.options.metrics_port, self.registry)
         # Fronts are forked from a process that has imported vLLM, but has no threads and no sockets yet.
         multiprocessing.set_forkserver_preload(
             [
@@ -169,6 +168,7 @@ class Fronts:
             self.engine = launched.engine_manager
         self.serving = True
         try:
+            show_metrics(self.options.metrics_port, self.registry)
             for front in self.fronts:
                 _, front.greeting = front.to_engine.recv_multipart()
                 front.start(run_front, self.options, config)

@@ -51,7 +51,7 @@ class Converter(Protocol):
 
 
 class LLMServicer(llm_pb2_grpc.LLMServiceServicer):
-    """`llm.v1.LLMService` on one engine, which comes after the port is open and may go before it closes."""
+    """`llm.v1.LLMService` on one engine, which is ready after the port is open, and may go before it closes."""
 
     def __init__(self, calls: Calls) -> None:
         self.calls = calls

@@ -1,4 +1,4 @@
-"""The life of a server: the port opens, the engine starts, calls are served; then it drains, and ends."""
+"""The life of a server: the engine starts, the port opens, calls are served; then it drains, and ends."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import grpc
 import psutil
 
 from servebook.engine.arguments import engine_args
+from servebook.errors import LaunchError
 from servebook.settings import in_address
 from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.calls import Calls
@@ -33,7 +35,7 @@ log = logging.getLogger("servebook.ways.custom_grpc.server")
 
 
 def start_engine(words: list[str]) -> tuple[AsyncLLM, Inputs]:
-    """Import vLLM and load the model; takes some seconds, in a thread, while the port is open already."""
+    """Import vLLM and load the model; takes some seconds, in a thread, so that signals and callers are heard."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from servebook.ways.custom_grpc.server.inputs import Inputs
@@ -43,12 +45,13 @@ def start_engine(words: list[str]) -> tuple[AsyncLLM, Inputs]:
 
 
 async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM, Inputs]]) -> None:
-    """Open the port, start the engine by `start` in a thread, serve until SIGTERM or SIGINT, drain, stop.
+    """Start the engine by `start` in a thread, open the port, serve until SIGTERM or SIGINT, drain, stop.
 
-    One of several fronts opens the port last: what it could not serve yet is for the others.
+    The port opens while the model is loaded, and health says NOT_SERVING until it is. One of several fronts opens it
+    last: what it could not serve yet is for the others.
 
     Raises:
-        LaunchError: a port is taken or a TLS file does not serve.
+        LaunchError: a port is taken.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -72,16 +75,21 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
         return server
 
     await health.say(serving=False)
-    if not shared:
-        server = await listen()
-
     starting = asyncio.create_task(asyncio.to_thread(start))
     stopping = asyncio.create_task(stop.wait())
+    server = None
+    if not shared:
+        begun = asyncio.create_task(engine_process())
+        await asyncio.wait({begun, starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if begun.done():
+            try:
+                server = await listen()
+            except LaunchError:
+                kill_children()
+                raise
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
-        # An engine that is half up cannot be shut down, only ended; its thread cannot be cancelled.
-        for process in psutil.Process().children(recursive=True):
-            process.kill()
+        kill_children()
         log.info("stopped")
         os._exit(0)
     engine, inputs = await starting
@@ -91,8 +99,7 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
         gc.collect()
         gc.freeze()  # what the start left is not searched again and again
         await health.say(serving=True)
-        if shared:  # whoever connects meanwhile gets a front that can answer
-            server = await listen()
+        server = server or await listen()
         log.info("ready")
         await watch(engine, stop, health, calls)
         log.info("draining", extra={"fields": {"open_calls": calls.open}})
@@ -106,6 +113,18 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
     finally:
         engine.shutdown()
     log.info("stopped")
+
+
+async def engine_process() -> None:
+    """Wait until EngineCore has a process: it may be a fork of this one, and must not find gRPC's threads there."""
+    while not multiprocessing.active_children():
+        await asyncio.sleep(WATCH_SECONDS)
+
+
+def kill_children() -> None:
+    """End an engine that is half up: it cannot be shut down, and its thread cannot be cancelled."""
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
 
 
 async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health, calls: Calls) -> None:

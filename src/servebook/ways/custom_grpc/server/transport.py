@@ -11,8 +11,9 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
 from servebook.errors import LaunchError
+from servebook.launch.processes import can_bind
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
-from servebook.settings import LOOPBACK
+from servebook.settings import LOOPBACK, in_address
 from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.auth import KeyInterceptor
 
@@ -43,7 +44,7 @@ class Tls:
     client_ca: Path | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Read the files."""
+        """Read the files, which are there and fit (`require_tls`)."""
         return grpc.ssl_server_credentials(
             [(self.key.read_bytes(), self.certificate.read_bytes())],
             root_certificates=self.client_ca.read_bytes() if self.client_ca else None,
@@ -76,7 +77,7 @@ def make_server(
     """A server bound to `address` ("host:port"), not started yet; others may listen there too if it is `shared`.
 
     Raises:
-        LaunchError: the port is taken, or a TLS file cannot be read or used.
+        LaunchError: the port is taken.
     """
     # gRPC's default is to share: a second server would start unnoticed, and get some of the calls.
     options = [*OPTIONS, ("grpc.so_reuseport", int(shared))]
@@ -89,11 +90,25 @@ def make_server(
             server.add_secure_port(address, tls.credentials())
         else:
             server.add_insecure_port(address)
-    except (RuntimeError, OSError) as error:
-        raise LaunchError(
-            f"Cannot listen on {address}: {error}", "Choose another port, or check the TLS files."
-        ) from None
+    except RuntimeError as error:
+        raise LaunchError(f"Cannot listen on {address}: {error}", "Choose another --grpc-port.") from None
     return server
+
+
+def require_port(host: str, port: int, option: str) -> None:
+    """Look whether a server can listen there.
+
+    Raises:
+        LaunchError: the port is taken, or `host` is no address of this machine.
+    """
+    address = f"{in_address(host)}:{port}"
+    try:
+        if can_bind(host, port):
+            return
+        problem, remedy = f"Cannot listen on {address}: the port is taken.", f"Choose another {option}."
+    except OSError as error:
+        problem, remedy = f"Cannot listen on {address}: {error.strerror}.", "Choose another --host."
+    raise LaunchError(problem, remedy)
 
 
 def show_metrics(port: int, registry: CollectorRegistry = REGISTRY) -> None:

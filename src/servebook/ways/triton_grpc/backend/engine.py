@@ -6,6 +6,7 @@ Everything that talks to the engine or to a response sender happens on that loop
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 import traceback
@@ -104,6 +105,9 @@ class Engine:
         self.loop.call_soon_threadsafe(self.watcher.cancel)
         self.llm.shutdown(timeout=UNLOAD_SECONDS)
         self._end_loop()
+        # An engine that died raises one error for all, whose traceback holds their tasks' frames, and so their senders.
+        # One that is freed later, by chance in Python's last steps, waits for ever for a lock of the stub's.
+        gc.collect()
         self.guardian.release()
 
     def _run(self) -> None:

@@ -1,12 +1,13 @@
 """Ends what a killed or stuck stub would leave behind; run by path, with the standard library only.
 
 Triton does not notice that a stub died: it stays "ready", and whoever waits for an answer waits for ever.
-And the engine's processes live on. This small process holds the end of a pipe from the stub. When the pipe
-closes without a word, it kills the engine, and the server with it: a client then sees a closed connection at once,
+And the engine's processes live on. This small process watches the stub, which talks to it through a pipe. When the
+stub ends without a word, it kills the engine, and the server with it: a client then sees a closed connection at once,
 and whoever keeps the server can start it again.
 
-Nor does Triton always finish the unload of a model whose engine died, and a timer in a stuck stub may never fire. So
-the stub says when the unload begins, and the same happens if it takes too long.
+Nor does every stub end that is told to, and Triton waits for it: what Python frees in its last steps may want a lock
+that nobody gives back. And a timer in a stuck stub may never fire. So the stub says when an unload begins and when it
+is done with it, and the same happens if it does not end soon.
 
 And a load may never end. While it lasts, Triton 24.10 wants a sign of life from the stub in each second of the clock on
 the wall. If one is missing, as on a machine that was paused, it waits without a word for the end of the stub, which is
@@ -30,7 +31,10 @@ MARK = "SERVEBOOK_TRITON_STUB"
 
 DYING, DONE = b"dying", b"done"
 DEATH_SECONDS = 10.0
-"""How long a stub whose engine died may take to end."""
+"""How long a stub whose engine died may take to unload its model."""
+END_SECONDS = 5.0
+"""How long a stub may take to end once it is done with that: some tenths of a second, or two on busy cores. With the
+engine's end before it, it must fit into the 12 s that Triton allows at its exit."""
 LOST_SECONDS = 5.0
 """How long Triton may wait for the end of a process: another model's may be ending, which takes a second or two."""
 LOST = "Triton lost sight of its backend (was this machine paused, or its clock set?)"
@@ -45,22 +49,27 @@ class Guardian:
         self.process = process
 
     def expect_the_end(self) -> None:
-        """Say that the engine died: from now on the stub has `death_seconds` to end."""
-        assert self.process.stdin
-        with suppress(BrokenPipeError):  # it was killed: then it is Triton alone that ends the stub
-            self.process.stdin.write(DYING)
-            self.process.stdin.flush()
+        """Say that the engine died: from now on the stub has `death_seconds` to unload its model."""
+        self._say(DYING)
 
     def release(self) -> None:
-        """Say that the stub ends as it should, and wait for the guardian's own end."""
-        self.process.communicate(DONE)
+        """Say that all is unloaded, and nothing is left but the stub's own end: it has `end_seconds`."""
+        self._say(DONE)
+
+    def _say(self, word: bytes) -> None:
+        assert self.process.stdin
+        with suppress(BrokenPipeError):  # it was killed: then it is Triton alone that ends the stub
+            self.process.stdin.write(word)
+            self.process.stdin.flush()
 
 
-def start_guardian(death_seconds: float = DEATH_SECONDS, lost_seconds: float = LOST_SECONDS) -> Guardian:
+def start_guardian(
+    death_seconds: float = DEATH_SECONDS, lost_seconds: float = LOST_SECONDS, end_seconds: float = END_SECONDS
+) -> Guardian:
     """Start a guardian of this process, and mark what this process starts from now on."""
     # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
     os.environ |= {MARK: str(os.getpid()), "SPT_NOENV": "1"}
-    times = [str(death_seconds), str(lost_seconds)]
+    times = [str(death_seconds), str(lost_seconds), str(end_seconds)]
     words = [sys.executable, "-I", __file__, str(os.getppid()), *times, *shared_memory()]
     return Guardian(subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True))
 
@@ -86,10 +95,12 @@ def marked(stub: str) -> list[int]:
     return found
 
 
-def hear(seconds: float) -> bytes | None:
+def hear(stub: int, seconds: float) -> bytes | None:
     """What the stub says next; nothing if it has died, None if it says nothing for so many seconds."""
-    ready, _, _ = select.select([sys.stdin], [], [], seconds)
-    return os.read(sys.stdin.fileno(), 64) if ready else None
+    ready, _, _ = select.select([stub, sys.stdin], [], [], seconds)
+    if sys.stdin in ready:  # first: it may have said something and then ended
+        return os.read(sys.stdin.fileno(), 64)
+    return b"" if ready else None
 
 
 def waits_for_a_child(pid: int) -> bool:
@@ -99,13 +110,15 @@ def waits_for_a_child(pid: int) -> bool:
     return False
 
 
-def what_went_wrong(server: int, death_seconds: float, lost_seconds: float) -> str:
-    """Listen until the stub ends; "" if it said that it would."""
+def what_went_wrong(stub: int, server: int, death_seconds: float, lost_seconds: float, end_seconds: float) -> str:
+    """Listen until the stub, a file descriptor, ends; "" if it said that it would. `server` is a process id."""
     dying = lost = None  # since when
-    while (word := hear(min(POLL_SECONDS, lost_seconds))) != b"":
+    while (word := hear(stub, min(POLL_SECONDS, lost_seconds))) != b"":
         now = time.monotonic()
         if word and word.endswith(DONE):
-            return ""
+            # No more of the pipe: Python may close it before the process ends.
+            ended, _, _ = select.select([stub], [], [], end_seconds)
+            return "" if ended else "the stub does not end"
         if word and word.endswith(DYING):
             dying = now
         if dying and now > dying + death_seconds:
@@ -119,19 +132,20 @@ def what_went_wrong(server: int, death_seconds: float, lost_seconds: float) -> s
 def main() -> None:
     """Wait for the stub's end; unless it said "done", end it, its engine and its server."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who ends the whole family must not end this one first
-    pid, death_seconds, lost_seconds = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
-    server = os.pidfd_open(pid)  # not the bare id, which the kernel may give to another process
-    what = what_went_wrong(pid, death_seconds, lost_seconds)
+    pid, seconds = int(sys.argv[1]), [float(word) for word in sys.argv[2:5]]
+    # Not the bare ids, which the kernel may give to other processes.
+    server, stub = os.pidfd_open(pid), os.pidfd_open(int(os.environ[MARK]))
+    what = what_went_wrong(stub, pid, *seconds)
     if not what:
         return
     print(f"servebook: {what}; ending it, the engine and the server", file=sys.stderr, flush=True)
-    if os.getppid() == int(os.environ[MARK]):
-        os.kill(os.getppid(), signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(stub, signal.SIGKILL)
     for pid in marked(os.environ[MARK]):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     # Before the server: whoever keeps that may end this process with it.
-    for region in sys.argv[4:]:
+    for region in sys.argv[5:]:
         Path(region).unlink(missing_ok=True)
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(server, signal.SIGKILL)
