@@ -84,14 +84,29 @@ def test_what_runs_there_is_not_root() -> None:
 
 
 def test_an_image_gets_no_secret_and_no_environment_of_this_machine() -> None:
-    ignored = (ROOT / ".dockerignore").read_text().split()
-    assert {".venv", ".git", "servebook.toml", "scratch"} <= set(ignored)
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {".venv", ".git", "**/servebook.toml", "scratch"} <= set(ignored)
     assert {"solutions", "tests"} <= set(ignored), "a learner's desk is made from it"
     by_nbgrader = set(
         re.findall(r"^/(gradebook.db|\w+ed|feedback|grades.csv|remarks.json)/?$", GITIGNORE, re.MULTILINE)
     )
     assert len(by_nbgrader) == 6
     assert by_nbgrader <= set(ignored)
+
+
+def test_an_image_gets_nothing_that_the_instructors_work_leaves_in_the_clone() -> None:
+    """Answers, slides with notes: what git ignores in the root or below one of its folders, for it alone is copied."""
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    left = [line.strip("/") for line in GITIGNORE.splitlines() if line.startswith("/")]
+    assert {"notebooks/capstone", "labs/*/*.p*", "deck"} <= set(left)
+    assert [path for path in left if not {path, path.partition("/")[0]} & set(ignored)] == []
+    assert {"**/servebook.toml", "**/.ipynb_checkpoints", "**/__pycache__"} <= set(ignored), "at any depth"
+
+
+def test_a_devcontainers_user_has_a_name() -> None:
+    """The devcontainer's CLI gives the user the uid of who has the clone, but for a number, as the image has it."""
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    assert f"useradd --uid 1000 --no-create-home {container['remoteUser']};" in DOCKERFILE
 
 
 def test_the_workflow_is_yaml_with_the_jobs() -> None:

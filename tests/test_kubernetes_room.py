@@ -132,6 +132,15 @@ def test_secrets_are_named_in_the_readme() -> None:
         assert f"--from-literal={reference['key']}=" in made[0]
 
 
+def test_an_engine_at_a_desk_has_the_shared_memory_of_those_of_the_base() -> None:
+    base = {(each["kind"], each["metadata"]["name"]): each for each in render(ROOT / "kubernetes/base")}
+    engine = base["Deployment", "vllm"]["spec"]["template"]["spec"]
+    storage = VALUES["singleuser"]["storage"]
+    assert storage["extraVolumes"] == [each for each in engine["volumes"] if each["name"] == "shm"]
+    (mount,) = storage["extraVolumeMounts"]
+    assert mount in engine["containers"][0]["volumeMounts"]
+
+
 def test_the_desk_starts_what_its_image_has() -> None:
     desk = VALUES["singleuser"]
     image, tag = re.search(r"docker build -t ([\w-]+):(\S+) ", DOCKERFILE).groups()  # type: ignore[union-attr]

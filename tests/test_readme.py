@@ -53,6 +53,14 @@ def test_links_lead_somewhere() -> None:
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_another_doors_names_are_those_of_the_rooms_own() -> None:
+    """JupyterHub only asks whether a name begins so."""
+    (pattern,) = re.findall(r'username_pattern = r"(.*)"', (ROOT / "docs/room.md").read_text())
+    (own,) = re.findall(r'^NAME = re.compile\(r"(.*)"\)', (ROOT / "jupyterhub/door.py").read_text(), flags=re.MULTILINE)
+    for name in ("ada", "a" * 23, "a" * 24, "ada@uni.example", "ada.lovelace", "Ada", "-ada", ""):
+        assert bool(re.match(pattern, name)) == bool(re.fullmatch(own, name)), name
+
+
 def test_the_page_on_security_names_tests_that_there_are() -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/security.md").read_text()))
     tests = [*(ROOT / "tests").glob("test_*.py"), BY_HAND]

@@ -400,17 +400,23 @@ def test_changing_the_device_makes_a_new_environment(clone: Path) -> None:
 
 @pytest.fixture
 def stick(clone: Path) -> Path:
-    """What `make offline` makes, with one wheel and a uv that needs none; the clone has an environment."""
+    """What `make offline` makes, with two wheels and a uv that needs none; the clone has an environment."""
     stand_in_environment(clone)
     folder = clone.parent / "a stick (1)"
     (folder / "wheels").mkdir(parents=True)
     (folder / "wheels/torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").write_text("a wheel")
+    (folder / "wheels/wheel-0.48.0-py3-none-any.whl").write_text("a wheel")
     (folder / "requirements").mkdir()
     for name in ("cpu.txt", "room.txt"):
         shutil.copy2(clone / "requirements" / name, folder / "requirements")
+    sum_up(folder)
+    return folder
+
+
+def sum_up(folder: Path) -> None:
+    """Write its SHA256SUMS."""
     command = "find . -type f ! -name SHA256SUMS -print0 | xargs -0 sha256sum > SHA256SUMS"
     subprocess.run(["sh", "-c", command], cwd=folder, check=True)
-    return folder
 
 
 def test_everything_comes_from_the_folder(clone: Path, stick: Path) -> None:
@@ -429,7 +435,7 @@ def test_everything_comes_from_the_folder(clone: Path, stick: Path) -> None:
         ("echo '# older' >> requirements/cpu.txt", "was made from another version: its requirements/cpu.txt differs"),
         ("echo '# older' >> requirements/room.txt", "was made from another version: its requirements/room.txt differs"),
         (
-            "for wheel in wheels/*; do echo x >> $wheel; done",
+            "for wheel in wheels/torch*; do echo x >> $wheel; done",
             "is damaged: ./wheels/torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl: FAILED",
         ),
         ("rm wheels/torch*", "is damaged: sha256sum: ./wheels/torch-2.13.0+cpu"),
@@ -449,6 +455,22 @@ def test_a_folder_that_is_ready_is_not_filled_again(clone: Path, stick: Path) ->
     done = make(clone, "offline", f"DIR={stick}")
     assert done.returncode == 0
     assert "is up to date" in done.stderr
+
+
+def test_a_folder_is_filled_with_what_comes_with_a_python_that_uv_brings(clone: Path, stick: Path) -> None:
+    """Also one of this version that was made when `wheel` was forgotten."""
+    (stick / "wheels/wheel-0.48.0-py3-none-any.whl").unlink()
+    sum_up(stick)
+    done = make(clone, "offline", f"DIR={stick}")
+    assert done.returncode == 0, done.stderr
+    assert "is up to date" not in done.stderr
+    (by_name,) = re.findall(r"--wheel-dir .*/wheels (pip .*) index=", (clone / "calls").read_text())
+    uv = [str(Path(sys.executable).with_name("uv")), "venv", "--seed", "--python", sys.executable, "--no-index"]
+    seeds = subprocess.run([*uv, str(clone / "seeded")], env=environment(clone), capture_output=True, text=True).stderr
+    (names,) = re.findall(r"No solution found when resolving: (.*)", seeds)
+    needed = set(re.findall(r"`([a-z]+)`", names))
+    assert {"pip", "wheel"} <= needed
+    assert needed <= {*by_name.split(), *dict(pins((clone / "requirements/cpu.txt").read_text()))}
 
 
 def test_offline_asks_for_a_folder(clone: Path) -> None:
