@@ -243,7 +243,7 @@ def test_it_is_the_rust_front(vllm_rs: launch.Server) -> None:
 
 
 def test_it_stays_on_this_machine() -> None:
-    with pytest.raises(LaunchError, match="vllm-rs checks no API key"):
+    with pytest.raises(LaunchError, match="vllm-rs does not check an API key"):
         launch.serve("vllm-rs", instance="vllm-rs-open", host="0.0.0.0", api_key=KEY)
 
 

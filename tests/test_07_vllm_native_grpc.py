@@ -206,7 +206,7 @@ def test_no_key_is_asked_for(vllm_grpc: launch.Server) -> None:
 
 @pytest.mark.parametrize("name", ["vllm-grpc", "kserve"])
 def test_server_without_keys_stays_on_this_machine(name: str) -> None:
-    with pytest.raises(LaunchError, match=f"{name} checks no API key"):
+    with pytest.raises(LaunchError, match=f"{name} does not check an API key"):
         launch.serve(name, instance=f"{name}-open", host="0.0.0.0", api_key="a-secret-of-this-test")
 
 

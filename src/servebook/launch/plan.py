@@ -76,7 +76,7 @@ def plan(start: Start) -> list[list[Start]]:
     """
     if not start.spec.checks_key and not is_loopback(start.settings.host):
         raise LaunchError(
-            f"{start.spec.name} checks no API key, so it is not opened to {start.settings.host}.",
+            f"{start.spec.name} does not check an API key on every port, so it is not opened to {start.settings.host}.",
             "Unset SERVEBOOK_HOST; to publish it, put a proxy with TLS and keys in front.",
         )
     if start.elsewhere:

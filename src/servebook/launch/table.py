@@ -56,7 +56,7 @@ class ServerSpec:
     `needs` names the instances that must be up before, each with its settings; engines among them start at once.
     `env` adds to the environment; where it has to fetch something for that, it says so to its second argument.
     Where its log has the words `again`, it ended by chance and is started once more.
-    One that checks no API key is refused beyond this machine.
+    One that does not check an API key on every port is refused beyond this machine.
     """
 
     name: str
