@@ -737,7 +737,7 @@ def friend(guarded: launch.Server, certificates: Certificates) -> Iterator[GrpcC
 def test_one_that_starts_says_so(
     starting: Future[launch.Server], certificates: Certificates, settings: Settings
 ) -> None:
-    """The first of its tests, before any has waited for it: health and callers are answered while the model is loaded."""
+    """The first of its tests, before any has waited for it: health and callers are answered while the model loads."""
 
     def address() -> str:
         endpoints = {entry["name"]: entry["endpoints"] for entry in launch.status(settings)}

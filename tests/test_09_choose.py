@@ -19,8 +19,10 @@ from servebook.bench.choose import (
     choose,
     guide,
     outweighed,
+    tensor_ms,
 )
 from servebook.bench.results import Results, new_results, stored
+from servebook.bench.tensors import TensorCost
 from servebook.workbook.gate import NOTEBOOKS
 
 
@@ -80,6 +82,12 @@ def test_every_line_rests_on_a_figure_of_the_stored_run(run: Results) -> None:
 def test_a_run_that_lacks_a_figure_says_so() -> None:
     empty = new_results("full", "m", "cpu")
     assert "not in this run" in guide(empty)[1][0][-1]
+    assert tensor_ms(empty, "triton", "JSON list") == "not in this run"
+    empty.tensors = [
+        TensorCost(server="triton", encoding="JSON list", tensor_bytes=1, request_bytes=1, median_ms=9, repeats=1)
+    ]
+    assert tensor_ms(empty, "triton", "JSON list", 1) == "9 ms"
+    assert tensor_ms(empty, "triton", "JSON list") == "too slow to be measured", "it was given up on a smaller one"
 
 
 def test_chapters_that_the_guide_names_exist() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from math import comb
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from desk import eventually
 from typer.testing import CliRunner
 from uvicorn import Config
 
-from servebook.bench import crosscheck, guard, report, workload
+from servebook.bench import crosscheck, guard, pictures, report, workload
 from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, WAVES, Arm, Workload, compare, jobs_for, off_by
 from servebook.bench.cli import custom
 from servebook.bench.cost import Cost, fit
@@ -32,9 +33,9 @@ from servebook.bench.load import BenchError, Job, Load, Message, Sample, ask, cl
 from servebook.bench.paths import PATHS, Path, find_path
 from servebook.bench.paths.openai_rest import http_session
 from servebook.bench.protocol import rate_from
-from servebook.bench.resources import ProcessTree
+from servebook.bench.resources import ProcessTree, engines_up
 from servebook.bench.results import Results, load_results, new_results, now, stored
-from servebook.bench.run import FULL, QUICK, start
+from servebook.bench.run import FULL, QUICK, Run, start
 from servebook.bench.stats import Estimate, ServiceLevel, difference, goodput, outer_rank, percentiles, ratio, summarize
 from servebook.bench.sweep import Sweep, require_sweep, spread, sweep, table
 from servebook.bench.wire import WireCost, counted
@@ -251,8 +252,47 @@ async def test_a_shared_prefix_and_a_second_turn_reach_the_server() -> None:
     ]
     assert all(each[0]["content"].startswith(workload.prefix(30)) for each in (first, other))
     assert first != other
-    with pytest.raises(BenchError, match="has no chats"):
-        next(jobs_for(find_path("grpc"), Workload(turns=2), 1))
+
+
+@pytest.mark.parametrize("name", ["grpc", "gateway-article"])
+def test_a_second_turn_is_refused_where_requests_carry_none_before_anything_starts(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("servebook.bench.run.start", lambda *_: pytest.fail("nothing is to be started"))
+    monkeypatch.setattr(Path, "serve", lambda *_: pytest.fail("nothing is to be started"))
+    with pytest.raises(BenchError, match=f"{name} has no second turn.*\n.*sse-chat, rest-chat, gateway, gateway-whole"):
+        next(jobs_for(find_path(name), Workload(turns=2), 1))
+    for words in ([], ["--sweep"]):
+        refused = CliRunner().invoke(app, ["bench", name, "--turns", "2", *words])
+        assert f"{name} has no second turn" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("path", "turns", "scripted", "against"),
+    [
+        ("grpc", 1, False, "sse on vllm"),
+        ("gateway", 1, False, "sse on vllm"),
+        ("sse-chat", 3, False, "sse-chat on vllm"),
+        ("grpc", 1, True, "sse on vllm-scripted"),
+        ("gateway", 2, True, "sse-chat on vllm-scripted"),
+    ],
+)
+async def test_the_control_has_the_turns_and_the_source_of_its_plan(
+    path: str, turns: int, scripted: bool, against: str, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    found = (await a_run()).control[0]
+
+    async def cell(self: Run, name: str, path: Path, reference: Path, callers: int, up: Any, arm: Any = None) -> Any:
+        assert next(jobs_for(path, self.plan.workload_of(name), 1)).turns == turns
+        seen.append(f"{path.name} on {up(path).name}")
+        return found
+
+    monkeypatch.setattr(Run, "compare", cell)
+    monkeypatch.setattr(Run, "keep", lambda self, name, serve: Server(name, "m", {}, self.settings))
+    plan = custom([path], [1], Workload(turns=turns), scripted)
+    await start(plan, load_settings(), tmp_path / "bench.json").controls()
+    assert seen == [against]
 
 
 def test_goodput_counts_what_kept_the_service_level() -> None:
@@ -319,6 +359,44 @@ def test_cpu_is_counted_outside_and_inside_the_engine() -> None:
     assert memory is not None
     assert memory > 1
     assert ProcessTree(None).cpu().front is None
+
+
+def test_a_helper_may_end_and_counts_no_further_but_a_server_may_not() -> None:
+    helper = "import sys; sum(range(3_000_000)); print(flush=True); sys.stdin.readline()"
+    both = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {helper!r}]); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", both], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as it:
+        assert it.stdin
+        assert it.stdout
+        it.stdout.readline()
+        tree = ProcessTree(it.pid)
+        before = tree.by_process()
+        memory = tree.memory_mib()
+        it.stdin.write(b"\n")
+        it.stdout.readline()
+        after = tree.by_process()
+        assert len(before) == len(after) == 2
+        assert after[1] == before[1] > 0, "what it had spent when it was last read"
+        assert (tree.cpu().front or 0) > after[1]
+        assert 0 < (tree.memory_mib() or 0) < (memory or 0)
+        it.communicate(b"\n")
+    for ask_it in (tree.cpu, tree.by_process, tree.memory_mib, lambda: ProcessTree(it.pid)):
+        with pytest.raises(BenchError, match=f"A server that was measured has ended \\(process {it.pid}\\)"):
+            ask_it()
+
+
+def test_a_process_that_ends_while_engines_are_counted_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        """What `process_iter` gave, and what has ended since."""
+
+        def __init__(self, name: str | None) -> None:
+            self.info = {"name": name}
+
+        def name(self) -> str:
+            raise psutil.NoSuchProcess(1)
+
+    names = ("VLLM::EngineCor", "python", None)
+    monkeypatch.setattr("servebook.bench.resources.psutil.process_iter", lambda _: map(Gone, names))
+    assert engines_up() == 1
 
 
 def made_up(busy: float, alone: float = 0) -> Callable[..., Awaitable[Load]]:
@@ -547,9 +625,11 @@ async def test_results_survive_the_way_to_disk_and_fit_their_schema(tmp_path: Fi
     results.save(tmp_path / "run.json")
     assert load_results(tmp_path / "run.json").engine[0].name == "grpc @1"
     jsonschema.validate(json.loads((tmp_path / "run.json").read_text()), Results.model_json_schema())
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(BenchError, match="no result of this version"):
-        load_results(tmp_path / "run.json")
+    other = results.model_dump_json().replace('"format":3', '"format":2')
+    for no_result in (b"{}", b"\xff\xfe", other.encode()):
+        (tmp_path / "run.json").write_bytes(no_result)
+        with pytest.raises(BenchError, match="no result of this version"):
+            load_results(tmp_path / "run.json")
     with pytest.raises(BenchError, match="cannot be read"):
         load_results(tmp_path / "nothing.json")
 
@@ -604,6 +684,43 @@ def test_neither_is_that_of_other_engine_arguments_nor_a_finished_one(tmp_path: 
     run.results.save(output)
     with pytest.raises(BenchError, match="a finished run"):
         start(QUICK, plain, output)
+
+
+def test_neither_is_one_at_another_rate_of_the_scripted_source(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "bench.json"
+    monkeypatch.setattr("servebook.bench.results.SCRIPTED_RATE", 190.123456)
+    run = start(QUICK, load_settings(), output)
+    with run.measured("control @8"):
+        pass
+    assert start(QUICK, load_settings(), output).results.done, "its own rate, as the file has it"
+    monkeypatch.setattr("servebook.bench.results.SCRIPTED_RATE", 20.0)
+    with pytest.raises(BenchError, match=r"with scripted_rate 190\.12, and this one has 20\.0"):
+        start(QUICK, load_settings(), output)
+
+
+@pytest.mark.parametrize(("rate", "callers"), [("0.5", "512"), ("20", "25"), ("1000", "1")])
+def test_a_rate_of_the_scripted_source_gives_callers_within_bounds(rate: str, callers: str) -> None:
+    asked = "from servebook.bench.run import SCRIPTED_CALLERS; print(SCRIPTED_CALLERS)"
+    there = os.environ | {"SERVEBOOK_SCRIPTED_RATE": rate}
+    assert subprocess.check_output([sys.executable, "-c", asked], env=there, text=True).strip() == callers
+
+
+async def test_the_guard_judges_by_its_own_rate_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SCRIPTED_RATE", 190.0)
+    monkeypatch.setattr(guard, "start", lambda *_: pytest.fail("nothing is to be started"))
+    with pytest.raises(BenchError, match="those of 20 tokens a second, and SERVEBOOK_SCRIPTED_RATE is 190"):
+        await guard.measure(load_settings())
+
+
+def test_a_file_that_cannot_be_written_is_found_out_before_anything_is_measured(tmp_path: FilePath) -> None:
+    (tmp_path / "note").write_text("no folder")
+    for refuse in (require_sweep, lambda output: start(QUICK, load_settings(), output)):
+        with pytest.raises(BenchError, match=r"cannot be written: .*\n→ Name another file"):
+            refuse(tmp_path / "note" / "bench.json")
+    start(QUICK, load_settings(), tmp_path / "new" / "bench.json")
+    assert not list((tmp_path / "new").iterdir()), "nothing is measured, and nothing left"
 
 
 def test_a_cost_is_told_apart_into_requests_and_tokens_with_its_error() -> None:
@@ -714,3 +831,92 @@ def test_the_command_line_knows_its_ways() -> None:
     assert json.loads(shown.stdout)["title"] == "Results"
     missing = runner.invoke(app, ["bench", "carrier-pigeon"])
     assert "There is no path 'carrier-pigeon'" in str(missing.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("--scripted", "a run without PATH takes no --scripted"),
+        ("--rate 5", "a run without PATH takes no --rate"),
+        ("-c 32 --full", "a run without PATH takes no --concurrency"),
+        ("--rounds 3", "a run without PATH takes no --rounds"),
+        ("--store", "a run without PATH takes no --store"),
+        ("grpc --full", "a run of PATH takes no --full"),
+        ("grpc --ttft-ms 5", "a run of PATH takes no --ttft-ms"),
+        ("grpc --rate 5 -c 8", "--rate takes no --concurrency"),
+        ("sse --sweep --force", "--sweep takes no --force"),
+        ("sse --sweep --rate 5", "--sweep takes no --rate"),
+        ("--guard --output x.json", "--guard takes no --output"),
+        ("grpc --guard", "--guard takes no PATH"),
+        ("--report --guard", "--guard takes no --report"),
+        ("grpc --rate nan", "Invalid value for '--rate'"),
+        ("grpc --rate inf", "less than or equal to 10000"),
+        ("sse --sweep --ttft-ms 0", "greater than or equal to 0.01"),
+        ("sse --sweep --tpot-ms inf", "less than or equal to 3600000"),
+    ],
+)
+def test_an_option_without_an_effect_or_a_meaning_is_refused(
+    words: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for starts in ("bench.run.start", "bench.cli.saturate", "bench.guard.measure"):
+        monkeypatch.setattr(f"servebook.{starts}", lambda *_: pytest.fail("nothing is to be started"))
+    refused = CliRunner().invoke(app, ["bench", *words.split()], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert refused.exit_code == 2, refused.output
+    assert what in refused.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("--quick", "--full --force --output x.json", "grpc --quick --shared-prefix 0", "grpc -c 4 -c 32 --scripted"),
+        *("grpc --rate 5 --rounds 2 --force", "sse --sweep -c 64 --ttft-ms 500 --shared-prefix 9 --output x.json"),
+    ],
+)
+def test_an_option_with_an_effect_is_taken(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def began(*_: Any) -> None:
+        raise BenchError("It began.")
+
+    for starts in ("bench.run.start", "bench.cli.saturate"):
+        monkeypatch.setattr(f"servebook.{starts}", began)
+    assert str(CliRunner().invoke(app, ["bench", *words.split()]).exception) == "It began."
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [(1, "failed: one / two"), (0, "counts 3 tokens, and 4 were asked for")],
+    ids=["fails", "counts"],
+)
+async def test_a_cross_check_that_fails_has_a_remedy(code: int, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def made(*words: str, **_: Any) -> Any:
+        result = FilePath(words[words.index("--result-dir") + 1]) / words[words.index("--result-filename") + 1]
+        result.write_text('{"total_output_tokens": 3}')
+        return Ended()
+
+    class Ended:
+        returncode = code
+
+        async def communicate(self) -> tuple[bytes, None]:
+            return b"one\ntwo\n", None
+
+        async def wait(self) -> None: ...
+
+        def kill(self) -> None: ...
+
+    @asynccontextmanager
+    async def here(_: Server) -> AsyncIterator[Source]:
+        yield Source(0)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", made)
+    monkeypatch.setattr(crosscheck, "find_path", lambda _: replace(find_path("sse"), open=here))
+    monkeypatch.setattr(workload, "completions", lambda *_, **__: iter([Job("Once", 4)] * 4))
+    with pytest.raises(BenchError, match=problem) as failed:
+        await crosscheck.cross_check(Server("vllm", "m", {"http": "x"}, load_settings()), Workload(), 1, 1)
+    assert "servebook logs" in failed.value.remedy
+
+
+def test_a_picture_tells_the_pairs_of_an_interval_that_begins_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(pictures, "picture", lambda _, text: told.append(text))
+    found = Estimate(value=0.5, low=0.0, high=1.0, pairs=6, each=[0.5] * 6)
+    pictures.forest({"gateway": found}, xlabel="ms", title="More", line=0)
+    assert "gateway 0.50 [0.00, 1.00], 6 pairs" in told[0]

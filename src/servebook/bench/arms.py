@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from servebook.bench import workload
 from servebook.bench.load import BenchError, Job, Load, Send, ask, closed_loop, open_loop
-from servebook.bench.paths import Path
+from servebook.bench.paths import PATHS, Path
 from servebook.bench.resources import CpuSeconds, ProcessTree, engines_up
 from servebook.bench.stats import Estimate, Summary, difference, ratio, summarize
 from servebook.launch import Server
@@ -125,14 +125,24 @@ class Arm:
         )
 
 
+def require_turns(path: Path, wants: Workload) -> None:
+    """Refuse what would be found out only after servers have started.
+
+    Raises:
+        BenchError: several turns are wanted of a path whose requests carry one.
+    """
+    if wants.turns > 1 and not path.history:
+        able = ", ".join(each.name for each in PATHS.values() if each.history)
+        raise BenchError(f"{path.name} has no second turn: a request carries none before it.", f"Choose from {able}.")
+
+
 def jobs_for(path: Path, wants: Workload, seed: int) -> Iterator[Job]:
     """Endless jobs for a path.
 
     Raises:
-        BenchError: several turns are wanted of a path that is no chat.
+        BenchError: several turns are wanted of a path whose requests carry one.
     """
-    if wants.turns > 1 and not path.chat:
-        raise BenchError(f"{path.name} has no chats, so no second turn.", "Choose sse-chat, rest-chat or gateway.")
+    require_turns(path, wants)
     make = workload.chats if path.chat else workload.completions
     first = workload.prefix(wants.shared_prefix_tokens)
     for job in make(wants.prompt_tokens, wants.max_tokens, seed):

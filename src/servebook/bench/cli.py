@@ -22,10 +22,26 @@ if TYPE_CHECKING:
 
 console = plain_console(soft_wrap=True)
 
+LOAD = {"paths", "output", "concurrency", "prompt_tokens", "max_tokens", "shared_prefix", "turns", "scripted"}
+OPTIONS: dict[str, set[str]] = {
+    "--schema": {"schema"},
+    "--guard": {"guard", "store"},
+    "--report": {"as_report"},
+    "--sweep": LOAD | {"to_saturation", "ttft_ms", "tpot_ms"},
+    "--rate": LOAD - {"concurrency"} | {"rate", "rounds", "force"},
+    "a run of PATH": LOAD | {"rounds", "force"},
+    "a run without PATH": {"full", "output", "force"},
+}
+"""What each thing that `bench` does makes use of; any other option would be left out of account."""
+
+
+HOUR_MS = 3_600_000
+
 Callers = Annotated[list[int] | None, typer.Option("-c", "--concurrency", min=1, max=512, help="Callers at a time.")]
 
 
 def bench(
+    ctx: typer.Context,
     paths: Annotated[list[str] | None, typer.Argument(metavar="[PATH]…", help="Only these, such as grpc.")] = None,
     full: Annotated[bool, typer.Option("--full/--quick", help="Everything (1.5 to 3 hours), or a look.")] = False,
     output: Annotated[
@@ -36,15 +52,21 @@ def bench(
         ),
     ] = None,
     concurrency: Callers = None,
-    rate: Annotated[float | None, typer.Option(min=0.01, help="Open loop: requests a second, not callers.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0.01, max=10_000, help="Open loop: requests a second, not callers.")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=10)] = 40,
     max_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 48,
     rounds: Annotated[int, typer.Option(min=1, help="Of four interleaved blocks.")] = 3,
     shared_prefix: Annotated[int, typer.Option(min=0, help="Tokens that every prompt begins with.")] = 0,
     turns: Annotated[int, typer.Option(min=1, help="Of each chat.")] = 1,
     to_saturation: Annotated[bool, typer.Option("--sweep", help="One PATH: more callers until no more helps.")] = False,
-    ttft_ms: Annotated[float, typer.Option(help="--sweep: a good request's first text comes within.")] = 1000,
-    tpot_ms: Annotated[float, typer.Option(help="--sweep: and each token after it within.")] = 100,
+    ttft_ms: Annotated[
+        float, typer.Option(min=0.01, max=HOUR_MS, help="--sweep: a good request's first text comes within.")
+    ] = 1000,
+    tpot_ms: Annotated[
+        float, typer.Option(min=0.01, max=HOUR_MS, help="--sweep: and each token after it within.")
+    ] = 100,
     scripted: Annotated[bool, typer.Option(help="The scripted token source instead of a model.")] = False,
     guard: Annotated[bool, typer.Option(help="Three minutes: has a change made a front dearer in CPU?")] = False,
     store: Annotated[bool, typer.Option(help="With --guard: these ratios are the right ones from now on.")] = False,
@@ -65,6 +87,9 @@ def bench(
     from servebook.bench.run import FULL, QUICK, start
     from servebook.bench.stats import ServiceLevel
 
+    chosen = {"--schema": schema, "--guard": guard, "--report": as_report, "--sweep": to_saturation}
+    alone = ("--rate" if rate else "a run of PATH") if paths else "a run without PATH"
+    refuse_unused(ctx, next((name for name, asked in chosen.items() if asked), alone))
     if schema:
         print(json.dumps(Results.model_json_schema(), indent=2))
         return
@@ -104,14 +129,26 @@ def bench(
         raise typer.Exit(1)
 
 
+def refuse_unused(ctx: typer.Context, what: str) -> None:
+    """Raise BadParameter for an option that was given and that `what`, a key of OPTIONS, would leave out of account."""
+    for each in ctx.command.params:
+        name = each.name or ""
+        source = ctx.get_parameter_source(name)
+        # `--quick`, or a prefix of 0 tokens, says what is so anyway.
+        if source and source.name == "COMMANDLINE" and ctx.params[name] and name not in OPTIONS[what]:
+            raise typer.BadParameter(f"{what} takes no {'PATH' if name == 'paths' else each.opts[-1]}")
+
+
 def saturate(paths: list[str], wants: Workload, level: ServiceLevel, most: int, scripted: bool, output: Path) -> None:
     """Sweep one path, and leave its points in `output`, one after the other.
 
     Raises:
-        BenchError: `output` holds something else, there is more than one path, or the generator is the bottleneck.
+        BenchError: `output` cannot be written or holds something else, there is more than one path, it cannot have
+            the workload, or the generator is the bottleneck.
     """
     import uvloop
 
+    from servebook.bench.arms import require_turns
     from servebook.bench.load import BenchError
     from servebook.bench.paths import find_path
     from servebook.bench.protocol import serve_scripted
@@ -119,8 +156,9 @@ def saturate(paths: list[str], wants: Workload, level: ServiceLevel, most: int, 
 
     if len(paths) != 1:
         raise BenchError("A sweep is of one path.", "Name one, such as sse.")
-    require_sweep(output)
     path, settings = find_path(paths[0]), load_settings()
+    require_turns(path, wants)
+    require_sweep(output)
     server = serve_scripted(path, settings) if scripted else path.serve(settings)
 
     kept: list[Point] = []
@@ -170,10 +208,17 @@ def show_table(rows: Rows, title: str) -> None:
 
 
 def custom(paths: list[str], loads: list[int], wants: Workload, scripted: bool) -> Plan:
-    """A plan for some paths only, with a control of its own; its name says all that tells it from another."""
+    """A plan for some paths only, with a control of its own; its name says all that tells it from another.
+
+    Raises:
+        BenchError: a path is unknown, or cannot have the workload.
+    """
+    from servebook.bench.arms import require_turns
     from servebook.bench.paths import find_path
     from servebook.bench.run import Plan, cells
 
+    for path in paths:
+        require_turns(find_path(path), wants)
     chosen = tuple(cell for path in paths for cell in cells(find_path(path).name, *loads))
     asked = [f"{name}={value}" for name, value in wants.model_dump(exclude_none=True).items()]
     return Plan(

@@ -51,7 +51,10 @@ async def cross_check(server: Server, wants: Workload, concurrency: int, request
         after = await closed_loop(send, workload.take(jobs, requests), concurrency)
     asked, counted = sum(job.max_tokens for job in same), theirs["total_output_tokens"]
     if counted != asked:
-        raise BenchError(f"`vllm bench serve` counts {counted} tokens, and {asked} were asked for")
+        raise BenchError(
+            f"`vllm bench serve` counts {counted} tokens, and {asked} were asked for.",
+            "See the server's log (`servebook logs NAME`): an answer ended early, or a request failed.",
+        )
     ours = summarize(before, after)
     tokens_per_s, ttft, tpot = theirs["output_throughput"], theirs["p50_ttft_ms"], theirs["p50_tpot_ms"]
     return CrossCheck(
@@ -92,7 +95,10 @@ async def _vllm_bench(server: Server, jobs: list[Job], concurrency: int) -> dict
             await process.wait()
         if process.returncode:
             last = output.decode(errors="replace").strip().splitlines()[-3:]
-            raise BenchError("`vllm bench serve` failed: " + " / ".join(last))
+            raise BenchError(
+                f"`vllm bench serve` failed: {' / '.join(last)}.",
+                "See the server's log (`servebook logs NAME`), and start again: what is measured is kept.",
+            )
         return dict(json.loads(result.read_text()))
 
 

@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 from servebook.bench.arms import Comparison, Workload
+from servebook.bench.load import BenchError
+from servebook.bench.protocol import DEFAULT_RATE, RATE_VARIABLE, SCRIPTED_RATE
 from servebook.bench.report import Row, Rows, interval
 from servebook.bench.run import SCRIPTED_CALLERS, Plan, start
 from servebook.bench.stats import Estimate
@@ -48,8 +50,15 @@ async def measure(settings: Settings) -> list[Comparison]:
     """Each front against vLLM's SSE, around the scripted source.
 
     Raises:
+        BenchError: the source has another rate than what is stored was measured at.
         LaunchError: a server cannot start.
     """
+    if SCRIPTED_RATE != DEFAULT_RATE:
+        raise BenchError(
+            f"The guard's ratios are those of {DEFAULT_RATE:g} tokens a second, and {RATE_VARIABLE} is "
+            f"{SCRIPTED_RATE:g}.",
+            "Unset it.",
+        )
     with tempfile.TemporaryDirectory() as folder:
         return (await start(PLAN, settings, Path(folder) / "guard.json").all()).protocol
 

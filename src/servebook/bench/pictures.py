@@ -28,7 +28,10 @@ def forest(found: Mapping[str, Estimate], *, xlabel: str, title: str, line: floa
     axes.set_yticks(range(len(found)), [f"{label} ({each.pairs} pairs)" for label, each in found.items()])
     axes.invert_yaxis()
     axes.set(xlabel=f"{xlabel} (orange: the interval leaves {line:g} out)", title=title)
-    rows = (f"{label} {each.text(2)}" + (f", {each.pairs} pairs" if each.low else "") for label, each in found.items())
+    rows = (
+        f"{label} {each.text(2)}" + (f", {each.pairs} pairs" if each.low is not None else "")
+        for label, each in found.items()
+    )
     picture(figure, f"{title}, {xlabel}: {'; '.join(rows)}.")
 
 

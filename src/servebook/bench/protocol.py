@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from servebook.bench.paths import Path
 
 RATE_VARIABLE = "SERVEBOOK_SCRIPTED_RATE"
+DEFAULT_RATE = 20.0
 
 
 def rate_from(given: str) -> float:
@@ -30,12 +31,12 @@ def rate_from(given: str) -> float:
     if not 0 < rate < math.inf:
         raise ServebookError(
             f"{RATE_VARIABLE} is {given!r}, and not how many tokens a second the scripted source gives.",
-            "Set it to a number above 0, or unset it: then it is 20.",
+            f"Set it to a number above 0, or unset it: then it is {DEFAULT_RATE:g}.",
         )
     return rate
 
 
-SCRIPTED_RATE = rate_from(os.environ.get(RATE_VARIABLE) or "20")
+SCRIPTED_RATE = rate_from(os.environ.get(RATE_VARIABLE) or str(DEFAULT_RATE))
 """Tokens a second for each stream: what the engine of a 2-core machine gives to each of 25. One H200 gives the bundled
 model's 190 to each of 32, which takes more cores."""
 SENTENCE = " The quick brown fox jumps over the lazy dog and runs along the river."

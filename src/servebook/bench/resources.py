@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 from pydantic import BaseModel, Field
 
+from servebook.bench.load import BenchError
 from servebook.engine.arguments import ENGINE_TITLES
 
 
@@ -37,35 +40,72 @@ class CpuSeconds(BaseModel):
 class ProcessTree:
     """The processes of a server, and of those that it stands in front of, found once.
 
-    A pid of None is a server that runs elsewhere: then nothing is known of any.
+    A pid of None is a server that runs elsewhere: then nothing is known of any. A helper that ends counts with what it
+    had spent when it was last read.
+
+    Raises:
+        BenchError: a server has ended; from every method, too.
     """
 
     def __init__(self, *pids: int | None) -> None:
         self.front: list[psutil.Process] = []
         self.engine: list[psutil.Process] = []
         self.known = None not in pids
-        for root in (psutil.Process(pid) for pid in pids if pid is not None):
-            for process in [root, *root.children(recursive=True)]:
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    (self.engine if is_engine(process) else self.front).append(process)
+        self.roots = [pid for pid in pids if pid is not None]
+        self.spent: dict[int, float] = {}
+        for pid in self.roots:
+            with self.helpers_may_end(pid):
+                root = psutil.Process(pid)
+                for process in [root, *root.children(recursive=True)]:
+                    with self.helpers_may_end(process.pid):
+                        if process.status() != psutil.STATUS_ZOMBIE:
+                            (self.engine if is_engine(process) else self.front).append(process)
 
     def cpu(self) -> CpuSeconds:
         """CPU seconds spent so far; subtract an earlier reading."""
         return CpuSeconds(
-            front=_cpu(self.front) if self.known else None,
-            engine=_cpu(self.engine) if self.known else None,
+            front=self._cpu(self.front) if self.known else None,
+            engine=self._cpu(self.engine) if self.known else None,
             client=time.process_time(),
         )
 
     def by_process(self) -> list[float]:
         """CPU seconds spent so far by each process outside of the engine."""
-        return [_cpu([process]) for process in self.front]
+        return [self._cpu([process]) for process in self.front]
 
     def memory_mib(self) -> float | None:
         """Memory in MiB as PSS: a page that n processes share counts as 1/n in each."""
         if not self.known:
             return None
-        return float(sum(process.memory_full_info().pss for process in [*self.front, *self.engine]) / 2**20)
+        pss = 0
+        for process in [*self.front, *self.engine]:
+            with self.helpers_may_end(process.pid):
+                pss += process.memory_full_info().pss
+        return pss / 2**20
+
+    def _cpu(self, processes: list[psutil.Process]) -> float:
+        """By each process's own clock, to the nanosecond: /proc counts hundredths of a second, in which a front writes
+        many tokens. The clock's number is made of the pid (MAKE_PROCESS_CPUCLOCK in Linux' `posix-timers_types.h`)."""
+        for pid in (process.pid for process in processes):
+            with self.helpers_may_end(pid):
+                self.spent[pid] = time.clock_gettime(~pid << 3 | 2)
+        return sum(self.spent.get(process.pid, 0.0) for process in processes)
+
+    @contextmanager
+    def helpers_may_end(self, pid: int) -> Iterator[None]:
+        """What is asked of one process is left out where that is no more; of a server's first process it is an error.
+
+        Raises:
+            BenchError: a server has ended.
+        """
+        try:
+            yield
+        except (psutil.NoSuchProcess, OSError):  # of psutil, and of the clock
+            if pid in self.roots:
+                raise BenchError(
+                    f"A server that was measured has ended (process {pid}).",
+                    "See its log (`servebook logs NAME`), and start again.",
+                ) from None
 
 
 def is_engine(process: psutil.Process) -> bool:
@@ -78,10 +118,4 @@ def is_engine(process: psutil.Process) -> bool:
 
 def engines_up() -> int:
     """How many engines are in memory on this machine, whoever started them."""
-    return sum(process.name().startswith("VLLM::EngineCor") for process in psutil.process_iter(["name"]))
-
-
-def _cpu(processes: list[psutil.Process]) -> float:
-    """By each process's own clock, to the nanosecond: /proc counts hundredths of a second, in which a front writes many
-    tokens. The clock's number is made of the pid (MAKE_PROCESS_CPUCLOCK in Linux' `posix-timers_types.h`)."""
-    return float(sum(time.clock_gettime(~process.pid << 3 | 2) for process in processes))
+    return sum((process.info["name"] or "").startswith("VLLM::EngineCor") for process in psutil.process_iter(["name"]))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import psutil
 from pydantic import BaseModel, Field, ValidationError
@@ -16,6 +18,7 @@ from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, ArmResult, Comp
 from servebook.bench.cost import Cost
 from servebook.bench.crosscheck import CrossCheck
 from servebook.bench.load import BenchError
+from servebook.bench.protocol import DEFAULT_RATE, SCRIPTED_RATE
 from servebook.bench.tensors import TensorCost
 from servebook.bench.wire import WireCost
 from servebook.whole import write_whole
@@ -43,15 +46,16 @@ class Machine(BaseModel):
 class Results(BaseModel):
     """One run. Each list grows as the run goes on; `done` names the steps that a resumed run need not repeat."""
 
-    format: int = Field(default=3, description="Of this file.")
+    format: Literal[3] = Field(default=3, description="Of this file.")
     plan: str = Field(description="quick, full, or what was asked for instead.")
     started: datetime
     finished: datetime | None = None
-    seconds: float = Field(default=0.0, description="Measuring and starting servers, without pauses between resumes.")
+    seconds: float = Field(default=0.0, description="Of all steps; of the servers' starts only those within a step.")
     machine: Machine
     versions: dict[str, str]
     model: str
     engine_args: str = Field(default="", description="More arguments that every engine got.")
+    scripted_rate: float = Field(default=DEFAULT_RATE, description="Tokens a second of the scripted source, a stream.")
     done: list[str] = []
     control: list[Comparison] = Field(default=[], description="A/A: vLLM's server against itself.")
     engine: list[Comparison] = Field(default=[], description="Paths against vLLM's server, real engines.")
@@ -87,7 +91,23 @@ def new_results(plan: str, model: str, device: str, engine_args: str = "") -> Re
         versions=_versions(),
         model=model,
         engine_args=engine_args,
+        scripted_rate=float(f"{SCRIPTED_RATE:.5g}"),  # as `save` writes it: a resumed run compares
     )
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that `save` could not write, before there are hours of work to save.
+
+    Raises:
+        BenchError: its folder is none, or nothing can be written there.
+    """
+    folder = path.resolve().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BenchError(f"{path} cannot be written: {error.strerror}.", "Name another file with --output.") from None
 
 
 def load_results(path: Path) -> Results:
@@ -97,7 +117,7 @@ def load_results(path: Path) -> Results:
         BenchError: it is not there, or no file of this format.
     """
     try:
-        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+        return Results.model_validate_json(path.read_bytes())
     except OSError as error:
         raise BenchError(
             f"{path} cannot be read: {error.strerror}.", "Name a file that `servebook bench` wrote."

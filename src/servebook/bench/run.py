@@ -14,10 +14,10 @@ from servebook import launch
 from servebook.bench.arms import CONTROL_LIMIT, Comparison, Workload, compare, off_by, open_arm
 from servebook.bench.cost import fit_cost
 from servebook.bench.crosscheck import cross_check
-from servebook.bench.load import BenchError
+from servebook.bench.load import MAX_CONCURRENCY, BenchError
 from servebook.bench.paths import Path, find_path
 from servebook.bench.protocol import SCRIPTED_RATE, serve_scripted
-from servebook.bench.results import Results, load_results, new_results, now
+from servebook.bench.results import Results, load_results, new_results, now, require_writable
 from servebook.bench.tensors import SERVERS, SIZES, tensor_costs
 from servebook.bench.wire import wire_cost
 from servebook.launch import Server, find_server
@@ -79,8 +79,8 @@ def cells(path: str, *concurrencies: int) -> tuple[Cell, ...]:
     return tuple((path, concurrency) for concurrency in concurrencies)
 
 
-SCRIPTED_CALLERS = int(500 / SCRIPTED_RATE)
-"""500 tokens a second through one server process."""
+SCRIPTED_CALLERS = max(1, min(MAX_CONCURRENCY, round(500 / SCRIPTED_RATE)))
+"""About 500 tokens a second through one server process."""
 
 CHECKED = 32
 """Requests of a cross-check, at least; six for each caller where that is more."""
@@ -158,17 +158,21 @@ class Run:
         return self.results
 
     async def controls(self) -> None:
-        """vLLM's server against itself: what a ratio of exactly 1 looks like on this machine."""
-        path = find_path("sse")
+        """vLLM's server against itself: what a ratio of exactly 1 looks like on this machine.
+
+        With the scripted source where the plan has nothing else: no engine is started for its sake.
+        """
+        path = find_path("sse-chat" if self.plan.workload.turns > 1 else "sse")
+        up = self.up if self.plan.engine else self.up_scripted
         own = self.plan.own_control and not self.settings.engine_url
         for concurrency in self.plan.control:
             name = f"control @{concurrency}"
             if self.skip(name):
                 continue
-            self.up(path)  # before the step, so that its time is the measurement's alone
+            up(path)  # before the step, so that its time is the measurement's alone
             arm = self.up(path, instance="vllm-control") if own else None
             with self.measured(name):
-                found = await self.compare(name, path, path, concurrency, self.up, arm)
+                found = await self.compare(name, path, path, concurrency, up, arm)
                 if off_by(found) > CONTROL_LIMIT and not self.force:
                     raise BenchError(
                         f"The A/A control is off by {off_by(found):.1%}: the same server against itself must be within "
@@ -325,8 +329,9 @@ def start(plan: Plan, settings: Settings, output: File, force: bool = False) -> 
     """A new run, or the one in `output` where it left off.
 
     Raises:
-        BenchError: `output` holds a finished run, or one of another plan or machine.
+        BenchError: `output` cannot be written, or holds a finished run, or one of another plan or machine.
     """
+    require_writable(output)
     fresh = new_results(
         plan.name, settings.model_name, "gpu" if settings.on_gpu else "cpu", engine_args=settings.engine_args
     )
@@ -336,7 +341,7 @@ def start(plan: Plan, settings: Settings, output: File, force: bool = False) -> 
     remedy = "Name another file with --output, or remove this one."
     if results.finished:
         raise BenchError(f"{output} holds a finished run.", remedy)
-    for what in ("plan", "model", "engine_args"):
+    for what in ("plan", "model", "engine_args", "scripted_rate"):
         there, here = getattr(results, what), getattr(fresh, what)
         if there != here:
             raise BenchError(f"{output} holds a run with {what} {there!r}, and this one has {here!r}.", remedy)

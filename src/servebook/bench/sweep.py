@@ -20,7 +20,7 @@ from servebook.bench.arms import GENERATOR_LIMIT, WAVES, Workload, jobs_for
 from servebook.bench.load import MAX_CONCURRENCY, BenchError, Load, closed_loop, open_loop
 from servebook.bench.paths import Path, find_path
 from servebook.bench.report import Row, Rows
-from servebook.bench.results import Machine, now, this_machine
+from servebook.bench.results import Machine, now, require_writable, this_machine
 from servebook.bench.stats import ServiceLevel, Summary, goodput, summarize
 from servebook.launch import Server
 from servebook.launch.processes import die_with_parent
@@ -83,8 +83,9 @@ def require_sweep(path: File) -> None:
     """Refuse to write a sweep over anything else, such as a run that took hours.
 
     Raises:
-        BenchError: `path` is there, and is no sweep's file.
+        BenchError: `path` cannot be written, or is there and is no sweep's file.
     """
+    require_writable(path)
     if not path.exists():
         return
     try:

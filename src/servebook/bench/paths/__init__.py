@@ -20,8 +20,8 @@ class Path:
     """A way from a client to the engine.
 
     `against` names the path of vLLM's own server that it is compared with: the one that asks the engine for the
-    same work. `cannot` lists what its answers do not carry, in the terms of the parity test. `spec` is for a
-    server that is none of the workbook's own.
+    same work. `history`: a request carries the turns of its chat before it. `cannot` lists what its answers do not
+    carry, in the terms of the parity test. `spec` is for a server that is none of the workbook's own.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Path:
     open: Open
     against: str = "sse"
     chat: bool = False
+    history: bool = False
     streams: bool = True
     cannot: tuple[str, ...] = ()
     spec: ServerSpec | None = None
@@ -64,6 +65,7 @@ PATHS: dict[str, Path] = {
             partial(openai_rest.sse, chat=True),
             against="sse-chat",
             chat=True,
+            history=True,
         ),
         Path(
             "rest-chat",
@@ -72,6 +74,7 @@ PATHS: dict[str, Path] = {
             partial(openai_rest.rest, chat=True),
             against="sse-chat",
             chat=True,
+            history=True,
             streams=False,
         ),
         Path("triton", "Triton with the vLLM backend: ModelStreamInfer", "triton", v2.grpc_stream),
@@ -91,6 +94,7 @@ PATHS: dict[str, Path] = {
             fastapi_gateway.stream,
             against="sse-chat",
             chat=True,
+            history=True,
         ),
         Path(
             "gateway-whole",
@@ -99,6 +103,7 @@ PATHS: dict[str, Path] = {
             fastapi_gateway.whole,
             against="rest-chat",
             chat=True,
+            history=True,
             streams=False,
         ),
         Path(

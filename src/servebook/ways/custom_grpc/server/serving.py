@@ -117,7 +117,7 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
 
 async def engine_process() -> None:
     """Wait until EngineCore has a process: it may be a fork of this one, and must not find gRPC's threads there."""
-    while not multiprocessing.active_children():
+    while not multiprocessing.active_children():  # noqa: ASYNC110  # nobody tells of it
         await asyncio.sleep(WATCH_SECONDS)
 
 
