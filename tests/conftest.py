@@ -207,10 +207,8 @@ NEEDS_ENGINE = {*SHARED, "gateway", "run_notebook", "doomed"}
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what uses an engine, or a desk with servers: `make check` leaves it out. In the order of SHARED.
 
-    And labs come one after the other, as their proofs are made. Of a chapter by itself (K=…) they run beside its tests,
-    in another lane: its server is started twice, and it is done sooner.
+    And labs come one after the other, as their proofs are made.
     """
-    others = {"one": "several", "several": "one"} if config.option.keyword else {}
     files = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in items))}
     turn = turns(items)
     items.sort(key=lambda item: (turn[item.nodeid], files[item.path], lab.stem if (lab := lab_of(item)) else ""))
@@ -219,12 +217,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if shared or NEEDS_ENGINE & fixtures:
             item.add_marker("engine")
         lane = "own" if "router" in shared else "several" if set(shared) - {"vllm"} else "one"
-        if shared and lab_of(item):
-            item.add_marker(pytest.mark.lane(others.get(lane, lane)))
-        elif lane != "one":
+        if lane != "one" or (shared and lab_of(item)):
             item.add_marker(pytest.mark.lane(lane))
         if "desk" in fixtures:
             item.add_marker("lifetime")
+    if config.option.keyword:
+        side_by_side(items)
+
+
+def side_by_side(items: list[pytest.Item]) -> None:
+    """Of a chapter by itself (K=…), give its notebook, its labs and its tests a lane each.
+
+    Its server is started more often, and it is done sooner.
+    """
+    from lanes import LANES, lane_of  # not above: it is a plugin, which pytest imports itself
+
+    taken: defaultdict[str, set[str]] = defaultdict(set)
+    notebooks = {item for item in items if "run_notebook" in getattr(item, "fixturenames", ())}
+    for item in items:
+        if shared_by(item) and item not in notebooks:
+            taken[item.path.stem].add(lane_of(item))
+    for item in items:
+        lab = lab_of(item)
+        free = sorted(set(LANES) - taken[f"test_{lab.stem}" if lab else item.path.stem])
+        if item in notebooks:
+            if len(free) > 1:
+                item.add_marker(pytest.mark.lane(free[0]), append=False)
+        elif lab and shared_by(item) and free:
+            item.add_marker(pytest.mark.lane(free[-1]), append=False)
 
 
 ENDING = pytest.StashKey[dict[str, list[str]]]()

@@ -745,9 +745,10 @@ def test_one_that_starts_says_so(
 
     eventually(lambda: bool(address()), "a port", IDLE_SECONDS)
     with_key = [("authorization", f"Bearer {KEY}")]
-    with grpc.secure_channel(address(), credentials_of(certificates)) as channel:
+    often = [(f"grpc.{which}_reconnect_backoff_ms", 100) for which in ("initial", "min", "max")]
+    with grpc.secure_channel(address(), credentials_of(certificates), often) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        # Its port may not be open yet.
+        # Its port is not open yet, and then for a few seconds only before it is ready.
         first = health.Check(health_pb2.HealthCheckRequest(), timeout=60, wait_for_ready=True)
         assert first.status == NOT_SERVING
         with pytest.raises(grpc.RpcError) as caught:

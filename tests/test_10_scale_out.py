@@ -145,7 +145,8 @@ def test_each_replica_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, sett
 @pytest.fixture
 def client(router: launch.Server) -> RouterClient:
     """Both replicas healthy and idle, whatever the test before did."""
-    client = RouterClient(router.url, router.metrics)
+    there = launch.serve(router.name)  # a test may have killed it, and another lane taken its ports meanwhile
+    client = RouterClient(there.url, there.metrics)
     eventually(lambda: list(client.replicas().values()) == [True, True], "two healthy replicas")
     eventually(lambda: not any(map(running, client.replicas())), "idle replicas")
     return client

@@ -84,7 +84,7 @@ def evaluate(rule: Rule, pages: Sequence[Page]) -> Iterator[Moment]:
         old = [page for page in pages[:number] if page.at <= now.at - rule.window]
         begin = old[-1] if old else pages[0]
         value = quantile(rule.share, increase(rule.metric, begin, now))
-        if not value > rule.limit:  # also where it is NaN: who has no callers keeps no one waiting
+        if not value > rule.limit:  # also where it is NaN: nobody got a first token
             since = None
             yield Moment(now.at, value, "inactive")
             continue
