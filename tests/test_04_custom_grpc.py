@@ -884,6 +884,7 @@ def test_a_dead_engine_is_told_to_every_caller_and_to_health(grpc_server: launch
     [
         (["--host", "0.0.0.0"], "opens the server to the network"),
         (["--tls-cert", "a.pem"], "go together"),
+        (["--grpc-port", "70000"], "invalid port value: '70000'"),
         (["--tls-cert", "no.pem", "--tls-key", "no.key", "--grpc-port", "0"], "TLS files"),
     ],
 )

@@ -131,6 +131,13 @@ def test_memory_is_counted_for_all_replicas(settings: Settings, tmp_path: Path) 
         engine.require_memory(cpu, tmp_path, enough + 9)
 
 
+def test_a_router_that_is_not_there_is_said_in_words() -> None:
+    client = RouterClient(url := f"http://127.0.0.1:{free_port()}", url)
+    for ask in (client.replicas, lambda: client.add("http://127.0.0.1:1"), lambda: client.sent("http://127.0.0.1:1")):
+        with pytest.raises(ServebookError, match=r"(no router|no metrics) at http://127\.0\.0\.1.*\n→"):
+            ask()
+
+
 def test_each_replica_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 8, 9})
     wanted = settings.model_copy(update={"device": "cpu", "replicas": 2})

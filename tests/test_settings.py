@@ -107,6 +107,8 @@ def test_the_file_is_found_from_a_notebooks_folder(bare: Path, monkeypatch: pyte
         ({"engine_args": "--tls-key x.pem"}, "set SERVEBOOK_TLS_CERT"),
         ({"engine_args": "--model=/other"}, "set SERVEBOOK_MODEL"),
         ({"engine_args": "--served_model_name x"}, "set SERVEBOOK_SERVED_NAME"),
+        ({"engine_args": "--grpc"}, "`servebook up vllm-grpc` is that server"),
+        ({"engine_args": "--config my.yaml"}, "write out here what the file says"),
         ({"vllm_http_port": 70000}, "SERVEBOOK_VLLM_HTTP_PORT"),
         ({"host": "0.0.0.0"}, "SERVEBOOK_API_KEY"),
         ({"host": "::"}, "SERVEBOOK_API_KEY"),

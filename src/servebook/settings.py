@@ -45,17 +45,24 @@ KEY_CHARACTERS = 8
 TENSOR_MODEL_NAME = "vllm_model"
 """The model's name in Triton and KServe, as the article's model repository has it."""
 SET_ELSEWHERE = {
-    "SERVEBOOK_HOST": ("--host", "--uds"),
-    "SERVEBOOK_VLLM_HTTP_PORT, or that of the server meant": ("--port", "--http-port", "--grpc-port", "--metrics-port"),
-    "SERVEBOOK_API_KEY": ("--api-key",),
-    "SERVEBOOK_TLS_CERT and its companions": (
+    "set SERVEBOOK_HOST": ("--host", "--uds"),
+    "`servebook up vllm-grpc` is that server": ("--grpc",),
+    "set SERVEBOOK_VLLM_HTTP_PORT, or that of the server meant": (
+        "--port",
+        "--http-port",
+        "--grpc-port",
+        "--metrics-port",
+    ),
+    "set SERVEBOOK_API_KEY": ("--api-key",),
+    "set SERVEBOOK_TLS_CERT and its companions": (
         *("--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-ciphers"),
         *("--tls-cert", "--tls-key", "--tls-client-ca"),
     ),
-    "SERVEBOOK_MODEL": ("--model",),
-    "SERVEBOOK_SERVED_NAME": ("--served-model-name",),
+    "set SERVEBOOK_MODEL": ("--model",),
+    "set SERVEBOOK_SERVED_NAME": ("--served-model-name",),
+    "write out here what the file says": ("--config",),  # it could say any of these
 }
-"""What says where a server listens, with which model and under which name, and the setting that does so: among
+"""What says where a server listens, with which model and under which name, and what to do instead: among
 `engine_args`, which win, it would open a server without a key, and nobody would know where it is."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -224,10 +231,10 @@ class Settings(BaseSettings):
     def _words(cls, text: str) -> str:
         for word in shlex.split(text):
             name = word.partition("=")[0].replace("_", "-")  # as vLLM reads it
-            for setting, words in SET_ELSEWHERE.items():
+            for instead, words in SET_ELSEWHERE.items():
                 # vLLM's parser takes an option's beginning for the option.
                 if len(name) > len("--") and any(each.startswith(name) for each in words):
-                    raise ValueError(f"{name} is not for the engine to say: set {setting}")
+                    raise ValueError(f"{name} is not for the engine to say: {instead}")
         return text
 
     @model_validator(mode="after")

@@ -101,7 +101,7 @@ class ProcessTree:
         try:
             yield
         except (psutil.NoSuchProcess, OSError):  # of psutil, and of the clock
-            if pid in self.roots:
+            if pid in self.roots or any(pid == process.pid for process in self.engine):
                 raise BenchError(
                     f"A server that was measured has ended (process {pid}).",
                     "See its log (`servebook logs NAME`), and start again.",

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,11 +26,12 @@ import tritonclient.grpc as v2_grpc
 import tritonclient.http as v2_http
 from pydantic import BaseModel, Field
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import shared_memory
+from tritonclient.utils import InferenceServerException, shared_memory
 
 from servebook.bench.load import BenchError
 from servebook.launch import Server, find_server, serve
 from servebook.launch.probes import http_ok
+from servebook.launch.processes import wait_until
 from servebook.launch.table import Endpoints
 from servebook.settings import Settings
 
@@ -42,6 +44,8 @@ SIZES = (KIB, 16 * KIB, 256 * KIB, 4 * MIB, 15 * MIB, 64 * MIB)
 SECONDS_PER_CELL = 0.4
 GIVE_UP_SECONDS = 4.0
 """An encoding whose last size took longer than this is not tried with the next: the picture is clear by then."""
+
+LET_GO_SECONDS = 10.0
 
 CONFIG = """\
 name: "{name}"
@@ -249,9 +253,21 @@ class SharedMemory(Encoding):
 
     def close(self) -> None:
         for way, region in self.regions.items():
-            self.client.unregister_system_shared_memory(self.names[way])
+            # Triton is done with a region a moment after its answer.
+            if not wait_until(partial(self.let_go, self.names[way]), LET_GO_SECONDS):
+                raise BenchError(f"Triton does not let go of {self.names[way]}.", "See `servebook logs triton`.")
             shared_memory.destroy_shared_memory_region(region)
         self.client.close()
+
+    def let_go(self, name: str) -> bool:
+        """Take the region back from Triton, unless a request is still in it."""
+        try:
+            self.client.unregister_system_shared_memory(name)
+        except InferenceServerException as error:
+            if "currently in use" in str(error):
+                return False
+            raise
+        return True
 
 
 ENCODINGS: dict[str, Callable[[Server], Encoding]] = {

@@ -18,7 +18,7 @@ from servebook.errors import ModelError, ServebookError
 from servebook.settings import Settings, load_settings
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DRAFT = ".preparing-"
+DRAFT = f".preparing-{GGUF_SHA256[:8]}-"
 NEEDED_BYTES = 600_000_000
 
 

@@ -27,6 +27,16 @@ def page_text(url: str, key: str | None = None) -> str:
     return answer.text
 
 
+def samples(page: str, name: str, **labels: str) -> list[float]:
+    """The values of all samples `name` in the text of a page that have `labels`."""
+    return [
+        sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+
+
 def metric(url: str, name: str, *, key: str | None = None, **labels: str) -> float:
     """The value of the sample `name` on the page at `url`, as in `page_text`, summed over all that have `labels`.
 
@@ -35,12 +45,7 @@ def metric(url: str, name: str, *, key: str | None = None, **labels: str) -> flo
     Raises:
         ServebookError: the page cannot be read, or has no such sample.
     """
-    found = [
-        sample.value
-        for family in text_string_to_metric_families(page_text(url, key))
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
-    ]
+    found = samples(page_text(url, key), name, **labels)
     if not found:
         raise ServebookError(f"{url} has no sample {name} {labels or ''}".rstrip() + ".", "Open its page and look.")
     return sum(found)

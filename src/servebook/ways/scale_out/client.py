@@ -7,7 +7,7 @@ import time
 import requests
 
 from servebook.errors import ServebookError
-from servebook.ways.metrics import metric
+from servebook.ways.metrics import metric, page_text, samples
 
 SETTLE_SECONDS = 2.0
 """A request that the router has just sent is on its way, then waits for a step of the engine; only then it is counted.
@@ -20,7 +20,7 @@ class RouterClient:
     """The management side of vLLM's router at `url`; `metrics` is the address of its Prometheus page.
 
     A replica is known by its URL, such as `http://127.0.0.1:8092`. None of these calls needs a key: whoever
-    reaches the router can change its replicas.
+    reaches the router can change its replicas. Each raises a ServebookError where there is no router, or it refuses.
     """
 
     def __init__(self, url: str, metrics: str) -> None:
@@ -33,11 +33,12 @@ class RouterClient:
         return {worker["url"]: worker["is_healthy"] for worker in sorted(workers, key=lambda each: str(each["url"]))}
 
     def sent(self, replica: str) -> int:
-        """How many requests the router has sent to `replica`, retries included; 0 where it knows of none."""
-        try:
-            return int(metric(self.metrics, "vllm_router_processed_requests_total", worker=replica))
-        except ServebookError:
-            return 0
+        """How many requests the router has sent to `replica`, retries included; 0 where it knows of none.
+
+        Raises:
+            ServebookError: its page cannot be read.
+        """
+        return int(sum(samples(page_text(self.metrics), "vllm_router_processed_requests_total", worker=replica)))
 
     def add(self, replica: str) -> None:
         """Send requests to `replica` too, from now on.
@@ -67,7 +68,15 @@ class RouterClient:
 
     def _ask(self, method: str, path: str, **query: str) -> requests.Response:
         # add_worker waits until the replica is healthy, for up to ten minutes; nobody should wait that long.
-        answer = requests.request(method, self.url + path, params=query, timeout=60)
+        try:
+            answer = requests.request(method, self.url + path, params=query, timeout=60)
+        except requests.RequestException as error:
+            raise ServebookError(
+                f"There is no router at {self.url} ({type(error).__name__}).", "Start it: `servebook up router`."
+            ) from None
         if not answer.ok:
-            raise ServebookError(f"The router answers {answer.status_code} to {method} {path}: {answer.text}")
+            raise ServebookError(
+                f"The router answers {answer.status_code} to {method} {path}: {answer.text}",
+                "Its log says more: `servebook logs router`.",
+            )
         return answer

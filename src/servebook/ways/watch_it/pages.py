@@ -90,4 +90,5 @@ async def record(url: str, work: Coroutine[Any, Any, object], pages: list[Page],
         pages.append(await asyncio.to_thread(read, url, key))
     finally:
         doing.cancel()
+        await asyncio.wait([doing])
     await doing

@@ -19,12 +19,24 @@ from servebook.ways.custom_grpc.server.transport import require_port
 MAX_FRONTS = 64
 
 
+def port(word: str) -> int:
+    """A port by its number; 0 is any that is free.
+
+    Raises:
+        ValueError: there is no such port.
+    """
+    number = int(word)
+    if not 0 <= number < 2**16:
+        raise ValueError(word)
+    return number
+
+
 def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own arguments, and the rest, which is vLLM's."""
     parser = argparse.ArgumentParser(prog="python -m servebook.ways.custom_grpc.server", allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--grpc-port", type=int, default=50051)
-    parser.add_argument("--metrics-port", type=int, default=9051, help="Prometheus, plain HTTP, on 127.0.0.1 only")
+    parser.add_argument("--grpc-port", type=port, default=50051)
+    parser.add_argument("--metrics-port", type=port, default=9051, help="Prometheus, plain HTTP, on 127.0.0.1 only")
     parser.add_argument("--max-calls", type=int, default=512, help="open calls of a front; more get RESOURCE_EXHAUSTED")
     parser.add_argument("--fronts", type=int, default=1, help="processes that share the port and the engine")
     parser.add_argument("--grace", type=float, default=8.0, help="seconds that open calls have after SIGTERM")
@@ -49,6 +61,7 @@ def main() -> None:
     """Run the server; exit code 1 with one line if it cannot start."""
     options, engine_words = read_arguments(sys.argv[1:])
     set_up_log()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork is for CPUs (engine/faster_start.py)
     try:
         # What cannot be had is told now, and not when the engine has started.
         require_tls(options.tls_cert, options.tls_key, options.tls_client_ca, "Correct --tls-cert and the others.")

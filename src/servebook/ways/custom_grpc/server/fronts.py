@@ -157,6 +157,7 @@ class Fronts:
         arguments = engine_args(self.words)
         arguments._api_process_count, arguments._api_process_rank = self.options.fronts, -1
         config = arguments.create_engine_config()
+        os.register_at_fork(after_in_child=reserved.close)  # it ends with this process, and not with the engine
         context: zmq.Context[Any] = zmq.Context()
         self.fronts = [Front(index, context, self.folder) for index in range(self.options.fronts)]
         addresses = EngineZmqAddresses(

@@ -17,7 +17,6 @@ import grpc
 import psutil
 
 from servebook.engine.arguments import engine_args
-from servebook.errors import LaunchError
 from servebook.settings import in_address
 from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.calls import Calls
@@ -84,7 +83,7 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
         if begun.done():
             try:
                 server = await listen()
-            except LaunchError:
+            except BaseException:
                 kill_children()
                 raise
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)

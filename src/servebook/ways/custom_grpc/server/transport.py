@@ -44,7 +44,7 @@ class Tls:
     client_ca: Path | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Read the files, which are there and fit (`require_tls`)."""
+        """Read the files; whether they fit was seen before (`require_tls`)."""
         return grpc.ssl_server_credentials(
             [(self.key.read_bytes(), self.certificate.read_bytes())],
             root_certificates=self.client_ca.read_bytes() if self.client_ca else None,
@@ -77,7 +77,7 @@ def make_server(
     """A server bound to `address` ("host:port"), not started yet; others may listen there too if it is `shared`.
 
     Raises:
-        LaunchError: the port is taken.
+        LaunchError: the port is taken, or a TLS file cannot be read or used any more.
     """
     # gRPC's default is to share: a second server would start unnoticed, and get some of the calls.
     options = [*OPTIONS, ("grpc.so_reuseport", int(shared))]
@@ -90,8 +90,10 @@ def make_server(
             server.add_secure_port(address, tls.credentials())
         else:
             server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise LaunchError(f"Cannot listen on {address}: {error}", "Choose another --grpc-port.") from None
+    except (RuntimeError, OSError) as error:
+        raise LaunchError(
+            f"Cannot listen on {address}: {error}", "Choose another --grpc-port, or check the TLS files."
+        ) from None
     return server
 
 
@@ -105,7 +107,10 @@ def require_port(host: str, port: int, option: str) -> None:
     try:
         if can_bind(host, port):
             return
-        problem, remedy = f"Cannot listen on {address}: the port is taken.", f"Choose another {option}."
+        problem, remedy = (
+            f"Cannot listen on {address}: the port is taken, or not for this user.",
+            f"Choose another {option}.",
+        )
     except OSError as error:
         problem, remedy = f"Cannot listen on {address}: {error.strerror}.", "Choose another --host."
     raise LaunchError(problem, remedy)

@@ -10,7 +10,8 @@ class Config:
     """`upstream` is vLLM's root URL; `key` is asked of callers and shown to vLLM. Times are in seconds.
 
     `traces_endpoint` is the URL of an OTLP/gRPC receiver of spans; without it nobody is traced.
-    `idle_seconds` bounds the wait for the next bytes of a stream, `answer_seconds` that for a whole answer.
+    `idle_seconds` bounds the wait for the next bytes of a stream, which may last as long as they come, and
+    `answer_seconds` that for a whole answer.
     """
 
     upstream: str

@@ -123,7 +123,9 @@ class EngineCall:
             json=body,
             headers={"X-Request-Id": self.request_id},
             timeout=aiohttp.ClientTimeout(
-                total=config.answer_seconds, sock_connect=config.connect_seconds, sock_read=idle_seconds
+                total=None if idle_seconds else config.answer_seconds,
+                sock_connect=config.connect_seconds,
+                sock_read=idle_seconds,
             ),
         )
         if self.response.status != 200:

@@ -11,6 +11,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
 
+from servebook.ways.refusals import cut
+
 
 class ErrorDetail(BaseModel):
     """What the body of every answer that is not a success, and the SSE event `error`, hold under `error`."""
@@ -58,9 +60,11 @@ def describe(error: RequestValidationError) -> str:
     """Say which fields are wrong and why, without repeating what was sent: it is private, and may not be UTF-8."""
     if error.errors()[0]["type"] == "json_invalid":
         return f"The body is not JSON: {error.errors()[0]['ctx']['error']}."
-    return "; ".join(
-        ": ".join(filter(None, [".".join(str(part) for part in each["loc"][1:]), each["msg"]]))
-        for each in error.errors()
+    return cut(
+        "; ".join(
+            ": ".join(filter(None, [".".join(cut(str(part), 40) for part in each["loc"][1:]), each["msg"]]))
+            for each in error.errors()
+        )
     )
 
 

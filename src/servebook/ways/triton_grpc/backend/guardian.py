@@ -33,8 +33,8 @@ DYING, DONE = b"dying", b"done"
 DEATH_SECONDS = 10.0
 """How long a stub whose engine died may take to unload its model."""
 END_SECONDS = 5.0
-"""How long a stub may take to end once it is done with that: some tenths of a second, or two on busy cores. With the
-engine's end before it, it must fit into the 12 s that Triton allows at its exit."""
+"""How long it may then take to end: some tenths of a second, or two on busy cores. Where no
+engine died nothing is known to hang, and the server may have other models: nothing is done to them."""
 LOST_SECONDS = 5.0
 """How long Triton may wait for the end of a process: another model's may be ending, which takes a second or two."""
 LOST = "Triton lost sight of its backend (was this machine paused, or its clock set?)"
@@ -53,7 +53,7 @@ class Guardian:
         self._say(DYING)
 
     def release(self) -> None:
-        """Say that all is unloaded, and nothing is left but the stub's own end: it has `end_seconds`."""
+        """Say that all is unloaded, and nothing is left but the stub's own end: after a death it has `end_seconds`."""
         self._say(DONE)
 
     def _say(self, word: bytes) -> None:
@@ -115,12 +115,12 @@ def what_went_wrong(stub: int, server: int, death_seconds: float, lost_seconds: 
     dying = lost = None  # since when
     while (word := hear(stub, min(POLL_SECONDS, lost_seconds))) != b"":
         now = time.monotonic()
+        if word and DYING in word:
+            dying = now
         if word and word.endswith(DONE):
             # No more of the pipe: Python may close it before the process ends.
-            ended, _, _ = select.select([stub], [], [], end_seconds)
-            return "" if ended else "the stub does not end"
-        if word and word.endswith(DYING):
-            dying = now
+            ended, _, _ = select.select([stub], [], [], end_seconds if dying else 0)
+            return "" if ended or not dying else "the stub does not end"
         if dying and now > dying + death_seconds:
             return "the stub is stuck"
         lost = (lost or now) if not dying and waits_for_a_child(server) else None
