@@ -4,13 +4,14 @@ import asyncio
 import json
 import os
 import pwd
+import socket
 import subprocess
 import sys
 import sysconfig
 import time
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from jupyterhub.spawner import LocalProcessSpawner
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
@@ -75,7 +76,14 @@ class DeskSpawner(LocalProcessSpawner):
             subprocess.run(["chown", "-R", "-h", f"{user.pw_uid}:{user.pw_gid}", str(self.home)], check=True)
 
     async def key(self) -> str:
-        """A new key from the room's front; a learner whose key was revoked gets no desk either."""
+        """A new key from the room's front; a learner whose key was revoked gets no desk either.
+
+        The front is sent the instructor's key: nothing is said to anybody else who listens in its place.
+        """
+        at = urlsplit(self.room["front"])
+        if listeners(at.hostname, at.port) != {os.getuid()}:
+            self.log.error("No desk for %s: no front of this user's is at %s", self.user.name, self.room["front"])
+            raise HTTPError(503, "The room's front is away, and is being started again. Open your desk in a minute.")
         try:
             answer = await AsyncHTTPClient().fetch(
                 f"{self.room['front']}/room/learners/{quote(self.user.name)}",
@@ -109,12 +117,24 @@ class DeskSpawner(LocalProcessSpawner):
         self.cmd = self.entering([self.room["python"], "-P", *single_user])
         return await super().start()
 
-    async def stop(self, now=False):
-        await super().stop(now)
+    async def run_post_stop_hook(self):
+        """End what is left of the desk; where JupyterLab has ended by itself, the hub does not call `stop`."""
         if not self.room["apart"] or not account_exists(self.account):
             return
         if not await asyncio.to_thread(end_all, pwd.getpwnam(self.account).pw_uid):
             self.log.error("Processes of %s do not end: `ps -fu %s` shows them.", self.user.name, self.account)
+
+
+def listeners(host: str, port: int) -> set[int]:
+    """As `servebook.launch.processes.listeners`, which this environment has not, and of IPv6 too."""
+    six = ":" in host
+    places = set()
+    for at in (host, "::" if six else "0.0.0.0"):
+        packed = socket.inet_pton(socket.AF_INET6 if six else socket.AF_INET, at)
+        words = (int.from_bytes(packed[i : i + 4], sys.byteorder) for i in range(0, len(packed), 4))
+        places.add(f"{''.join(f'{word:08X}' for word in words)}:{port:04X}")
+    lines = Path("/proc/net/tcp6" if six else "/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    return {int(row[7]) for row in map(str.split, lines) if row[1] in places and row[3] == "0A"}
 
 
 def end_all(uid: int) -> bool:

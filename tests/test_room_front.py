@@ -310,6 +310,8 @@ class StandIn:
         self.bodies.append(await request.read())
         self.keys += request.headers.getall("Authorization", [])
         if request.path == "/health":
+            if self.goes_on:
+                await self.goes_on.wait()
             return web.json_response({}, status=self.health)
         if not isinstance(self.says, list):
             if self.goes_on:
@@ -346,6 +348,11 @@ class Caller:
     def level(self) -> float:
         """What is left of a minute's tokens."""
         return self.state().tokens.level
+
+    def served(self) -> tuple[float | None, ...]:
+        """As the instructor sees it, and as the two histograms of what was served do."""
+        histograms = ("room_request_seconds_count", "room_first_byte_seconds_count")
+        return self.state().served, *map(self.front_app.metrics.registry.get_sample_value, histograms)
 
     def taken(self) -> int:
         """Places in the engine."""
@@ -503,11 +510,30 @@ async def test_an_engine_that_hangs_is_told_on_the_board_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("servebook.room.front.HEALTH_SECONDS", 0.2)
+    monkeypatch.setattr("servebook.room.front.ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as hanging:  # takes connections, and says nothing
         async with caller(tmp_path, f"http://127.0.0.1:{hanging.getsockname()[1]}") as ada:
             status, seen, _ = await ada.ask("GET", "/services/watch/board", key=KEY)
             assert (status, seen["engine"]["ready"]) == (200, False)
             assert (await ada.ask("GET", "/room/health", key=""))[0] == 503
+            told = await asyncio.wait_for(ada.front_app.context_tokens(), 5)
+            assert told == Limits.learner_tokens_per_minute, "a learner's first request does not wait for it"
+
+
+async def test_an_engine_that_answers_again_is_seen_to(
+    engine: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "HEALTH_SECONDS", 0.2)
+    monkeypatch.setattr(front, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(front, "PAGE_SECONDS", 0)
+    stand_in, url = engine
+    stand_in.goes_on = hung = asyncio.Event()
+    async with caller(tmp_path, url) as ada:
+        assert (await ada.ask("GET", "/room/health", key=""))[0] == 503
+        stand_in.goes_on = None
+        monkeypatch.setattr(front, "HEALTH_SECONDS", 5)
+        assert (await ada.ask("GET", "/room/health", key=""))[0] == 200
+    hung.set()
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -594,6 +620,24 @@ def test_a_piece_that_says_what_its_own_answer_has_is_no_total() -> None:
     for number in range(8):
         usage.passes(b"data: " + json.dumps(PIECE | {"usage": USAGE | {"completion_tokens": 1 + number // 4}}).encode())
     assert (usage.told, usage.counted) == (None, 8)
+
+
+@pytest.mark.parametrize(
+    ("path", "interval", "counted"),
+    [
+        ("/v1/messages", -1, 2),
+        ("/v1/responses", 9, 2),  # ignored there
+        ("/v1/messages", "x", 2),
+        ("/v1/completions", -1, 2),  # and refused by the engine
+        ("/v1/completions", 9, 18),
+    ],
+)
+def test_a_piece_counts_as_what_it_may_hold(path: str, interval: object, counted: int) -> None:
+    usage = Usage(asking.read(path, json.dumps({"stream_interval": interval}).encode(), CONTEXT, places=4))
+    usage.counted = 0
+    for _ in range(2):
+        usage.passes(b"data: " + json.dumps(PIECE).encode())
+    assert usage.counted == counted
 
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
@@ -707,7 +751,30 @@ async def test_a_stream_that_falls_silent_is_cut_and_costs_what_it_had(
             await ada.send("/v1/completions", {"stream": True, "max_tokens": 1000})
         await asyncio.to_thread(eventually, lambda: not ada.state().under_way, "the end of the request")
         assert 5990 <= ada.level() <= 5995 + 2
-        assert await ada.counted() == ['room_requests_total{path="/v1/completions",status="200"} 1.0']
+        assert await ada.counted() == ['room_requests_total{path="/v1/completions",status="502"} 1.0']
+        assert ada.served() == (0, 0, 0)
+
+
+async def test_what_the_engine_did_not_serve_is_not_counted_as_served(
+    engine: tuple[StandIn, str], tmp_path: Path
+) -> None:
+    stand_in, url = engine
+    async with caller(tmp_path, url) as ada:
+        for stand_in.status in (400, 404, 500):
+            assert (await ada.complete(9))[0] == stand_in.status
+        assert ada.served() == (0, 0, 0)
+        stand_in.status = 200
+        assert (await ada.complete(9))[0] == 200
+        assert ada.served() == (1, 1, 1)
+
+
+async def test_a_fault_of_the_fronts_own_is_not_counted_as_a_caller_who_left(
+    engine: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with caller(tmp_path, engine[1]) as ada:
+        monkeypatch.setattr(asking, "read", lambda *_: 1 / 0)
+        assert (await ada.send("/v1/completions", {})).status_code == 500
+        assert await ada.counted() == ['room_requests_total{path="/v1/completions",status="500"} 1.0']
 
 
 async def test_an_answer_takes_a_place(engine: tuple[StandIn, str], tmp_path: Path) -> None:
@@ -785,7 +852,9 @@ async def test_paths_that_are_relayed(engine: tuple[StandIn, str], tmp_path: Pat
         for path in paths:
             assert (await ada.ask("POST", path, {}))[0] == 200
         assert [(await ada.ask("GET", path, key=""))[0] for path in ("/metrics", "/tokenize")] == [200, 401]
-    assert [path.partition("?")[0] for path in stand_in.seen] == [*RELAYED, "/v1/models", "/metrics"]
+        head = await asyncio.to_thread(requests.head, str(ada.front.make_url("/health")), timeout=10)
+        assert head.status_code == 200, "monitors send it"
+    assert [path.partition("?")[0] for path in stand_in.seen] == [*RELAYED, "/v1/models", "/metrics", "/health"]
 
 
 @pytest.mark.parametrize(
@@ -846,6 +915,38 @@ async def test_a_body_that_is_not_what_its_header_says(engine: tuple[StandIn, st
         target, headers = str(ada.front.make_url("/v1/completions")), bearer(ada.key) | {"Content-Encoding": "gzip"}
         answer = await asyncio.to_thread(requests.post, target, data=b"not gzip at all", headers=headers, timeout=10)
         assert (answer.status_code, answer.json()["error"]["message"]) == (400, "The body cannot be read.")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/room/checks"])
+async def test_a_body_that_does_not_come_is_not_waited_for(
+    engine: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(front, "BODY_SECONDS", 0.2)
+    async with caller(tmp_path, engine[1]) as ada:
+
+        def begin() -> bytes:
+            with socket.create_connection(("127.0.0.1", ada.front.port or 0), timeout=5) as line:
+                said = (
+                    f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ada.key}\r\nContent-Length: 9\r\n\r\n"
+                )
+                line.sendall(said.encode())
+                return line.recv(4096)
+
+        assert b" 408 " in (await asyncio.to_thread(begin)).partition(b"\r\n")[0]
+        assert not ada.state().under_way
+
+
+async def test_a_check_is_refused_as_a_request_is(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    async with caller(tmp_path, engine[1]) as ada:
+        status, answer, _ = await ada.ask("POST", "/room/checks", b" " * ((1 << 20) + 1))
+        assert (status, answer["error"]["code"]) == (413, 413)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/room/learners", "/services/watch/board", "/room/checks"])
+async def test_a_key_that_is_no_text_is_nobodys(engine: tuple[StandIn, str], tmp_path: Path, path: str) -> None:
+    method = "POST" if path == "/room/checks" else "GET"
+    async with caller(tmp_path, engine[1]) as ada:
+        assert (await ada.ask(method, path, key="\xff"))[0] == 401
 
 
 async def hold(turnstile: Turnstile, name: str, entered: list[str], leave: asyncio.Event) -> None:

@@ -24,6 +24,8 @@ DEFAULT_TOKENS = {"/v1/completions": 16}
 """vLLM's own where a request does not say; on the other paths, and for null, it may write to the end of the context."""
 WITH_USAGE = {"/v1/completions", "/v1/chat/completions"}
 """Where a stream says how many tokens it had only if it is asked to."""
+WITH_INTERVAL = {*WITH_USAGE, TOKEN_IDS}
+"""Where vLLM has `stream_interval`; on the other paths it ignores it."""
 PLAIN = ({"type": "text"}, {"format": {"type": "text"}})
 """What the fields for a form say where there is none."""
 CONVERSATION = ("messages", "input", "system", "previous_input_messages", "documents")
@@ -85,13 +87,13 @@ def read(path: str, body: bytes, context: int, places: int) -> Ask:
     if answers > places:
         both = f"n × prompts may be {places} at most, your places in the engine; got {answers}."
         raise Refused(400, "limit_exceeded", both, "n")
-    interval = said.get("stream_interval")
+    interval = said.get("stream_interval") if path in WITH_INTERVAL else None
     return with_usage(
         Ask(
             json.dumps(ask).encode(),
             answers,
             min(max(0, length), context),
-            whole("stream_interval", interval) if interval else 1,
+            max(1, whole("stream_interval", interval)) if interval else 1,
             constraint=next((field for field, _, form in constraints(said, ask) if form and field != "tools"), ""),
         ),
         path,

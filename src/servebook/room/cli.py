@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -24,7 +24,7 @@ from servebook.launch.display import plain_console
 from servebook.launch.files import Files, visible
 from servebook.launch.processes import can_bind
 from servebook.launch.states import Status, describe
-from servebook.launch.table import rooms_engine
+from servebook.launch.table import behind, rooms_engine
 from servebook.room import collect as hand_in
 from servebook.room.admin import (
     RoomAdmin,
@@ -76,7 +76,8 @@ def start(
     require_safe(settings)
     up_before = {entry["name"] for entry in launch.status(settings) if entry["pid"]}
     hub = launch.serve("hub", settings=settings)
-    engine = state_of("vllm", settings)
+    there = {entry["name"]: entry for entry in launch.status(settings)}
+    engine, front = there["vllm"], there["front"]
     show_door(settings, hub.url.rpartition(":")[2])
     say(f"{settings.room.seats} seats. Ctrl-C ends the room.")
     try:
@@ -84,6 +85,8 @@ def start(
         while describe(Files(settings.state_dir, "hub")):
             if engine["pid"] and not describe(Files(settings.state_dir, "vllm")):
                 bring_back(engine, settings)
+            elif front["pid"] and not describe(Files(settings.state_dir, "front")):
+                bring_back(front, settings, "front")
             time.sleep(1)
         raise LaunchError("JupyterHub has ended.", "See `servebook logs hub`.")
     finally:
@@ -97,31 +100,35 @@ def state_of(name: str, settings: Settings) -> Status:
     return next(entry for entry in launch.status(settings) if entry["name"] == name)
 
 
-def bring_back(engine: Status, settings: Settings) -> None:
-    """Start the engine again, where the front looks for it; requests that were under way have been refused.
+def bring_back(server: Status, settings: Settings, name: Literal["vllm", "front"] = "vllm") -> None:
+    """Start the engine or the front again, where it is looked for; requests that were under way are lost.
 
     Where that cannot be, say why and wait a moment.
     """
     when = time.strftime("%H:%M:%S")
-    say(f"{when} The engine has ended, and is started again. `servebook logs front` says who asked last.")
-    host, _, port = engine["endpoints"]["http"].rpartition(":")
+    what, who = ("engine", "the front asks for the engine") if name == "vllm" else ("front", "desks ask for the front")
+    last = " `servebook logs front` says who asked last." if name == "vllm" else ""
+    say(f"{when} The {what} has ended, and is started again.{last}")
+    host, _, port = server["endpoints"]["http"].rpartition(":")
+    theirs = rooms_engine(settings) if name == "vllm" else behind(settings)
     try:
         if not can_bind(host, int(port)):
-            raise taken(int(port))
-        again = rooms_engine(settings).model_copy(update={"vllm_http_port": int(port)})
-        if launch.serve("vllm", settings=again).endpoints != engine["endpoints"]:  # the port was taken meanwhile
-            launch.down("vllm", settings)
-            raise taken(int(port))
+            raise taken(int(port), who)
+        again = theirs.model_copy(update={f"{name}_http_port": int(port)})
+        if launch.serve(name, settings=again).endpoints != server["endpoints"]:  # the port was taken meanwhile
+            launch.down(name, settings)
+            raise taken(int(port), who)
     except ServebookError as error:
-        pause = f"The room stays open without an engine; the next try is in {RETRY_SECONDS:g} s."
+        article = "an" if name == "vllm" else "a"
+        pause = f"The room stays open without {article} {what}; the next try is in {RETRY_SECONDS:g} s."
         say(f"{error}\n{pause}")
         time.sleep(RETRY_SECONDS)
 
 
-def taken(port: int) -> LaunchError:
-    """The engine's port is another program's: at another port the front does not find an engine."""
+def taken(port: int, who: str) -> LaunchError:
+    """A server's port is another program's: at another port it is not found."""
     return LaunchError(
-        f"Port {port}, where the front asks for the engine, is held by another program.",
+        f"Port {port}, where {who}, is held by another program.",
         f"End that program: `ss -ltnp sport = :{port}` says which it is, perhaps a learner's.",
     )
 

@@ -43,6 +43,8 @@ READ_HERE = {"accept-encoding", "content-encoding"}
 UNPACKED = {"Accept-Encoding": "identity"}
 """Else aiohttp says what it could unpack, and a proxy before an engine elsewhere would pack a stream into one piece."""
 BODY_BYTES = 1 << 20
+BODY_SECONDS = 10.0
+"""How long a body may take to come, as with the workbook's other servers."""
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 60, 120)
 READ_SECONDS = 300.0
 """How long the engine may be silent: before an answer that is not streamed, or within a stream."""
@@ -50,6 +52,8 @@ READER_SECONDS = 30.0
 """How long a learner may leave a full socket unread before they count as gone, as with the workbook's other servers."""
 HEALTH_SECONDS = 2.0
 """How long the engine may take to say that it is well."""
+ANSWER_SECONDS = 10.0
+"""How long it may take to say what its context is, or to give a page; on a busy machine that may take some time."""
 PAGE_SECONDS = 1.0
 """How old a page may be that is shown without a key: many who ask for it cost the engine's server no more than one."""
 WATCH = "/services/watch/"
@@ -106,7 +110,33 @@ def refusal_response(refusal: Refused) -> web.Response:
 
 def shown_key(request: web.Request) -> str:
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+    key = key.strip().encode(errors="replace").decode()  # a header may be no UTF-8
+    return key if scheme.lower() == "bearer" else ""
+
+
+async def whole_body(request: web.Request, most: int = BODY_BYTES) -> bytes:
+    """A request's body.
+
+    Raises:
+        Refused: 400, 408, 413; it cannot be read, does not come in time, or has more than `most` bytes.
+    """
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.clone(client_max_size=most).read()
+    except web.RequestPayloadError:
+        raise Refused(400, "bad_request", "The body cannot be read.") from None
+    except TimeoutError:
+        raise Refused(408, "slow_request", f"The body took longer than {BODY_SECONDS:g} s.") from None
+    except web.HTTPRequestEntityTooLarge as refusal:
+        raise Refused(413, "request_entity_too_large", refusal.text or refusal.reason) from None
+
+
+class BrokenOff(Exception):
+    """The engine did not end its answer; `response` is what was begun of it, on a connection that is cut."""
+
+    def __init__(self, response: web.StreamResponse) -> None:
+        super().__init__()
+        self.response = response
 
 
 @contextmanager
@@ -200,13 +230,13 @@ class Front:
     # What learners ask for.
 
     async def relay(self, request: web.Request) -> web.StreamResponse:
-        """Pass a request on to vLLM, or refuse it: 400, 401, 404, 413, 429, 503, 504."""
+        """Pass a request on to vLLM, or refuse it: 400, 401, 404, 408, 413, 429, 503, 504."""
         path = request.rel_url.raw_path  # as it was sent: nothing in the list has to be decoded or tidied up
         if path not in RELAYED:
             return error_response(404, "not_found", "The room's engine has no such path.")
         name = self.roll.name_of(shown_key(request))
         if name is None:
-            if path in OPEN and request.method == "GET":
+            if path in OPEN and request.method in ("GET", "HEAD"):
                 return await self.page(path)
             return error_response(401, "unauthorized", "Send your key of this room as `Authorization: Bearer KEY`.")
         learner = self.learner(name)
@@ -222,16 +252,15 @@ class Front:
             learner.refused += 1
             status = refusal.status
             response = refusal_response(refusal)
-        except web.HTTPException as refusal:  # aiohttp's own, such as 413
-            learner.refused += 1
-            status = refusal.status
-            response = error_response(status, refusal.reason.lower().replace(" ", "_"), refusal.text or refusal.reason)
-        except web.RequestPayloadError:
-            learner.refused += 1
-            status = 400
-            response = error_response(status, "bad_request", "The body cannot be read.")
+        except BrokenOff as broken:
+            status = 502
+            response = broken.response
         except asyncio.CancelledError:
             status = 401 if self.roll.revoked(name) else status
+            raise
+        except Exception as error:
+            if not isinstance(error, (aiohttp.ClientError, ConnectionError)):  # these: nobody is there to write to
+                status = 500
             raise
         finally:
             learner.under_way.discard(task)
@@ -250,7 +279,7 @@ class Front:
             )
         path = request.rel_url.raw_path
         most = TOKENIZING_BYTES if path in TOKENIZING else BODY_BYTES
-        body = await request.clone(client_max_size=most).read()
+        body = await whole_body(request, most)
         if request.method == "POST" and path in TOKENIZING:
             async with self.turnstile.place(name):
                 return await self.forward(request, body)
@@ -275,7 +304,7 @@ class Front:
             raise
         finally:
             learner.tokens.give_back(asked - usage.tokens)
-        if response.status != 504:
+        if response.status < 400:
             learner.served += 1
             self.metrics.seconds.observe(time.monotonic() - started)
         return response
@@ -284,14 +313,21 @@ class Front:
         """The engine's context: no answer is longer. Where it does not say, a minute's share."""
         if self.context is None:
             with suppress(aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError):
-                async with self.session.get(f"{self.upstream}/v1/models", headers=self.engines_key) as answer:
+                timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
+                models = f"{self.upstream}/v1/models"
+                async with self.session.get(models, headers=self.engines_key, timeout=timeout) as answer:
                     self.context = int((await answer.json())["data"][0]["max_model_len"])
         return self.context or self.limits.learner_tokens_per_minute
 
     async def forward(
         self, request: web.Request, body: bytes, usage: Usage | None = None, started: float | None = None
     ) -> web.StreamResponse:
-        """Relay to vLLM and back, piece by piece as they come; a caller who leaves ends the engine's work too."""
+        """Relay to vLLM and back, piece by piece as they come; a caller who leaves ends the engine's work too.
+
+        Raises:
+            Refused: 400, 503; the engine cannot be reached, has died, or gave up on a constraint.
+            BrokenOff: it did not end its answer.
+        """
         headers = {k: v for k, v in request.headers.items() if k.lower() not in (HOP_BY_HOP | READ_HERE)}
         headers |= self.engines_key
         try:
@@ -317,8 +353,7 @@ class Front:
             response.headers.extend((k, v) for k, v in upstream.headers.items() if k.lower() not in HOP_BY_HOP)
             response.content_length = upstream.content_length
             await response.prepare(request)
-            if started is not None:
-                self.metrics.first.observe(time.monotonic() - started)
+            first = time.monotonic()
             pieces = upstream.content.iter_any()
             try:
                 async for piece in usage.read(upstream, pieces) if usage else pieces:
@@ -328,9 +363,11 @@ class Front:
                 log.warning("the engine broke off an answer")
                 if request.transport:  # the status is out: a cut connection is all that can still be said
                     request.transport.abort()
-                return response
+                raise BrokenOff(response) from None
             with gone_if_unread(request):
                 await response.write_eof()
+        if started is not None and response.status < 400:
+            self.metrics.first.observe(first - started)
         return response
 
     async def page(self, path: str) -> web.Response:
@@ -343,8 +380,9 @@ class Front:
         return web.Response(status=page.status, headers=page.headers, body=page.body)
 
     async def fetch(self, path: str) -> web.Response:
+        timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)  # or one that hangs is waited for by all who ask later
         try:
-            async with self.session.get(f"{self.upstream}{path}", headers=self.engines_key) as answer:
+            async with self.session.get(f"{self.upstream}{path}", headers=self.engines_key, timeout=timeout) as answer:
                 kind = {"Content-Type": answer.headers["Content-Type"]} if "Content-Type" in answer.headers else {}
                 return web.Response(status=answer.status, headers=kind, body=await answer.read())
         except (aiohttp.ClientError, TimeoutError):
@@ -357,14 +395,16 @@ class Front:
         return False
 
     async def note_check(self, request: web.Request) -> web.Response:
-        """A check was made at a desk: 400, 401, 429."""
+        """A check was made at a desk: 400, 401, 408, 413, 429."""
         name = self.roll.name_of(shown_key(request))
         if name is None:
             return error_response(401, "unauthorized", "Send your key of this room as `Authorization: Bearer KEY`.")
         if wait := self.learner(name).checks.take(1):
             return error_response(429, "rate_limited", f"More than {CHECKS_PER_MINUTE} a minute.", retry_after=wait)
         try:
-            self.board.note(name, Attempt.model_validate_json(await request.read()))
+            self.board.note(name, Attempt.model_validate_json(await whole_body(request)))
+        except Refused as refusal:
+            return refusal_response(refusal)
         except ValidationError as error:
             return error_response(400, "bad_request", f"That is no check: {error.errors()[0]['msg']}.")
         return web.json_response({})
