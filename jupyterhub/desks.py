@@ -81,7 +81,8 @@ class DeskSpawner(LocalProcessSpawner):
         The front is sent the instructor's key: nothing is said to anybody else who listens in its place.
         """
         at = urlsplit(self.room["front"])
-        if listeners(at.hostname, at.port) != {os.getuid()}:
+        found = await asyncio.get_running_loop().getaddrinfo(at.hostname, at.port, type=socket.SOCK_STREAM)
+        if listeners(found[0][4][0], at.port) != {os.getuid()}:
             self.log.error("No desk for %s: no front of this user's is at %s", self.user.name, self.room["front"])
             raise HTTPError(503, "The room's front is away, and is being started again. Open your desk in a minute.")
         try:

@@ -101,7 +101,7 @@ def test_a_preparation_that_failed_leaves_nothing(tmp_path: Path, monkeypatch: p
         raise SafetensorError("I/O error: Disk quota exceeded")
 
     settings = load_settings(cache_dir=tmp_path)
-    left = bundled_path(settings).with_name(".preparing-killed") / "model"
+    left = bundled_path(settings).with_name(f"{prepare_model.DRAFT}killed") / "model"
     left.mkdir(parents=True)
     monkeypatch.setattr(prepare_model, "_convert", fail)
     with pytest.raises(ModelError, match=r"Disk quota exceeded.*\n→ Free some disk space"):
