@@ -82,7 +82,7 @@ class DeskSpawner(LocalProcessSpawner):
         """
         at = urlsplit(self.room["front"])
         found = await asyncio.get_running_loop().getaddrinfo(at.hostname, at.port, type=socket.SOCK_STREAM)
-        if listeners(found[0][4][0], at.port) != {os.getuid()}:
+        if set().union(*(listeners(each[4][0], at.port) for each in found)) != {os.getuid()}:
             self.log.error("No desk for %s: no front of this user's is at %s", self.user.name, self.room["front"])
             raise HTTPError(503, "The room's front is away, and is being started again. Open your desk in a minute.")
         try:

@@ -138,6 +138,15 @@ def test_a_router_that_is_not_there_is_said_in_words() -> None:
             ask()
 
 
+def test_a_router_that_is_slow_is_not_said_to_be_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: Any, **__: Any) -> None:
+        raise requests.ReadTimeout
+
+    monkeypatch.setattr(requests, "request", slow)
+    with pytest.raises(ServebookError, match=r"has not answered GET /workers for a minute"):
+        RouterClient("http://127.0.0.1:1", "").replicas()
+
+
 def test_each_replica_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 8, 9})
     wanted = settings.model_copy(update={"device": "cpu", "replicas": 2})

@@ -67,10 +67,11 @@ def at_a_desk(script: str, *words: str) -> str:
 
 
 @pytest.mark.parametrize("whose", ["other", "nobody"])
-def test_the_instructors_key_is_not_sent_to_whoever_has_the_fronts_port(whose: str) -> None:
+@pytest.mark.parametrize("host", [LOOPBACK, "localhost"])
+def test_the_instructors_key_is_not_sent_to_whoever_has_the_fronts_port(host: str, whose: str) -> None:
     with socket.create_server((LOOPBACK, 0)) as stranger:
         stranger.settimeout(0)
-        url = f"http://{LOOPBACK}:{stranger.getsockname()[1]}"
+        url = f"http://{host}:{stranger.getsockname()[1]}"
         if whose == "nobody":
             stranger.close()
         told = at_a_desk(ASKING, url, whose)
@@ -96,8 +97,9 @@ def test_a_desk_whose_jupyterlab_ended_by_itself_is_cleared_too() -> None:
     assert at_a_desk(ENDING, "http://127.0.0.1:1") == "ended 64999"
 
 
-def test_a_front_that_ends_is_brought_back_where_desks_look_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("host", [LOOPBACK, "0.0.0.0", "::", "localhost"])
+def test_a_front_that_ends_is_brought_back_where_it_was(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = load_settings(api_key=KEY, state_dir=tmp_path, host="0.0.0.0")
     with socket.create_server((LOOPBACK, 0)) as free:
@@ -105,12 +107,14 @@ def test_a_front_that_ends_is_brought_back_where_desks_look_for_it(
     at = {"hub": "127.0.0.1:8100", "vllm": "127.0.0.1:8000", "front": f"127.0.0.1:{port}"}
     served: list[tuple[str, Settings]] = []
     rounds = iter([True, True, False])
+    fronts = iter([{"host": host}, None])
 
     def status(_: Settings) -> list[Any]:
         return [{"name": name, "pid": 1, "endpoints": {"http": where}} for name, where in at.items()]
 
-    def describe(files: Files) -> bool:
-        return next(rounds) if files.instance == "hub" else files.instance == "vllm" or len(served) > 1
+    def describe(files: Files) -> Any:
+        up = {"hub": rounds, "front": fronts}.get(files.instance)
+        return next(up, {"host": host}) if up else {"host": LOOPBACK}
 
     def serve(name: str, settings: Settings) -> Any:
         served.append((name, settings))
@@ -126,9 +130,9 @@ def test_a_front_that_ends_is_brought_back_where_desks_look_for_it(
     with pytest.raises(LaunchError, match="JupyterHub has ended"):
         cli.start(trusted=False)
     assert [name for name, _ in served] == ["hub", "front"]
-    assert (served[1][1].front_http_port, served[1][1].host) == (port, LOOPBACK)
+    assert (served[1][1].front_http_port, served[1][1].host) == (port, host)
     assert "The front has ended, and is started again." in capsys.readouterr().out
     with socket.create_server((LOOPBACK, port)):
         monkeypatch.setattr(cli, "RETRY_SECONDS", 0)
-        cli.bring_back(status(settings)[2], settings, "front")
+        cli.bring_back("front", status(settings)[2], settings.model_copy(update={"host": LOOPBACK}))
     assert f"Port {port}, where desks ask for the front, is held by another program." in capsys.readouterr().out

@@ -46,7 +46,7 @@ from servebook.lab.manifest import load_labs
 from servebook.lab.record import Store
 from servebook.launch.files import Files
 from servebook.launch.processes import free_port
-from servebook.launch.table import SERVERS, Endpoints, find_server
+from servebook.launch.table import SERVERS, Endpoints, find_server, rooms_engine
 from servebook.room import admin, asking, cli, collect, desk, front, hub, load, tls
 from servebook.room.admin import instructors_key, instructors_settings, rooms_settings
 from servebook.room.asking import TOKENIZING
@@ -852,8 +852,10 @@ async def test_paths_that_are_relayed(engine: tuple[StandIn, str], tmp_path: Pat
         for path in paths:
             assert (await ada.ask("POST", path, {}))[0] == 200
         assert [(await ada.ask("GET", path, key=""))[0] for path in ("/metrics", "/tokenize")] == [200, 401]
-        head = await asyncio.to_thread(requests.head, str(ada.front.make_url("/health")), timeout=10)
-        assert head.status_code == 200, "monitors send it"
+        for headers in ({}, {"Authorization": f"Bearer {ada.key}"}):
+            health = str(ada.front.make_url("/health"))
+            head = await asyncio.to_thread(requests.head, health, headers=headers, timeout=10)
+            assert head.status_code == 200, "monitors send it"
     assert [path.partition("?")[0] for path in stand_in.seen] == [*RELAYED, "/v1/models", "/metrics", "/health"]
 
 
@@ -1320,9 +1322,9 @@ def test_a_room_that_is_up_asks_its_keepers_and_probes_no_server(
         probed.append("all")
         return [{"name": "hub", "pid": None}, {"name": "vllm", "pid": 1}, {"name": "front", "pid": None}]
 
-    def describe(files: Files) -> bool:
+    def describe(files: Files) -> Any:
         asked.append(files.instance)
-        return len(asked) < 5
+        return {"host": "127.0.0.1"} if len(asked) < 6 else None
 
     monkeypatch.setattr(cli, "instructors_settings", lambda: settings)
     monkeypatch.setattr(cli, "require_safe", lambda _: None)
@@ -1334,7 +1336,7 @@ def test_a_room_that_is_up_asks_its_keepers_and_probes_no_server(
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(LaunchError, match="JupyterHub has ended"):
         cli.start(trusted=False)
-    assert asked == ["hub", "vllm", "hub", "vllm", "hub"]
+    assert asked == ["front", "hub", "vllm", "hub", "vllm", "hub"], "the front once, for where it listens"
     assert len(probed) == 2, "before it starts, and when it is up"
 
 
@@ -1347,6 +1349,7 @@ def test_an_engine_is_not_left_where_the_front_does_not_ask(
     """Its old port is another's; or it cannot start, for whatever reason. The room goes on, and says so."""
     served: list[Settings] = []
     ended: list[str] = []
+    theirs = rooms_engine(load_settings(api_key=KEY))
 
     def elsewhere(_: str, settings: Settings) -> Any:
         served.append(settings)
@@ -1360,17 +1363,17 @@ def test_an_engine_is_not_left_where_the_front_does_not_ask(
     monkeypatch.setattr(launch, "serve", elsewhere)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        cli.bring_back(ENGINE | {"endpoints": {"http": f"127.0.0.1:{port}"}}, load_settings(api_key=KEY))
+        cli.bring_back("vllm", ENGINE | {"endpoints": {"http": f"127.0.0.1:{port}"}}, theirs)
     assert f"Port {port}, where the front asks for the engine, is held by another program." in capsys.readouterr().out
     assert not served, "it is looked for before the engine takes half a minute to start"
     monkeypatch.setattr(cli, "can_bind", lambda *_: True)
-    cli.bring_back(ENGINE, load_settings(api_key=KEY))
+    cli.bring_back("vllm", ENGINE, theirs)
     assert "Port 8000, where the front asks" in capsys.readouterr().out
-    assert [each.key for each in served] == [engine_key(KEY)]
+    assert served == [theirs]
     assert ended == ["vllm"]
     monkeypatch.setattr(launch, "serve", no_model)
-    cli.bring_back(ENGINE, load_settings(api_key=KEY))
-    assert "The model is gone.\nThe room stays open without an engine" in capsys.readouterr().out
+    cli.bring_back("vllm", ENGINE, theirs)
+    assert "The model is gone.\nThe room stays open without its engine" in capsys.readouterr().out
 
 
 def health(front: launch.Server) -> int:
@@ -1392,7 +1395,7 @@ def test_an_engine_that_dies_is_brought_back_where_the_front_looks_for_it(
         os.kill(engine["pid"], signal.SIGKILL)
         eventually(lambda: not cli.state_of("vllm", settings)["pid"], "the end of the engine")
         eventually(lambda: health(front) == 503, "the front's word of it, which may be a second old")
-        cli.bring_back(engine, settings)
+        cli.bring_back("vllm", engine, rooms_engine(settings))
         eventually(lambda: health(front) == 200, "its word of the other")
         assert cli.state_of("vllm", settings)["endpoints"] == engine["endpoints"]
         assert "The engine has ended, and is started again." in capsys.readouterr().out

@@ -24,7 +24,7 @@ from servebook.launch.display import plain_console
 from servebook.launch.files import Files, visible
 from servebook.launch.processes import can_bind
 from servebook.launch.states import Status, describe
-from servebook.launch.table import behind, rooms_engine
+from servebook.launch.table import rooms_engine
 from servebook.room import collect as hand_in
 from servebook.room.admin import (
     RoomAdmin,
@@ -41,6 +41,9 @@ from servebook.settings import LOOPBACK, Settings, is_loopback, own_settings
 app = typer.Typer(no_args_is_help=True, help="A room of learners: JupyterHub, and one engine with a key for each.")
 out = plain_console(soft_wrap=True)
 
+FRONT_SECONDS = 30.0
+"""How long a front may take to come back: it waits for the engine, and meanwhile nobody brings that back."""
+LOOKED_FOR = {"vllm": ("engine", "the front asks for the engine"), "front": ("front", "desks ask for the front")}
 RETRY_SECONDS = 10.0
 """Between two tries to start an engine again."""
 PICTURE = "import segno, sys; segno.make_qr(sys.stdin.read(), error='L').terminal(compact=True)"
@@ -78,15 +81,19 @@ def start(
     hub = launch.serve("hub", settings=settings)
     there = {entry["name"]: entry for entry in launch.status(settings)}
     engine, front = there["vllm"], there["front"]
+    opened = describe(Files(settings.state_dir, "front"))  # it may have been up before, and be open to others
+    fronts = settings.model_copy(
+        update={"host": opened["host"] if opened else LOOPBACK, "start_timeout": FRONT_SECONDS}
+    )
     show_door(settings, hub.url.rpartition(":")[2])
     say(f"{settings.room.seats} seats. Ctrl-C ends the room.")
     try:
         # Not its state: a hub that is being restarted does not answer for a while, and the room goes on.
         while describe(Files(settings.state_dir, "hub")):
             if engine["pid"] and not describe(Files(settings.state_dir, "vllm")):
-                bring_back(engine, settings)
+                bring_back("vllm", engine, rooms_engine(settings))
             elif front["pid"] and not describe(Files(settings.state_dir, "front")):
-                bring_back(front, settings, "front")
+                bring_back("front", front, fronts)
             time.sleep(1)
         raise LaunchError("JupyterHub has ended.", "See `servebook logs hub`.")
     finally:
@@ -100,27 +107,24 @@ def state_of(name: str, settings: Settings) -> Status:
     return next(entry for entry in launch.status(settings) if entry["name"] == name)
 
 
-def bring_back(server: Status, settings: Settings, name: Literal["vllm", "front"] = "vllm") -> None:
-    """Start the engine or the front again, where it is looked for; requests that were under way are lost.
+def bring_back(name: Literal["vllm", "front"], was: Status, settings: Settings) -> None:
+    """Start the engine or the front again by its `settings`, where it is looked for; what was under way is lost.
 
     Where that cannot be, say why and wait a moment.
     """
-    when = time.strftime("%H:%M:%S")
-    what, who = ("engine", "the front asks for the engine") if name == "vllm" else ("front", "desks ask for the front")
-    last = " `servebook logs front` says who asked last." if name == "vllm" else ""
-    say(f"{when} The {what} has ended, and is started again.{last}")
-    host, _, port = server["endpoints"]["http"].rpartition(":")
-    theirs = rooms_engine(settings) if name == "vllm" else behind(settings)
+    what, who = LOOKED_FOR[name]
+    hint = " `servebook logs front` says who asked last." if name == "vllm" else ""
+    say(f"{time.strftime('%H:%M:%S')} The {what} has ended, and is started again.{hint}")
+    port = int(was["endpoints"]["http"].rpartition(":")[2])
+    again = settings.model_copy(update={f"{name}_http_port": port})
     try:
-        if not can_bind(host, int(port)):
-            raise taken(int(port), who)
-        again = theirs.model_copy(update={f"{name}_http_port": int(port)})
-        if launch.serve(name, settings=again).endpoints != server["endpoints"]:  # the port was taken meanwhile
+        if not can_bind(settings.host, port):
+            raise taken(port, who)
+        if launch.serve(name, settings=again).endpoints != was["endpoints"]:  # the port was taken meanwhile
             launch.down(name, settings)
-            raise taken(int(port), who)
-    except ServebookError as error:
-        article = "an" if name == "vllm" else "a"
-        pause = f"The room stays open without {article} {what}; the next try is in {RETRY_SECONDS:g} s."
+            raise taken(port, who)
+    except (ServebookError, OSError) as error:  # OSError: its address is not this machine's any more
+        pause = f"The room stays open without its {what}; the next try is in {RETRY_SECONDS:g} s."
         say(f"{error}\n{pause}")
         time.sleep(RETRY_SECONDS)
 

@@ -235,9 +235,9 @@ class Front:
         if path not in RELAYED:
             return error_response(404, "not_found", "The room's engine has no such path.")
         name = self.roll.name_of(shown_key(request))
+        if path in OPEN and (request.method == "HEAD" or (name is None and request.method == "GET")):
+            return await self.page(path)
         if name is None:
-            if path in OPEN and request.method in ("GET", "HEAD"):
-                return await self.page(path)
             return error_response(401, "unauthorized", "Send your key of this room as `Authorization: Bearer KEY`.")
         learner = self.learner(name)
         task = asyncio.current_task()

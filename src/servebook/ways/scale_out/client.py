@@ -70,6 +70,11 @@ class RouterClient:
         # add_worker waits until the replica is healthy, for up to ten minutes; nobody should wait that long.
         try:
             answer = requests.request(method, self.url + path, params=query, timeout=60)
+        except requests.Timeout:
+            raise ServebookError(
+                f"The router has not answered {method} {path} for a minute.",
+                "Is the replica healthy? `servebook logs router` says more.",
+            ) from None
         except requests.RequestException as error:
             raise ServebookError(
                 f"There is no router at {self.url} ({type(error).__name__}).", "Start it: `servebook up router`."

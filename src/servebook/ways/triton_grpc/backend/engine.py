@@ -108,6 +108,8 @@ class Engine:
         # An engine that died raises one error for all, whose traceback holds their tasks' frames, and so their senders.
         # One that is freed later, by chance in Python's last steps, waits for ever for a lock of the stub's.
         gc.collect()
+        if self.llm.errored:  # also where nobody saw it yet
+            self.guardian.expect_the_end()
         self.guardian.release()
 
     def _run(self) -> None:

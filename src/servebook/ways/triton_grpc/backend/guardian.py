@@ -6,8 +6,8 @@ stub ends without a word, it kills the engine, and the server with it: a client 
 and whoever keeps the server can start it again.
 
 Nor does every stub end that is told to, and Triton waits for it: what Python frees in its last steps may want a lock
-that nobody gives back. And a timer in a stuck stub may never fire. So the stub says when an unload begins and when it
-is done with it, and the same happens if it does not end soon.
+that nobody gives back. And a timer in a stuck stub may never fire. So the stub says when its engine died and when it is
+done with the unload, and the same happens if one whose engine died does not end soon.
 
 And a load may never end. While it lasts, Triton 24.10 wants a sign of life from the stub in each second of the clock on
 the wall. If one is missing, as on a machine that was paused, it waits without a word for the end of the stub, which is
@@ -33,8 +33,8 @@ DYING, DONE = b"dying", b"done"
 DEATH_SECONDS = 10.0
 """How long a stub whose engine died may take to unload its model."""
 END_SECONDS = 5.0
-"""How long it may then take to end: some tenths of a second, or two on busy cores. Where no
-engine died nothing is known to hang, and the server may have other models: nothing is done to them."""
+"""How long it may then take to end: some tenths of a second, or two on busy cores. Where no engine died nothing is
+known to hang, and the server may have other models: it is left alone."""
 LOST_SECONDS = 5.0
 """How long Triton may wait for the end of a process: another model's may be ending, which takes a second or two."""
 LOST = "Triton lost sight of its backend (was this machine paused, or its clock set?)"
