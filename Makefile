@@ -19,6 +19,9 @@ ready := $(env)/.servebook-$(device)
 room := $(env)/room
 chapter := $(filter $(K)_%,$(notdir $(wildcard notebooks/*.ipynb)))
 part := $(if $(chapter),,$(K))
+# Of a chapter: its own tests, and of those that go through all chapters what bears its number.
+of_chapter = $(if $(chapter),-k "test_$(K)_ or [$(K) or -$(K)" $(wildcard tests/test_$(K)_*.py) \
+	$(addprefix tests/test_,$(addsuffix .py,chapters labs labs_kit notebooks readme)))
 locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
 .PHONY: lab room test browser check lint setup offline lock notebooks pictures labs deck agendas sheets survived protos clean
@@ -37,7 +40,7 @@ room: $(room)/.ready
 # First of all the browser: what has none must not fail when everything else has run. A part may do without. K=04 is
 # what bears the number of chapter 04, in the lanes of the suite, and not each test that has 404 or 2048 in its name.
 test: browser lint $(room)/.ready
-	$(if $(part),$(bin)/pytest --durations 25 -k "$(part)",scripts/test "$(bin)/pytest" $(if $(chapter),"test_$(K)_ or [$(K) or -$(K)"))
+	$(if $(part),$(bin)/pytest --durations 25 -k "$(part)",scripts/test "$(bin)/pytest" $(of_chapter))
 
 browser:
 	@$(if $(K),-)scripts/browser "$(env)"

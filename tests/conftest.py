@@ -228,9 +228,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def side_by_side(items: list[pytest.Item]) -> None:
     """Of a chapter by itself (K=…), give its notebook, its labs and its tests a lane each.
 
-    Its server is started more often, and it is done sooner.
+    Its server is started more often, and it is done sooner. Tests that start servers of their own go with the labs.
     """
-    from lanes import LANES, lane_of  # not above: it is a plugin, which pytest imports itself
+    from lanes import LANES, has_servers, lane_of  # not above: it is a plugin, which pytest imports itself
 
     taken: defaultdict[str, set[str]] = defaultdict(set)
     notebooks = {item for item in items if "run_notebook" in getattr(item, "fixturenames", ())}
@@ -240,10 +240,10 @@ def side_by_side(items: list[pytest.Item]) -> None:
     for item in items:
         lab = lab_of(item)
         free = sorted(set(LANES) - taken[f"test_{lab.stem}" if lab else item.path.stem])
-        if item in notebooks:
-            if len(free) > 1:
-                item.add_marker(pytest.mark.lane(free[0]), append=False)
-        elif lab and shared_by(item) and free:
+        if item in notebooks and len(free) > 1:
+            item.add_marker(pytest.mark.lane(free[0]), append=False)
+        starts_its_own = has_servers(item) and not shared_by(item) and not item.get_closest_marker("lane")
+        if free and item not in notebooks and (shared_by(item) if lab else starts_its_own):
             item.add_marker(pytest.mark.lane(free[-1]), append=False)
 
 

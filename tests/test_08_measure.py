@@ -43,7 +43,7 @@ ENDING = {False: f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant
 
 
 @pytest.mark.lane("own")
-@pytest.mark.needs("grpc")
+@pytest.mark.needs("vllm", "grpc")
 def test_notebook(run_notebook: Callable[[str], None]) -> None:
     run_notebook("08_measure")
 
@@ -157,7 +157,7 @@ async def test_the_scripted_source_behind_the_real_server(
         wants = Workload(max_tokens=40)
         async with open_arm(path, server, wants, 1) as arm:
             block = await arm.block(24, 48, None, 0)
-            cost = await fit_cost(arm, callers=8)
+            cost = await fit_cost(arm, callers=8, rounds=1)
     finally:
         server.stop()
     assert len(block.load.samples) == 48

@@ -7,11 +7,9 @@ from zlib import crc32
 import numpy as np
 from pydantic import BaseModel, Field
 
-from servebook.bench import workload
 from servebook.bench.arms import Arm, Workload, jobs_for
-from servebook.bench.load import closed_loop
 
-LENGTHS = (8, 24, 64)
+LENGTHS = (8, 16, 32, 64)
 """Answers in tokens, on average: what differs between them is what tokens cost."""
 
 
@@ -34,9 +32,13 @@ class Cost(BaseModel):
             f"{self.token_us:.0f} ± {self.token_error:.0f} µs a token; processes: {self.processes}"
         )
 
+    def per_token_us(self, tokens: float) -> float:
+        """What a token costs in answers of so many, among which what their request costs is spread."""
+        return self.token_us + self.request_us / tokens
+
     def core_full_at(self, tokens: float) -> float:
         """Tokens a second, in answers of so many tokens, at which the busiest process has used up one core."""
-        return 1e6 / self.busiest / (self.token_us + self.request_us / tokens)
+        return 1e6 / self.busiest / self.per_token_us(tokens)
 
 
 def fit(requests: list[int], tokens: list[int], seconds: list[float]) -> tuple[float, float, float, float]:
@@ -58,18 +60,16 @@ def fit(requests: list[int], tokens: list[int], seconds: list[float]) -> tuple[f
 
 
 async def fit_cost(arm: Arm, callers: int, rounds: int = 2) -> Cost:
-    """Measure blocks of answers of three lengths in turns, and fit the line."""
+    """Measure blocks of answers of each length in turns, which stay in `arm.blocks`, and fit the line."""
     requests: list[int] = []
     tokens: list[int] = []
     seconds: list[float] = []
     spent = np.zeros(len(arm.tree.front))
     await arm.warm_up(callers)
     for number, length in enumerate(LENGTHS * rounds, start=1):
-        jobs = workload.take(
-            jobs_for(arm.path, Workload(max_tokens=length), crc32(f"{arm.path.name} {number}".encode())), 2 * callers
-        )
+        arm.jobs = jobs_for(arm.path, Workload(max_tokens=length), crc32(f"{arm.path.name} {number}".encode()))
         before = np.array(arm.tree.by_process())
-        load = await closed_loop(arm.send, jobs, callers)
+        load = (await arm.block(callers, 2 * callers, None, 0)).load
         took = np.array(arm.tree.by_process()) - before
         requests.append(len(load.samples))
         tokens.append(load.output_tokens)

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import unified_diff
 from pathlib import Path
@@ -99,8 +100,8 @@ def run(notebook: Path, parameters: Mapping[str, Any] | None = None, store: bool
     wants = source.metadata.get("servebook", {})
     code = [cell for cell in source.cells if cell.cell_type == "code"]
     try:
-        for name in wants.get("servers", []):
-            serve(name)
+        with ThreadPoolExecutor() as starts:
+            list(starts.map(serve, wants.get("servers", [])))
     except ServebookError as error:
         return Result(notebook, 0, 0, len(code), 0, str(error))
     started = time.monotonic()
