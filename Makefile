@@ -22,7 +22,8 @@ part := $(if $(chapter),,$(K))
 # Of a chapter: its own tests, and of those that go through all chapters what bears its number.
 of_chapter = $(if $(chapter),-k "test_$(K)_ or [$(K) or -$(K)" $(wildcard tests/test_$(K)_*.py) \
 	$(addprefix tests/test_,$(addsuffix .py,chapters labs labs_kit notebooks readme)))
-locked := requirements/$(device).txt pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
+# A lock that is not there is the set-up's to name.
+locked := $(wildcard requirements/$(device).txt) pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
 .PHONY: lab room test browser check lint setup offline lock notebooks pictures labs deck agendas sheets survived protos clean
 

@@ -616,6 +616,9 @@ def test_the_engine_killed_under_load_and_back(doomed: launch.Server, vllm: laun
             for _ in range(8)
         ]
         eventually(lambda: metric(doomed.url, "vllm:num_requests_running") == 16, "the engine has all requests")
+        written = metric(doomed.url, "vllm:generation_tokens_total")
+        begun = written + 16 * 8  # a few steps of all: the first text of each is on its way
+        eventually(lambda: metric(doomed.url, "vllm:generation_tokens_total") > begun, "all answers have begun")
         os.kill(doomed.pid, signal.SIGKILL)
         answers = [call.result() for call in calls]
         for answer in answers[:8]:

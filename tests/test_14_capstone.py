@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from servebook.checkout import ROOT
 from servebook.cli import app
 from servebook.errors import ServebookError
 from servebook.lab import check
+from servebook.lab.capstone import judge
+from servebook.lab.capstone.bench import Bench
 from servebook.lab.capstone.contract import begin, command_of
 from servebook.lab.capstone.judge import judge_service
 from servebook.lab.capstone.stages import STAGES
@@ -61,6 +64,53 @@ def test_a_wrong_service_fails_its_stage_and_is_told_the_cause(
         assert text, verdict.render()
         assert text.splitlines()[0] in verdict.render()
     assert "Traceback" not in verdict.render()
+
+
+CANNED = """
+import os
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+app = FastAPI()
+
+@app.post("/generate")
+async def generate(request: Request):
+    if (await request.json()).get("stream"):
+        events = ['data: {"text": " blue"}\\n\\n', "data: [DONE]\\n\\n"]
+        return StreamingResponse(iter(events), media_type="text/event-stream")
+    return {"response": " blue"}
+
+uvicorn.run(app, port=int(os.environ["PORT"]))
+"""
+
+
+def test_a_service_that_never_asks_the_engine_is_judged_to_the_end(vllm: Server, tmp_path: Path) -> None:
+    """The natural first step: answers of its own."""
+    shutil.copy(MODEL / "service.toml", tmp_path)
+    (tmp_path / "service.py").write_text(CANNED)
+    verdict = judge_service(tmp_path, vllm)
+    assert [each.state for each in verdict.outcomes] == ["wrong"] * 10, verdict.render()
+    told = {each.stage.number for each in verdict.outcomes if "the text is to come from the engine" in each.cause}
+    assert told == {2, 3, 4, 7}, verdict.outcomes
+
+
+def test_what_the_judge_stumbles_over_costs_one_stage(
+    vllm: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumbles(bench: Bench) -> None:
+        raise IndexError("list index out of range")
+
+    def full(bench: Bench) -> None:
+        raise ServebookError("The engine is full (429).")
+
+    begin(tmp_path)
+    monkeypatch.setattr(judge, "STAGES", (replace(STAGES[0], judge=stumbles), replace(STAGES[1], judge=lambda _: None)))
+    verdict = judge_service(tmp_path, vllm, last=2)
+    assert [each.state for each in verdict.outcomes] == ["wrong", "passed"]
+    assert "got           IndexError: list index out of range" in verdict.render()
+    monkeypatch.setattr(judge, "STAGES", (replace(STAGES[0], judge=full),))
+    with pytest.raises(ServebookError, match="full"):
+        judge_service(tmp_path, vllm)
 
 
 def test_the_beginning_is_a_service_with_much_left_to_do(vllm: Server, tmp_path: Path) -> None:

@@ -611,6 +611,17 @@ async def test_a_control_is_judged_on_latency_and_a_run_on_its_generator() -> No
     assert "VOID" in report.control_line(results), "tokens/s are the same, and the first of them comes 4 % later"
 
 
+def test_the_report_is_the_checkouts_from_any_folder(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout, elsewhere = tmp_path / "checkout", tmp_path / "checkout/notebooks"
+    elsewhere.mkdir(parents=True)
+    monkeypatch.setattr("servebook.bench.cli.ROOT", checkout)
+    monkeypatch.chdir(elsewhere)
+    done = CliRunner().invoke(app, ["bench", "--report"])
+    assert done.output == f"{checkout}/BENCHMARKS.md is written.\n"
+    assert (checkout / "BENCHMARKS.md").read_text() == report.markdown(stored())
+    assert not list(elsewhere.iterdir())
+
+
 async def test_a_void_run_is_not_reported() -> None:
     results = await a_run(slower=3.0)
     assert results.void

@@ -19,8 +19,8 @@ from nvml import FakeCard, install
 
 from servebook import cli, launch
 from servebook.engine.gpu import Card
-from servebook.engine.model import bundled_path
-from servebook.errors import LaunchError
+from servebook.engine.model import bundled_path, model_path
+from servebook.errors import LaunchError, ModelError
 from servebook.launch.processes import KEPT
 from servebook.settings import BUNDLED_MODEL, Settings, load_settings
 from servebook.workbook import doctor
@@ -162,8 +162,23 @@ def test_model(here: Settings, tmp_path: Path) -> None:
         assert says in failed[0].fact
     (own / "config.json").write_text('{"max_position_embeddings": 4096, "model_type": "llama"}')
     assert "up to 4096 tokens" in doctor.check_model(load_settings(model=str(own)), quick=True).fact
-    for name in ("Qwen/Qwen3-0.6B", "~nosuchuser/x"):
-        assert "from the hub" in doctor.check_model(load_settings(model=name), quick=True).fact
+    assert "from the hub" in doctor.check_model(load_settings(model="Qwen/Qwen3-0.6B"), quick=True).fact
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"model": "/no/such"}, "There is no model folder '/no/such'."),
+        ({"model": "~nosuchuser/x"}, "There is no model folder '~nosuchuser/x'."),
+        ({"max_model_len": 100_000}, "SERVEBOOK_MAX_MODEL_LEN is 100000, and this model ends at 8192 tokens."),
+    ],
+)
+def test_a_model_that_no_engine_would_start_with(overrides: dict[str, object], says: str) -> None:
+    settings = load_settings(**overrides)
+    finding = doctor.check_model(settings, quick=True)
+    assert (finding.level, finding.fact) == ("FAIL", says)
+    with pytest.raises(ModelError, match=re.escape(f"{says}\n→ {finding.remedy}")):
+        model_path(settings)
 
 
 def test_a_strangers_port_is_named(here: Settings) -> None:
@@ -235,16 +250,28 @@ def test_a_host_that_is_not_this_machine() -> None:
     assert "SERVEBOOK_HOST" in ports["remedy"]
 
 
+def test_a_host_without_a_key_is_one_finding_of_many() -> None:
+    done = command("--json", SERVEBOOK_HOST="0.0.0.0", SERVEBOOK_API_KEY="")
+    assert done.returncode == 1, done.stderr
+    findings = json.loads(done.stdout)
+    (failed,) = [finding for finding in findings if finding["level"] == "FAIL"]
+    assert failed["name"] == "settings"
+    assert "host 0.0.0.0 opens the servers to the network without a key" in failed["fact"]
+    assert {"python", "model", "browser"} <= {finding["name"] for finding in findings}
+
+
 OUT_OF_SIGHT = f"/tmp/{'x' * 300}/state"
 """Nobody can look there, for another reason than that it is another user's: these tests may be root's."""
 
 
 def test_folders_that_this_user_may_not_look_into_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_orphans", dict)
-    settings = load_settings(state_dir=OUT_OF_SIGHT, cache_dir=OUT_OF_SIGHT, model=OUT_OF_SIGHT)
-    for each in (settings, settings.model_copy(update={"model": BUNDLED_MODEL})):
+    settings = load_settings(state_dir=OUT_OF_SIGHT, cache_dir=OUT_OF_SIGHT)
+    folders = {name: f"{OUT_OF_SIGHT} cannot be written: File name too long" for name in ("state", "cache")}
+    for model, more in ((OUT_OF_SIGHT, {"model": f"There is no model folder {OUT_OF_SIGHT!r}."}), (BUNDLED_MODEL, {})):
+        each = settings.model_copy(update={"model": model})
         failed = {finding.name: finding.fact for finding in doctor.run(each, quick=True) if finding.level == "FAIL"}
-        assert failed == {name: f"{OUT_OF_SIGHT} cannot be written: File name too long" for name in ("state", "cache")}
+        assert failed == folders | more
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -124,6 +125,33 @@ def test_errors_come_as_their_kind(asking: Asking) -> None:
         submission.call(submission.function("wrong"), "key", causes={KeyError: "look at it"})
     with pytest.raises(StillOpen):
         submission.call(submission.function("wrong"), "open")
+
+
+def test_an_error_in_a_task_group_is_told_as_it_is(asking: Asking) -> None:
+    """In a room as in a notebook of one's own; a blank in it is open."""
+
+    async def grouped(error: str) -> None:
+        async def fail() -> None:
+            raise {"key": KeyError("no"), "open": NotImplementedError("01.1")}[error]
+
+        async with asyncio.TaskGroup() as outer, asyncio.TaskGroup() as inner:
+            inner.create_task(fail())
+            outer.create_task(asyncio.sleep(0))
+
+    names = {"grouped": grouped}
+    for submission in (asking(names), Submission(find_exercise("01.1")[1], names)):
+        function = submission.function("grouped", awaited=True)
+        with pytest.raises(NotYet, match="look at it") as told:
+            submission.call(function, "key", causes={TypeError: "misleading", KeyError: "look at it"})
+        assert told.value.got.startswith("KeyError: 'no'")
+        with pytest.raises(StillOpen):
+            submission.call(function, "open")
+
+
+def test_every_known_error_can_be_told() -> None:
+    for kind in judging.KNOWN:
+        told = judging.error_of({"kinds": [kind], "text": "its words", "args": ["its words"], "where": ""})
+        assert str(told) == "its words", kind
 
 
 def test_a_coroutine_where_a_plain_function_is_called_is_told(asking: Asking) -> None:

@@ -40,6 +40,7 @@ from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab import checking, record
 from servebook.lab.capstone.stages import STAGES
+from servebook.lab.dry_run import load as dry_run
 from servebook.lab.feedback import Result
 from servebook.lab.handout import autograde, confine, landlock, provided
 from servebook.lab.handout.blanks import student_notebook
@@ -239,6 +240,48 @@ def test_a_check_builds_on_all_that_stands_above(tmp_path: Path) -> None:
     nbformat.write(notebook, path)
     with pytest.raises(ServebookError, match="The cell 'setup' failed"):
         LabShell(path).prepare("02.2")
+
+
+def test_an_interrupt_ends_a_check_and_is_no_attempt(learner: Run, tmp_path: Path) -> None:
+    """Ctrl-C in the set-up, and in the answer."""
+    learner("labs", "init", tmp_path)
+    path = tmp_path / OTHER / f"{OTHER}.ipynb"
+    ctrl_c = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    for cell in ("02-1-answer", "setup"):
+        notebook = nbformat.read(path, as_version=4)
+        cells = {each.id: each for each in notebook.cells}
+        cells["setup"].source = cells["02-1-given"].source = "pass"
+        cells[cell].source = ctrl_c
+        nbformat.write(notebook, path)
+        ended = learner("labs", "check", "02.1", code=130)
+        assert "stopped" in ended.stderr
+        assert not ended.stdout
+        assert "✗" not in learner("labs", "list").stdout
+
+
+INTERRUPTING = """
+import json, os, signal, sys
+held = ""
+for line in sys.stdin:
+    held += json.dumps({"model": line.strip()}) + "\\n"
+    if "interrupted" in line:
+        os.kill(os.getppid(), signal.SIGINT)
+    else:
+        print(held, end="", flush=True)
+        held = ""
+"""
+
+
+def test_an_interrupt_leaves_no_engine_facts_for_the_next_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to the interrupted question comes when the next one has been asked."""
+    dry_run.end()
+    monkeypatch.setattr(dry_run, "as_told", lambda _: [sys.executable, "-c", INTERRUPTING])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            dry_run.engine_facts(Path("interrupted"))
+        assert dry_run.engine_facts(Path("another")) == {"model": "another"}
+    finally:
+        dry_run.end()
 
 
 def test_the_capstones_hints_name_sections_that_there_are() -> None:

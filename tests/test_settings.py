@@ -16,8 +16,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
+from typer.testing import CliRunner
 
 from servebook import settings as module
+from servebook.cli import app
+from servebook.engine import prepare, rust_front
 from servebook.errors import ServebookError
 from servebook.settings import Settings, is_loopback, load_settings, settings_file
 
@@ -215,6 +218,21 @@ def test_on_gpu(monkeypatch: pytest.MonkeyPatch, device: str, driver: bool, vllm
 )
 def test_is_loopback(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize("words", ["labs list", "labs hint 01.1", "prepare", "rust_front"])
+def test_what_opens_nothing_asks_for_no_key(bare: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    """As in a second terminal beside `SERVEBOOK_HOST=0.0.0.0 make room`, which makes its own key, and in its set-up."""
+    monkeypatch.setenv("SERVEBOOK_HOST", "0.0.0.0")
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(bare / "state"))
+    monkeypatch.setattr(prepare, "prepare_bundled", lambda _: bare)
+    monkeypatch.setattr(rust_front, "rust_front", lambda *_: bare)
+    monkeypatch.setattr("sys.argv", [words])
+    if script := {"prepare": prepare, "rust_front": rust_front}.get(words):
+        assert script.main() == 0
+    else:
+        done = CliRunner().invoke(app, words.split())
+        assert (done.exit_code, done.exception) == (0, None)
 
 
 # --- whom settings are taken from ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 import threading
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -141,6 +142,20 @@ def test_no_network_leaves_nothing_behind(clone: Path, tmp_path: Path) -> None:
     assert "check the network" in done.stderr
     assert not (clone / ".venv").exists()
     assert not list((tmp_path / "empty").iterdir())
+
+
+def test_uv_is_fetched_anew_where_only_its_folder_is_left(clone: Path, program: Callable[[str, str], Path]) -> None:
+    """As by a cleaner of caches, which took the large file and left the small ones."""
+    uv = cached_uv(clone)
+    env = environment(clone, OFFLINE="")
+    uv.unlink()
+    (uv.parents[1] / "uv").mkdir()
+    install = 'while [ "$1" != --target ]; do shift; done; mkdir -p "$2/bin"; printf "#!/bin/sh" > "$2/bin/uv"'
+    program("python3", f'case "$*" in *install*) {install}; chmod +x "$2/bin/uv";; esac')
+    done = subprocess.run([clone / "scripts/uv"], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{uv}\n"), done.stderr
+    assert os.access(uv, os.X_OK)
+    assert [path.name for path in uv.parents[2].iterdir()] == [uv.parents[1].name]
 
 
 @pytest.fixture
@@ -283,7 +298,8 @@ def test_ctrl_c_leaves_nothing_behind(clone: Path, program: Callable[[str, str],
 def test_unknown_device(clone: Path) -> None:
     done = make(clone, "setup", DEVICE="tpu")
     assert done.returncode != 0
-    assert "no lock for DEVICE=tpu" in done.stderr or "requirements/tpu.txt" in done.stderr
+    assert "there is no lock for DEVICE=tpu\n→ use DEVICE=cpu, gpu or auto" in done.stderr
+    assert "No rule to make target" not in done.stderr
 
 
 # --- what it does -------------------------------------------------------------------------------------------------
@@ -629,6 +645,55 @@ def test_lanes_that_find_no_room_on_the_card_come_one_after_another(
     assert words == ["begin", "end"] * 3 if at_a_time == 1 else ["begin"] * 3 + ["end"] * 3
 
 
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("free_gb", "at_a_time"), [(64, 3), (8, 2)])
+def test_lanes_end_with_the_script_and_before_it(
+    clone: Path, program: Callable[[str, str], Path], tmp_path: Path, sig: signal.Signals, free_gb: int, at_a_time: int
+) -> None:
+    """A terminal's Ctrl-C reaches the lanes too, and one of `kill` the script alone; a lane in waiting never begins."""
+    program("awk", f"echo {free_gb}")
+    notes = tmp_path / "notes"
+    lane = program(
+        "pytest",
+        f"""exec {sys.executable} - "$@" <<'X'
+import os, signal, sys, time
+def end(*_):
+    time.sleep(1 if "several" in sys.argv else 0.2)  # what it started takes its time to end
+    note("end")
+    sys.exit(2)
+def note(word):
+    with open({str(notes)!r}, "a") as file:
+        print(word, os.getpid(), file=file)
+signal.signal(signal.SIGTERM, end)
+print("seen as it comes", flush=True)
+note("begin")
+try:
+    time.sleep(600)
+except KeyboardInterrupt:  # which Python raises where SIGINT is not ignored from its start
+    end()
+X""",
+    )
+    command, env = [clone / "scripts/test", lane], environment(clone)
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True) as script:
+        try:
+            began = lambda: notes.exists() and len(notes.read_text().splitlines()) == at_a_time  # noqa: E731
+            eventually(began, "the lanes' beginning", seconds=30)
+            assert script.stdout
+            assert script.stdout.readline() == "seen as it comes\n"
+            if sig == signal.SIGINT:
+                os.killpg(script.pid, sig)
+            else:
+                script.send_signal(sig)
+            code = script.wait(timeout=20)
+            lines = [line.split() for line in notes.read_text().splitlines()]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+    assert code == 128 + sig
+    assert [word for word, _ in lines] == ["begin"] * at_a_time + ["end"] * at_a_time
+    assert len({pid for _, pid in lines}) == at_a_time
+
+
 # --- the browser of the tests -------------------------------------------------------------------------------------
 
 
@@ -653,22 +718,48 @@ def bring(clone: Path, program: Callable[[str, str], Path], tmp_path: Path) -> C
 CHROMIUM_OF_PLAYWRIGHT = ".cache/ms-playwright/chromium-1/chrome-linux64/chrome"
 
 
+@pytest.fixture
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str | None]:
+    """`find_browser` in the same place."""
+
+    def look() -> str | None:
+        with monkeypatch.context() as there:
+            there.setenv("PATH", str(tmp_path / "bin"))
+            there.setenv("HOME", str(tmp_path))
+            there.delenv("XDG_CACHE_HOME", raising=False)
+            there.delenv("PLAYWRIGHT_BROWSERS_PATH", raising=False)
+            return find_browser()
+
+    return look
+
+
 @pytest.mark.parametrize("browser", [*BROWSERS, CHROMIUM_OF_PLAYWRIGHT])
 def test_a_browser_by_any_of_its_names_is_enough(
     bring: Callable[[int], str],
+    found: Callable[[], str | None],
     program: Callable[[str, str], Path],
     browser: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For the script, and for the doctor and the tests, which ask the same function."""
-    found = program(f"../{browser}" if "/" in browser else browser, "true")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.delenv("PLAYWRIGHT_BROWSERS_PATH", raising=False)
+    path = program(f"../{browser}" if "/" in browser else browser, "true")
     assert bring(0) == ""
-    assert find_browser() == str(found.resolve())
+    assert found() == str(path.resolve())
+
+
+@pytest.mark.parametrize("harm", ["exit 1", None], ids=["a stub for a snap", "of another machine"])
+def test_a_browser_that_does_not_run_is_passed_over_by_all(
+    bring: Callable[[int], str],
+    found: Callable[[], str | None],
+    program: Callable[[str, str], Path],
+    harm: str | None,
+) -> None:
+    stub = program("chromium", harm or "")
+    if not harm:
+        stub.write_bytes(b"\x7fELF")
+    assert found() is None
+    path = program(f"../{CHROMIUM_OF_PLAYWRIGHT}", "true")
+    assert bring(0) == ""
+    assert found() == str(path.resolve())
 
 
 def test_playwright_brings_its_own(

@@ -68,7 +68,7 @@ def write_guard(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def write_report(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.chdir(folder)
+    patch.setattr("servebook.bench.cli.ROOT", folder)
     if result := CliRunner().invoke(app, ["bench", "--report"]).exception:
         raise result
 

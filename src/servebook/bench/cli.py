@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from servebook.checkout import ROOT
 from servebook.launch.display import plain_console
 from servebook.settings import load_settings
 from servebook.whole import write_whole
@@ -97,8 +98,8 @@ def bench(
         watch(store)
         return
     if as_report:
-        write_whole(Path("BENCHMARKS.md"), markdown(stored()))
-        console.print("BENCHMARKS.md is written.")
+        write_whole(file := ROOT / "BENCHMARKS.md", markdown(stored()))
+        console.print(f"{file} is written.")
         return
     plan = FULL if full else QUICK
     wants = Workload(

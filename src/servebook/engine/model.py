@@ -42,6 +42,22 @@ def given_folder(settings: Settings) -> Path:
     return Path(settings.model)
 
 
+def given_model(settings: Settings) -> Path | None:
+    """The folder that SERVEBOOK_MODEL names; None where it names a model of the hub.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    if is_folder(folder := given_folder(settings)):
+        return folder
+    if HUB_ID.fullmatch(settings.model):
+        return None
+    raise ModelError(
+        f"There is no model folder {settings.model!r}.",
+        "Set SERVEBOOK_MODEL to a folder with config.json, to a hub id such as Qwen/Qwen3-0.6B, or unset it.",
+    )
+
+
 def is_folder(path: Path) -> bool:
     """Whether this user can see a folder there."""
     with suppress(OSError):
@@ -72,8 +88,7 @@ def model_path(settings: Settings) -> Path:
     Raises:
         ModelError: there is no such model, it cannot be fetched, or `max_model_len` is beyond it.
     """
-    name = settings.model
-    if name == BUNDLED_MODEL:
+    if settings.model == BUNDLED_MODEL:
         folder = bundled_path(settings)
         if not is_prepared(folder, quick=True):
             # In a process of its own, so that a notebook's kernel need not load torch.
@@ -91,22 +106,27 @@ def model_path(settings: Settings) -> Path:
                     problem or f"The model's preparation ended with {done.returncode}.",
                     remedy or "Run `python -m servebook.engine.prepare`, which shows the whole error.",
                 )
-    elif is_folder(given := given_folder(settings)):
+    elif given := given_model(settings):
         folder = given.resolve()
-    elif HUB_ID.fullmatch(name):
-        folder = _from_hub(name)
     else:
-        raise ModelError(
-            f"There is no model folder {name!r}.",
-            "Set SERVEBOOK_MODEL to a folder with config.json, to a hub id such as Qwen/Qwen3-0.6B, or unset it.",
-        )
+        folder = _from_hub(settings.model)
+    sufficient_limit(settings, folder)
+    return folder
+
+
+def sufficient_limit(settings: Settings, folder: Path) -> int | None:
+    """The `context_limit` of `folder`, in tokens, which `max_model_len` keeps to.
+
+    Raises:
+        ModelError: `max_model_len` is beyond it, or `folder` holds no `config.json`.
+    """
     limit = context_limit(folder)
     if limit and settings.max_model_len > limit:
         raise ModelError(
             f"SERVEBOOK_MAX_MODEL_LEN is {settings.max_model_len}, and this model ends at {limit} tokens.",
             f"Set it to {limit} or less.",
         )
-    return folder
+    return limit
 
 
 def context_limit(folder: Path) -> int | None:

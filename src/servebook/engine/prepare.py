@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from servebook.engine.model import CHECKSUMS, GGUF_SHA256, bundled_path, is_prepared, sha256
 from servebook.errors import ModelError, ServebookError
-from servebook.settings import Settings, load_settings
+from servebook.settings import Settings, own_settings
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DRAFT = f".preparing-{GGUF_SHA256[:8]}-"
@@ -83,7 +83,7 @@ def _convert(target: Path) -> None:
 def main() -> int:
     """Prepare the bundled model and say where it is."""
     try:
-        print(prepare_bundled(load_settings()))
+        print(prepare_bundled(own_settings()))
     except ServebookError as error:
         print(str(error).replace("\n", " "), file=sys.stderr)
         return 1

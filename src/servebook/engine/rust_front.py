@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING
 from filelock import FileLock
 
 from servebook.errors import LaunchError, ServebookError
-from servebook.settings import Settings, installed_vllm, load_settings
+from servebook.settings import Settings, installed_vllm, own_settings
 
 if TYPE_CHECKING:
     from servebook.engine.wheel import Say
@@ -83,7 +83,7 @@ def is_intact(file: Path) -> bool:
     try:
         with file.open("rb") as content:
             return _hash(content) == file.with_name("RECORD").read_text().strip()
-    except OSError:
+    except (OSError, ValueError):  # also where the record is no text
         return False
 
 
@@ -134,7 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--from", type=Path, dest="source", help="take it from this folder, without a network")
     parser.add_argument("folder", type=Path, nargs="?", help="put a copy of it, and its hash, there")
-    words, settings = parser.parse_args(), load_settings()
+    words, settings = parser.parse_args(), own_settings()
 
     def say(text: str) -> None:
         if sys.stderr.isatty():

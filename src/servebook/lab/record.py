@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from servebook.errors import ServebookError
-from servebook.settings import load_settings
+from servebook.settings import own_settings
 from servebook.whole import write_whole
 
 LOCK_SECONDS = 10.0
@@ -41,7 +41,7 @@ class Store:
     """A locked view of the progress file: `with Store() as progress:` reads it, and writes it at the end."""
 
     def __init__(self) -> None:
-        self.path = load_settings().state_dir / "labs.json"
+        self.path = own_settings().state_dir / "labs.json"
         self.lock = FileLock(self.path.with_suffix(".lock"))
 
     def __enter__(self) -> Progress:

@@ -141,10 +141,16 @@ class LabShell:
         raise ServebookError(f"{self.notebook} has no answer cell for {exercise_id}.", again(self.notebook))
 
     def run(self, source: str) -> BaseException | None:
-        """Run a cell silently; return the error that it ended with."""
+        """Run a cell silently; return the error that it ended with.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, which IPython keeps to itself, is no error of the cell's.
+        """
         with capture_output():
             done = self.shell.run_cell(source)
         error: BaseException | None = done.error_before_exec or done.error_in_exec
+        if isinstance(error, KeyboardInterrupt):
+            raise error
         return error
 
     def check(self, exercise_id: str, answer: str | None = None) -> Result:

@@ -232,6 +232,7 @@ class Submission:
             StillOpen: it says that the blank is open.
             NotYet: any other.
         """
+        error = ungrouped(error)
         if isinstance(error, NotYet | StillOpen):
             raise error
         if isinstance(error, NotImplementedError) and error.args == (self.exercise.id,):
@@ -257,6 +258,13 @@ def waited(account: Path) -> float:
         return int(account.read_text(encoding="utf-8").split()[1]) / 1e9
     except (OSError, IndexError):  # it has ended, or this kernel keeps no such account
         return 0.0
+
+
+def ungrouped(error: BaseException) -> BaseException:
+    """The first error of a group, such as a TaskGroup raises; any other as it is."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def where(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import platform
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -29,7 +30,7 @@ from servebook.checkout import ROOT
 from servebook.engine import rust_front
 from servebook.engine.arguments import available_gib, cpu_flags, cpu_quota, gpu_gib, needed_gib, weights_gib
 from servebook.engine.gpu import GIB, Card, cards
-from servebook.engine.model import bundled_path, context_limit, given_folder, is_folder, is_prepared
+from servebook.engine.model import bundled_path, given_folder, given_model, is_prepared, sufficient_limit
 from servebook.environment import (
     GIVEN,
     LOOPBACK_NAMES,
@@ -43,7 +44,7 @@ from servebook.launch.link import OPEN_FILES
 from servebook.launch.memory import held_by
 from servebook.launch.processes import KEPT, can_bind
 from servebook.launch.supervisor import connect
-from servebook.settings import BUNDLED_MODEL, RoomSettings, Settings, installed_vllm, load_settings
+from servebook.settings import BUNDLED_MODEL, RoomSettings, Settings, installed_vllm, load_settings, own_settings
 
 Level = Literal["OK", "WARN", "FAIL"]
 
@@ -57,6 +58,8 @@ SHM_MIB = 256
 """vLLM and Triton pass data between their processes through /dev/shm; containers often have 64 MiB."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 """The names that Chromium goes by; `scripts/browser` looks for the same, and for Playwright's own builds."""
+VERSION_SECONDS = 10
+"""What a browser may take to say its version, which is a moment's work even on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ class Report(list[Finding]):
     def as_dicts(self) -> list[dict[str, str]]:
         """For `servebook doctor --json`."""
         return [asdict(finding) for finding in self]
+
+
+def failure(name: str, error: ServebookError) -> Finding:
+    """What a command would refuse with this error."""
+    return Finding("FAIL", name, str(error).split("\n")[0], error.remedy)
 
 
 def check_python(running: tuple[int, int]) -> Finding:
@@ -267,22 +275,22 @@ def check_compiler(compiler: str | None, header: Path) -> Finding:
 
 def check_model(settings: Settings, quick: bool) -> Finding:
     """The model is there; the bundled one unaltered (by hash, or only by size of its files where `quick`)."""
-    folder = bundled_path(settings)
-    if settings.model == BUNDLED_MODEL:
-        if is_prepared(folder, quick=quick):
-            return Finding("OK", "model", f"SmolLM2-135M-Instruct in {folder}")
-        there = os.access(folder, os.F_OK)  # False where this user may not look
+    bundled = bundled_path(settings) if settings.model == BUNDLED_MODEL else None
+    if bundled and not is_prepared(bundled, quick=quick):
+        there = os.access(bundled, os.F_OK)  # False where this user may not look
         level: Level = "FAIL" if there else "WARN"
         state = "altered or incomplete" if there else "not prepared yet"
-        return Finding(level, "model", f"{state}: {folder}", "Run `python -m servebook.engine.prepare` (20 s).")
-    folder = given_folder(settings)
-    if not is_folder(folder):
-        return Finding("OK", "model", f"{settings.model}, fetched from the hub when an engine starts")
+        return Finding(level, "model", f"{state}: {bundled}", "Run `python -m servebook.engine.prepare` (20 s).")
     try:
-        limit = context_limit(folder)
+        folder = bundled or given_model(settings)
+        if not folder:
+            return Finding("OK", "model", f"{settings.model}, fetched from the hub when an engine starts")
+        limit = sufficient_limit(settings, folder)
         weights_gib(folder)
     except ServebookError as error:
-        return Finding("FAIL", "model", str(error).split("\n")[0], error.remedy)
+        return failure("model", error)
+    if bundled:
+        return Finding("OK", "model", f"SmolLM2-135M-Instruct in {folder}")
     return Finding("OK", "model", f"{folder}, up to {limit or 'an unknown number of'} tokens")
 
 
@@ -301,7 +309,7 @@ def check_rust_front(file: Path | None) -> Finding:
 def check_engine_url(url: str | None, problem: ServebookError | None) -> Finding:
     """The engine elsewhere, where there is to be one, answers."""
     if problem:
-        return Finding("FAIL", "engine", str(problem).split("\n")[0], problem.remedy)
+        return failure("engine", problem)
     return Finding("OK", "engine", f"vLLM at {url}" if url else "runs on this machine")
 
 
@@ -420,7 +428,12 @@ def check_browser(path: str | None) -> Finding:
 
 def run(settings: Settings | None = None, quick: bool = False) -> Report:
     """Every check on this machine; `quick` (under a second) leaves out the model's hash and the browser."""
-    settings = settings or load_settings()
+    refused = []
+    try:
+        settings = settings or load_settings()
+    except ServebookError as error:
+        settings = own_settings()  # all but a host that asks for a key is refused here, too
+        refused = [failure("settings", error)]
     entries = []
     with suppress(ServebookError):  # the state folder cannot be looked into: `check_folder` says so
         entries = launch.status(settings)
@@ -438,6 +451,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
     ]
     report = Report(
         [
+            *refused,
             check_python(sys.version_info[:2]),
             check_lock(lock, {name: _installed(name) for name, _ in pins(lock or "")}),
             check_glibc(platform.libc_ver()),
@@ -471,15 +485,20 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
 
 
 def find_browser() -> str | None:
-    """The Chromium for the browser tests: an installed one, or Playwright's own build; None where there is none."""
+    """The Chromium for the browser tests: the first that runs, installed or Playwright's own build, or None."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     builds = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or cache / "ms-playwright")
-    installed = (path for name in BROWSERS if (path := shutil.which(name)))
-    if found := next(installed, None):
-        return found
+    found = [path for name in BROWSERS if (path := shutil.which(name))]
     with suppress(OSError):  # a home folder that is another's
-        return next(map(str, builds.glob("chromium-*/chrome-linux*/chrome")), None)
-    return None
+        found += map(str, builds.glob("chromium-*/chrome-linux*/chrome"))
+    return next(filter(_runs, found), None)
+
+
+def _runs(program: str) -> bool:
+    """Not so where `chromium-browser` of Ubuntu's apt only says that one is to install a snap."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run([program, "--version"], capture_output=True, timeout=VERSION_SECONDS).returncode == 0
+    return False
 
 
 def _installed(name: str) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from servebook.errors import ServebookError
 from servebook.lab.capstone.bench import Bench
 from servebook.lab.capstone.contract import FOLDER, ID
 from servebook.lab.capstone.stages import STAGES, Stage
@@ -88,7 +89,7 @@ def judge_service(folder: Path = FOLDER, vllm: Server | None = None, last: int =
 
 
 def outcome(bench: Bench, stage: Stage) -> Outcome:
-    """Judge one stage.
+    """Judge one stage; what the judge itself stumbles over costs this stage, not the verdict on the others.
 
     Raises:
         ServebookError: the engine has no room, or is gone.
@@ -102,4 +103,9 @@ def outcome(bench: Bench, stage: Stage) -> Outcome:
         error = last_error(bench.child.said()[said:])
         got = f"{fault.got}\nits log: {error}" if error and error not in fault.got else fault.got
         return Outcome(stage, "wrong", fault.expected, got, fault.cause)
+    except ServebookError:
+        raise
+    except Exception as error:
+        cause = "the judge itself stumbled: judge again; `servebook status` shows whether the engine is well"
+        return Outcome(stage, "wrong", "a stage that can be judged", f"{type(error).__name__}: {error}", cause)
     return Outcome(stage, "passed")

@@ -39,6 +39,7 @@ HELD_AT = 2
 """The event of a stream that is held, from 0: a busy engine may put several tokens into one."""
 LEAVERS_TOKENS = 200
 PIECES_AFTER_LEAVING = 40
+NOT_ASKED = "the text is to come from the engine"
 UNLIMITED = "there is no such limit: look at the body before the engine gets it"
 WRONG_STATUS = {
     401: "the right key is Authorization: Bearer and SERVICE_KEY from the environment",
@@ -100,17 +101,17 @@ def right(bench: Bench) -> None:
     """The engine's own greedy text."""
     tokens = 12
     own = engines_own(bench, tokens)
+    before = len(bench.asked())
     answer = bench.post(PROMPT, tokens)
     ok(answer)
-    made = bench.asked()[-1:]
-    require(bool(made), "a request to ENGINE_URL", "none", "the text is to come from the engine")
-    asked = made[0].body if isinstance(made[0].body, dict) else {}
+    made = last_asked(bench, before)
+    asked = made.body if isinstance(made.body, dict) else {}
     given = answer.json() if isinstance(answer.json(), dict) else {}
     judge(
         own,
         given.get("text"),
         ("text" not in given, 'the answer is JSON: {"text": …, "tokens": …}'),
-        ("chat" in made[0].path, "the prompt goes to /v1/completions as it is: a chat's template changes it"),
+        ("chat" in made.path, "the prompt goes to /v1/completions as it is: a chat's template changes it"),
         (asked.get("prompt") not in (PROMPT, [PROMPT]), "the engine was asked another prompt than the caller's"),
         (asked.get("max_tokens") != tokens, "max_tokens goes on to the engine: its own default is another"),
         (asked.get("temperature") != 0, "greedy is temperature 0; without it the engine draws lots"),
@@ -119,6 +120,17 @@ def right(bench: Bench) -> None:
         otherwise="the text is choices[0].text as it came",
     )
     judge(tokens, given.get("tokens"), otherwise="the engine counts: usage.completion_tokens")
+
+
+def last_asked(bench: Bench, before: int) -> Exchange:
+    """The service's last request to the engine, after the `before` that it had made already.
+
+    Raises:
+        NotYet: there is none, the service made the text up.
+    """
+    made = bench.asked()[before:]
+    require(bool(made), "a request to ENGINE_URL", "none", NOT_ASKED)
+    return made[-1]
 
 
 def engines_own(bench: Bench, tokens: int) -> str:
@@ -140,6 +152,7 @@ def engines_own(bench: Bench, tokens: int) -> str:
 def streams(bench: Bench) -> None:
     """The engine's stream is held at its third piece until the caller has read the first."""
     first_read, early = threading.Event(), threading.Event()
+    before = len(bench.asked())
 
     def hold(exchange: Exchange, number: int) -> None:
         if number == HELD_AT and first_read.wait(5):
@@ -158,9 +171,10 @@ def streams(bench: Bench) -> None:
         first_read.set()
         stream.rest()
     require(first is not None, "events with text", "none", 'each piece is an event: data: {"text": …}')
+    exchange = last_asked(bench, before)
     require(early.is_set(), "the first piece before the engine has written the last", "all at the end", GATHERED)
     judge(
-        written(bench.asked()[-1]).get(PROMPT, ""),
+        written(exchange).get(PROMPT, ""),
         stream.text,
         otherwise="the pieces, joined, are the engine's text: nothing trimmed, left out or twice",
     )
@@ -175,6 +189,7 @@ def streams(bench: Bench) -> None:
 def leaves(bench: Bench) -> None:
     """The engine's stream goes on slowly after the caller left, so that a service may notice at its next piece."""
     gone, enough = threading.Event(), threading.Event()
+    before = len(bench.asked())
 
     def hold(exchange: Exchange, number: int) -> None:
         if number > 3 and not enough.is_set() and gone.wait(5):
@@ -186,9 +201,10 @@ def leaves(bench: Bench) -> None:
         stream = bench.stream(PROMPT, LEAVERS_TOKENS)
         ok(stream)
         stream.piece()
+        wait_until(lambda: len(bench.asked()) > before, BACK_SECONDS)  # the first event may be the service's own
         stream.leave()
         gone.set()
-        exchange = bench.asked()[-1]
+        exchange = last_asked(bench, before)
         wait_until(lambda: enough.is_set() or exchange.done.is_set(), 30)
     require(
         exchange.left is not None,
@@ -341,6 +357,7 @@ def crowd(bench: Bench) -> None:
         if isinstance(answer, NotYet):
             raise answer
         ok(answer)
+    require(bool(made), "a request to ENGINE_URL", "none", NOT_ASKED)
     texts = {prompt: text for exchange in made for prompt, text in written(exchange).items()}
     for number, answer in enumerate(answers):
         given = answer.json()

@@ -248,6 +248,8 @@ def check_01_5(submission: Submission) -> None:
                 else "something limits how many are under way: start all before waiting for any",
             ) from None
     for exchange in made:
+        chat = exchange.path.endswith("/chat/completions")
+        require(chat, "chat requests to the engine", exchange.path, "the questions go to the chat API")
         sends(exchange, model=vllm.model, max_tokens=12)
     by_question = {exchange.body["messages"][-1]["content"]: reply_of(exchange) for exchange in made}
     right = [by_question.get(question) for question in questions]

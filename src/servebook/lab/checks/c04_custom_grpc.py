@@ -21,7 +21,7 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from servebook.lab.feedback import NotYet, judge, require
-from servebook.lab.learner_server.judge import GATHERED, StreamWatch, own_server, written
+from servebook.lab.learner_server.judge import GATHERED, USED_UP, StreamWatch, own_server, written
 from servebook.lab.learner_server.run import OwnServer
 from servebook.lab.rest import RELIABLE, accepted, context_length, key_of, not_full, reply_of, sends
 from servebook.lab.submission import Causes, Submission
@@ -228,6 +228,7 @@ def check_04_2(submission: Submission) -> None:
             ),
             (lambda got, right: right.startswith(got), early),
             otherwise="the text of each chunk goes into one message, once",
+            fits=lambda got, right: bool(messages) and got == right,
         )
         finished = [message.is_finished for message in messages]
         chunks = sum(bool(event["choices"]) for event in exchange.events())
@@ -259,7 +260,11 @@ def check_04_2(submission: Submission) -> None:
         call = stub.StreamGenerate(
             llm_pb2.StreamGenerateRequest(prompt="One, two, three, four,", max_tokens=60), timeout=SECONDS
         )
-        next(iter(call))
+        try:
+            first = next(iter(call), None)
+        except grpc.RpcError as error:
+            raise failed(error, "StreamGenerate") from None
+        require(first is not None, "a second stream like the first", "it ends without a message", USED_UP)
         call.cancel()  # type: ignore[no-untyped-call]
         tap.settle()
         require(

@@ -14,7 +14,7 @@ from typing import Any
 import requests
 
 from servebook.lab.feedback import NotYet, judge, require
-from servebook.lab.learner_server.judge import GATHERED, StreamWatch, own_server
+from servebook.lab.learner_server.judge import GATHERED, USED_UP, StreamWatch, own_server
 from servebook.lab.learner_server.run import OwnServer
 from servebook.lab.rest import RELIABLE, accepted, reply_of, sends
 from servebook.lab.submission import Submission
@@ -66,9 +66,14 @@ def body_of(answer: requests.Response) -> Any:
 
 
 def answers_200(answer: requests.Response) -> None:
-    """Require success."""
-    got = f"{answer.status_code} {answer.text[:200]}"
-    require(answer.status_code == 200, "200", got, STATUS.get(answer.status_code, "the handler fails"))
+    """Require success; only an answer without it is read."""
+    if answer.status_code == 200:
+        return
+    try:
+        said = answer.text[:200]
+    except requests.RequestException:
+        said = "(broken off)"
+    raise NotYet("200", f"{answer.status_code} {said}", STATUS.get(answer.status_code, "the handler fails"))
 
 
 def wait_for(tap: Tap, count: int, answer: Future[requests.Response]) -> None:
@@ -168,8 +173,7 @@ def check_05_2(submission: Submission) -> None:
         caller = Caller(submission, server, tap)
         with caller.post("/chat/stream", stream=True) as answer:
             kind = answer.headers.get("content-type", "")
-            if answer.status_code != 200:
-                answers_200(answer)
+            answers_200(answer)
             media = "say media_type='text/event-stream', or browsers take it for plain text"
             right = "200 text/event-stream"
             require(kind.startswith("text/event-stream"), right, f"{answer.status_code} {kind}", media)
@@ -178,7 +182,7 @@ def check_05_2(submission: Submission) -> None:
                 for line in answer.iter_lines():
                     if line.startswith(b"data:"):
                         watch.first_read.set()
-                    lines.append(line.decode())
+                    lines.append(line.decode(errors="replace"))
             except requests.RequestException:
                 lines.append("(broken off)")
         require(bool(tap.exchanges), "a request to the engine", lines[:3], FROM_ENGINE)
@@ -220,7 +224,7 @@ def check_05_2(submission: Submission) -> None:
         require(watch.early.is_set(), early, "the first event only after the last token", GATHERED)
         watch.leaving.set()
         with caller.post("/chat/stream", {**ASK, "max_tokens": 60}, stream=True) as answer:
-            next(line for line in answer.iter_lines() if line.startswith(b"data:"))
+            _begins(answer)
         wait_until(lambda: len(tap.exchanges) >= 2, 5)
         tap.settle()
         require(
@@ -229,6 +233,20 @@ def check_05_2(submission: Submission) -> None:
             f"{len(tap.exchanges[-1].events())} events, all read from the engine for nobody",
             "the handler's end must end the engine's stream too: read it in the generator itself, in an `async with`",
         )
+
+
+def _begins(answer: requests.Response) -> None:
+    """Read a later stream to its first event.
+
+    Raises:
+        NotYet: it has none, though the stream before was in order.
+    """
+    answers_200(answer)
+    try:
+        first = next((line for line in answer.iter_lines() if line.startswith(b"data:")), None)
+    except requests.RequestException:
+        first = None
+    require(first is not None, "a second stream like the first", "it ends before its first event", USED_UP)
 
 
 def check_05_3(submission: Submission) -> None:
@@ -263,10 +281,14 @@ def check_05_3(submission: Submission) -> None:
             f"POST /chat HTTP/1.1\r\nHost: lab\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         host, port = server.address.split(":")
-        with socket.create_connection((host, int(port))) as leaver:
-            leaver.sendall(head.encode() + body)
-            wait_until(lambda: len(tap.exchanges) >= 2, 10)
-            time.sleep(1)  # a caller's patience
+        try:
+            with socket.create_connection((host, int(port))) as leaver:
+                leaver.sendall(head.encode() + body)
+                wait_until(lambda: len(tap.exchanges) >= 2, 10)
+                time.sleep(1)  # a caller's patience
+        except OSError as error:
+            cause = "the server has ended, or hangs up"
+            raise NotYet("a server that takes a second call", f"the connection failed: {error}", cause) from None
         require(len(tap.exchanges) >= 2, "a request to the engine", "none within 10 s", "ask the engine at once")
         tap.settle()
         require(

@@ -87,9 +87,13 @@ def engine_facts(version: Path) -> dict[str, Any]:
     process = vllm_process()
     assert process.stdin
     assert process.stdout
-    with suppress(BrokenPipeError):
-        print(version, file=process.stdin, flush=True)
-    answer = process.stdout.readline()
+    try:
+        with suppress(BrokenPipeError):
+            print(version, file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+    except BaseException:  # an Interrupt, too: what it says later would be taken for the next answer
+        end()
+        raise
     if not answer:
         end()
         raise LaunchError("The process that reads engine arguments has died.", "Is there enough memory?")

@@ -48,6 +48,7 @@ KNOWN = {
         InferenceServerException,
         NeedsAwait,
     )
+    if not issubclass(kind, BaseExceptionGroup)  # which cannot be made without what it groups
 }
 """The errors that checks tell apart; any other comes as the nearest of these that it is a kind of."""
 

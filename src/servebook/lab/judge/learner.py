@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from servebook.lab.judge.wire import Failed, Wire
-from servebook.lab.submission import Function, OverTime, plain, where
+from servebook.lab.submission import Function, OverTime, plain, ungrouped, where
 
 
 class Session(Wire):
@@ -44,6 +44,7 @@ class Session(Wire):
 
     def describe(self, error: BaseException) -> dict[str, Any]:
         """What kinds of error it is, its words, and where in the learner's cell it was raised."""
+        error = ungrouped(error)
         if isinstance(error, Failed):  # something of the judge's raised, when called from here
             return error.told
         told: dict[str, Any] = {

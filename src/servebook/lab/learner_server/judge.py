@@ -22,6 +22,7 @@ LAST_ERROR = re.compile(r"^(\w+(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*)$", r
 NEVER_AWAITED = re.compile(r"coroutine '(?:\w+\.)*(\w+)' was never awaited")
 MESSAGE = re.compile(r"^\s*message\b", re.M)
 GATHERED = "everything is gathered before it goes out: send inside the loop over the engine's stream"
+USED_UP = "the first call closed or used up what the next one needs: end the engine's stream, keep the client open"
 
 
 @contextmanager
@@ -69,9 +70,11 @@ def written(submission: Submission, file: str) -> Path:
     if not path.is_file():
         raise NotYet(f"the file {file}", "none", "run the cell that writes it (its first line is %%writefile)")
     text = path.read_text(encoding="utf-8")
-    # In a .proto the blank is a comment, and may stay above the messages that were written.
+    # In a .proto the blank is a comment, and may stay above the messages that were written; in Python it is code, and
+    # may stay as a comment.
+    blank = rf'^[^#\n]*raise NotImplementedError\("{re.escape(submission.exercise.id)}"\)'
     done = path.suffix == ".proto" and MESSAGE.search(text)
-    if f'raise NotImplementedError("{submission.exercise.id}")' in text and not done:
+    if re.search(blank, text, re.M) and not done:
         raise StillOpen
     return path
 
