@@ -96,6 +96,11 @@ def test_an_offer_to_upgrade_is_answered_as_if_it_were_not_there(port: int, offe
     assert second.endswith(b'{"body":"last"}'), "the connection serves the next request too"
 
 
+def test_connect_is_refused(port: int) -> None:
+    """It ends a head like an offer to upgrade, and could be read anew for ever."""
+    assert talk(port, b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n")[0] == "HTTP/1.1 400 Bad Request"
+
+
 def test_an_offer_with_a_chunked_body_and_without_any(port: int) -> None:
     chunked = f"POST /echo HTTP/1.1\r\nHost: x\r\n{H2C}Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n".encode()
     assert b'{"body":"hi"}' in talk(port, chunked, LAST)[2]

@@ -40,6 +40,7 @@ def properties(number: int) -> dict[str, Any]:
         ("messages", [{"content": [{"input": [0] * 600}]}], [[]] * 513, 512),  # what a tool was given is none
         ("messages", [{"content": [{"content": [{}] * 511}]}], [{"content": [{"content": [{}] * 512}]}], 512),
         ("messages", "a text", [[]] * 513, 512),
+        ("request_id", "a" * 64, "a" * 65, 64),
         ("logprobs", 20, 21, 20),
         ("logprobs", 0, -1, 20),  # -1: the whole vocabulary
         ("stop", ["a"] * 16, ["a"] * 17, 16),

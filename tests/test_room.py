@@ -764,7 +764,7 @@ def test_a_revoked_key_opens_nothing_any_more(room: Room, kernels: dict[str, Ker
 
 def test_a_load_that_is_killed_leaves_no_process_behind(room: Room) -> None:
     def asking() -> bool:
-        return any(row["name"].startswith("load-") and row["served"] for row in room.learners())
+        return any(row["name"].startswith("load@") and row["served"] for row in room.learners())
 
     def left() -> list[str]:
         found = marked(f"SERVEBOOK_STATE_DIR={room.folder}").values()
@@ -784,7 +784,7 @@ def test_the_evening_befores_rehearsal_passes_every_check_of_labs_01_and_02(room
     told = room.run("load", "--learners", "1", seconds=200)
     assert "10 checks passed, 0 checks refused, 0 checks failed" in told
     assert "× 200" in told
-    assert not [row["name"] for row in room.learners() if row["name"].startswith("load-")]
+    assert not [row["name"] for row in room.learners() if row["name"].startswith("load@")]
 
 
 def test_closing_a_desk_ends_all_of_it(room: Room, kernels: dict[str, Kernel]) -> None:

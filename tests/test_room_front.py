@@ -264,6 +264,7 @@ SELF = {"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}
         ("/v1/messages", {"tools": [{"name": "f", "input_schema": SELF}]}, "tools", "itself"),
         ("/v1/messages", {"stop_sequences": ["a"] * 17}, "stop_sequences", "16"),
         ("/v1/messages", {"output_config": {"format": {"schema": HUGE}}}, "output_config", "256"),
+        ("/v1/completions", {"request_id": "a" * 65}, "request_id", "64"),
         ("/inference/v1/generate", {"sampling_params": {"n": 4096}}, "n", "16"),
         (
             "/inference/v1/generate",
@@ -423,6 +424,18 @@ async def test_what_the_engine_refused_costs_no_tokens(engine: tuple[StandIn, st
         status, _, wait = await ada.complete(CONTEXT // 2)
         assert status == 429
         assert 0 < int(wait) <= 30  # not the hours that it would take to make up for a million
+
+
+async def test_who_is_forgotten_and_comes_again_begins_anew(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    _, url = engine
+    async with caller(tmp_path, url, Limits(learner_tokens_per_minute=CONTEXT)) as ada:
+        assert [(await ada.complete(CONTEXT))[0] for _ in range(2)] == [200, 429]
+        assert (await ada.ask("DELETE", "/room/learners/ada?forget=true", key=KEY))[0] == 200
+        _, admitted, _ = await ada.ask("PUT", "/room/learners/ada", key=KEY)
+        ada.key = admitted["key"]
+        assert (await ada.complete(CONTEXT))[0] == 200
+        _, board, _ = await ada.ask("GET", "/room/learners", key=KEY)
+        assert [(row["name"], row["served"], row["refused"]) for row in board] == [("ada", 1, 0)]
 
 
 @pytest.mark.parametrize(

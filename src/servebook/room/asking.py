@@ -123,7 +123,7 @@ def check(said: JSON, ask: JSON, n: int, prompts: int, places: int) -> None:
         LimitExceeded: with the field as the request has it.
     """
     most = limits.Limits(n=places, prompts=places)
-    limits.check(most, n=n, prompts=prompts, names={"prompts": "prompt"})
+    limits.check(most, n=n, prompts=prompts, request_id=ask.get("request_id"), names={"prompts": "prompt"})
     for field in CONVERSATION:
         limits.check(most, messages=ask.get(field), names={"messages": field})
     for field in ("logprobs", "top_logprobs", "prompt_logprobs"):

@@ -483,9 +483,9 @@ class Front:
 
     async def dismiss(self, request: web.Request) -> web.Response:
         """Revoke a key, now: what its learner has under way is broken off. With `?forget=true` the name goes too."""
-        name = request.match_info["name"]
+        name, forget = request.match_info["name"], request.query.get("forget") == "true"
         try:
-            done = self.roll.forget(name) if request.query.get("forget") == "true" else self.roll.revoke(name)
+            done = self.roll.forget(name) if forget else self.roll.revoke(name)
         except OSError as error:
             return error_response(
                 507, "not_written", f"The key of {name} still counts: that could not be written ({error.strerror})."
@@ -494,6 +494,9 @@ class Front:
             return error_response(404, "not_found", f"There is no learner {name}.")
         for task in list(self.learner(name).under_way):
             task.cancel()
+        if forget:
+            for kept in (self.learners, self.board.standings, self.board.passed):
+                kept.pop(name, None)
         log.info("the key of %s is revoked", name)
         return web.json_response({"name": name})
 

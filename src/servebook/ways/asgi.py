@@ -137,7 +137,9 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data)
 
     def _should_upgrade(self) -> bool:
-        return True  # uvicorn then begins no request, and calls the next method
+        # Where it does, uvicorn begins no request, and calls the next method. CONNECT would be an offer again when it
+        # is read anew: uvicorn refuses it.
+        return bool(self.parser.get_method() != b"CONNECT")
 
     def handle_websocket_upgrade(self) -> None:
         """Read the request again, without the offer."""

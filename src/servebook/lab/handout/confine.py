@@ -25,7 +25,7 @@ from servebook.settings import FILE_NAME, load_settings
 TMP, DEVICES, CONFIGURATION = Path("/tmp"), Path("/dev"), Path("/etc")
 OF_SERVICES = (Path("/run"), Path("/var"))
 """What services keep there may be root's alone, such as the tokens and secrets that a container is given."""
-EVERYBODYS = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "nvidia*")
+EVERYBODYS = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "nvidia*", "dxg")
 """The devices that a program may need. Root's include disks."""
 NAMED = "folders.json"
 """The file that names the folders, beside the one for temporary files."""

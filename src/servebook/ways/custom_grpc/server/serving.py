@@ -17,6 +17,7 @@ import grpc
 import psutil
 
 from servebook.engine.arguments import engine_args
+from servebook.launch.processes import is_tracker
 from servebook.settings import in_address
 from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.calls import Calls
@@ -123,7 +124,8 @@ async def engine_process() -> None:
 def kill_children() -> None:
     """End an engine that is half up: it cannot be shut down, and its thread cannot be cancelled."""
     for process in psutil.Process().children(recursive=True):
-        process.kill()
+        if not is_tracker(process.pid):
+            process.kill()
 
 
 async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health, calls: Calls) -> None:

@@ -80,8 +80,13 @@ async def guarded(answer: Callable[[Any, Request], Awaitable[Any]], request: Any
     prompt = getattr(request, "prompt", None)
     is_list = isinstance(prompt, list) and not all(isinstance(part, int) for part in prompt)  # token ids are one prompt
     try:
-        messages = getattr(request, "messages", None)
-        check(LIMITS, prompts=len(prompt or ()) if is_list else 1, messages=messages, names={"prompts": "prompt"})
+        check(
+            LIMITS,
+            prompts=len(prompt or ()) if is_list else 1,
+            request_id=request.request_id,
+            messages=getattr(request, "messages", None),
+            names={"prompts": "prompt"},
+        )
         check_limits(sampling_of(request))
     except LimitExceeded as error:
         raise VLLMValidationError(str(error), parameter=error.field) from None
@@ -89,7 +94,7 @@ async def guarded(answer: Callable[[Any, Request], Awaitable[Any]], request: Any
         raw_request.scope["tasks"].add(task)
     try:
         answered = await answer(request, raw_request)
-    except ValueError as error:  # such as a picture for a model that reads text; vLLM's own server says 400, too
+    except (ValueError, TypeError) as error:  # as of a picture for a model that reads text; vLLM's own says 400
         raise VLLMValidationError(str(error)) from None
     if isinstance(answered, AsyncGenerator):
         return (event.translate(LINE_ENDS) async for event in answered)
