@@ -575,6 +575,8 @@ def test_openai_chat_over_sse(kserve: launch.Server) -> None:
         ({"model": MODEL, "prompt": "x", "temperature": -1}, 400),
         ({"model": MODEL}, 400),
         ({"model": MODEL, "prompt": "x", "n": 4096}, 400),
+        ({"model": MODEL, "prompt": "x", "request_id": "x" * 65}, 400),
+        ({"model": MODEL, "prompt": "\ud800"}, 400),
         ({"model": MODEL, "prompt": ["x"] * 1024, "max_tokens": 1}, 400),
         ({"model": MODEL, "prompt": "x", "stop": ["x" * 257]}, 400),
         ({"model": MODEL, "prompt": "x", "structured_outputs": {"json": {"minItems": 10**9}}}, 400),
@@ -585,6 +587,12 @@ def test_openai_errors_keep_their_codes(kserve: launch.Server, fields: dict[str,
     answer = requests.post(f"{kserve.url}/openai/v1/completions", json=fields, timeout=30)
     assert answer.status_code == status
     assert answer.json()["error"]
+
+
+def test_openai_takes_no_long_id_by_its_header_either(kserve: launch.Server) -> None:
+    body, headers = {"model": MODEL, "prompt": "x", "max_tokens": 1}, {"X-Request-Id": "x" * 65}
+    answer = requests.post(f"{kserve.url}/openai/v1/completions", json=body, headers=headers, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "request_id")
 
 
 @pytest.mark.parametrize(("messages", "parts"), [(513, 0), (1, 513)])

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from servebook import launch
 from servebook.engine.model import model_path
-from servebook.engine.rust_front import is_intact, rust_front
+from servebook.engine.rust_front import rust_front
 from servebook.errors import LaunchError
 from servebook.launch import find_server
 from servebook.launch.processes import free_port
@@ -327,14 +327,6 @@ def test_a_dead_front_ends_the_stream_and_the_server(guarded: launch.Server, fri
     (entry,) = [entry for entry in launch.status() if entry["name"] == guarded.name]
     assert entry["state"] == "failed"
     launch.down(guarded.name)
-
-
-@pytest.mark.parametrize("record", [b"\xff", b"sha256=another", None])
-def test_a_hash_that_is_damaged_or_missing_is_not_the_files(tmp_path: Path, record: bytes | None) -> None:
-    (tmp_path / "vllm-rs").touch()
-    if record:
-        (tmp_path / "RECORD").write_bytes(record)
-    assert not is_intact(tmp_path / "vllm-rs")
 
 
 @pytest.mark.lifetime

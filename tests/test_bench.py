@@ -39,6 +39,7 @@ from servebook.bench.run import FULL, QUICK, Run, start
 from servebook.bench.stats import Estimate, ServiceLevel, difference, goodput, outer_rank, percentiles, ratio, summarize
 from servebook.bench.sweep import Sweep, require_sweep, spread, sweep, table
 from servebook.bench.wire import WireCost, counted
+from servebook.checkout import ROOT
 from servebook.cli import app
 from servebook.errors import ServebookError
 from servebook.launch import Server
@@ -620,6 +621,10 @@ def test_the_report_is_the_checkouts_from_any_folder(tmp_path: FilePath, monkeyp
     assert done.output == f"{checkout}/BENCHMARKS.md is written.\n"
     assert (checkout / "BENCHMARKS.md").read_text() == report.markdown(stored())
     assert not list(elsewhere.iterdir())
+
+
+def test_the_page_is_that_of_the_stored_results() -> None:
+    assert (ROOT / "BENCHMARKS.md").read_text() == report.markdown(stored()), "servebook bench --report writes it"
 
 
 async def test_a_void_run_is_not_reported() -> None:

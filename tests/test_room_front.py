@@ -287,6 +287,21 @@ async def test_what_would_hold_up_everybody_is_refused_by_field_and_limit(
     assert path not in stand_in.seen or path == "/v1/completions"
 
 
+async def test_an_id_in_a_header_has_the_same_limit(engine: tuple[StandIn, str], tmp_path: Path) -> None:
+    """vLLM prefers it to the body's."""
+    _, url = engine
+    async with caller(tmp_path, url) as ada:
+        target = str(ada.front.make_url("/v1/completions"))
+
+        def send(characters: int) -> requests.Response:
+            headers = bearer(ada.key) | {"X-Request-Id": "x" * characters}
+            return requests.post(target, json={"max_tokens": 1}, headers=headers, timeout=10)
+
+        assert (await asyncio.to_thread(send, 64)).status_code == 200
+        beyond = await asyncio.to_thread(send, 65)
+        assert (beyond.status_code, beyond.json()["error"]["param"]) == (400, "X-Request-Id")
+
+
 class StandIn:
     """In the place of vLLM: notes what reaches it, and answers with `status`."""
 

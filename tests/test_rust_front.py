@@ -230,3 +230,11 @@ def test_a_machine_without_a_network_takes_it_from_that_folder(
     (tmp_path / "RECORD").write_text(record_hash(BytesIO(program(engine_version()))))
     bring(tmp_path, here)
     assert rust_front(here, silent) == cached(here)
+
+
+@pytest.mark.parametrize("record", [b"\xff", b"sha256=another", None])
+def test_a_hash_that_is_damaged_or_missing_is_not_the_files(tmp_path: Path, record: bytes | None) -> None:
+    (tmp_path / "vllm-rs").touch()
+    if record:
+        (tmp_path / "RECORD").write_bytes(record)
+    assert not is_intact(tmp_path / "vllm-rs")

@@ -314,7 +314,8 @@ def section(run: Results) -> str:
         ]
     if run.costs:
         parts += [
-            f"CPU of a front = so much a request + so much a token, fitted to answers of {LENGTHS} tokens; ± is a "
+            f"CPU of a front = so much a request + so much a token, fitted to answers of {LENGTHS[0]} to "
+            f"{LENGTHS[-1]} tokens; ± is a "
             "standard error. A core that is full makes answers wait; one that is not full hides its work behind the "
             "engine's next step, and adds nothing to the gap between two tokens.",
             markdown_table(*cost_table(run)),

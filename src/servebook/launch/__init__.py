@@ -9,7 +9,7 @@ from servebook.lazy import lazily
 
 if TYPE_CHECKING:
     from servebook.launch.files import Files
-    from servebook.launch.lifetime import Server, down, serve, up
+    from servebook.launch.lifetime import Server, down, serve, serve_all, up
     from servebook.launch.states import Status, status
     from servebook.launch.table import REPLICA, SERVERS, ServerSpec, find_server
 
@@ -23,6 +23,7 @@ __all__ = [
     "down",
     "find_server",
     "serve",
+    "serve_all",
     "status",
     "up",
 ]
@@ -30,7 +31,7 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     files=("Files",),
-    lifetime=("Server", "down", "serve", "up"),
+    lifetime=("Server", "down", "serve", "serve_all", "up"),
     states=("Status", "status"),
     table=("REPLICA", "SERVERS", "ServerSpec", "find_server"),
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,18 @@ def serve(
     there, leases = keep(plan(start))
     _leases.update(leases)
     return _server(there, start.settings)
+
+
+def serve_all(names: Iterable[str], start: Callable[[str], Server] = serve) -> dict[str, Server]:
+    """Start several servers side by side, each by `start(name)`, and wait for all; each name is a server of its own.
+
+    Raises:
+        LaunchError: one of them cannot start; the others stay up for as long as this process.
+        ModelError: as `serve`.
+    """
+    with ThreadPoolExecutor() as starts:
+        begun = {name: starts.submit(start, name) for name in names}
+    return {name: starting.result() for name, starting in begun.items()}
 
 
 def up(name: str, settings: Settings | None = None, **overrides: Any) -> Server:

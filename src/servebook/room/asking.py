@@ -54,11 +54,11 @@ class Ask:
     constraint: str = ""
 
 
-def read(path: str, body: bytes, context: int, places: int) -> Ask:
+def read(path: str, body: bytes, context: int, places: int, id_sent: str | None = None) -> Ask:
     """Read a request to one of `GENERATING`; what is not JSON, or no object, asks for nothing: the engine refuses it.
 
     `context` is the engine's, in tokens: an answer is never longer. `places` is how many answers a learner may have
-    written at a time, and so in one request.
+    written at a time, and so in one request. `id_sent` is its X-Request-Id.
 
     Raises:
         Refused: 400; a field is beyond a limit, or cannot be counted though vLLM might read it in a way of its own.
@@ -80,6 +80,7 @@ def read(path: str, body: bytes, context: int, places: int) -> Ask:
     n = 1 if said.get("n") is None else whole("n", said["n"])
     prompts = count_prompts(ask.get("prompt"))
     try:
+        limits.check(limits.Limits(), request_id=id_sent, names={"request_id": "X-Request-Id"})
         check(said, ask, n, prompts, places)
     except LimitExceeded as beyond:
         raise Refused(400, "limit_exceeded", f"{beyond}.", beyond.field) from None

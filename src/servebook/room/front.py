@@ -285,7 +285,8 @@ class Front:
                 return await self.forward(request, body)
         if request.method != "POST" or path not in GENERATING:
             return await self.forward(request, body)
-        ask = asking.read(path, body, await self.context_tokens(), self.limits.answers)
+        id_sent = request.headers.get("X-Request-Id")
+        ask = asking.read(path, body, await self.context_tokens(), self.limits.answers, id_sent)
         asked = ask.answers * ask.tokens
         if wait := learner.tokens.take(asked):
             each = self.limits.learner_tokens_per_minute

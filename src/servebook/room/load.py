@@ -111,26 +111,24 @@ def run(room: RoomAdmin, learners: int) -> Outcome:
     context.set_forkserver_preload([__name__, "openai.resources.chat", "openai.resources.completions"])
     ready = context.Barrier(learners + 1)
     before = samples(room)
-    keys: dict[str, str] = {}
-    try:
+    keys = []
+    with contextlib.ExitStack() as admitted:  # it forgets all of them, also where one cannot be
         for number in range(1, learners + 1):
             name = f"load@{number:03}"  # as no learner can be called: the door lets no @ in
-            keys[name] = room.admit(name)
-        with ProcessPoolExecutor(learners, context, initializer=get_ready, initargs=(ready,)) as pool:
-            working = [pool.submit(learn, room.url, key) for key in keys.values()]
-            ready.wait(START_SECONDS)
-            began = time.monotonic()
-            checks = [check for work in working for check in work.result()]
-            seconds = time.monotonic() - began
-    except (BrokenBarrierError, BrokenProcessPool):
-        raise ServebookError(
-            f"The processes of {learners} learners were not all ready within {START_SECONDS} s, or one was ended.",
-            "Let fewer learn at once (--learners), or use a machine with more memory.",
-        ) from None
-    finally:
-        for name in keys:
-            with contextlib.suppress(ServebookError):  # the others go all the same, and why it failed is told
-                room.forget(name)
+            keys.append(room.admit(name))
+            admitted.callback(room.forget, name)
+        try:
+            with ProcessPoolExecutor(learners, context, initializer=get_ready, initargs=(ready,)) as pool:
+                working = [pool.submit(learn, room.url, key) for key in keys]
+                ready.wait(START_SECONDS)
+                began = time.monotonic()
+                checks = [check for work in working for check in work.result()]
+                seconds = time.monotonic() - began
+        except (BrokenBarrierError, BrokenProcessPool):
+            raise ServebookError(
+                f"The processes of {learners} learners were not all ready within {START_SECONDS} s, or one was ended.",
+                "Let fewer learn at once (--learners), or use a machine with more memory.",
+            ) from None
     grown = samples(room)
     grown.subtract(before)
     return Outcome(learners, seconds, checks, grown)

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import unified_diff
 from pathlib import Path
@@ -35,7 +34,7 @@ from traitlets.config import Config
 
 from servebook.checkout import ROOT
 from servebook.errors import ServebookError
-from servebook.launch import serve
+from servebook.launch import serve_all
 from servebook.whole import write_whole
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -100,8 +99,7 @@ def run(notebook: Path, parameters: Mapping[str, Any] | None = None, store: bool
     wants = source.metadata.get("servebook", {})
     code = [cell for cell in source.cells if cell.cell_type == "code"]
     try:
-        with ThreadPoolExecutor() as starts:
-            list(starts.map(serve, wants.get("servers", [])))
+        serve_all(wants.get("servers", []))
     except ServebookError as error:
         return Result(notebook, 0, 0, len(code), 0, str(error))
     started = time.monotonic()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -44,17 +43,6 @@ class Path:
     def serve(self, settings: Settings | None = None) -> Server:
         """Attach to its server, or start it."""
         return serve(self.server, instance=self.instance if self.spec else None, settings=settings, spec=self.spec)
-
-
-def at_once(serve: Callable[[str], Server], names: Iterable[str]) -> dict[str, Server]:
-    """Start the servers of several paths side by side, each by `serve(name)`, and wait for all.
-
-    Raises:
-        LaunchError: one of them cannot start.
-    """
-    with ThreadPoolExecutor() as starts:
-        begun = {name: starts.submit(serve, name) for name in names}
-    return {name: start.result() for name, start in begun.items()}
 
 
 kserve_sse = partial(openai_rest.sse, prefix="/openai", model=TENSOR_MODEL_NAME)

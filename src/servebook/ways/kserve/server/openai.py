@@ -83,7 +83,7 @@ async def guarded(answer: Callable[[Any, Request], Awaitable[Any]], request: Any
         check(
             LIMITS,
             prompts=len(prompt or ()) if is_list else 1,
-            request_id=request.request_id,
+            request_id=raw_request.headers.get("X-Request-Id", request.request_id),  # as vLLM takes it
             messages=getattr(request, "messages", None),
             names={"prompts": "prompt"},
         )
