@@ -97,6 +97,23 @@ def test_a_caller_who_leaves_is_the_learners_own_doing() -> None:
             find_fault(tap, leave)
 
 
+def test_a_caller_who_leaves_before_the_answer_is_left_by_the_tap_too() -> None:
+    """A server that goes on computing for nobody is seen only where its own caller leaves it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(10)
+        with Tap(f"http://127.0.0.1:{silent.getsockname()[1]}") as tap:
+            with socket.create_connection(("127.0.0.1", int(tap.url.rpartition(":")[2]))) as caller:
+                caller.sendall(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")
+                upstream, _ = silent.accept()
+            with upstream:
+                upstream.settimeout(10)
+                while upstream.recv(65536):
+                    pass
+        tap.settle(10)
+    assert tap.exchanges[0].left is not None
+    assert not tap.exchanges[0].lost
+
+
 def test_a_short_stream_is_held_at_its_end() -> None:
     """A busy engine merges tokens: so few pieces come that no place among them is late enough."""
     events = [b'data: {"choices": [{"text": "a"}]}\n\n', b"data: [DONE]\n\n"]

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet
 
+TIMEOUT_SECONDS = 60
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "date", "server"}
 
 
@@ -206,6 +207,8 @@ class Tap:
             headers = {k: v for k, v in handler.headers.items() if k.lower() not in HOP_BY_HOP | {"accept-encoding"}}
             with noting_loss(exchange):
                 upstream.request(handler.command, self.target.path + handler.path, raw or None, headers)
+            self._await_answer(upstream.sock, exchange)
+            with noting_loss(exchange):
                 answer = upstream.getresponse()
             exchange.status = answer.status
 
@@ -239,8 +242,24 @@ class Tap:
         finally:
             upstream.close()
 
+    @staticmethod
+    def _await_answer(upstream: socket.socket, exchange: Exchange) -> None:
+        """Return when the server answers; hang up on it at once if the client does so first, as on a wire.
+
+        Raises:
+            OSError: the client has hung up, or the server has not answered for a minute.
+        """
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not select.select([upstream], [], [], 0.02)[0]:
+            if exchange.client_gone():
+                raise BrokenPipeError
+            if time.monotonic() > deadline:
+                raise TimeoutError
+
     def _connect(self) -> http.client.HTTPConnection:
         host, port = str(self.target.hostname), self.target.port
         if self.target.scheme == "https":
-            return http.client.HTTPSConnection(host, port, timeout=60, context=ssl.create_default_context())
-        return http.client.HTTPConnection(host, port, timeout=60)
+            return http.client.HTTPSConnection(
+                host, port, timeout=TIMEOUT_SECONDS, context=ssl.create_default_context()
+            )
+        return http.client.HTTPConnection(host, port, timeout=TIMEOUT_SECONDS)
