@@ -86,6 +86,10 @@ c.Spawner.args = [
     "--MappingKernelManager.cull_busy=True",
     "--MappingKernelManager.cull_connected=True",
     *(["--allow-root"] if os.getuid() == 0 and not room["apart"] else []),
+    # Not TCP: Jupyter picks a kernel's ports before the kernel opens them, and where a class begins at once another
+    # desk may have them by then. It would start the kernel again with the same ports, and again. The sockets lie in
+    # /tmp, which is each desk's own, for a Unix socket's path has 107 bytes at most.
+    *(["--KernelManager.transport=ipc"] if room["apart"] else []),
 ]
 c.Spawner.default_url = "/lab/tree/notebooks/00_start_here.ipynb"
 c.Spawner.environment = {
@@ -97,4 +101,5 @@ c.Spawner.environment = {
     "SERVEBOOK_MODEL": room["model"],
     "SERVEBOOK_SERVED_NAME": room["served_name"],
     "SERVEBOOK_JUDGE_APART": "1",  # checks are made by a process of its own
+    **({"JUPYTER_RUNTIME_DIR": "/tmp/jupyter"} if room["apart"] else {}),
 }

@@ -260,6 +260,30 @@ BAD = {
 }
 """What both servers refuse alike is in test_v2.py; here are KServe's own cases, and both of its protocols."""
 
+HALF = "\ud800"
+"""Of a surrogate pair: JSON can say it, and UTF-8 cannot."""
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (f"/v2/models/{MODEL}/infer", {"inputs": [given(HALF, "x")]}),
+        (f"/v2/models/{MODEL}/infer", {"inputs": [given("text_input", HALF)]}),
+        (f"/v2/models/{MODEL}/infer", {"inputs": [given("text_input", "x", HALF)]}),
+        (f"/v2/models/{MODEL}/infer", {"id": HALF, "inputs": [given("text_input", "x"), sampling(max_tokens=1)]}),
+        (f"/v2/models/{MODEL}/infer", {"inputs": [given("text_input", "x")], "outputs": [{"name": HALF}]}),
+        ("/openai/v1/completions", {"model": HALF, "prompt": "x"}),
+        ("/openai/v1/completions", {"model": MODEL, "prompt": HALF}),
+        ("/openai/v1/chat/completions", {"model": MODEL, "messages": [{"role": HALF, "content": "x"}]}),
+    ],
+)
+def test_half_a_character_is_the_callers_error_wherever_it_is(
+    kserve: launch.Server, path: str, body: dict[str, Any]
+) -> None:
+    answer = requests.post(f"{kserve.url}{path}", json=body, timeout=30)
+    assert answer.status_code == 400
+    assert answer.json()["error"]
+
 
 @pytest.mark.parametrize(("tensors", "message"), BAD.values(), ids=BAD)
 def test_bad_tensors_are_the_callers_error(

@@ -666,6 +666,12 @@ def test_a_desk_sees_neither_the_instructors_files_nor_anothers(room: Room, kern
 
 
 @pytest.mark.usefixtures("apart")
+def test_a_desks_kernel_needs_no_port_that_another_desk_may_have_taken(kernels: dict[str, Kernel]) -> None:
+    asked = "import json, ipykernel\nprint(json.loads(ipykernel.get_connection_info())['transport'])"
+    assert [kernel.run(asked) for kernel in kernels.values()] == ["ipc\n"] * len(kernels)
+
+
+@pytest.mark.usefixtures("apart")
 def test_a_desk_that_forks_without_end_stops_at_its_limit(kernels: dict[str, Kernel]) -> None:
     told = kernels["ada"].run(
         "import subprocess\nmany = []\ntry:\n    while True: many.append(subprocess.Popen(['sleep', '600']))\n"

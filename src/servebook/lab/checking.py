@@ -19,7 +19,7 @@ from servebook.lab.manifest import Exercise, find_exercise
 from servebook.lab.record import Store
 from servebook.lab.submission import CheckFunction, Submission
 from servebook.launch import Server
-from servebook.settings import load_settings
+from servebook.settings import own_settings
 
 TELL_SECONDS = 2.0
 
@@ -101,7 +101,7 @@ def find_check(stem: str, exercise: Exercise) -> CheckFunction:
 
 def tell_room(result: Result) -> None:
     """Tell the room's front, where there is one, how a check ended: its instructor sees who needs help."""
-    settings = load_settings()
+    settings = own_settings()
     if not (settings.engine_url and settings.key):
         return
     cause = result.cause if result.state == "wrong" else result.got.partition("\n")[0]

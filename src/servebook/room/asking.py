@@ -103,9 +103,19 @@ def read(path: str, body: bytes, context: int, places: int, id_sent: str | None 
 
 
 def with_usage(asked: Ask, path: str, ask: JSON) -> Ask:
-    """The same, with a last piece that says what a stream came to."""
+    """The same, with a last piece that says what a stream came to.
+
+    Raises:
+        Refused: 400; whether the learner wants that piece is said in a way that only vLLM understands ("no").
+    """
     options = ask.get("stream_options") or {}
-    if path not in WITH_USAGE or not ask.get("stream") or not isinstance(options, dict) or options.get("include_usage"):
+    if path not in WITH_USAGE or not ask.get("stream") or not isinstance(options, dict):
+        return asked
+    wanted = options.get("include_usage")
+    if wanted not in (None, True, False):
+        field = "stream_options.include_usage"
+        raise Refused(400, "bad_request", f"{field} must be true or false.", field)
+    if wanted:
         return asked
     body = json.dumps(ask | {"stream_options": options | {"include_usage": True}}).encode()
     return replace(asked, body=body, adds_usage=True)

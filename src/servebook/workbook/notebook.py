@@ -34,7 +34,7 @@ from pygments.util import ClassNotFound
 from servebook.checkout import ROOT
 from servebook.engine.gpu import cards
 from servebook.launch.processes import wait_until
-from servebook.settings import Settings, load_settings
+from servebook.settings import Settings, own_settings
 
 PACKAGES = {
     "vLLM": "vllm",
@@ -343,7 +343,7 @@ def picture(figure: Figure, alt: str) -> None:
 
 def versions(settings: Settings | None = None) -> None:
     """Display a table of what runs here: the packages, the model, the device and the processor."""
-    settings = settings or load_settings()
+    settings = settings or own_settings()
     rows = {"Python": platform.python_version()}
     rows |= {label: _version(package) for label, package in PACKAGES.items()}
     rows |= {
@@ -407,7 +407,7 @@ def measure_pace(write: Callable[[int], object]) -> Pace:
 
 def machine_card(write: Callable[[int], object], settings: Settings | None = None) -> Pace:
     """Display on what this notebook runs and how fast that writes, as `measure_pace` finds it."""
-    settings = settings or load_settings()
+    settings = settings or own_settings()
     pace = measure_pace(write)
     device = _device(settings) if settings.on_gpu else f"cpu: {_cpu()}, {os.cpu_count()} cores"
     text = f"{device} · {settings.model_name} · {pace.tokens_per_s:.0f} tokens/s for one caller"

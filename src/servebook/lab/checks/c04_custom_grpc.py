@@ -239,11 +239,18 @@ def check_04_2(submission: Submission) -> None:
             shown[-3:] if not any(finished[:-1]) else shown,
             "is_finished says that nothing comes any more" if any(finished) else unfinished,
         )
+        why = 'the engine says why: "length" or "stop" in the finish_reason of its last chunk'
         require(
             messages[-1].finish_reason == llm_pb2.FINISH_REASON_LENGTH,
             "finish_reason FINISH_REASON_LENGTH in the last message (max_tokens ended it)",
             messages[-1].finish_reason,
-            'the engine says why: "length" or "stop" in the finish_reason of its last chunk',
+            why,
+        )
+        require(
+            not any(message.finish_reason for message in messages[:-1]),
+            "a finish_reason in the last message, and in no other",
+            [message.finish_reason for message in messages],
+            "before its last chunk the engine has given none",
         )
         numbers = [message.sequence for message in messages]
         right = list(range(len(messages)))
@@ -256,11 +263,17 @@ def check_04_2(submission: Submission) -> None:
             "it had not reached the engine within 4 s",
             "the engine's stream blocks the event loop: read it with the asynchronous client and `async for`",
         )
-        watch.leaving.set()
-        call = stub.StreamGenerate(
-            llm_pb2.StreamGenerateRequest(prompt="One, two, three, four,", max_tokens=60), timeout=SECONDS
-        )
         try:
+            tap.more = {"temperature": 0, "stop": [" "]}  # ends with the first word
+            *_, last = [None, *stub.StreamGenerate(request, timeout=SECONDS)]
+            require(last is not None, "a second stream like the first", "it ends without a message", USED_UP)
+            stopped = last and last.finish_reason == llm_pb2.FINISH_REASON_STOP
+            require(bool(stopped), "FINISH_REASON_STOP where the engine says stop", last and last.finish_reason, why)
+            tap.more = RELIABLE
+            watch.leaving.set()
+            call = stub.StreamGenerate(
+                llm_pb2.StreamGenerateRequest(prompt="One, two, three, four,", max_tokens=60), timeout=SECONDS
+            )
             first = next(iter(call), None)
         except grpc.RpcError as error:
             raise failed(error, "StreamGenerate") from None

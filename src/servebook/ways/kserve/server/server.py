@@ -143,6 +143,20 @@ class V2Paths:
         await self.app(scope, receive, send)
 
 
+class WholeCharacters:
+    """ASGI middleware: half of a surrogate pair is the caller's error. JSON can say it, and no answer can repeat it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except UnicodeEncodeError:
+            refusal = refuse(scope, HTTPStatus.BAD_REQUEST, "a string has half of a surrogate pair")
+            await refusal(scope, receive, send)
+
+
 class CancelTasks:
     """ASGI middleware that ends with a request the tasks in `scope["tasks"]`, and all that wait for its messages.
 
@@ -209,6 +223,7 @@ class BoundModelServer(ModelServer):  # type: ignore[misc]
         self.grpc_port = grpc_port
         self.dataplane = NamedDataPlane(model_registry=self.registered_models)
         # The last one added is the outermost.
+        app.add_middleware(WholeCharacters)
         app.add_middleware(CancelTasks)
         app.add_middleware(CancelOnDisconnect)
         app.add_middleware(BodyLimit, limit=MAX_BODY_BYTES, refuse=refuse)
