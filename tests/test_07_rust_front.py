@@ -20,18 +20,22 @@ from servebook import launch
 from servebook.engine.model import model_path
 from servebook.engine.rust_front import rust_front
 from servebook.errors import LaunchError
+from servebook.lab.taps.http import Exchange
 from servebook.launch import find_server
 from servebook.launch.processes import free_port
 from servebook.protos.vllm import inference_pb2 as pb
-from servebook.settings import Settings
+from servebook.settings import Settings, load_settings
 from servebook.ways.client import Answer, Piece
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
+from servebook.ways.vllm_native_grpc.hop import router_over_grpc
 from servebook.ways.vllm_native_grpc.inference_client import SERVICE, InferenceClient, request
+from servebook.workbook.notebook import measure_pace
 
 PROMPT = "The capital of France is"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 ENDLESS: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 KOREAN = "안녕하세요, 세계 👋🏽"
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 KEY = "a key for a test"
 engine = pytest.mark.engine
 
@@ -155,7 +159,9 @@ def test_leaving_the_loop_stops_the_engine(client: InferenceClient, vllm_rs: lau
 
 @engine
 def test_a_deadline_stops_the_engine(client: InferenceClient, vllm_rs: launch.Server) -> None:
-    error = refused(lambda: list(client.stream("Once upon a time", timeout=0.3, **ENDLESS)))
+    pace = measure_pace(lambda tokens: client.generate("Once", max_tokens=tokens, ignore_eos=True))
+    seconds = pace.seconds(500, at_most=0.3)  # long before the context is full, on any machine
+    error = refused(lambda: list(client.stream("Once upon a time", timeout=seconds, **ENDLESS)))
     # CANCELLED where the server's own clock is first.
     assert error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
     eventually(lambda: running(vllm_rs) == 0, "an idle engine")
@@ -169,6 +175,39 @@ def test_anybody_may_abort_by_the_id(client: InferenceClient) -> None:
     control(client.channel, "Abort", b"\n\x0dto-be-aborted")  # field 1: the id
     *_, last = messages
     assert last.outputs[0].finish_info.finish_reason == pb.FINISH_REASON_ABORTED
+
+
+# Behind a router
+
+
+@engine
+def test_vllms_router_asks_it_over_grpc(vllm_rs: launch.Server, rest: dict[str, Any], right: Answer) -> None:
+    """A chat and token ids come through; what this path lacks, chapter 07 says, and the router refuses."""
+    chat = {"model": vllm_rs.model, "messages": [{"role": "user", "content": PROMPT}], **GREEDY}
+    ids = {"model": vllm_rs.model, "prompt": rest["choices"][0]["prompt_token_ids"], **GREEDY}
+
+    def ask(url: str, path: str, body: dict[str, Any]) -> requests.Response:
+        return requests.post(f"{url}/v1/{path}", json=body, timeout=60)
+
+    with router_over_grpc(vllm_rs, load_settings()) as router:
+        ours, theirs = (ask(url, "chat/completions", chat).json() for url in (router, vllm_rs.url))
+        assert ours["choices"][0]["message"]["content"] == theirs["choices"][0]["message"]["content"]
+        assert ours["choices"][0]["finish_reason"] == theirs["choices"][0]["finish_reason"]
+        stream = ask(router, "chat/completions", chat | {"stream": True}).content
+        events = Exchange("POST", "", {}, None, 0, answer=stream).events()
+        pieces = [event["choices"][0]["delta"].get("content", "") for event in events]
+        assert "".join(pieces) == theirs["choices"][0]["message"]["content"]
+        answer = ask(router, "completions", ids).json()
+        assert (answer["choices"][0]["text"], answer["usage"]["completion_tokens"]) == (right.text, right.tokens)
+        refused = {
+            "token-id prompt": ("completions", ids | {"prompt": PROMPT}),
+            "n > 1": ("chat/completions", chat | {"n": 2}),
+            "logprobs": ("chat/completions", chat | {"logprobs": True}),
+            "tool": ("chat/completions", chat | {"tools": [TOOL]}),
+        }
+        for word, (path, body) in refused.items():
+            said = ask(router, path, body)
+            assert (said.status_code, word in said.text) == (400, True), said.text
 
 
 # Structured output
