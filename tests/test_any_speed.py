@@ -17,6 +17,7 @@ import grpc
 import httpx
 import openai
 import pytest
+import requests
 from openai import AsyncOpenAI, OpenAI
 
 from servebook.bench.paths import find_path
@@ -28,6 +29,7 @@ from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.client import GrpcClient
 from servebook.ways.fastapi_gateway.steps import step_3_errors, step_4_limits
 from servebook.ways.metrics import metric
+from servebook.ways.vllm_native_grpc.inference_client import InferenceClient
 from servebook.workbook.gate import NOTEBOOKS
 from servebook.workbook.notebook import expect_error, machine_card, measure_pace, until
 
@@ -40,16 +42,16 @@ ENDLESS = llm_pb2.Sampling(ignore_eos=True)
 def fronts(
     request: pytest.FixtureRequest, settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SimpleNamespace]:
-    """vLLM's server and our own gRPC server, each around the scripted source at one speed."""
+    """vLLM's server, its Rust front end and our own gRPC server, each around the scripted source at one speed."""
     # The context is all that the model has: what fits into it lasts 0.4 s, and any machine may stand still for a tenth.
     here = settings.model_copy(
         update={"state_dir": tmp_path_factory.mktemp("any-speed"), "engine_url": None, "max_model_len": 8192}
     )
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
         patch.setenv("SERVEBOOK_SCRIPTED_RATE", str(request.param))
-        vllm, own = pool.map(lambda name: serve_scripted(find_path(name), here), ("sse", "grpc"))
-    yield SimpleNamespace(vllm=vllm, grpc=own, settings=here)
-    for server in (vllm, own):
+        servers = list(pool.map(lambda name: serve_scripted(find_path(name), here), ("sse", "grpc", "rust-grpc")))
+    yield SimpleNamespace(**dict(zip(("vllm", "grpc", "rust"), servers, strict=True)), settings=here)
+    for server in servers:
         server.stop()
 
 
@@ -89,6 +91,25 @@ async def test_a_deadline_is_missed_and_a_cancel_is_noticed(
         "0",
         "True None 0",
     ]
+
+
+async def test_a_deadline_ends_what_has_no_limit(fronts: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    with InferenceClient(fronts.rust.grpc) as client:
+        space = {
+            "rust": fronts.rust,
+            "settings": fronts.settings,
+            "client": client,
+            "headers": {},
+            **{"grpc": grpc, "requests": requests, "expect_error": expect_error},
+            **{"machine_card": machine_card, "until": until},
+        }
+        await run("07", ["s2-card"], space)
+        capsys.readouterr()
+        await run("07", ["s4-limit", "s4-idle"], space)
+    error, received, idle = capsys.readouterr().out.splitlines()
+    assert error.startswith("_MultiThreadedRendezvous: DEADLINE_EXCEEDED")
+    assert 0 < int(received.split()[0]) < fronts.settings.max_model_len / 2
+    assert idle == "the engine is idle again"
 
 
 async def test_a_short_request_overtakes_a_long_one_and_patience_ends(
