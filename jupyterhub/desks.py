@@ -84,7 +84,7 @@ class DeskSpawner(LocalProcessSpawner):
         found = await asyncio.get_running_loop().getaddrinfo(at.hostname, at.port, type=socket.SOCK_STREAM)
         if set().union(*(listeners(each[4][0], at.port) for each in found)) != {os.getuid()}:
             self.log.error("No desk for %s: no front of this user's is at %s", self.user.name, self.room["front"])
-            raise HTTPError(503, "The room's front is away, and is being started again. Open your desk in a minute.")
+            raise refusal(503, "The room's front is away, and is being started again. Open your desk in a minute.")
         try:
             answer = await AsyncHTTPClient().fetch(
                 f"{self.room['front']}/room/learners/{quote(self.user.name)}",
@@ -94,7 +94,7 @@ class DeskSpawner(LocalProcessSpawner):
             )
         except HTTPClientError as error:
             if error.code == 403:
-                raise HTTPError(403, f"The instructor has revoked the key of {self.user.name}.") from None
+                raise refusal(403, f"The instructor has revoked the key of {self.user.name}.") from None
             raise
         return json.loads(answer.body)["key"]
 
@@ -104,7 +104,7 @@ class DeskSpawner(LocalProcessSpawner):
         command = self.entering([self.room["python"], "-P", "-m", "servebook.room.desk", master, str(self.home)])
         child = await asyncio.create_subprocess_exec(*command, env=self.get_env())
         if await child.wait():
-            raise HTTPError(500, "Your desk could not be laid out; the hub's log says why.")
+            raise refusal(500, "Your desk could not be laid out; the hub's log says why.")
 
     async def start(self):
         self.environment = self.environment | {"SERVEBOOK_API_KEY": await self.key()}
@@ -112,7 +112,7 @@ class DeskSpawner(LocalProcessSpawner):
             await asyncio.to_thread(self.make_home)
         except (OSError, subprocess.CalledProcessError) as error:
             self.log.error("No desk for %s: %s %s", self.user.name, error, getattr(error, "stderr", ""))
-            raise HTTPError(500, "Your desk could not be made; the hub's log says why.") from None
+            raise refusal(500, "Your desk could not be made; the hub's log says why.") from None
         await self.lay_out()
         single_user = [str(here / "singleuser.py"), sysconfig.get_path("purelib")]
         self.cmd = self.entering([self.room["python"], "-P", *single_user])
@@ -124,6 +124,13 @@ class DeskSpawner(LocalProcessSpawner):
             return
         if not await asyncio.to_thread(end_all, pwd.getpwnam(self.account).pw_uid):
             self.log.error("Processes of %s do not end: `ps -fu %s` shows them.", self.user.name, self.account)
+
+
+def refusal(code: int, words: str) -> HTTPError:
+    """An error whose words the learner reads: without this attribute the hub's pages have words of their own."""
+    error = HTTPError(code, words)
+    error.jupyterhub_message = words
+    return error
 
 
 def listeners(host: str, port: int) -> set[int]:

@@ -105,7 +105,11 @@ class Door(Authenticator):
         if not known:
             self.tries_for_names.take(("name", name))
         if not hmac.compare_digest(await digest(password, salt), kept):
-            raise HTTPError(403, f"Wrong password for {name}. If you are new here, this name is taken: choose another.")
+            raise HTTPError(
+                403,
+                f"Wrong password for {name}. Forgotten? The instructor can reset it. "
+                "If you are new here, this name is taken: choose another.",
+            )
         self.tries.forgive(who)
 
     def caller(self, handler) -> str:

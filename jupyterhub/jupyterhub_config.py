@@ -44,7 +44,7 @@ c.JupyterHub.template_paths = [str(here / "templates")]
 # this machine; where it counts, door.py does not.
 c.JupyterHub.trusted_downstream_ips = ["127.0.0.1", "::1"]
 
-# How many: beyond these the hub refuses in words, and its page tries again by itself where that helps.
+# How many: beyond these the hub refuses in words, and the learner tries again.
 c.JupyterHub.active_server_limit = room["seats"]
 c.JupyterHub.concurrent_spawn_limit = max(4, 2 * (os.cpu_count() or 1))
 c.Spawner.start_timeout = 180

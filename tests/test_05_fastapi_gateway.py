@@ -417,6 +417,26 @@ async def test_request_ids(app: FastAPI) -> None:
         assert all(re.fullmatch("[0-9a-f]{32}", each) for each in made)
 
 
+async def test_head_counts_where_get_does(caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(Config("http://127.0.0.1:9", key="key"))
+    caplog.set_level("INFO", "servebook.ways.fastapi_gateway.server")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        for path, status in (("/healthz", 200), ("/chat", 405), ("/nowhere", 404)):
+            assert (await client.head(path)).status_code == status
+        counted = (await client.get("/metrics")).text
+    assert [line.split(" 1.0")[0] for line in counted.splitlines() if line.startswith("gateway_requests_total")] == [
+        'gateway_requests_total{path="/healthz",status="200"}',
+        'gateway_requests_total{path="/chat",status="405"}',
+        'gateway_requests_total{path="other",status="404"}',
+    ]
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("servebook")]
+    assert [line.rpartition(" ms")[0].rsplit(" ", 1)[0] for line in said[:3]] == [
+        "HEAD /healthz 200",
+        "HEAD /chat 405",
+        "HEAD other 404",
+    ]
+
+
 async def test_an_error_of_ours_is_a_500_without_details() -> None:
     app = create_app(Config("http://127.0.0.1:9"))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

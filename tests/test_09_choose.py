@@ -77,11 +77,13 @@ def test_every_line_rests_on_a_figure_of_the_stored_run(run: Results) -> None:
         assert "not in this run" not in figure, row
         assert ("(../BENCHMARKS.md)" in figure) != ("a property" in figure), row
         assert any(letter.isdigit() for letter in figure) or "a property" in figure, row
+        assert "CPU" not in figure or "of SSE's @" in figure, "at how many callers?"
 
 
 def test_a_run_that_lacks_a_figure_says_so() -> None:
     empty = new_results("full", "m", "cpu")
-    assert "not in this run" in guide(empty)[1][0][-1]
+    for row in [*guide(empty)[1], *article(empty)[1]]:
+        assert "not in this run" in row[-1] or "a property" in row[-1], row
     assert tensor_ms(empty, "triton", "JSON list") == "not in this run"
     empty.tensors = [
         TensorCost(server="triton", encoding="JSON list", tensor_bytes=1, request_bytes=1, median_ms=9, repeats=1)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,12 +21,15 @@ from aiohttp import web
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from starlette.types import Message, Receive, Scope, Send
 
 from servebook.errors import ServebookError
 from servebook.launch import Server
 from servebook.settings import Settings
 from servebook.ways.fastapi_gateway.server.app import create_app
 from servebook.ways.fastapi_gateway.server.config import Config
+from servebook.ways.fastapi_gateway.server.tracing import Traced
 from servebook.ways.watch_it import prometheus
 from servebook.ways.watch_it.alarm import DASHBOARD, RULES, Rule, evaluate, increase, read_rule
 from servebook.ways.watch_it.histogram import quantile
@@ -344,6 +348,25 @@ async def test_the_gateway_passes_the_trace_on_as_its_own_span() -> None:
     assert own.parent == CALLER
     assert seen[0]["traceparent"] == f"00-{TRACE}-{own.span}-01"
     assert own.attributes == {"http.response.status_code": 200, "http.route": "/chat"}
+
+
+@pytest.mark.parametrize("end", [RuntimeError, asyncio.CancelledError])
+async def test_a_span_that_fails_or_is_left_says_of_what(end: type[BaseException]) -> None:
+    spans, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+
+    async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["route"] = SimpleNamespace(path="/chat")
+        raise end
+
+    async def unused(*_: object) -> Message:
+        raise AssertionError
+
+    scope = {"type": "http", "headers": []}
+    with pytest.raises(end):
+        await Traced(fails, provider.get_tracer("test"))(scope, unused, unused)  # type: ignore[arg-type]
+    [span] = spans.get_finished_spans()
+    assert span.attributes == {"http.route": "/chat"}
 
 
 async def test_without_an_endpoint_the_gateway_traces_nobody() -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import BackgroundTasks, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -48,6 +48,33 @@ def port() -> Iterator[int]:
                 yield piece
 
         return StreamingResponse(pieces(), media_type="text/event-stream")
+
+    begun, may_end, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    left: list[str] = []
+
+    async def work() -> None:
+        begun.set()
+        try:
+            await may_end.wait()
+            left.append("done")
+        except asyncio.CancelledError:
+            left.append("cancelled")
+            raise
+        finally:
+            ended.set()
+
+    @app.get("/work")
+    async def begin(tasks: BackgroundTasks) -> None:
+        for each in (begun, may_end, ended):
+            each.clear()
+        tasks.add_task(work)
+
+    @app.get("/worked")
+    async def worked() -> str:
+        await begun.wait()
+        may_end.set()
+        await ended.wait()
+        return left.pop()
 
     app.add_middleware(CancelOnDisconnect)
     app.add_middleware(BodyLimit, limit=100, refuse=refuse, seconds=5)
@@ -131,6 +158,40 @@ def test_head_is_get_without_a_body(port: int, version: str) -> None:
     for path, status in (("/alive", "200 OK"), ("/stream", "200 OK"), ("/echo", "405 Method Not Allowed")):
         got = talk(port, f"HEAD {path} HTTP/{version}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         assert (got[0], got[2]) == (f"HTTP/1.1 {status}", b"")
+
+
+@pytest.mark.parametrize("kept", ["", "Connection: close\r\n"])
+def test_what_is_left_to_do_after_the_answer_is_done(port: int, kept: str) -> None:
+    """Nobody has left: the answer is complete, whether the connection stays or is closed."""
+    begin = f"GET /work HTTP/1.1\r\nHost: x\r\n{kept}\r\n".encode()
+    ask = b"GET /worked HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    if not kept:
+        assert talk(port, begin, ask)[2].endswith(b'"done"')
+    else:
+        assert talk(port, begin)[0] == "HTTP/1.1 200 OK"
+        assert talk(port, ask)[2] == b'"done"'
+
+
+async def test_an_application_that_listens_after_its_answer_learns_that_it_is_out() -> None:
+    heard: list[Message] = []
+    out = asyncio.Event()
+
+    async def receive() -> Message:
+        await out.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if not message.get("more_body", True):
+            out.set()
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": False})
+        heard.append(await receive())
+
+    async with asyncio.timeout(5):
+        await CancelOnDisconnect(application)({"type": "http"}, receive, send)
+    assert heard == [{"type": "http.disconnect"}]
 
 
 def test_a_body_beyond_the_limit_is_refused(port: int) -> None:

@@ -570,6 +570,42 @@ async def test_the_report_judges_claims_and_lists_ratios() -> None:
     assert results.machine.cpu in text
 
 
+async def test_cpu_is_judged_by_the_bound_for_the_messages_that_were_sent() -> None:
+    """One bound is for a message a token, and one for where the server lets tokens wait for each other."""
+    run = await a_run()
+    run.protocol = []
+    for callers, merged, cpu in ((8, 1.0, 0.1), (32, 1.0, 0.55), (64, 1.7, 0.45)):
+        each = run.engine[0].model_copy(deep=True, update={"concurrency": callers})
+        each.arm.path, each.arm.summary.tokens_per_message = "grpc", merged
+        each.front_cpu = Estimate(value=cpu, low=cpu, high=cpu, pairs=6)
+        run.protocol.append(each)
+
+    def verdicts() -> list[tuple[str, str]]:
+        found = {claim.text: claim.judge(run) for claim in report.CLAIMS}
+        return [
+            found[f"grpc, server CPU per token {where} (scripted)"][1:]
+            for where in ("at 32, a message a token", "where it merges")
+        ]
+
+    assert verdicts() == [("0.550 [0.550, 0.550], 6 pairs", "met"), ("0.450 [0.450, 0.450], 6 pairs", "missed")]
+    run.protocol[1].arm.summary.tokens_per_message = 1.7  # at 32 it merges, too: nothing shows the first
+    assert [answer for _, answer in verdicts()] == ["not measured", "missed"]
+    for each in run.protocol:
+        each.arm.summary.tokens_per_message = 1.0
+    assert [answer for _, answer in verdicts()] == ["met", "not measured"]
+
+
+def test_the_plan_has_what_the_claims_ask_for() -> None:
+    """A full run leaves none "not measured", but where a scripted source is too slow for tokens to share messages."""
+    asked = [claim.text for claim in report.CLAIMS if re.search(r"tokens/s|TTFT|ITL", claim.text)]
+    assert len(asked) > 20
+    for text in asked:
+        path, callers = re.match(r"(.*?), .* at (\d+)", text).groups()  # type: ignore[union-attr]
+        path = {"the article's gateway": "gateway-article"}.get(path, path)
+        assert f"{path} @{callers}" in FULL.steps, text
+    assert "grpc, tokens/s at 64" in asked
+
+
 async def test_one_table_on_top_has_every_path_on_every_engine() -> None:
     fast, slow = await a_run(), await a_run()
     for run, speed in ((fast, 2000.0), (slow, 20.0)):

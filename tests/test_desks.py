@@ -35,6 +35,7 @@ if sys.argv[2] == "other":
 try:
     print(asyncio.run(desk.key()))
 except desks.HTTPError as error:
+    assert error.jupyterhub_message == error.log_message, "else the page says: error"
     print(error.status_code, error.log_message)
 """
 )
@@ -110,7 +111,8 @@ def test_a_front_that_ends_is_brought_back_where_it_was(
     fronts = iter([{"host": host}, None])
 
     def status(_: Settings) -> list[Any]:
-        return [{"name": name, "pid": 1, "endpoints": {"http": where}} for name, where in at.items()]
+        pids = {"hub": 1 if served else None}
+        return [{"name": name, "pid": pids.get(name, 1), "endpoints": {"http": where}} for name, where in at.items()]
 
     def describe(files: Files) -> Any:
         up = {"hub": rounds, "front": fronts}.get(files.instance)
@@ -126,6 +128,7 @@ def test_a_front_that_ends_is_brought_back_where_it_was(
     monkeypatch.setattr(cli, "describe", describe)
     monkeypatch.setattr(launch, "status", status)
     monkeypatch.setattr(launch, "serve", serve)
+    monkeypatch.setattr(launch, "down", lambda *_: None)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(LaunchError, match="JupyterHub has ended"):
         cli.start(trusted=False)

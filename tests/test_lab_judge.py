@@ -14,13 +14,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from servebook.checkout import ROOT
+from servebook.errors import LaunchError
 from servebook.lab.checks.c13_more_than_text import check_13_3
+from servebook.lab.dry_run import load
 from servebook.lab.feedback import NotYet, StillOpen, judge
 from servebook.lab.handout import landlock
 from servebook.lab.judge import __main__ as judging
@@ -28,6 +31,7 @@ from servebook.lab.judge import process
 from servebook.lab.judge.__main__ import Judge, Names
 from servebook.lab.judge.learner import Session
 from servebook.lab.judge.process import APART, judged_apart
+from servebook.lab.judge.wire import Broken
 from servebook.lab.manifest import find_exercise
 from servebook.lab.submission import Submission
 
@@ -177,6 +181,44 @@ def test_a_list_that_was_changed_there_is_changed_here(asking: Asking) -> None:
 def test_what_is_missing_is_told(asking: Asking) -> None:
     with pytest.raises(NotYet, match="its cell has not run"):
         asking({}).function("complete")
+
+
+@pytest.mark.parametrize("says", [b"nonsense\n", b"3\n", b'{"reply": []}\n', b"[" * 100_000 + b"\n", None])
+def test_who_asks_a_session_that_says_nonsense_or_leaves_is_told(says: bytes | None) -> None:
+    """What a learner wrote can reach the socket; a check would wait for ever."""
+    here, there = socket.socketpair()
+    wire, told = Judge(here), SimpleQueue[Broken]()
+
+    def ask() -> None:
+        try:
+            wire.ask(look="x")
+        except Broken as error:
+            told.put(error)
+
+    with here, there:
+        threading.Thread(target=ask, daemon=True).start()
+        there.recv(1, socket.MSG_PEEK)  # its question
+        if says:
+            there.sendall(says)
+        else:
+            there.close()  # with the question unread, which resets the connection
+        threading.Thread(target=wire.listen, daemon=True).start()
+        told.get(timeout=10)
+        threading.Thread(target=ask, daemon=True).start()  # and who asks from then on
+        told.get(timeout=10)
+
+
+def test_a_model_json_that_holds_up_its_reader_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next check has a reader of its own."""
+    load.end()
+    monkeypatch.setattr(load, "as_told", lambda _: [sys.executable, "-c", "input(); __import__('time').sleep(600)"])
+    monkeypatch.setattr(load, "FACTS_SECONDS", 0.1)
+    try:
+        with pytest.raises(LaunchError, match=r"takes longer than 0 s\.\n→ .* check again"):
+            load.engine_facts(Path("endless"))
+        assert not load.vllm_process.cache_info().currsize
+    finally:
+        load.end()
 
 
 @pytest.mark.lifetime

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +37,8 @@ from servebook.engine import faster_cpu
 from servebook.engine.arguments import promised_bytes
 from servebook.errors import LaunchError
 from servebook.launch import display, find_server, link, supervisor
-from servebook.launch.files import Files, visible
+from servebook.launch.files import Files, read_log, tail, visible
+from servebook.launch.keep import Phase
 from servebook.launch.link import died, root_cause
 from servebook.launch.plan import Start
 from servebook.launch.processes import free_port
@@ -917,6 +919,70 @@ def test_the_repositorys_folder_triton_does_not_hide_the_compilers_absence() -> 
     command = [sys.executable, "-c", "import torch._dynamo, torch.utils._triton as t; print(t.has_triton_package())"]
     done = subprocess.run(command, cwd=TINY.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# --- logs and times -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lines", [1, 15, 4000, 100_000])
+def test_the_end_of_a_log_is_its_last_lines(lines: int, tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text("".join(f"{number} ü가\x1b\n" for number in range(20_000)) + "half a line")
+    assert tail(log, lines) == visible("\n".join(read_log(log).splitlines()[-lines:]))
+    log.write_text("short\r\nlog\n")
+    assert tail(log, lines) == ("log" if lines == 1 else "short\nlog")
+    assert tail(tmp_path / "none.log", lines) == ""
+
+
+def test_a_long_log_is_not_read_whole_for_its_end(tmp_path: Path) -> None:
+    """A server that nobody ends writes some 100 MB."""
+    log = tmp_path / "vllm.log"
+    with log.open("wb") as file:
+        file.seek(20 * 2**20)
+        file.write(b"\n" + b"a line\n" * 20)
+    tracemalloc.start()
+    try:
+        assert tail(log, 2) == "a line\na line"
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_each_line_of_a_log_is_read_once_for_the_phase_of_a_start(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    phase = Phase(log)
+    assert phase.now() == "importing"
+    with log.open("w+") as file:
+        for says, expected in [
+            ("Initializing a V1 LLM engine\nStarting to", "starting the engine"),
+            (" load model\n", "loading weights"),
+            ("Initializing a V1 LLM engine\n", "loading weights"),
+            ("Loading weights took 1 s\n", "warming up"),
+        ]:
+            file.write(says)
+            file.flush()
+            assert phase.now() == expected
+        file.seek(0)
+        file.write("init engine took\n")
+        file.flush()
+        assert phase.now() == "warming up", "it has read again what it had read"
+
+
+def test_who_ends_a_server_waits_for_longer_than_it_takes(tmp_path: Path) -> None:
+    """Where a number is in words or of another program, and cannot be derived."""
+    from servebook.lab.handout import autograde
+    from servebook.ways.custom_grpc.server.__main__ import read_arguments
+    from servebook.ways.triton_grpc.backend.repository import MODEL_REPOSITORY
+    from servebook.ways.triton_grpc.backend.server import tritonserver_command
+
+    command = tritonserver_command(MODEL_REPOSITORY, tmp_path, grpc_port=1, http_port=2, metrics_port=3)
+    (triton,) = re.findall(r"--exit-timeout-secs=(\d+)", " ".join(command))
+    grpc = read_arguments([])[0].grace
+    assert int(triton) < supervisor.TERM_SECONDS
+    assert grpc + 2 < supervisor.TERM_SECONDS, "as much as the parent of several fronts gives them"
+    assert supervisor.END_SECONDS < autograde.GRACE_SECONDS < link.STOP_SECONDS
+    assert supervisor.END_SECONDS < link.SUPERVISOR_SECONDS
+    assert f"after {link.STOP_SECONDS:.0f} seconds" in str(launch.down.__doc__)
 
 
 # --- the supervisor's parts ---------------------------------------------------------------------------------------

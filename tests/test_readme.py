@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from pictures import shown
 from PIL import Image
 from survived import BY_HAND, PAGE, in_every_run, load, marked, written
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from servebook.cli import app
@@ -48,6 +52,15 @@ def test_commands_exist() -> None:
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0, name
 
 
+@pytest.mark.parametrize("line", re.findall(r"\bservebook (bench .*)", "".join(FENCED.findall(BOTH))))
+def test_commands_that_measure_have_options_that_there_are(line: str) -> None:
+    """And numbers within their bounds: some of them are for a GPU, where nothing is tried before it is needed."""
+    name, *words = shlex.split(line, comments=True)
+    command = get_command(app)
+    assert isinstance(command, TyperGroup)
+    command.commands[name].make_context(name, words)
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", BOTH):
         assert target.startswith("https://") or (ROOT / target).exists(), target
@@ -85,11 +98,13 @@ def test_the_table_of_faults_survived_is_that_of_the_tests() -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs/images").iterdir()), ids=lambda file: file.stem)
-def test_the_pictures_are_small_shown_and_say_when_they_were_taken(file: Path) -> None:
+def test_the_pictures_are_small_and_show_what_there_is_now(file: Path) -> None:
     assert f"](docs/images/{file.name})" in README or f"](images/{file.name})" in (ROOT / "docs/room.md").read_text()
     assert file.stat().st_size < 100_000
     with Image.open(file) as picture:
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", picture.info["Creation Time"])
+        stale = f"it shows what has changed: .venv/bin/python tests/pictures.py {file.stem.removesuffix('_projector')}"
+        assert picture.info["Source"] == shown(file.stem), stale
 
 
 def test_there_are_pictures() -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -387,7 +388,13 @@ def test_who_guesses_a_password_does_not_lock_its_learner_out(room: Room) -> Non
 
 def test_a_password_that_was_forgotten_is_chosen_anew_and_a_new_code_replaces_the_old(room: Room) -> None:
     old = room.code()
-    room.run("reset", "emmy")
+    emmy = Door(room.url, "127.0.0.2")
+    assert emmy.sign_in("emmy", "long enough") == (302, "")
+    signed_in = emmy.browser.get(f"{room.url}/hub/home", allow_redirects=False, timeout=10)
+    told = room.run("reset", "Emmy")
+    assert told.startswith(f"emmy has no password now: sign up anew with the join code {old}; signed out")
+    signed_out = emmy.browser.get(f"{room.url}/hub/home", allow_redirects=False, timeout=10)
+    assert (signed_in.status_code, signed_out.status_code) == (200, 302)
     told = room.run("code", "--new")
     assert f"Learners sign up at {room.url} with the join code {room.code()}." in told
     assert "SHA-256 fingerprint" in told
@@ -403,12 +410,15 @@ def join(page: Page, room: Room, name: str) -> None:
     """Sign up by the address in the picture; the first notebook opens."""
     page.goto(f"{room.url}/hub/login#{room.code()}")
     expect(page.get_by_label("Join code")).to_have_value(room.code())
+    page.get_by_label("Join code").fill(room.code().lower())  # as if by hand: it is not lost where a password is
     for password in ("short", "long enough"):
         page.get_by_label("Username").fill(name)
         page.locator("#password_input").fill(password)
         page.get_by_role("button", name="Sign in").click()
         if password == "short":
             expect(page.get_by_text("A password has 8 to 128 characters.")).to_be_visible()
+            expect(page.get_by_label("Join code")).to_have_value(room.code().lower())
+            expect(page.get_by_text("password of 8 characters or more")).to_be_visible()
     expect(page.get_by_role("tab", name="00_start_here.ipynb")).to_be_visible(timeout=120_000)
 
 
@@ -533,6 +543,7 @@ def test_ten_learners_join_work_get_stuck_hand_in_and_find_their_feedback(
             course = Path(folder)  # not below /tmp, which a submission may use
             told = room.run("collect", "--course", course)
             assert told.count(": 1 of ") == 2, told
+            assert re.search(r"joan: 0 of \d+ labs; passed 1 on the board, nothing saved", told), told
             for name in ("run_me.sh", "grades.csv"):
                 assert f"'{LAB}/{name}' was left: not handed out" in told
             losing = pool.submit(lose_everything, ken)
@@ -541,7 +552,9 @@ def test_ten_learners_join_work_get_stuck_hand_in_and_find_their_feedback(
             assert f"{LAB}: 2 graded\n" in told, told
             assert not list(course.rglob("run_me.sh"))
             with (course / "grades.csv").open(newline="") as file:
-                scores = {row["student_id"]: float(row["score"]) for row in csv.DictReader(file) if row["score"]}
+                rows_of_grades = list(csv.DictReader(file))
+                scores = {row["student_id"]: float(row["score"]) for row in rows_of_grades if row["score"]}
+            assert {row["student_id"] for row in rows_of_grades} == everybody
     _, first = find_exercise("01.1")
     assert scores == {"hedy": first.points, "ken": first.points}
     assert "✓ 01.1" in ken.desk.ask("GET", f"api/contents/feedback/{LAB}.html")["content"]
@@ -761,9 +774,13 @@ def test_a_revoked_key_opens_nothing_any_more(room: Room, kernels: dict[str, Ker
     broken = "try:\n    for chunk in writing: pass\n    print('whole')\nexcept Exception as error: print('broken off')"
     assert kernel.run(broken) == "broken off\n"
     assert "revoked" in next(line for line in room.run("learners").splitlines() if "ada" in line)
-    kernel.desk.close()
+    assert re.fullmatch(r"ada: the desk is clos(ed|ing)\n", room.run("close", "ada"))
+    eventually(lambda: not kernel.desk.servers(), "the end of the desk")
     refused = kernel.desk.hub_ask("POST", "users/ada/server")
-    assert (refused.status_code, refused.json()["message"]) == (403, "The instructor has revoked the key of ada.")
+    said = "The instructor has revoked the key of ada."
+    assert (refused.status_code, refused.json()["message"]) == (403, said)
+    page = kernel.desk.browser.get(f"{room.url}/hub/spawn/ada", timeout=60)
+    assert (page.status_code, said in unescape(page.text), ": error" in page.text) == (403, True, False), page.text
     shown = room.run("admit", "ada").split()
     assert requests.get(f"{room.front}/v1/models", headers=bearer(shown[-1].partition("=")[2]), timeout=10).ok
 
@@ -805,6 +822,8 @@ def test_closing_a_desk_ends_all_of_it(room: Room, kernels: dict[str, Kernel]) -
 def test_ctrl_c_ends_the_room(room: Room) -> None:
     assert room.family()
     room.process.send_signal(signal.SIGINT)
-    assert room.process.wait(60) == 130, room.output.read_text()
-    assert "Traceback" not in room.output.read_text()
+    assert room.process.wait(60) == 0, room.output.read_text()
+    told = room.output.read_text()
+    assert told.endswith("The room is closed; desks and passwords are kept for next time.\n"), told
+    assert "Traceback" not in told
     eventually(lambda: not room.family(), "the end of every process of the room")

@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -29,8 +29,8 @@ from typing import IO, Any
 import pytest
 import requests
 import tiny_server
-from aiohttp import web
-from aiohttp.test_utils import BaseTestServer, TestServer
+from aiohttp import ClientConnectionError, ClientSession, web
+from aiohttp.test_utils import BaseTestServer, TestServer, make_mocked_request
 from aiohttp.web_response import ContentCoding
 from classroom import bearer
 from desk import eventually
@@ -429,6 +429,75 @@ async def caller(
         yield Caller(server, front, roll.issue("ada"))
 
 
+class SlowDisk:
+    """A disk that writes nothing before it is `released`."""
+
+    def __init__(self) -> None:
+        self.reached, self.released = threading.Event(), threading.Event()
+        self.in_time: list[bool] = []
+
+    def fsync(self, _: int) -> None:
+        self.reached.set()
+        self.in_time.append(self.released.wait(10))
+
+
+async def test_who_asks_does_not_wait_for_a_key_that_is_written(
+    engine: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with caller(tmp_path, engine[1]) as ada:
+        monkeypatch.setattr(os, "fsync", (disk := SlowDisk()).fsync)
+        admitting = asyncio.create_task(ada.ask("PUT", "/room/learners/bo", key=KEY))
+        await asyncio.to_thread(disk.reached.wait, 10)
+        assert (await ada.complete(5))[0] == 200
+        disk.released.set()
+        assert (await admitting)[0] == 200
+    assert disk.in_time == [True]
+    assert set(Roll(tmp_path / "keys.json").entries) == {"ada", "bo"}
+
+
+async def test_no_key_is_made_while_a_revocation_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    roll = Roll(tmp_path / "keys.json")
+    key = roll.issue("ada")
+    room = Front("http://127.0.0.1:9", KEY, roll, Limits())
+    monkeypatch.setattr(os, "fsync", (disk := SlowDisk()).fsync)
+
+    def request(method: str) -> web.Request:
+        return make_mocked_request(method, "/room/learners/ada", match_info={"name": "ada"})
+
+    dismissing = asyncio.create_task(room.dismiss(request("DELETE")))
+    await asyncio.to_thread(disk.reached.wait, 10)
+    admitting = asyncio.create_task(room.admit(request("PUT")))
+    await asyncio.sleep(0)  # it has begun
+    assert roll.name_of(key) == "ada", "what is not written does not count"
+    disk.released.set()
+    assert [(await task).status for task in (dismissing, admitting)] == [200, 403]
+    assert Roll(tmp_path / "keys.json").revoked("ada")
+
+
+async def test_a_revocation_breaks_off_what_is_under_way_though_its_caller_left(
+    engine: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in, url = engine
+    stand_in.goes_on = asyncio.Event()
+    async with caller(tmp_path, url) as ada, ClientSession(headers=bearer(KEY)) as instructor:
+        assert ada.front.runner
+        served = ada.front.runner.server
+        assert served
+        asking = asyncio.create_task(ada.complete(5))
+        await asyncio.to_thread(eventually, lambda: stand_in.seen, "the request at the engine")
+        monkeypatch.setattr(os, "fsync", (disk := SlowDisk()).fsync)
+        dismissing = asyncio.create_task(instructor.delete(ada.front.make_url("/room/learners/ada")))
+        await asyncio.to_thread(disk.reached.wait, 10)
+        dismissing.cancel()
+        await asyncio.to_thread(eventually, lambda: len(served.connections) == 1, "the instructor leaves")
+        disk.released.set()
+        with suppress(OSError, HTTPException):  # its connection is cut
+            await asking
+        assert ada.front_app.roll.revoked("ada")
+        assert not ada.state().under_way
+        stand_in.goes_on.set()
+
+
 async def test_what_the_engine_refused_costs_no_tokens(engine: tuple[StandIn, str], tmp_path: Path) -> None:
     stand_in, url = engine
     async with caller(tmp_path, url, Limits(learner_tokens_per_minute=CONTEXT)) as ada:
@@ -607,6 +676,26 @@ async def test_whoever_listens_in_the_place_of_a_rooms_engine_is_told_nothing(
         assert (await ada.ask("GET", "/room/health", key=""))[0] == 503
     told, _, _ = select.select([squatter], [], [], 0.5)
     assert not told, "not even a connection was made"
+
+
+async def test_a_class_that_asks_at_once_costs_two_looks_which_the_event_loop_does_not_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first was begun before the others were connected: what it found says nothing of them."""
+    own = Front("http://127.0.0.1:9", KEY, Roll(tmp_path / "keys.json"), Limits(), own_engine=True)
+    ours = {os.getuid()}
+    found = [ours, ours | {os.getuid() + 1}]
+    looking: list[int] = []
+
+    def look(*_: object) -> set[int]:
+        looking.append(threading.get_ident())
+        return found.pop(0)
+
+    monkeypatch.setattr(front, "listeners", look)
+    ends = await asyncio.gather(*(own.require_own() for _ in range(64)), return_exceptions=True)
+    assert [type(end) for end in ends] == [type(None)] + [ClientConnectionError] * 63
+    assert len(looking) == 2
+    assert threading.get_ident() not in looking
 
 
 def test_who_is_longest_at_it_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1532,7 +1621,7 @@ def test_what_ends_again_and_again_ends_the_room(
     done, following = kept
     following += ends
     with pytest.raises(ServebookError, match="hub ends as soon as it starts"):
-        hub.keep({"hub": ["hub"]}, {}, lambda _: None)
+        hub.keep({"hub": ["hub"]}, {}, lambda _: True)
     assert done == ["start hub"] * starts
 
 
@@ -1543,14 +1632,64 @@ def test_all_that_ended_is_started_before_the_proxy_is_told_its_routes(
     done, following = kept
     following += [-9, -9, None, None]
 
-    def restarted(name: str) -> None:
+    def restarted(name: str) -> bool:
         done.append(f"{name} is back")
         if name == "hub":
             raise KeyboardInterrupt
+        return True
 
     with pytest.raises(KeyboardInterrupt):
         hub.keep({"proxy": ["proxy"], "hub": ["hub"]}, {}, restarted)
     assert done == ["start proxy", "start hub"] * 2 + ["proxy is back", "hub is back"]
+
+
+def test_a_hub_that_ends_while_the_new_proxy_waits_for_its_routes_is_started(
+    kept: tuple[list[str], list[int | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, following = kept
+    following += [-9, None, None, None]
+    programs: list[Any] = []
+    begin: Any = subprocess.Popen
+
+    def note(*args: object, **options: object) -> Any:
+        programs.append(begin(*args, **options))
+        return programs[-1]
+
+    def restarted(name: str) -> bool:
+        done.append(f"{name} is back")
+        if name == "hub":
+            raise KeyboardInterrupt
+        programs[1].returncode = -9  # the hub, in whichever turn
+        return len(programs) > 3
+
+    # Undone before the fixture puts back what it has put there itself.
+    with monkeypatch.context() as noted:
+        noted.setattr(subprocess, "Popen", note)
+        with pytest.raises(KeyboardInterrupt):
+            hub.keep({"proxy": ["proxy"], "hub": ["hub"]}, {}, restarted)
+    assert done == [
+        *("start proxy", "start hub", "start proxy", "proxy is back"),
+        *("start hub", "proxy is back", "hub is back"),
+    ]
+
+
+def test_a_new_proxy_that_nobody_tells_its_routes_is_given_up_and_said(
+    kept: tuple[list[str], list[int | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, following = kept
+    following += [-9, None]
+    monkeypatch.setattr(hub, "ROUTES_SECONDS", 0)
+    said: list[str] = []
+
+    def warning(text: str, *values: object) -> None:
+        said.append(text % values)
+        if len(said) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub.log, "warning", warning)
+    with pytest.raises(KeyboardInterrupt):
+        hub.keep({"proxy": ["proxy"]}, {}, lambda _: False)
+    assert said == ["proxy ended with code -9", "proxy is back, and was not told its routes within 0 s"]
 
 
 class AdmitsTwo:

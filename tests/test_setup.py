@@ -11,9 +11,11 @@ import subprocess
 import sys
 import threading
 import tomllib
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from desk import eventually
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from servebook.launch.table import ENGINE_PHASES
 from servebook.workbook.doctor import BROWSERS, find_browser, pins
 
 ROOT = Path(__file__).parents[1]
@@ -62,8 +65,9 @@ def cached_uv(clone: Path) -> Path:
 
 
 def environment(clone: Path, **env: str) -> dict[str, str]:
-    """A shell's, without any setting of pip or uv."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "CONDA_", "PYTHON", "MAKE"))}
+    """A shell's, without any setting of pip or uv, nor what `make test OFFLINE=…` itself was told."""
+    settings = ("PIP_", "UV_", "CONDA_", "PYTHON", "MAKE", "OFFLINE")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
     path = f"{clone.parent / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     cache = str(cached_uv(clone).parents[2])
     return (
@@ -504,6 +508,72 @@ def test_a_download_that_fails_leaves_a_folder_that_is_refused(clone: Path, stic
     assert not (stick / "SHA256SUMS").exists()
 
 
+def test_the_folders_proof_runs_in_a_fresh_clone_without_a_network(
+    clone: Path, program: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """Which `scripts/prove-offline` is, and takes minutes: here with a stand-in for make, so what it is given."""
+    asks = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    if subprocess.run([*asks, "unshare", "--net", "true"], capture_output=True).returncode:
+        pytest.skip("a space without a network takes root, or sudo without a password")
+    git = ["git", "-C", str(clone), "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *words], check=True)
+    (clone / "not-committed").touch()
+    stick, notes = tmp_path / "stick", tmp_path / "notes"
+    look = "$(ls -A $HOME | wc -l) $(grep -c : /proc/net/dev) $PIP_INDEX_URL $(test -e $PWD/not-committed && echo old)"
+    folder = 'while [ "$1" != -C ]; do shift; [ "$1" ] || break; done; cd "${2:-.}"'
+    program("make", f'words="$*"; mkdir -p {stick}; {folder}; echo "$words:" {look} >> {notes}')
+    command = [str(clone / "scripts/prove-offline"), str(stick), "check", "test", "K=00"]
+    env = environment(clone, PIP_INDEX_URL="http://127.0.0.1:9/simple")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    filled, *alone = notes.read_text().splitlines()
+    assert f" offline DIR={stick} DEVICE=cpu:" in filled
+    for line, asked in zip(alone, ("setup", "check test K=00"), strict=True):
+        told = re.fullmatch(rf"--no-print-directory -C (\S+) {asked} OFFLINE={stick} DEVICE=cpu: 0 1", line)
+        assert told, line
+        assert not Path(told[1]).exists(), "it leaves nothing behind"
+    assert re.search(r"make check test K=00, without a network: \d+ s", done.stderr)
+
+
+def wheel_of(name: str, folder: Path) -> None:
+    """A wheel with nothing in it."""
+    info = f"{name}-1.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.mark.parametrize(
+    ("on_the_index", "fetched", "says"),
+    [
+        (["torch", "tiny"], ["torch", "tiny"], "is ready"),
+        (["torch", "tiny"], ["torch"], "does not hold all of requirements/gpu.txt"),
+        (["torch"], [], "the index does not have all of requirements/gpu.txt"),
+    ],
+)
+def test_a_folder_is_ready_if_a_gpus_lock_can_be_resolved_from_it(
+    clone: Path, stick: Path, on_the_index: list[str], fetched: list[str], says: str
+) -> None:
+    """By the real uv, which asks first whether the index has all, and at the end whether the folder has."""
+    index = clone.parent / "index"
+    index.mkdir()
+    for name in on_the_index:
+        wheel_of(name, index)
+    (clone / "requirements/gpu.txt").write_text("torch==1\ntiny==1\n")
+    (clone / "requirements/room.txt").write_text("torch==1\n")
+    real = Path(sys.executable).with_name("uv")
+    copies = "; ".join(f"cp {shlex.quote(str(index))}/{name}-* {shlex.quote(str(stick))}/wheels" for name in fetched)
+    cases = f'"pip install "*) exec {real} "$@";; *" pip wheel "*) {copies or "exit 1"};;'
+    (clone / ".venv/bin/uv").write_text(f'#!/bin/bash\nset -e\ncase "$*" in {cases} esac\n')
+    done = make(clone, "offline", f"DIR={stick}", DEVICE="gpu", PIP_FIND_LINKS=str(index), UV_OFFLINE="1")
+    assert says in done.stderr
+    assert (done.returncode == 0, (stick / "SHA256SUMS").exists()) == (says == "is ready",) * 2
+
+
 # --- locks --------------------------------------------------------------------------------------------------------
 
 
@@ -581,6 +651,23 @@ def test_a_lock_that_cannot_be_renewed_says_so(clone: Path) -> None:
     done = make(clone, "lock", UV_DEFAULT_INDEX="http://127.0.0.1:9/simple", UV_NO_CACHE="1", UV_HTTP_RETRIES="0")
     assert done.returncode != 0
     assert "was not renewed; check the network" in done.stderr
+
+
+VLLM = Path(next(iter(getattr(find_spec("vllm"), "submodule_search_locations", None) or ["/no/vllm"])))
+WHERE_IT_SAYS_SO = [
+    "v1/engine/core.py",
+    "v1/worker/cpu_model_runner.py",
+    "v1/worker/gpu/model_runner.py",
+    "v1/worker/gpu/cudagraph_utils.py",
+    "model_executor/model_loader/default_loader.py",
+    "model_executor/warmup/kernel_warmup.py",
+]
+
+
+@pytest.mark.parametrize("words", ENGINE_PHASES)
+def test_the_locked_vllm_says_the_words_that_tell_a_starts_phase(words: str) -> None:
+    """At the beginning of a string; a newer one may say it otherwise, and a start would show a phase for ever."""
+    assert any(f'"{words}' in (VLLM / file).read_text() for file in WHERE_IT_SAYS_SO)
 
 
 # --- CI -----------------------------------------------------------------------------------------------------------
@@ -713,6 +800,19 @@ def bring(clone: Path, program: Callable[[str, str], Path], tmp_path: Path) -> C
         return done.stderr + (calls.read_text() if calls.exists() else "")
 
     return run
+
+
+@pytest.mark.parametrize("part", ["", "triton"])
+def test_the_browser_is_looked_for_before_all_else(clone: Path, part: str) -> None:
+    """The whole suite does not begin without; a part may do without."""
+    planned = [line for line in make(clone, "-n", "test", f"K={part}").stdout.splitlines() if "make" not in line]
+    assert planned[0] == 'scripts/browser ".venv"'
+    assert "pytest" in planned[-1]
+    calls = stand_in_environment(clone)
+    (clone / "scripts/browser").write_text("#!/bin/sh\nexit 1\n")
+    (clone / "scripts/setup").write_text(f"#!/bin/sh\necho set-up >> {shlex.quote(str(calls))}\nexit 1\n")
+    assert make(clone, "test", f"K={part}").returncode != 0
+    assert calls.exists() == bool(part)
 
 
 CHROMIUM_OF_PLAYWRIGHT = ".cache/ms-playwright/chromium-1/chrome-linux64/chrome"

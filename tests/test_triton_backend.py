@@ -15,7 +15,9 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -30,7 +32,7 @@ from servebook.errors import LaunchError
 from servebook.launch import SERVERS
 from servebook.launch.child import run_child
 from servebook.launch.probes import http_ok
-from servebook.launch.processes import free_port
+from servebook.launch.processes import free_port, wait_until
 from servebook.settings import Settings
 from servebook.ways.triton_grpc.backend.files import ModelFilesError, engine_words_as_json, read_engine_args, read_loras
 from servebook.ways.triton_grpc.backend.guardian import MARK, start_guardian
@@ -191,6 +193,43 @@ async def test_an_error_that_nobody_expected_reaches_neither_client_nor_log_in_i
     (message, _), _ = triton.TritonError.call_args
     assert message == "generation failed; the server's log has the cause"
     sender.send.assert_called_once()
+
+
+def test_statistics_that_triton_does_not_take_hold_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some are dropped, which is said once; those after them come through."""
+    triton = MagicMock()
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    name = "servebook.ways.triton_grpc.backend.metrics"
+    module = importlib.import_module(name)
+    del sys.modules[name]  # nobody else gets one with that in place of Triton
+    monkeypatch.setattr(module, "MOST_REPORTS", 4)
+    logger = module.TritonStatLogger({}, MagicMock(**{"model_config.max_model_len": 128}))
+    stuck, go_on, taken = threading.Event(), threading.Event(), []
+
+    def take(value: float) -> None:
+        stuck.set()
+        go_on.wait(30)
+        if value in (1, 2):
+            raise RuntimeError("no such metric")
+        taken.append(value)
+
+    def step(running: int) -> None:
+        logger.record(SimpleNamespace(num_running_reqs=running, num_waiting_reqs=0, kv_cache_usage=0), None)
+
+    logger.metrics["num_requests_running"].set = take
+    logger.metrics["num_requests_waiting"] = logger.metrics["gpu_cache_usage_perc"] = MagicMock()
+    step(1)
+    assert stuck.wait(30)
+    for running in range(2, 10):
+        step(running)
+    assert logger.reports.qsize() <= 4, "two of the first step, and two more"
+    go_on.set()
+    assert wait_until(lambda: taken == [3], 30), taken
+    step(9)  # a gauge that was dropped is not taken for one that was told
+    assert wait_until(lambda: taken == [3, 9], 30), taken
+    ((said,), _) = triton.Logger.log_warn.call_args
+    assert "on the metrics page are incomplete" in said
+    triton.Logger.log_warn.assert_called_once()
 
 
 def test_the_server_listens_on_this_machine_only(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ LOOPBACK = "127.0.0.1"
 BUNDLED_MODEL = "bundled"
 KEY_CHARACTERS = 8
 """The least that an API key has: what is shorter is guessed. JupyterHub asks for as many."""
+MAX_FRONTS = 64
 TENSOR_MODEL_NAME = "vllm_model"
 """The model's name in Triton and KServe, as the article's model repository has it."""
 SET_ELSEWHERE = {
@@ -152,7 +153,7 @@ class Settings(BaseSettings):
     cores: str = Field(default="", pattern=r"^(\d+(,\d+)*)?$")
     engine_args: str = ""
     replicas: int = Field(default=2, ge=1)
-    fronts: int = Field(default=1, ge=1, le=64)
+    fronts: int = Field(default=1, ge=1, le=MAX_FRONTS)
     router_policy: Literal["round_robin", "cache_aware", "random", "power_of_two", "consistent_hash"] = "round_robin"
     start_timeout: float = Field(default=300, gt=0)
     cache_dir: Path = user_cache_path("servebook")
@@ -304,10 +305,10 @@ def installed_vllm() -> str:
         return ""
 
 
-def settings_file(start: Path | None = None) -> Path | None:
-    """The nearest `servebook.toml` from `start` (default: the working folder) upwards: notebooks run in folders."""
+def settings_file() -> Path | None:
+    """The nearest `servebook.toml` from the working folder upwards: notebooks run in folders."""
     try:
-        start = start or Path.cwd()
+        start = Path.cwd()
     except FileNotFoundError:  # the folder was removed, and nothing lies in it
         return None
     for folder in (start, *start.parents):

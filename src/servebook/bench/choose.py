@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict
 
 from servebook.bench.report import at_most_callers, interval
 from servebook.bench.results import Results
-from servebook.bench.stats import Estimate
 from servebook.bench.tensors import MIB
 
 BUSY_TOKENS_PER_S = 5000
@@ -83,10 +82,12 @@ def tokens_ratio(run: Results, path: str) -> str:
     return f"tokens/s {interval(most.tokens_per_s)} @{most.concurrency}" if most else "not in this run"
 
 
-def cpu_ratio(run: Results, path: str) -> Estimate | None:
+def cpu_ratio(run: Results, path: str) -> str:
     """Server CPU per token / that of vLLM's SSE, protocol alone, at the most callers that were measured."""
     most = at_most_callers(run.protocol, path)
-    return most.front_cpu if most else None
+    if most is None or most.front_cpu is None:
+        return "server CPU per token not in this run"
+    return f"server CPU per token {interval(most.front_cpu)} of SSE's @{most.concurrency}"
 
 
 def fills_a_core(run: Results, path: str) -> str:
@@ -113,7 +114,7 @@ def _gateway(run: Results) -> str:
 
 
 def _grpc(run: Results) -> str:
-    return f"server CPU per token {interval(cpu_ratio(run, 'grpc'))} of SSE's; {tokens_ratio(run, 'grpc')}"
+    return f"{cpu_ratio(run, 'grpc')}; {tokens_ratio(run, 'grpc')}"
 
 
 def _busy(run: Results) -> str:
@@ -121,7 +122,7 @@ def _busy(run: Results) -> str:
 
 
 def _rust(run: Results) -> str:
-    return f"server CPU per token {interval(cpu_ratio(run, 'rust-grpc'))} of SSE's; {tokens_ratio(run, 'rust-grpc')}"
+    return f"{cpu_ratio(run, 'rust-grpc')}; {tokens_ratio(run, 'rust-grpc')}"
 
 
 def _tensors(run: Results) -> str:
@@ -141,8 +142,8 @@ FIGURES: dict[str, Callable[[Results], str]] = {
     "rust": _rust,
     "tensors": _tensors,
     "triton": lambda run: tokens_ratio(run, "triton"),
-    "triton_cpu": lambda run: f"server CPU per token {interval(cpu_ratio(run, 'triton'))} of SSE's",
-    "vllm_grpc_cpu": lambda run: f"server CPU per token {interval(cpu_ratio(run, 'vllm-grpc'))} of SSE's",
+    "triton_cpu": lambda run: cpu_ratio(run, "triton"),
+    "vllm_grpc_cpu": lambda run: cpu_ratio(run, "vllm-grpc"),
 }
 """What a line may rest on, read from a run."""
 

@@ -107,7 +107,7 @@ FULL = Plan(
         *cells("gateway", 1, 32),
         *cells("gateway-article", 16),
         *cells("triton", 1, 8, 32),
-        *cells("grpc", 1, 4, 16, 32),
+        *cells("grpc", 1, 4, 16, 32, 64),
         *cells("grpc-unary", 8),
         *cells("kserve-sse", 1, 32),
         *cells("kserve-rest", 8),

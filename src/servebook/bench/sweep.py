@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
 from multiprocessing.synchronize import Barrier
 from pathlib import Path as File
+from threading import BrokenBarrierError
 
 import uvloop
 from pydantic import BaseModel, Field, ValidationError
@@ -185,7 +186,14 @@ async def spread(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(parts, context, _meet_at, (context.Barrier(parts, timeout=BARRIER_SECONDS),)) as pool:
         loop = asyncio.get_running_loop()
-        loads = await asyncio.gather(*(loop.run_in_executor(pool, _in_process, each) for each in asked))
+        ended = await asyncio.gather(
+            *(loop.run_in_executor(pool, _in_process, each) for each in asked), return_exceptions=True
+        )
+    errors = [each for each in ended if isinstance(each, BaseException)]
+    # Who was waiting for a part that failed says only that: the part itself says why.
+    for error in sorted(errors, key=lambda each: isinstance(each, BrokenBarrierError)):
+        raise error
+    loads = [each for each in ended if isinstance(each, Load)]
     samples = [sample for load in loads for sample in load.samples]
     # The clock is the machine's, the same for each process.
     seconds = max(sample.ended for sample in samples) - min(sample.due for sample in samples)
@@ -215,7 +223,11 @@ _barrier: Barrier
 
 
 def _in_process(asked: tuple[str, Server, Workload, int, int, float | None, int]) -> Load:
-    return uvloop.run(_part(*asked, all_here=_barrier.wait))
+    try:
+        return uvloop.run(_part(*asked, all_here=_barrier.wait))
+    except BaseException:
+        _barrier.abort()  # else the others wait for this one until their time is up
+        raise
 
 
 def _meet_at(barrier: Barrier) -> None:

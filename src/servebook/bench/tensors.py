@@ -227,13 +227,17 @@ class SharedMemory(Encoding):
 
     def __init__(self, server: Server) -> None:
         super().__init__(server)
-        self.client = v2_grpc.InferenceServerClient(server.grpc)
-        self.regions = {}
-        for way in ("in", "out"):
-            key = f"/servebook-{way}-{uuid.uuid4().hex[:8]}"
-            self.regions[way] = shared_memory.create_shared_memory_region(key[1:], key, self.size)
-            self.client.register_system_shared_memory(key[1:], key, self.size)
-        self.names = {way: region._triton_shm_name for way, region in self.regions.items()}
+        self.regions, self.names = {}, {}
+        with ExitStack() as held:  # memory that nobody gives back stays until the machine is started anew
+            self.client = v2_grpc.InferenceServerClient(server.grpc)
+            held.callback(self.client.close)
+            for way in ("in", "out"):
+                name = self.names[way] = f"servebook-{way}-{uuid.uuid4().hex[:8]}"
+                self.regions[way] = shared_memory.create_shared_memory_region(name, f"/{name}", self.size)
+                held.callback(shared_memory.destroy_shared_memory_region, self.regions[way])
+                self.client.register_system_shared_memory(name, f"/{name}", self.size)
+                held.callback(self.take_back, name)
+            self.held = held.pop_all()
 
     def request_bytes(self, array: Array) -> int:
         message = service_pb2.ModelInferRequest(model_name="identity")
@@ -252,12 +256,16 @@ class SharedMemory(Encoding):
         return np.array(shared_memory.get_contents_as_numpy(self.regions["out"], np.float32, array.shape))
 
     def close(self) -> None:
-        for way, region in self.regions.items():
-            # Triton is done with a region a moment after its answer.
-            if not wait_until(partial(self.let_go, self.names[way]), LET_GO_SECONDS):
-                raise BenchError(f"Triton does not let go of {self.names[way]}.", "See `servebook logs triton`.")
-            shared_memory.destroy_shared_memory_region(region)
-        self.client.close()
+        self.held.close()
+
+    def take_back(self, name: str) -> None:
+        """Wait until Triton has let the region go: it is done with it a moment after its answer.
+
+        Raises:
+            BenchError: it does not.
+        """
+        if not wait_until(partial(self.let_go, name), LET_GO_SECONDS):
+            raise BenchError(f"Triton does not let go of {name}.", "See `servebook logs triton`.")
 
     def let_go(self, name: str) -> bool:
         """Take the region back from Triton, unless a request is still in it."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from urllib.parse import urlsplit
 
 from servebook.errors import LaunchError
 from servebook.settings import Settings
+
+AT_A_DESK = "SERVEBOOK_JUDGE_APART"
+"""Set at the desks of a room, and nowhere else."""
 
 
 def ask_elsewhere(settings: Settings) -> tuple[str, dict[str, str]]:
@@ -26,9 +30,7 @@ def ask_elsewhere(settings: Settings) -> tuple[str, dict[str, str]]:
         refused = error.response.status_code in (401, 403)
         raise LaunchError(
             f"The engine at {url} answers {error.response.status_code} {error.response.reason} to GET /v1/models.",
-            "Set SERVEBOOK_API_KEY to a key of that engine."
-            if refused
-            else "Correct SERVEBOOK_ENGINE_URL: it must be a vLLM.",
+            for_refused() if refused else "Correct SERVEBOOK_ENGINE_URL: it must be a vLLM.",
         ) from None
     except (requests.RequestException, LookupError, TypeError, ValueError):
         raise LaunchError(
@@ -37,3 +39,13 @@ def ask_elsewhere(settings: Settings) -> tuple[str, dict[str, str]]:
         ) from None
     http = urlsplit(url).netloc if url.startswith("http://") and not urlsplit(url).path else url
     return model, {"http": http}
+
+
+def for_refused() -> str:
+    """What to do about a key that does not count: a learner in a room was given it, others have set it."""
+    if AT_A_DESK not in os.environ:
+        return "Set SERVEBOOK_API_KEY to a key of that engine."
+    return (
+        "Your key was replaced or taken away: File → Hub Control Panel → Stop My Server, then Start My Server; "
+        "or ask the instructor."
+    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from servebook.errors import LaunchError
 from servebook.trust import not_only_mine
 
 TAIL_LINES = 15
+TAIL_BYTES = 64 * 1024
+"""What is read first of a log's end: a server's grows for as long as it runs, to some 100 MB."""
 NAME = re.compile(r"\w[\w.-]{,63}", re.ASCII)
 
 
@@ -73,7 +77,16 @@ class Files:
 
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
     """The last lines of a log file as they may be shown, "" where there is none."""
-    return visible("\n".join(read_log(log).splitlines()[-lines:]))
+    end, size = b"", TAIL_BYTES
+    with suppress(OSError), log.open("rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        while True:
+            file.seek(max(0, length - size))
+            end = file.read()
+            if size >= length or end.count(b"\n") > lines:  # more, as the first may be cut off
+                break
+            size *= 4
+    return visible("\n".join(end.decode(errors="replace").splitlines()[-lines:]))
 
 
 def read_log(log: Path) -> str:

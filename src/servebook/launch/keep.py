@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from servebook.engine.model import model_path
 from servebook.errors import LaunchError
@@ -101,6 +102,7 @@ def await_ready(kept: Kept) -> None:
     name, was_ready = start.instance, there["was_ready"]
     patience = BROKEN_SECONDS if was_ready else start.settings.start_timeout
     deadline = time.monotonic() + patience
+    phase = Phase(start.files.log)
     while not start.spec.ready(there["endpoints"]):
         if not kept.link.alive():
             raise died(start.files)
@@ -112,7 +114,7 @@ def await_ready(kept: Kept) -> None:
                 if was_ready
                 else "Raise SERVEBOOK_START_TIMEOUT for a large model or a slow disk.",
             )
-        display.phase(phase(start.files))
+        display.phase(phase.now())
         time.sleep(POLL_SECONDS)
     kept.link.ask("ready")
     where = ", ".join(f"{kind} {address}" for kind, address in there["endpoints"].items())
@@ -130,7 +132,23 @@ def by_chance(kept: Kept) -> bool:
     return bool(words) and not kept.link.alive() and words in read_log(kept.start.files.log)
 
 
-def phase(files: Files) -> str:
-    """What vLLM is doing, by its log."""
-    text = read_log(files.log)
-    return next((phase for words, phase in reversed(ENGINE_PHASES.items()) if words in text), "importing")
+class Phase:
+    """What vLLM is doing, by its log, each line of which is read once: it is asked ten times a second."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.read = 0
+        self.reached = -1
+
+    def now(self) -> str:
+        """The last phase in the order of ENGINE_PHASES that has begun."""
+        with suppress(OSError), self.log.open("rb") as log:
+            log.seek(self.read)
+            for line in log:
+                if not line.endswith(b"\n"):  # the rest of it is still to come
+                    break
+                self.read += len(line)
+                for number, words in enumerate(ENGINE_PHASES):
+                    if words.encode() in line:
+                        self.reached = max(self.reached, number)
+        return [*ENGINE_PHASES.values(), "importing"][self.reached]

@@ -16,15 +16,15 @@ from contextlib import suppress
 from servebook.errors import LaunchError
 from servebook.launch import supervisor
 from servebook.launch.files import Files, read_log, visible
-from servebook.launch.supervisor import EX_IOERR, EX_TEMPFAIL, Description, Op, Order, files_of
+from servebook.launch.supervisor import END_SECONDS, EX_IOERR, EX_TEMPFAIL, Description, Op, Order, files_of
 from servebook.settings import is_loopback
 
-SUPERVISOR_SECONDS = 30.0
+SUPERVISOR_SECONDS = END_SECONDS + 7.0
 """How long a supervisor may take to listen: a few ms, but where the one before it is still ending its server."""
 OPEN_FILES = 1024
 """What an engine takes (its libraries, a few sockets for each process) and some hundreds of callers."""
-STOP_SECONDS = 40.0
-"""Longer than a supervisor's grace times together."""
+STOP_SECONDS = END_SECONDS + 17.0
+"""How long a supervisor may take to answer, and to end: longer than its grace times together."""
 
 
 class Link:

@@ -22,7 +22,8 @@ POLL_SECONDS = 0.2
 TURN_SECONDS = 5.0
 """How long a start waits for its turn to look, which is a matter of milliseconds: another user could hold the name."""
 CLAIM_SECONDS = 900.0
-"""How long it waits for memory that others have claimed; no start takes longer."""
+"""How long it waits for memory that others have claimed: three times what SERVEBOOK_START_TIMEOUT lets a start take,
+where nobody has raised it."""
 UNIX_SOCKETS = Path("/proc/net/unix")
 CLAIM = re.compile(r"@servebook-gpu-(?P<card>\S+)-(?P<pid>\d+)-(?P<number>\d+)-(?P<mib>\d+)$")
 

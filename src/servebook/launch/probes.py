@@ -5,10 +5,12 @@ from __future__ import annotations
 import ssl
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 
+PROBE_SECONDS = 2.0
 
-def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -> bool:
+
+def http_ok(address: str, path: str, words: bytes = b"") -> bool:
     """Whether GET answers 200 with `words` in the body."""
-    connection = HTTPConnection(address, timeout=timeout)
+    connection = HTTPConnection(address, timeout=PROBE_SECONDS)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
@@ -19,12 +21,12 @@ def http_ok(address: str, path: str, words: bytes = b"", timeout: float = 2.0) -
         connection.close()
 
 
-def https_ok(address: str, path: str, timeout: float = 2.0) -> bool:
+def https_ok(address: str, path: str) -> bool:
     """As `http_ok` of a server with TLS, whoever signed its certificate; one that asks for ours (mTLS) is there too."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.maximum_version = ssl.TLSVersion.TLSv1_2  # with 1.3 a refusal may come, or get lost, after the handshake
-    connection = HTTPSConnection(address, timeout=timeout, context=context)
+    connection = HTTPSConnection(address, timeout=PROBE_SECONDS, context=context)
     try:
         connection.request("GET", path)
         return connection.getresponse().status == 200
@@ -36,14 +38,14 @@ def https_ok(address: str, path: str, timeout: float = 2.0) -> bool:
         connection.close()
 
 
-def grpc_serving(address: str, timeout: float = 2.0) -> bool:
+def grpc_serving(address: str) -> bool:
     """Whether grpc.health.v1 answers SERVING for the whole server."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
         except grpc.RpcError:
             return False

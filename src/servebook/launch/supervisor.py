@@ -54,7 +54,8 @@ from servebook.whole import write_whole
 EX_IOERR, EX_TEMPFAIL = 74, 75
 FIRST_LEASE_SECONDS = 15.0
 """How long a server without an owner waits for its first lease (its starter may have died)."""
-OPEN_FILES = 65536
+MOST_OPEN_FILES = 65536
+"""As many a server may open, where the machine lets it; what it needs is `link.OPEN_FILES`."""
 LOG_BYTES = 1 << 20
 """How much room a disk must have for the log of a server that starts; one says 20 to 200 KB."""
 CONNECT_SECONDS = 10.0
@@ -65,8 +66,8 @@ STARTING_SECONDS = 3.0
 """Grace time of a server that was never ready: it has no answers to finish, and vLLM's would not listen before."""
 ORPHAN_SECONDS = 3.0
 """Grace time of what it left behind."""
-LOCK_SECONDS = TERM_SECONDS + ORPHAN_SECONDS + KILL_SECONDS
-"""How long a start waits for what is left of the server before it: no longer than that one's grace times."""
+END_SECONDS = TERM_SECONDS + ORPHAN_SECONDS + KILL_SECONDS
+"""The grace times together: so long ends a server at most, and so long a start waits for what is left of one."""
 Owner = Literal["cli", "kernel"]
 Op = Literal["info", "attach", "ready", "keep", "stop"]
 
@@ -159,7 +160,7 @@ def claim(path: Path) -> socket.socket | None:
             there.close()
         return there is not None
 
-    if not wait_until(lambda: locked() or somebody_answers(), LOCK_SECONDS) or not locked():
+    if not wait_until(lambda: locked() or somebody_answers(), END_SECONDS) or not locked():
         return None
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -396,7 +397,7 @@ def main() -> int:
     order: Order = json.load(sys.stdin)
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     # The server's too: an engine and its callers take many. And no more: some programs look at every one that may be.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, OPEN_FILES)), most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, MOST_OPEN_FILES)), most))
     files = files_of(order)
     try:
         listener = claim(files.socket)

@@ -17,13 +17,16 @@ from filelock import FileLock
 from servebook import launch
 from servebook.errors import ServebookError
 from servebook.launch.files import Files
-from servebook.launch.processes import KEPT, environment_of
+from servebook.launch.processes import KEPT, environment_of, listeners
 from servebook.launch.states import describe
-from servebook.settings import Settings, load_settings, own_settings
+from servebook.settings import LOOPBACK, Settings, load_settings, own_settings
 from servebook.whole import write_whole
 
 CODE_LETTERS = "ABCDEFGHJKMNPQRSTUVWXYZ23456789"
 """Those that nobody mistakes for another: eight of them are 40 bits."""
+HUB_SECONDS = 60.0
+"""How long the hub may take to end a desk, after ten of which it says that it is at it."""
+NOT_UP = "The room is not up.", "Start it with `servebook room start`."
 
 
 def instructors_settings(host: str = "") -> Settings:
@@ -97,12 +100,27 @@ def forget_password(settings: Settings, name: str) -> bool:
     Raises:
         ServebookError: what the hub keeps the passwords in cannot be read or written.
     """
+    return _ask_passwords(settings, "delete from password where name = ?", name)[0] == 1
+
+
+def signed_up(settings: Settings) -> list[str]:
+    """The names that have a password.
+
+    Raises:
+        ServebookError: as `forget_password`.
+    """
+    return _ask_passwords(settings, "select name from password order by name")[1]
+
+
+def _ask_passwords(settings: Settings, query: str, *values: str) -> tuple[int, list[str]]:
+    """How many rows a query has changed, and the first column of those that it finds."""
     path = settings.state_dir / "room" / "passwords.sqlite"
     if not path.exists():
-        return False
+        return 0, []
     try:
         with closing(sqlite3.connect(path, isolation_level=None)) as passwords:
-            return passwords.execute("delete from password where name = ?", [name]).rowcount == 1
+            found = passwords.execute(query, values)
+            return found.rowcount, [row[0] for row in found]
     except sqlite3.Error as error:
         raise ServebookError(
             f"The passwords in {path} cannot be changed: {error}.",
@@ -119,10 +137,12 @@ class RoomAdmin:
 
     def __init__(self, settings: Settings) -> None:
         self.key = instructors_key(settings)
-        entry = next(entry for entry in launch.status(settings) if entry["name"] == "front")
-        if entry["state"] != "ready":
-            raise ServebookError(f"The room is {entry['state']}.", "Start it with `servebook room start`.")
-        self.url = f"http://{entry['endpoints']['http']}"
+        there = {entry["name"]: entry["endpoints"] for entry in launch.status(settings)}  # none of what is not up
+        if not there["front"]:  # one whose engine is away is asked: who killed that has to be revoked
+            if there.get("hub"):
+                raise ServebookError("The room's front is away.", "See what the terminal of `make room` says of it.")
+            raise ServebookError(*NOT_UP)
+        self.url = f"http://{there['front']['http']}"
 
     def learners(self) -> list[dict[str, Any]]:
         """Name, whether revoked, and what is under way, served and refused, of each learner."""
@@ -161,4 +181,55 @@ class RoomAdmin:
             with suppress(ValueError, LookupError, TypeError):  # the front's own words; another server has others
                 said = str(answer.json()["error"]["message"])
             raise ServebookError(said, "See `servebook room learners`.")
+        return answer
+
+
+class HubAdmin:
+    """The hub of the room that is up, which keeps the desks. Names are as learners have them at the door.
+
+    Raises:
+        ServebookError: there is none.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.key = instructors_key(settings)
+        at = next(entry["endpoints"] for entry in launch.status(settings) if entry["name"] == "hub")
+        if not at:
+            raise ServebookError(*NOT_UP)
+        self.port = int(at["api"].rpartition(":")[2])
+
+    def close(self, name: str) -> str:
+        """End this learner's desk; what has become of it, in words, "" where nobody of that name has come in."""
+        user = self._ask("GET", name)
+        if user is None:
+            return ""
+        if not user.json()["servers"]:
+            return "was not open"
+        ended = self._ask("DELETE", name, "/server")
+        return "is closing" if ended is not None and ended.status_code == 202 else "is closed"
+
+    def sign_out(self, name: str) -> bool:
+        """End this learner's desk and what browsers are signed in by; False where nobody of that name has come in.
+
+        Raises:
+            ServebookError: the desk takes its time to end.
+        """
+        return bool(self.close(name)) and self._ask("DELETE", name) is not None
+
+    def _ask(self, method: str, name: str, of_them: str = "") -> requests.Response | None:
+        """The hub's answer about a learner, None for 404. Nothing is said to anybody else who listens in its place."""
+        url = f"http://{LOOPBACK}:{self.port}/hub/api/users/{quote(name, safe='')}{of_them}"
+        try:
+            if listeners(LOOPBACK, self.port) != {os.getuid()}:
+                raise requests.ConnectionError
+            answer = requests.request(method, url, headers={"Authorization": f"token {self.key}"}, timeout=HUB_SECONDS)
+        except requests.RequestException:
+            raise ServebookError("The hub does not answer.", "`servebook logs hub` says why.") from None
+        if answer.status_code == 404:
+            return None
+        if not answer.ok:
+            said = f"The hub answers {answer.status_code} {answer.reason}."
+            with suppress(ValueError, LookupError, TypeError):
+                said = str(answer.json()["message"])
+            raise ServebookError(said, "`servebook logs hub` has more.")
         return answer

@@ -27,11 +27,14 @@ from servebook.launch.states import Status, describe
 from servebook.launch.table import rooms_engine
 from servebook.room import collect as hand_in
 from servebook.room.admin import (
+    NOT_UP,
+    HubAdmin,
     RoomAdmin,
     forget_password,
     instructors_settings,
     join_code,
     rooms_settings,
+    signed_up,
 )
 from servebook.room.board import watch_key
 from servebook.room.hub import require_safe, why_not_apart
@@ -53,6 +56,9 @@ HISTOGRAMS = {
     "to its first byte": "room_first_byte_seconds",
     "of it, waiting for a place": "room_wait_seconds",
 }
+
+ANEW = "File → Hub Control Panel → Stop My Server, then Start My Server"
+"""How a learner's desk gets another key."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A learner.")]
 
@@ -76,8 +82,12 @@ def start(
     if trusted:
         settings = settings.model_copy(update={"room": settings.room.model_copy(update={"trusted": True})})
         os.environ["SERVEBOOK_ROOM_TRUSTED"] = "true"  # the hub reads its settings itself
-    require_safe(settings)
     up_before = {entry["name"] for entry in launch.status(settings) if entry["pid"]}
+    if "hub" in up_before:
+        code()
+        say("The room is up already; its own terminal ends it.")
+        return
+    require_safe(settings)
     hub = launch.serve("hub", settings=settings)
     there = {entry["name"]: entry for entry in launch.status(settings)}
     engine, front = there["vllm"], there["front"]
@@ -96,10 +106,13 @@ def start(
                 bring_back("front", front, fronts)
             time.sleep(1)
         raise LaunchError("JupyterHub has ended.", "See `servebook logs hub`.")
+    except KeyboardInterrupt:
+        pass
     finally:
         for name in ("hub", "front", "vllm"):
             if name not in up_before:
                 launch.down(name, settings)
+    say("The room is closed; desks and passwords are kept for next time.")
 
 
 def state_of(name: str, settings: Settings) -> Status:
@@ -146,6 +159,8 @@ def show_door(settings: Settings, port: str) -> None:
         code = join_code(settings)
         print(picture(settings, f"{url}/hub/login#{code}"))
         say(f"Learners sign up at {url} with the join code {code}.")
+    if is_loopback(settings.host) and not settings.room.url:
+        say("Only this machine reaches it; for learners' machines: SERVEBOOK_HOST=0.0.0.0 make room")
     if (tls := files(settings)) and tls[0].exists():
         say(f"Its certificate's SHA-256 fingerprint, to compare in the browser: {fingerprint(tls[0])}")
     if why := why_not_apart(settings):
@@ -174,20 +189,46 @@ def picture(settings: Settings, url: str) -> str:
 def code(new: Annotated[bool, typer.Option(help="The old one counts no more.")] = False) -> None:
     """Show the room's address and join code again, or make a new code."""
     settings = rooms_settings()
-    if new:
-        join_code(settings, new=True)
     entry = state_of("hub", settings)
     if not entry["pid"]:
-        raise ServebookError("The room is not up.", "Start it with `servebook room start`.")
+        raise ServebookError(*NOT_UP)
+    if new:
+        join_code(settings, new=True)
     show_door(settings, entry["endpoints"]["http"].rpartition(":")[2])
 
 
 @app.command()
 def reset(name: Name) -> None:
-    """Forget a learner's password: with the join code they choose a new one, and find their desk as they left it."""
-    if not forget_password(own_settings(), name):
-        raise ServebookError(f"No {name} has signed up.", "See `servebook room learners`.")
-    say(f"{name} can sign up again")
+    """Forget a learner's password: with the join code they choose a new one, and find their files as they left them.
+
+    Whoever is signed in by that name is signed out, and the desk is closed.
+    """
+    name = name.lower()  # as the door takes it
+    settings = rooms_settings()
+    had_one, was_in = forget_password(settings, name), False
+    if state_of("hub", settings)["pid"]:
+        try:
+            was_in = HubAdmin(settings).sign_out(name)
+        except ServebookError as error:
+            problem = str(error).partition("\n")[0]
+            raise ServebookError(
+                f"{name} has no password now, but is not signed out yet: {problem}", f"`servebook room reset {name}`"
+            ) from None
+    if not had_one and not was_in:
+        names = ", ".join(signed_up(settings))
+        raise ServebookError(f"No {name} has signed up.", f"Who has: {names}." if names else "Nobody has yet.")
+    with_what = "" if settings.room.open_sign_up else f" with the join code {join_code(settings)}"
+    say(f"{name} has no password now: sign up anew{with_what}" + ("; signed out, the desk closed" if was_in else ""))
+
+
+@app.command()
+def close(name: Name) -> None:
+    """Close a learner's desk: its notebooks' kernels end, its files stay, its seat is free."""
+    name = name.lower()
+    became = HubAdmin(rooms_settings()).close(name)
+    if not became:
+        raise ServebookError(f"No {name} has come in by the door.", "See `servebook room learners`.")
+    say(f"{name}: the desk {became}")
 
 
 @app.command()
@@ -232,6 +273,7 @@ def board_table(board: dict[str, Any], hide_names: bool) -> Table:
     numbers = {name: number for number, name in enumerate(sorted(row["name"] for row in board["learners"]), 1)}
     for row in board["learners"]:
         name = f"learner {numbers[row['name']]}" if hide_names else row["name"]
+        name += " (revoked)" if row["revoked"] else ""
         minutes = (row["quiet"] if row["state"] == "passed" else row["since"]) // 60
         words = [name, row["exercise"], row["state"], str(row["tries"]), str(minutes)]
         words += [row["cause"], str(row["passed"]), f"{row['share']} %"]
@@ -247,8 +289,12 @@ def admit(name: Name) -> None:
     front = describe(Files(settings.state_dir, "front"))  # which a room opens only where it was opened before
     opened = settings.model_copy(update={"host": front["host"] if front else LOOPBACK})
     url = room.url if is_loopback(opened.host) else room.url.replace(LOOPBACK, host_for_learners(opened))
+    known = any(row["name"] == name for row in room.learners())
     print(f"export SERVEBOOK_ENGINE_URL={url} SERVEBOOK_API_KEY={room.admit(name)}")
-    print(f"{name}'s key before this one is void: a desk that is open has to be opened anew.", file=sys.stderr)
+    if known:
+        print(f"{name}'s key before this one is void. At a desk that is open: {ANEW}.", file=sys.stderr)
+    else:
+        print(f"new learner {name}; `servebook room forget {name}` strikes them off again", file=sys.stderr)
 
 
 @app.command()
@@ -256,20 +302,36 @@ def revoke(name: Name) -> None:
     """Take a learner's key away: what is under way is broken off, and nothing more is served."""
     RoomAdmin(rooms_settings()).revoke(name)
     say(f"{name}: revoked; `servebook room admit {name}` lets them in again")
+    say(f"A desk that is open stays: `servebook room close {name}`")
+
+
+@app.command()
+def forget(name: Name) -> None:
+    """Strike a learner off: key, share and standing are gone. A password and a desk's files stay."""
+    RoomAdmin(rooms_settings()).forget(name)
+    say(f"{name}: struck off")
 
 
 @app.command()
 def collect(
     grade: Annotated[bool, typer.Option(help="Grade them too, put feedback on the desks, write grades.csv.")] = False,
-    course: Annotated[Path, typer.Option(help="nbgrader's folder.", show_default="the repository")] = ROOT,
+    course: Annotated[
+        Path, typer.Option(help="nbgrader's folder.", show_default="the repository", file_okay=False)
+    ] = ROOT,
 ) -> None:
-    """Copy what learners wrote in the labs to nbgrader's `submitted/`."""
+    """Copy what learners have saved in the labs to nbgrader's `submitted/`."""
     settings = own_settings()
     desks, submitted = settings.state_dir / "room" / "desks", course / "submitted"
     if not desks.is_dir():
         raise ServebookError("There are no desks yet.", "Start a room with `servebook room start`.")
+    passed = passed_on_the_board(settings)
+    if not course.exists():
+        course.mkdir(parents=True)
+        say(f"new course folder {course}")
     for row in hand_in.collect(desks, submitted):
-        say(f"{row.learner}: {len(row.labs)} of {len(load_labs())} labs")
+        unsaved = 0 if row.labs else passed.get(row.learner, 0)
+        said = f"; passed {unsaved} on the board, nothing saved" if unsaved else ""
+        say(f"{row.learner}: {len(row.labs)} of {len(load_labs())} labs{said}")
         for path, why in row.left.items():
             say(f"  {path!r} was left: {why}")
     if not grade:
@@ -279,6 +341,13 @@ def collect(
 
     for line in grading.grade(course.resolve(), settings, desks):
         say(line)
+
+
+def passed_on_the_board(settings: Settings) -> dict[str, int]:
+    """How many exercises each learner has passed while the front has been up; nobody where there is no room."""
+    with suppress(ServebookError):
+        return {row["name"]: row["passed"] for row in RoomAdmin(settings).board()["learners"]}
+    return {}
 
 
 @app.command()

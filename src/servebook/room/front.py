@@ -29,7 +29,7 @@ from servebook.room.board import Attempt, Board, stuck_first, watch_key
 from servebook.room.keys import Roll, engine_key
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.room.usage import Usage
-from servebook.ways.limits import GIVEN_UP
+from servebook.ways.limits import BODY_SECONDS, GIVEN_UP, KEEPALIVE_SECONDS, READER_SECONDS
 
 log = logging.getLogger("servebook.room")
 
@@ -43,13 +43,9 @@ READ_HERE = {"accept-encoding", "content-encoding"}
 UNPACKED = {"Accept-Encoding": "identity"}
 """Else aiohttp says what it could unpack, and a proxy before an engine elsewhere would pack a stream into one piece."""
 BODY_BYTES = 1 << 20
-BODY_SECONDS = 10.0
-"""How long a body may take to come, as with the workbook's other servers."""
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 60, 120)
 READ_SECONDS = 300.0
 """How long the engine may be silent: before an answer that is not streamed, or within a stream."""
-READER_SECONDS = 30.0
-"""How long a learner may leave a full socket unread before they count as gone, as with the workbook's other servers."""
 HEALTH_SECONDS = 2.0
 """How long the engine may take to say that it is well."""
 ANSWER_SECONDS = 10.0
@@ -60,8 +56,6 @@ WATCH = "/services/watch/"
 """Where the instructor looks at the room; the hub's proxy has the same path."""
 CHECKS_PER_MINUTE = 60
 """Of one learner; more are not heard."""
-KEEPALIVE_SECONDS = 3
-"""Shorter than the 5 that vLLM has by itself: a connection is never taken from the pool while vLLM closes it."""
 
 
 @dataclass
@@ -155,6 +149,15 @@ def gone_if_unread(request: web.Request) -> Iterator[None]:
         timer.cancel()
 
 
+def to_its_end(handler: Callable[[web.Request], Awaitable[web.Response]]) -> Any:
+    """The same handler, which goes on when its caller leaves: a change is made with all that follows, or not at all."""
+
+    async def shielded(request: web.Request) -> web.Response:
+        return await asyncio.shield(handler(request))
+
+    return shielded
+
+
 class Front:
     """The front as a set of handlers. `key` is the instructor's: learners never see it.
 
@@ -174,6 +177,10 @@ class Front:
         self.learners: dict[str, Learner] = {}
         self.pages: dict[str, tuple[float, asyncio.Task[web.Response]]] = {}
         self.context: int | None = None
+        self.changing = asyncio.Lock()  # of the roll, and what follows from it
+        self.looking = asyncio.Lock()  # at who listens in the engine's place, for `require_own`
+        self.looked = 0.0
+        self.listening: set[int] = set()
         self.board = Board()
 
     def app(self) -> web.Application:
@@ -188,8 +195,8 @@ class Front:
                 web.get(f"{WATCH}board", self.show_board),
                 web.get("/room/metrics", self.instructors(self.show_metrics)),
                 web.get("/room/learners", self.instructors(self.list_learners)),
-                web.put("/room/learners/{name}", self.instructors(self.admit)),
-                web.delete("/room/learners/{name}", self.instructors(self.dismiss)),
+                web.put("/room/learners/{name}", self.instructors(to_its_end(self.admit))),
+                web.delete("/room/learners/{name}", self.instructors(to_its_end(self.dismiss))),
                 web.route("*", "/{path:.*}", self.relay),
             ]
         )
@@ -200,7 +207,8 @@ class Front:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=2, sock_read=READ_SECONDS)
         trace = aiohttp.TraceConfig()
-        # Before the connection, which is then not made; and after, since another may have come meanwhile.
+        # Before the connection, which is then not made: aiohttp would leave it open. And after, since another may have
+        # come meanwhile.
         trace.on_connection_create_start.append(self.require_own)
         trace.on_connection_create_end.append(self.require_own)
         traces = [trace] if self.own_engine else []
@@ -215,8 +223,15 @@ class Front:
         Raises:
             ClientConnectionError: nobody of ours listens there.
         """
-        at = urlsplit(self.upstream)
-        if listeners(at.hostname or "", at.port or 0) != {os.getuid()}:
+        asked = time.monotonic()
+        async with self.looking:
+            # A look takes the system 5 ms and more. One that began later than this was asked for is as good as its own:
+            # a class that begins to ask all at once costs two, not two for each.
+            if self.looked <= asked:
+                at, began = urlsplit(self.upstream), time.monotonic()
+                self.listening = await asyncio.to_thread(listeners, at.hostname or "", at.port or 0)
+                self.looked = began
+        if self.listening != {os.getuid()}:
             raise aiohttp.ClientConnectionError("no engine of ours is there")
 
     def learner(self, name: str) -> Learner:
@@ -471,33 +486,35 @@ class Front:
     async def admit(self, request: web.Request) -> web.Response:
         """A new key for a learner. One whose key was revoked gets none, but by `?again=true`."""
         name = request.match_info["name"]
-        if self.roll.revoked(name) and request.query.get("again") != "true":
-            return error_response(403, "revoked", f"The key of {name} was revoked by the instructor.")
-        try:
-            key = self.roll.issue(name)
-        except ValueError as error:
-            return error_response(400, "bad_name", str(error))
-        except OSError as error:
-            return error_response(507, "not_written", f"No key was made: it could not be written ({error.strerror}).")
+        async with self.changing:
+            if self.roll.revoked(name) and request.query.get("again") != "true":
+                return error_response(403, "revoked", f"The key of {name} was revoked by the instructor.")
+            try:
+                key = await asyncio.to_thread(self.roll.issue, name)
+            except ValueError as error:
+                return error_response(400, "bad_name", str(error))
+            except OSError as error:
+                said = f"No key was made: it could not be written ({error.strerror})."
+                return error_response(507, "not_written", said)
         log.info("%s has a new key", name)
         return web.json_response({"name": name, "key": key})
 
     async def dismiss(self, request: web.Request) -> web.Response:
         """Revoke a key, now: what its learner has under way is broken off. With `?forget=true` the name goes too."""
         name, forget = request.match_info["name"], request.query.get("forget") == "true"
-        try:
-            done = self.roll.forget(name) if forget else self.roll.revoke(name)
-        except OSError as error:
-            return error_response(
-                507, "not_written", f"The key of {name} still counts: that could not be written ({error.strerror})."
-            )
-        if not done:
-            return error_response(404, "not_found", f"There is no learner {name}.")
-        for task in list(self.learner(name).under_way):
-            task.cancel()
-        if forget:
-            for kept in (self.learners, self.board.standings, self.board.passed):
-                kept.pop(name, None)
+        async with self.changing:
+            try:
+                done = await asyncio.to_thread(self.roll.forget if forget else self.roll.revoke, name)
+            except OSError as error:
+                said = f"The key of {name} still counts: that could not be written ({error.strerror})."
+                return error_response(507, "not_written", said)
+            if not done:
+                return error_response(404, "not_found", f"There is no learner {name}.")
+            for task in list(self.learner(name).under_way):
+                task.cancel()
+            if forget:
+                for kept in (self.learners, self.board.standings, self.board.passed):
+                    kept.pop(name, None)
         log.info("the key of %s is revoked", name)
         return web.json_response({"name": name})
 

@@ -43,8 +43,13 @@ def grade(course: Path, settings: Settings, desks: Path) -> Iterator[str]:
     }
     log = place / "nbgrader.log"
     log.write_text("")
-    graded = [lab for lab in load_labs() if any((course / "submitted").glob(f"*/{lab.stem}"))]
-    for lab, following in zip(graded, [*graded[1:], None], strict=True):
+    handed_in = [lab for lab in load_labs() if any((course / "submitted").glob(f"*/{lab.stem}"))]
+    graded = [lab for lab in handed_in if anything_new(course, lab)]
+    for lab in handed_in:
+        if lab not in graded:
+            yield f"{lab.stem}: nothing new"
+            yield from give_back(course, lab, desks)
+    for lab, following in zip(graded, [*graded, None][1:], strict=True):
         try:
             with chdir(place):
                 for name in lab.servers:
@@ -56,8 +61,32 @@ def grade(course: Path, settings: Settings, desks: Path) -> Iterator[str]:
         finally:
             for name in set(lab.servers) - set(following.servers if following else ()):
                 launch.down(name)
+    enroll(course, desks)
     nbgrader(course, log, "export", "--to", GRADES)
     yield f"grades in {course / GRADES}; what nbgrader said in {log}"
+
+
+def anything_new(course: Path, lab: Lab) -> bool:
+    """Whether a hand-in of this lab has not been graded as it is now, by its time, or has no feedback."""
+
+    def time(folder: str, learner: str) -> str | None:
+        path = course / folder / learner / lab.stem / "timestamp.txt"
+        return path.read_text() if path.is_file() else None
+
+    return any(
+        not all((course / step / learner / lab.stem).is_dir() for step in ("autograded", FEEDBACK))
+        or time("submitted", learner) != time("autograded", learner)
+        for learner in (path.parent.name for path in (course / "submitted").glob(f"*/{lab.stem}"))
+    )
+
+
+def enroll(course: Path, desks: Path) -> None:
+    """Enter everybody who has a desk, so that the grades have a line too for who handed in nothing."""
+    from nbgrader.api import Gradebook
+
+    with Gradebook(f"sqlite:///{course}/gradebook.db", "servebook") as gradebook:
+        for desk in sorted(path for path in desks.glob("*") if path.is_dir() and not path.is_symlink()):
+            gradebook.update_or_create_student(desk.name)
 
 
 def grade_lab(course: Path, lab: Lab, log: Path) -> str:

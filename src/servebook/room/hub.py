@@ -46,7 +46,7 @@ PROXY = ROOT / "jupyterhub" / "proxy.py"
 CONFIG = ROOT / "jupyterhub" / "jupyterhub_config.py"
 POLL_SECONDS = 0.2
 ROUTES_SECONDS = 30.0
-"""How long a new proxy is waited for."""
+"""How long it is tried to have a new proxy told its routes."""
 EARLY_SECONDS = 20.0
 """Whoever ends with an error within this time of its start has a fault that another start would not mend."""
 EARLY_ENDS = 3
@@ -157,8 +157,10 @@ def find_hub(settings: Settings) -> Path:
     return programs
 
 
-def keep(commands: dict[str, list[str]], env: dict[str, str], restarted: Callable[[str], None]) -> None:
+def keep(commands: dict[str, list[str]], env: dict[str, str], restarted: Callable[[str], bool]) -> None:
     """Run the commands until a signal comes; start again what ends by itself, then say so by `restarted(name)`.
+
+    Where that returns False, it is said again: between two times, who has ended meanwhile is started too.
 
     Raises:
         ServebookError: one ended right after its start with an error, or again and again in whatever way.
@@ -168,9 +170,9 @@ def keep(commands: dict[str, list[str]], env: dict[str, str], restarted: Callabl
     running: dict[str, subprocess.Popen[bytes]] = {}
     started: dict[str, float] = {}
     early = dict.fromkeys(commands, 0)
+    unsaid: dict[str, float] = {}
     try:
         while True:
-            ended = []
             for name, command in commands.items():
                 child = running.get(name)
                 if child and child.poll() is None:
@@ -181,12 +183,16 @@ def keep(commands: dict[str, list[str]], env: dict[str, str], restarted: Callabl
                     # A signal once may be somebody's; each time it is for a cause, such as memory that is short.
                     if early[name] and (child.returncode > 0 or early[name] == EARLY_ENDS):
                         raise ServebookError(f"{name} ends as soon as it starts.", "Its words above say why.")
-                    ended.append(name)
+                    unsaid[name] = time.monotonic() + ROUTES_SECONDS
                 running[name] = subprocess.Popen(command, env=env)
                 started[name] = time.monotonic()
                 log.info("%s is process %d", name, running[name].pid)
-            for name in ended:  # when all are there again: the proxy's routes come from the hub
-                restarted(name)
+            for name, deadline in list(unsaid.items()):  # when all are there: the proxy's routes come from the hub
+                if restarted(name):
+                    del unsaid[name]
+                elif time.monotonic() > deadline:
+                    log.warning("%s is back, and was not told its routes within %g s", name, ROUTES_SECONDS)
+                    del unsaid[name]
             reap(children() - {child.pid for child in running.values()})
             time.sleep(POLL_SECONDS)
     finally:
@@ -203,19 +209,17 @@ def reap(orphans: set[int]) -> None:
             os.waitpid(pid, os.WNOHANG)
 
 
-def renew_routes(name: str, routes_url: str, hub_url: str, key: str) -> None:
-    """A proxy that starts anew knows no desk: have the hub tell it, which by itself it does every five minutes."""
+def renew_routes(name: str, routes_url: str, hub_url: str, key: str) -> bool:
+    """A proxy that starts anew knows no desk: have the hub tell it, which by itself it does every five minutes.
+
+    False where one of the two is not there yet.
+    """
     if name != "proxy":
-        return
-    headers = {"Authorization": f"token {key}"}
-    deadline = time.monotonic() + ROUTES_SECONDS
-    while time.monotonic() < deadline:
-        with suppress(requests.RequestException):
-            requests.get(routes_url, timeout=1)  # whatever it answers, it is up
-            if requests.post(f"{hub_url}/hub/api/proxy", headers=headers, timeout=5).ok:
-                return
-        time.sleep(POLL_SECONDS / 4)
-    log.warning("the hub did not tell the new proxy its routes within %g s", ROUTES_SECONDS)
+        return True
+    with suppress(requests.RequestException):
+        requests.get(routes_url, timeout=1)  # whatever it answers, it is up
+        return requests.post(f"{hub_url}/hub/api/proxy", headers={"Authorization": f"token {key}"}, timeout=5).ok
+    return False
 
 
 def main(

@@ -40,6 +40,8 @@ class Entry:
 class Roll:
     """The learners of a room, in a file that only its owner can read; written whole or not at all.
 
+    A change waits for the disk, and one is made at a time; meanwhile other threads may ask whose a key is.
+
     Raises:
         ServebookError: that file cannot be read, or was not written by a room.
     """
@@ -63,7 +65,8 @@ class Roll:
 
     def revoked(self, name: str) -> bool:
         """Whether this learner had a key that was taken away."""
-        return name in self.entries and self.entries[name].digest is None
+        entry = self.entries.get(name)  # once: another thread may change them
+        return entry is not None and entry.digest is None
 
     def issue(self, name: str) -> str:
         """A new key for this learner; an older one counts no more.

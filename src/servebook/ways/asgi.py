@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +12,8 @@ import anyio
 from httptools import HttpRequestParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from servebook.ways.limits import BODY_SECONDS, READER_SECONDS
 
 LINE_ENDS = str.maketrans({"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 """Unicode's line ends, as JSON may write them: some clients cut server-sent events at them (`str.splitlines`)."""
@@ -24,13 +25,14 @@ class CancelOnDisconnect:
     FastAPI notices a disconnect only where it streams; a handler that waits for the engine's whole answer
     would wait on, and the engine would compute for nobody. Here a task of its own reads what the server
     receives, ahead of the application, and so sees `http.disconnect` when it comes. What is cancelled closes
-    its request to vLLM, and vLLM aborts it.
+    its request to vLLM, and vLLM aborts it. After the answer's last byte nothing is cancelled: servers say
+    `http.disconnect` then too, and what is left may be a background task.
 
     `reader_seconds` is how long a caller may leave a full socket unread before they count as gone.
     What is read ahead is bounded by `BodyLimit`, which must be outside of this.
     """
 
-    def __init__(self, app: ASGIApp, reader_seconds: float = 30) -> None:
+    def __init__(self, app: ASGIApp, reader_seconds: float = READER_SECONDS) -> None:
         self.app = app
         self.reader_seconds = reader_seconds
 
@@ -39,33 +41,32 @@ class CancelOnDisconnect:
             await self.app(scope, receive, send)
             return
         messages: asyncio.Queue[Message] = asyncio.Queue()
-        sending_since: float | None = None
+        loop = asyncio.get_running_loop()
+        answered = False
         with anyio.CancelScope() as request:
 
             async def read_ahead() -> None:
                 while (message := await receive())["type"] != "http.disconnect":
                     messages.put_nowait(message)
-                request.cancel()
+                if answered:  # nobody has left; who waits for the end of the answer hears of it
+                    messages.put_nowait(message)
+                else:
+                    request.cancel()
 
-            async def note_and_send(message: Message) -> None:
-                nonlocal sending_since
-                sending_since = time.monotonic()
-                await send(message)
-                sending_since = None
+            async def watch_and_send(message: Message) -> None:
+                nonlocal answered
+                unread = loop.call_later(self.reader_seconds, request.cancel)
+                try:
+                    await send(message)
+                finally:
+                    unread.cancel()
+                answered = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-            async def watch_reader() -> None:
-                # One timer per request, for all that it sends: a timer per token would cost more than the token.
-                while True:
-                    await asyncio.sleep(self.reader_seconds / 4)
-                    if sending_since and time.monotonic() > sending_since + self.reader_seconds:
-                        request.cancel()
-
-            watching = [asyncio.create_task(read_ahead()), asyncio.create_task(watch_reader())]
+            reading = asyncio.create_task(read_ahead())
             try:
-                await self.app(scope, messages.get, note_and_send)
+                await self.app(scope, messages.get, watch_and_send)
             finally:
-                for task in watching:
-                    task.cancel()
+                reading.cancel()
 
 
 class BodyLimit:
@@ -76,7 +77,7 @@ class BodyLimit:
     """
 
     def __init__(
-        self, app: ASGIApp, limit: int, refuse: Callable[[Scope, int, str], ASGIApp], seconds: float = 10
+        self, app: ASGIApp, limit: int, refuse: Callable[[Scope, int, str], ASGIApp], seconds: float = BODY_SECONDS
     ) -> None:
         self.app = app
         self.limit = limit
@@ -120,8 +121,15 @@ class HeadAsGet:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        head = scope["type"] == "http" and scope["method"] == "HEAD"
-        await self.app({**scope, "method": "GET"} if head else scope, receive, send)
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        as_get = {**scope, "method": "GET"}  # a copy: by its own the server knows to leave the body out
+        try:
+            await self.app(as_get, receive, send)
+        finally:
+            if "route" in as_get:  # for who counts, outside of this
+                scope["route"] = as_get["route"]
 
 
 class Protocol(HttpToolsProtocol):

@@ -1,5 +1,7 @@
 """How much one request may ask of an engine: plain values in, a refusal out. For every server of the workbook.
 
+And for how long they wait: for a caller, and with a connection to vLLM.
+
 What is costly is costly for everybody else: a schema, regex or grammar is compiled on the cores that write tokens,
 and a stop string is searched for after every token. vLLM 0.32 has limits of its own for few of these.
 """
@@ -12,6 +14,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
+
+BODY_SECONDS = 10.0
+"""How long a request's body may take to come."""
+READER_SECONDS = 30.0
+"""How long a caller may leave a full socket or stream unread before they count as gone."""
+KEEPALIVE_SECONDS = 3
+"""Shorter than the 5 that vLLM has by itself: a connection is never taken from the pool while vLLM closes it."""
 
 BOUNDS = {
     *("minItems", "maxItems", "minContains", "maxContains"),

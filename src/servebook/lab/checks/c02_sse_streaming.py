@@ -70,6 +70,24 @@ ALLOWED: list[tuple[str, list[bytes], list[str], str]] = [
         "an event ends at the empty line: its data lines are joined with a line feed",
     ),
     (
+        "an empty data line and another one",
+        [b"data:\ndata: one\n\n"],
+        ["\none"],
+        "an empty data line is one of the event's lines too: gather them in a list, and ask whether that holds any",
+    ),
+    (
+        "a field whose name only begins with data",
+        [b"database: x\ndata: one\n\n"],
+        ["one"],
+        "a field's name ends at the colon: `database:` is another field",
+    ),
+    (
+        "an event whose empty line never comes",
+        [b"data: one\n\ndata: two\n"],
+        ["one"],
+        "an event is whole at its empty line: what the stream leaves unfinished is dropped",
+    ),
+    (
         "U+2028, U+0085 and a form feed in the text",
         ["data: a\u2028b\u0085c\x0cd\n\n".encode()],
         ["a\u2028b\u0085c\x0cd"],

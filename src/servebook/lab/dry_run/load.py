@@ -25,11 +25,14 @@ from tritonclient.utils import InferenceServerException
 from servebook.environment import child_environment
 from servebook.errors import LaunchError
 from servebook.lab.handout.landlock import as_told
+from servebook.lab.judge.process import hear
 from servebook.launch.child import Child, run_child
 from servebook.launch.processes import free_port
 from servebook.ways.triton_grpc.backend.server import own_shared_memory, tritonserver_command, tritonserver_env
 
 LOAD_SECONDS = 30
+FACTS_SECONDS = 90.0
+"""How long vLLM may take over a model.json, and to be imported first, perhaps beside much else."""
 LAST_WORDS = 500
 COMPLAINT = re.compile(r"Error parsing.*|(?<=\] \").*(?:[Pp]oll failed|failed to load).*(?=\")")
 
@@ -82,21 +85,23 @@ def engine_facts(version: Path) -> dict[str, Any]:
 
     Raises:
         Refused: the backend's reader or vLLM refuses it.
-        LaunchError: the process that asks vLLM has died.
+        LaunchError: the process that asks vLLM has died, or takes longer than FACTS_SECONDS.
     """
     process = vllm_process()
     assert process.stdin
-    assert process.stdout
     try:
         with suppress(BrokenPipeError):
             print(version, file=process.stdin, flush=True)
-        answer = process.stdout.readline()
+        answer = hear(process, FACTS_SECONDS)
     except BaseException:  # an Interrupt, too: what it says later would be taken for the next answer
         end()
         raise
     if not answer:
         end()
-        raise LaunchError("The process that reads engine arguments has died.", "Is there enough memory?")
+        raise LaunchError(
+            f"The process that reads engine arguments has died, or takes longer than {FACTS_SECONDS:.0f} s.",
+            "Is there enough memory? Look at what model.json names, and check again: another process is started.",
+        )
     facts: dict[str, Any] = json.loads(answer)
     if "refused" in facts:
         raise Refused(facts["refused"])

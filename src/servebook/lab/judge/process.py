@@ -66,12 +66,12 @@ class JudgeProcess:
             if self.process.poll() is not None:
                 self.process = self._start()
             self._say(json.dumps({"exercise": exercise_id, "folder": str(folder), "socket": str(address)}))
-            if self._hear(IMPORT_SECONDS) != LISTENING:
+            if hear(self.process, IMPORT_SECONDS) != LISTENING:
                 self.end()
                 return Result(exercise, "stuck", "a judge that listens", "none: it has ended, or takes too long", AGAIN)
             answer()
             self._say("")
-            told = self._hear(VERDICT_SECONDS)
+            told = hear(self.process, VERDICT_SECONDS)
         except BaseException:  # an Interrupt, too: what it says later would be taken for the next verdict
             self.end()
             raise
@@ -91,11 +91,12 @@ class JudgeProcess:
         with suppress(BrokenPipeError):  # it has ended, so nothing will be heard
             print(line, file=self.process.stdin, flush=True)
 
-    def _hear(self, seconds: float) -> str:
-        """The next line; nothing where it has ended, or says none in so many seconds."""
-        assert self.process.stdout
-        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        return self.process.stdout.readline() if ready else ""
+
+def hear(process: subprocess.Popen[str], seconds: float) -> str:
+    """The next line that it says; nothing where it has ended, or says none in so many seconds."""
+    assert process.stdout
+    ready, _, _ = select.select([process.stdout], [], [], seconds)
+    return process.stdout.readline() if ready else ""
 
 
 @cache

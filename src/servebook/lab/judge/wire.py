@@ -50,21 +50,29 @@ class Wire:
         self.numbers = count()
         self.lock = threading.Lock()
         self.threads: set[threading.Thread] = set()
+        self.closed = False
 
     def listen(self) -> None:
-        """Take messages until the other end closes."""
-        with self.connection.makefile("rb") as lines:
-            for line in lines:
-                message = json.loads(line)
-                if "reply" in message:
-                    if future := self.waiting.pop(message["reply"], None):
-                        future.set_result(message)
-                else:
-                    thread = threading.Thread(target=self._answer, args=(message,), name="asked", daemon=True)
-                    self.threads.add(thread)
-                    thread.start()
-        for future in list(self.waiting.values()):
-            future.set_exception(Broken("the learner's session has ended"))
+        """Take messages until the other end closes, or says what is none."""
+        try:
+            with self.connection.makefile("rb") as lines:
+                for line in lines:
+                    self._take(json.loads(line))
+        except (OSError, ValueError, TypeError, RecursionError):
+            pass  # it closed with a question unread, or what a learner wrote has written to the socket: that is the end
+        finally:
+            self.closed = True  # before the futures are looked through: who asks from now on looks at it
+            for future in list(self.waiting.values()):
+                future.set_exception(Broken("the learner's session has ended"))
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "reply" in message:
+            if future := self.waiting.pop(message["reply"], None):
+                future.set_result(message)
+        else:
+            thread = threading.Thread(target=self._answer, args=(message,), name="asked", daemon=True)
+            self.threads.add(thread)
+            thread.start()
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """Ask the other end, and wait for its reply.
@@ -76,6 +84,8 @@ class Wire:
         number = next(self.numbers)
         future: Future[dict[str, Any]] = Future()
         self.waiting[number] = future
+        if self.closed:  # and nobody would wake who waits
+            raise Broken("the learner's session has ended")
         self._send({"ask": number, **question})
         reply = future.result()
         if "failed" in reply:

@@ -1,7 +1,7 @@
 """A tap on the wire: relays HTTP between a learner's code and a real server, and notes what passes.
 
-Checks judge by what was really said, not by what the code looks like. What passes is not altered; a `filter` may
-hold it back or cut it into other pieces, as any network may, and `more` may ask for an answer that can be relied on.
+Checks judge by what was really said, not by what the code looks like. No answer is altered; a `filter` may hold it
+back or cut it into other pieces, as any network may. `more` may add to requests, for an answer that can be relied on.
 Where the server itself has gone, a check cannot judge, and the tap says so.
 """
 

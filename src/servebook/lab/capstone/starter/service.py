@@ -1,4 +1,4 @@
-"""A beginning: it answers, and does nothing else of what the brief asks for."""
+"""A beginning: it answers, and does little else of what the brief asks for."""
 
 import os
 

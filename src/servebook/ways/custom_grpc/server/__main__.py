@@ -11,12 +11,10 @@ from pathlib import Path
 import uvloop
 
 from servebook.errors import ServebookError
-from servebook.settings import LOOPBACK, is_loopback, load_settings
+from servebook.settings import LOOPBACK, MAX_FRONTS, is_loopback, load_settings
 from servebook.tls import require_tls
 from servebook.ways.custom_grpc.server.serving import serve, set_up_log, start_engine
 from servebook.ways.custom_grpc.server.transport import require_port
-
-MAX_FRONTS = 64
 
 
 def port(word: str) -> int:

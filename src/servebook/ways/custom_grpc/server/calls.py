@@ -7,7 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -16,14 +16,15 @@ import grpc
 
 from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.errors import queue_full, refusal_for
+from servebook.ways.limits import READER_SECONDS
 from servebook.ways.pace import Pace
 
 PACE = Pace(per_second=1500, most_seconds=0.025, free=8)
 """A message costs the server's one event loop 0.05 to 0.1 ms, however many tokens are in it; and 40 messages a second
 are more than anybody reads."""
 
-READER_SECONDS = 30.0
-"""How long a caller may leave a full stream unread before they count as gone; as with the HTTP servers (`asgi.py`)."""
+ABORT_SECONDS = 1.0
+"""How long a call that nobody reads is held open for its status to go out."""
 
 log = logging.getLogger("servebook.ways.custom_grpc.server")
 
@@ -80,7 +81,12 @@ class Calls:
         except asyncio.CancelledError:
             if call.unread:
                 code = grpc.StatusCode.RESOURCE_EXHAUSTED
-                await context.abort(code, f"Nobody has read this stream for {READER_SECONDS:g} s.", (request_id,))
+                # It waits for the reader, as all that is written does; gRPC keeps it for one who reads on after all.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(ABORT_SECONDS):
+                        reason = f"Nobody has read this stream for {READER_SECONDS:g} s."
+                        await context.abort(code, reason, (request_id,))
+                raise
             late = (left := context.time_remaining()) is not None and left <= 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
@@ -104,11 +110,11 @@ class Calls:
     def end_unread(self) -> None:
         """End the calls whose callers have stopped reading: they would keep their places for ever.
 
-        To be called now and then: a timer for each message would cost more than the message.
+        To be called now and then. Each is cancelled once: another time would cut the engine's abort short.
         """
         late = time.monotonic() - READER_SECONDS
         for call in self.admitted.values():
-            if call.task and call.writing_since and call.writing_since < late:
+            if call.task and not call.unread and call.writing_since and call.writing_since < late:
                 call.unread = True
                 call.task.cancel()
 

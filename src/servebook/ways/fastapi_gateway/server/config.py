@@ -1,8 +1,10 @@
-"""What whoever runs the gateway can set."""
+"""What the gateway goes by; its command line sets what differs from one place to the next."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from servebook.ways.limits import READER_SECONDS
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,6 @@ class Config:
     connect_seconds: float = 2
     idle_seconds: float = 60
     answer_seconds: float = 300
-    reader_seconds: float = 30
+    reader_seconds: float = READER_SECONDS
     cors_origins: tuple[str, ...] = ()
     traces_endpoint: str | None = None

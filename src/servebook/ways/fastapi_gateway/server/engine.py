@@ -12,11 +12,9 @@ import orjson
 
 from servebook.ways.fastapi_gateway.server.config import Config
 from servebook.ways.fastapi_gateway.server.errors import GatewayError
+from servebook.ways.limits import KEEPALIVE_SECONDS
 
 log = logging.getLogger("servebook.ways.fastapi_gateway.server")
-
-KEEPALIVE_SECONDS = 3
-"""Shorter than the 5 that vLLM has by itself: a connection is never taken from the pool while vLLM closes it."""
 
 TOO_LONG = {"input_tokens", "max_tokens"}
 """The parameters that vLLM blames when prompt and answer do not fit the model's context."""

@@ -49,7 +49,7 @@ class Metrics:
 
 
 class Telemetry:
-    """ASGI middleware, the outermost: gives each request an id, counts it and logs it when it ends.
+    """ASGI middleware, outside all but `Traced`: gives each request an id, counts it and logs it when it ends.
 
     A caller's X-Request-ID is kept where it is short and plain, so that ids can follow a request through
     several services; otherwise one is made.

@@ -62,5 +62,7 @@ class Traced:
                     span.set_attribute("http.response.status_code", message["status"])
                 await send(message)
 
-            await self.app(scope, receive, observe)
-            span.set_attribute("http.route", getattr(scope.get("route"), "path", "other"))
+            try:
+                await self.app(scope, receive, observe)
+            finally:  # those that fail, or whose callers leave, are looked for by their route, too
+                span.set_attribute("http.route", getattr(scope.get("route"), "path", "other"))

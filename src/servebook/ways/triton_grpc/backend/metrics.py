@@ -35,18 +35,23 @@ LATENCIES = {
 }
 """Histogram → vLLM's field of a finished request, in seconds, and what it is."""
 
+MOST_REPORTS = 100_000
+"""How many may wait for Triton, some 15 MB. It falls behind only where it is stuck: there is about one a token."""
+
 
 class TritonStatLogger(StatLoggerBase):  # type: ignore[misc]  # vllm is not type-checked
     """Receives vLLM's statistics at every engine step and reports them to Triton.
 
-    Each report is a round trip to the server, so a thread makes them while the engine goes on.
+    Each report is a round trip to the server, so a thread makes them while the engine goes on. One that cannot be made
+    is dropped: an engine does not end, or fill the memory, for the sake of its statistics.
     """
 
     def __init__(self, labels: dict[str, str], vllm_config: VllmConfig) -> None:
         self.labels = labels
         self.metrics: dict[str, Any] = {}
         self.gauges: dict[str, float] = {}
-        self.reports: queue.SimpleQueue[tuple[Callable[[float], None], float]] = queue.SimpleQueue()
+        self.reports: queue.Queue[tuple[Callable[[float], None], float]] = queue.Queue(MOST_REPORTS)
+        self.dropped = False
         kinds = pb_utils.MetricFamily
         for name, about in COUNTERS.items():
             self._create(name, about, kinds.COUNTER)
@@ -103,22 +108,39 @@ class TritonStatLogger(StatLoggerBase):  # type: ignore[misc]  # vllm is not typ
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
     def _set(self, gauge: str, value: float) -> None:
-        if self.gauges.get(gauge) != value:
+        if self.gauges.get(gauge) != value and self._put(self.metrics[gauge].set, value):
             self.gauges[gauge] = value
-            self.reports.put((self.metrics[gauge].set, value))
 
     def _add(self, counter: str, value: float) -> None:
         if value:
-            self.reports.put((self.metrics[counter].increment, value))
+            self._put(self.metrics[counter].increment, value)
 
     def _observe(self, histogram: str, values: Iterable[float]) -> None:
         for value in values:
-            self.reports.put((self.metrics[histogram].observe, value))
+            self._put(self.metrics[histogram].observe, value)
+
+    def _put(self, report: Callable[[float], None], value: float) -> bool:
+        """Queue a report; False where it is dropped."""
+        try:
+            self.reports.put_nowait((report, value))
+        except queue.Full:
+            self.dropped = True
+            return False
+        return True
 
     def _report(self) -> None:
+        said = False
         while True:
             report, value = self.reports.get()
-            report(value)
+            # Said here and not by `_put`, and once: a line in the log is a round trip to Triton, too.
+            why = f"more than {MOST_REPORTS} were waiting for Triton" if self.dropped else ""
+            try:
+                report(value)
+            except Exception as error:  # the next one may be taken
+                why = repr(error)
+            if why and not said:
+                pb_utils.Logger.log_warn(f"vLLM's statistics on the metrics page are incomplete: {why}")
+                said = True
 
 
 def stat_logger_factory(labels: dict[str, str]) -> Factory:

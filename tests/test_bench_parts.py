@@ -1,0 +1,99 @@
+"""What a measurement is made of, when a part of it fails; without a server."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from servebook.bench import sweep, tensors
+from servebook.bench.arms import Workload
+from servebook.bench.load import BenchError, Load
+from servebook.bench.paths import find_path
+from servebook.launch import Server
+from servebook.settings import load_settings
+
+SERVER = Server("x", "m", {"grpc": "127.0.0.1:1"}, load_settings())
+WAIT_SECONDS = 20.0
+
+
+async def test_a_part_that_fails_ends_the_load_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others do not wait for it, nor does what they say of that hide its own words."""
+    others_know = threading.Event()
+
+    class Barrier(threading.Barrier):
+        def abort(self) -> None:
+            super().abort()
+            others_know.wait(WAIT_SECONDS)
+
+    async def part(*asked: Any, all_here: Callable[[], object]) -> Load:
+        if asked[3] == 2:
+            raise BenchError("no connection is left")
+        try:
+            all_here()
+        finally:
+            others_know.set()
+        raise AssertionError("it began without the other")
+
+    def pool(parts: int, _: object, meet: Callable[..., None], barrier: tuple[Any]) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(parts, initializer=meet, initargs=barrier)
+
+    monkeypatch.setattr(sweep, "_part", part)
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(sweep, "die_with_parent", lambda: None)
+    monkeypatch.setattr("servebook.bench.sweep.multiprocessing.get_context", lambda _: SimpleNamespace(Barrier=Barrier))
+    monkeypatch.setattr(sweep, "BARRIER_SECONDS", WAIT_SECONDS)
+    started = time.monotonic()
+    with pytest.raises(BenchError, match="no connection is left"):
+        await sweep.spread(find_path("sse"), SERVER, Workload(), count(1), 2, None, 2, 2)
+    assert time.monotonic() - started < WAIT_SECONDS / 2
+
+
+class Triton(MagicMock):
+    """A client of a Triton that takes so many regions, and lets none of them go where it is `stuck`."""
+
+    room, stuck = 2, False
+
+    def register_system_shared_memory(self, *_: object) -> None:
+        if not self.room:
+            raise InferenceServerException("shared memory is restricted")
+        self.room -= 1
+
+    def unregister_system_shared_memory(self, _: str) -> None:
+        if self.stuck:
+            raise InferenceServerException("the server is gone")
+
+
+@pytest.mark.parametrize("fault", [{"room": 1}, {"stuck": True}, {}])
+def test_no_shared_memory_stays_behind(fault: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Triton(**fault)
+    monkeypatch.setattr("servebook.bench.tensors.v2_grpc.InferenceServerClient", lambda _: client)
+    monkeypatch.setattr(tensors.SharedMemory, "size", 4096)
+    monkeypatch.setattr("servebook.bench.tensors.uuid.uuid4", lambda: SimpleNamespace(hex="of-a-test"))
+    regions = [Path(f"/dev/shm/servebook-{way}-of-a-tes") for way in ("in", "out")]
+
+    def use() -> None:
+        encoding = tensors.SharedMemory(SERVER)
+        assert all(map(Path.exists, regions))
+        encoding.close()
+
+    try:
+        if fault:
+            with pytest.raises(InferenceServerException):
+                use()
+        else:
+            use()
+        assert not any(map(Path.exists, regions))
+        client.close.assert_called_once()
+    finally:
+        for region in regions:
+            region.unlink(missing_ok=True)
