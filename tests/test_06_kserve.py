@@ -656,7 +656,8 @@ class TestSteps:
     """A class, for the steps' processes to end with the last of these tests."""
 
     @pytest.fixture(scope="class")
-    def long(self, pace: Pace) -> JsonTensor:
+    @classmethod
+    def long(cls, pace: Pace) -> JsonTensor:
         """Two seconds of work, however fast the engine is: it can be seen there before it is done."""
         return sampling(max_tokens=pace.tokens(2, at_least=48), ignore_eos=True)
 

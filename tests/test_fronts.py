@@ -287,6 +287,7 @@ def test_a_killed_front_costs_its_own_streams_and_is_back_soon(started: tuple[la
     assert figure(server, "servebook_grpc_fronts ") == FRONTS
 
 
+@pytest.mark.survives("both of two fronts killed (SIGKILL)", "grpc", lost="their streams")
 @pytest.mark.engine
 def test_all_fronts_dead_at_once_are_replaced(server: launch.Server) -> None:
     with ExitStack() as stack:
@@ -444,6 +445,9 @@ def test_a_full_front_says_when_to_come_back(guarded: launch.Server, certificate
             assert stub_on(full).Generate(SHORT, timeout=60, metadata=KEYED).usage.completion_tokens == 5
 
 
+@pytest.mark.survives(
+    "SIGTERM with streams open", "grpc", lost="nothing that ends in the grace time; new calls are refused"
+)
 @pytest.mark.engine
 def test_sigterm_lets_the_streams_of_all_fronts_end(guarded: launch.Server, certificates: Certificates) -> None:
     """The last test of this server. It ends with the last stream, and not with the grace time."""

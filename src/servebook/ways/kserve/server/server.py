@@ -46,6 +46,8 @@ GRACE_SECONDS = 5
 VERSION = "1"
 """Of the model, as in Triton's model repository."""
 
+HALF = "has half of a surrogate pair"
+
 NO_LOADING = "this server loads its one model at its start, and keeps it"
 
 
@@ -64,7 +66,10 @@ class NamedDataPlane(DataPlane):  # type: ignore[misc]
                 names = cut(", ".join(tensor["name"] for tensor in described), 80)
                 for tensor in described:
                     check_description(tensor["name"], tensor["datatype"], tensor["shape"])
-            return super().decode_inference_request(body, headers, model_name)
+            request = super().decode_inference_request(body, headers, model_name)
+            if any("\ud800" <= letter <= "\udfff" for letter in request.id or ""):
+                raise BadRequest("id", HALF)  # the answer repeats it, when the engine has done its work
+            return request
         except BadRequest as error:
             raise InvalidInput(str(error)) from None
         except InvalidInput:
@@ -153,7 +158,7 @@ class WholeCharacters:
         try:
             await self.app(scope, receive, send)
         except UnicodeEncodeError:
-            refusal = refuse(scope, HTTPStatus.BAD_REQUEST, "a string has half of a surrogate pair")
+            refusal = refuse(scope, HTTPStatus.BAD_REQUEST, f"a string {HALF}")
             await refusal(scope, receive, send)
 
 
