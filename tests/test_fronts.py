@@ -178,6 +178,7 @@ def test_each_front_serves_and_their_figures_add_up(server: launch.Server) -> No
     assert figure(server, "servebook_grpc_open_calls ") == 0
 
 
+@pytest.mark.engine
 async def test_the_text_is_that_of_vllms_own_server(server: launch.Server) -> None:
     """As in chapter 08's parity test, which holds vLLM's own server to the same numbers: this model is sure of them."""
     async with find_path("grpc-fronts").open(server) as send:  # over eight connections
