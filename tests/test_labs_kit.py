@@ -194,6 +194,7 @@ def test_init_check_and_reset(learner: Run, vllm: launch.Server, tmp_path: Path)
     assert "0 of " in learner("labs", "list").stdout
 
 
+@pytest.mark.lifetime
 def test_a_check_that_cannot_run_says_what_to_do(learner: Run, tmp_path: Path) -> None:
     """The engine is out of reach, the set-up spoilt, the answer cell gone, the file torn: never a traceback."""
     learner("labs", "init", tmp_path)
@@ -242,6 +243,7 @@ def test_a_check_builds_on_all_that_stands_above(tmp_path: Path) -> None:
         LabShell(path).prepare("02.2")
 
 
+@pytest.mark.lifetime
 def test_an_interrupt_ends_a_check_and_is_no_attempt(learner: Run, tmp_path: Path) -> None:
     """Ctrl-C in the set-up, and in the answer."""
     learner("labs", "init", tmp_path)
@@ -778,6 +780,7 @@ class TritonPythonModel:
 """
 
 
+@pytest.mark.lifetime
 def test_triton_loads_beside_what_is_hidden_in_tmp_and_sees_no_judge() -> None:
     """Its stub makes a folder in /tmp, which a submission may not write. A learner's model is a program, too: it may
     not look into the process that judges."""
