@@ -6,8 +6,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from openai import AsyncOpenAI, OpenAI
@@ -15,7 +13,7 @@ from openai import AsyncOpenAI, OpenAI
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.rest import asked, had_room, key_of, reply_of, sends, sends_key, through
 from servebook.lab.submission import Submission
-from servebook.lab.taps.http import Exchange, Listener, Tap
+from servebook.lab.taps.http import Exchange, Tap, answering
 
 CHAT = "/v1/chat/completions"
 
@@ -211,7 +209,7 @@ def check_01_4(submission: Submission) -> None:
         except Exception as error:
             return type(error).__name__
 
-    with faulty() as broken:
+    with answering(500) as broken:
         got = submission.run(passed_on)
     require(
         got == "InternalServerError",
@@ -219,28 +217,6 @@ def check_01_4(submission: Submission) -> None:
         got,
         "this error has no word in the table: let it go on (`raise`), or a fault of yours is called the caller's",
     )
-
-
-@contextmanager
-def faulty() -> Iterator[str]:
-    """The URL of a server that answers everything with 500, as one with a fault in it does."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self.send_error(500)
-
-        do_GET = do_POST = answer
-
-        def log_message(self, *_: Any) -> None:
-            """Be silent."""
-
-    with Listener(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
 
 
 def check_01_5(submission: Submission) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,7 @@ from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.rest import answer_to, asked, asked_there, through
 from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.grpc import Call, GrpcTap
-from servebook.lab.taps.http import Tap
+from servebook.lab.taps.http import Tap, answering
 from servebook.settings import TENSOR_MODEL_NAME as MODEL
 from servebook.ways.kserve.client import tensor
 
@@ -57,29 +54,10 @@ def check_06_1(submission: Submission) -> None:
         except Exception:  # of whichever library
             return "an error"
 
-    with not_ready() as url:
+    with answering(503) as url:  # as one does whose model is still being loaded
         for address, what in ((tap.url, "where nobody answers"), (url, "where the server says 503")):
             got = submission.run(partial(broken, address))  # the tap is gone
             require(got == "an error", f"an error {what}", got, "only 404 stands for: no such model")
-
-
-@contextmanager
-def not_ready() -> Iterator[str]:
-    """The URL of a server that answers everything with 503, as one does whose model is still being loaded."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(503)
-
-        def log_message(self, *_: Any) -> None:
-            """Be silent."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
 
 
 def _judge_signature(metadata: Any, got: Any, title: str) -> None:

@@ -81,6 +81,28 @@ class Listener(ThreadingHTTPServer):
     request_queue_size = 128
 
 
+@contextmanager
+def answering(status: int) -> Iterator[str]:
+    """The URL of a server that answers everything with this status, as one does that has a fault or is not ready."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_error(status)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_: Any) -> None:
+            """Be silent."""
+
+    with Listener(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
 Filter = Callable[[Iterator[bytes], Exchange], Iterator[bytes]]
 
 
