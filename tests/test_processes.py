@@ -15,9 +15,19 @@ import pytest
 
 from servebook.errors import LaunchError
 from servebook.launch import lifetime
+from servebook.launch.bound import bound
 from servebook.launch.child import Child, run_child
 from servebook.launch.link import STOP_SECONDS, Link
-from servebook.launch.processes import can_bind, end, environment_of, free_port, listeners, marked, wait_until
+from servebook.launch.processes import (
+    KEPT,
+    can_bind,
+    end,
+    environment_of,
+    free_port,
+    listeners,
+    marked,
+    wait_until,
+)
 from servebook.settings import load_settings
 
 FAMILY = """
@@ -44,7 +54,7 @@ def test_a_child_is_started_by_no_fork_which_threads_of_grpc_would_break() -> No
     script = (
         "import os; from servebook.launch.child import run_child\n"
         "os.register_at_fork(before=lambda: print('forked', flush=True))\n"
-        "with run_child(['true'], lambda child: child.process.wait() == 0): print('ran')"
+        "with run_child(['sleep', '600']): print('ran')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "ran\n"
@@ -79,23 +89,35 @@ def test_a_child_ends_with_its_parent_however_that_ends() -> None:
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout
     with parent:
-        assert parent.stdout.readline() == "there\n"
-        assert len(marked(MARK)) == 1
+        said, family = parent.stdout.readline(), marked(MARK)
         parent.kill()
+    assert (said, len(family)) == ("there\n", 1)
     assert wait_until(lambda: not marked(MARK), 10)
+
+
+def test_a_process_has_its_environment_while_it_becomes_another() -> None:
+    mark = dict([MARK.split("=")])
+    without = 0
+    for _ in range(10):
+        with subprocess.Popen(bound(["sleep", "600"], os.environ), env=os.environ | mark) as process:
+            words = Path(f"/proc/{process.pid}/cmdline")
+            while not words.read_bytes().startswith(b"sleep"):
+                without += not mark.items() <= environment_of(process.pid).items()
+            process.kill()
+    assert without == 0
 
 
 def test_a_file_beside_the_reader_is_not_run_by_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "random.py").write_text("print('planted', flush=True)")
     monkeypatch.chdir(tmp_path)
-    with run_child([sys.executable, "-m", "tempfile"], lambda child: child.process.wait() == 0, seconds=30) as child:
-        assert child.said() == ""
+    words = ["sh", "-c", '"$0" -m tempfile && echo ran && exec sleep 600', sys.executable]
+    with run_child(words, lambda child: "ran" in child.said()) as child:
+        assert child.said() == "ran\n"
 
 
 def test_end_tells_only_the_supervisor_of_a_server_until_the_grace_is_over() -> None:
-    kept = subprocess.Popen(
-        ["sleep", "600"], env=os.environ | dict([MARK.split("=")]) | {"SERVEBOOK_SUPERVISOR": "/nonexistent.sock"}
-    )
+    # An empty mark: with any other it would be an orphan to the doctors of tests beside this one.
+    kept = subprocess.Popen(["sleep", "600"], env=os.environ | dict([MARK.split("=")]) | {KEPT: ""})
     assert end(MARK, 0.3) == {"sleep 600"}
     assert kept.wait() == -signal.SIGKILL
 

@@ -23,6 +23,8 @@ PR_SET_CHILD_SUBREAPER = 36
 POLL_SECONDS = 0.05
 KILL_SECONDS = 5.0
 """How long the kernel may take to end what got SIGKILL."""
+EXEC_MS = 100
+"""How long an `exec` may be half done: a busy machine may stop for a while in the midst of it."""
 KEPT = "SERVEBOOK_SUPERVISOR"
 """In the environment of each process that a supervisor started: the path of its socket. An orphan is known by it."""
 GIVEN_PORTS = range(20_000, 30_000)
@@ -88,14 +90,14 @@ def marked(mark: str) -> dict[int, str]:
     """
     found = {}
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):  # noqa: PTH208  # a third of iterdir's time
-        if pid != os.getpid() and mark.encode() in _read(pid, "environ").split(b"\0") and not is_tracker(pid):
+        if pid != os.getpid() and mark.encode() in _environ(pid).split(b"\0") and not is_tracker(pid):
             found[pid] = _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
     return found
 
 
 def environment_of(pid: int) -> dict[str, str]:
     """What a process was started with; nothing where it has ended, or is another user's."""
-    words = (os.fsdecode(word).partition("=") for word in _read(pid, "environ").split(b"\0"))
+    words = (os.fsdecode(word).partition("=") for word in _environ(pid).split(b"\0"))
     return {name: value for name, _, value in words if name}
 
 
@@ -113,7 +115,7 @@ def end(mark: str, grace: float) -> set[str]:
         for pid in left:
             if late:
                 _signal(pid, signal.SIGKILL)
-            elif pid not in asked and f"\0{KEPT}=".encode() not in b"\0" + _read(pid, "environ"):
+            elif pid not in asked and f"\0{KEPT}=".encode() not in b"\0" + _environ(pid):
                 _signal(pid, signal.SIGTERM)
         asked.update(left)
         return not left
@@ -186,6 +188,22 @@ def _family(host: str) -> socket.AddressFamily:
 def _signal(pid: int, sig: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, sig)
+
+
+def _environ(pid: int) -> bytes:
+    """A process's environment, "NAME=value" and a zero each.
+
+    For an instant of an `exec` the kernel shows neither that nor a command line, and would hide a process from `end`.
+    """
+    for _ in range(EXEC_MS):
+        found = _read(pid, "environ")
+        no_program = _read(pid, "statm")[:2] in (b"", b"0 ")  # it has ended, or is a thread of the kernel
+        if found or no_program:
+            return found
+        if _read(pid, "cmdline"):
+            break
+        time.sleep(0.001)
+    return _read(pid, "environ")
 
 
 def _read(pid: int, name: str) -> bytes:

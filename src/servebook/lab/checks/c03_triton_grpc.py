@@ -241,7 +241,10 @@ def check_03_3(submission: Submission) -> None:
     if isinstance(answer, InferenceServerException):
         raise NotYet("a request that the server accepts", answer.message(), _why_refused(answer.message()))
     content = request_content(request)
-    require(not more, "one answer", f"{len(answers)} responses", "that is a stream: leave the input stream away here")
+    # The request says it, and not the count: the engine's outputs merge where nobody fetches them in time.
+    streamed = bool(content.get("stream"))
+    shown = "a request for a stream" if streamed else f"{len(answers)} responses"
+    require(not streamed and not more, "one answer", shown, "that is a stream: leave the input stream away here")
     judge(
         prompt,
         content.get("text_input"),
@@ -298,7 +301,7 @@ def check_03_4(submission: Submission) -> None:
                 time.sleep(SILENCE_SECONDS)
         if mode == "whole" and is_final(response) and first_read.wait(3):
             early.set()
-        if mode == "broken" and len(stream.responses) == 3:
+        if mode == "broken" and (len(stream.responses) == 3 or is_final(response)):
             raise Lost
 
     def read(inputs: list[Any]) -> list[str]:
