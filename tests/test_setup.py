@@ -804,10 +804,11 @@ def bring(clone: Path, program: Callable[[str, str], Path], tmp_path: Path) -> C
 
 @pytest.mark.parametrize("part", ["", "triton"])
 def test_the_browser_is_looked_for_before_all_else(clone: Path, part: str) -> None:
-    """The whole suite does not begin without; a part may do without."""
+    """The whole suite does not begin without; a part may do without, and is not linted."""
     planned = [line for line in make(clone, "-n", "test", f"K={part}").stdout.splitlines() if "make" not in line]
     assert planned[0] == 'scripts/browser ".venv"'
     assert "pytest" in planned[-1]
+    assert any("ruff" in line for line in planned) != bool(part)
     calls = stand_in_environment(clone)
     (clone / "scripts/browser").write_text("#!/bin/sh\nexit 1\n")
     (clone / "scripts/setup").write_text(f"#!/bin/sh\necho set-up >> {shlex.quote(str(calls))}\nexit 1\n")
