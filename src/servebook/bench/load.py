@@ -13,6 +13,8 @@ from typing import NamedTuple
 from servebook.errors import ServebookError
 
 MAX_CONCURRENCY = 512
+DEADLINE_SECONDS = 600
+"""Of one request over gRPC: far beyond any that a run sends, so that what hangs ends the run and not the night."""
 
 
 class BenchError(ServebookError):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 
-from servebook.bench.load import Job, Message, Send
+from servebook.bench.load import DEADLINE_SECONDS, Job, Message, Send
 from servebook.launch import Server, find_server
 from servebook.launch.table import Endpoints
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
@@ -18,7 +18,6 @@ from servebook.settings import Settings
 from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.client import REASONS
 
-DEADLINE_SECONDS = 600
 FRONTS = 2
 CONNECTIONS = 8
 """To several fronts: each connection stays with the front that Linux gave it to."""

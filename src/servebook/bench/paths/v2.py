@@ -16,12 +16,11 @@ import grpc
 import orjson
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from servebook.bench.load import BenchError, Job, Message, Send
+from servebook.bench.load import DEADLINE_SECONDS, BenchError, Job, Message, Send
 from servebook.bench.paths.openai_rest import check, http_session
 from servebook.launch import Server
 from servebook.settings import TENSOR_MODEL_NAME
 
-DEADLINE_SECONDS = 600
 RETURNS = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
 
 

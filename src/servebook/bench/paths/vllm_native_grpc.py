@@ -11,13 +11,11 @@ from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from servebook.bench.load import Job, Message, Send
+from servebook.bench.load import DEADLINE_SECONDS, Job, Message, Send
 from servebook.engine.model import model_path
 from servebook.launch import Server
 from servebook.protos.vllm import inference_pb2_grpc
 from servebook.ways.vllm_native_grpc.inference_client import REASONS, request
-
-DEADLINE_SECONDS = 600
 
 
 @asynccontextmanager
