@@ -9,20 +9,23 @@ from contextlib import contextmanager, suppress
 from unittest.mock import Mock
 
 import grpc
+import numpy as np
 import pytest
 import requests
 from smg_grpc_proto import vllm_engine_pb2 as pb
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import serialize_byte_tensor
 
 from servebook.errors import ServebookError
 from servebook.lab.checks import c03_triton_grpc, c07_vllm_native_grpc
 from servebook.lab.checks.c03_triton_grpc import LeaveWatch
-from servebook.lab.checks.c07_vllm_native_grpc import HOLD_AT, held_for_abort, left_alone
+from servebook.lab.checks.c07_vllm_native_grpc import HOLD_AT, held_for_abort, ids_of, left_alone, messages_of
 from servebook.lab.checks.c10_scale_out import LONG, keep_at_work
 from servebook.lab.feedback import NotYet
 from servebook.lab.learner_server.judge import StreamWatch
 from servebook.lab.taps.grpc import Call, GrpcTap, Lost
 from servebook.lab.taps.http import Tap
-from servebook.lab.taps.triton import Stream
+from servebook.lab.taps.triton import Stream, cut, is_final, text_of
 
 SAYS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
 
@@ -148,6 +151,46 @@ def two_ids(count: int) -> Iterator[bytes]:
     for _ in range(count):
         yield pb.GenerateResponse(chunk=pb.GenerateStreamChunk(token_ids=[1, 2])).SerializeToString()
     yield pb.GenerateResponse(complete=pb.GenerateComplete(finish_reason="length")).SerializeToString()
+
+
+@pytest.mark.parametrize("sizes", [[1] * 7, [3, 4], [7]])
+def test_chunks_are_cut_to_one_size_whatever_the_engine_made(sizes: list[int]) -> None:
+    """And the last message has those of the last chunk, as vLLM's has."""
+    ids, call = iter(range(7)), Call("Generate")
+    made = [[next(ids) for _ in range(size)] for size in sizes]
+    last = pb.GenerateComplete(finish_reason="length", output_ids=made[-1], completion_tokens=len(made[-1]))
+    call.responses = [
+        *(pb.GenerateResponse(chunk=pb.GenerateStreamChunk(token_ids=each)).SerializeToString() for each in made),
+        pb.GenerateResponse(complete=last).SerializeToString(),
+    ]
+    *chunks, end = messages_of(call)
+    assert [list(each.chunk.token_ids) for each in chunks] == [[0, 1], [2, 3], [4, 5], [6]]
+    assert [each.chunk.completion_tokens for each in chunks] == [2, 2, 2, 1]
+    assert (list(end.complete.output_ids), end.complete.completion_tokens) == ([6], 1)
+    assert ids_of(call) == list(range(7))
+
+
+def triton_response(text: str, **parameters: bool) -> service_pb2.ModelStreamInferResponse:
+    """One of Triton's, with a text."""
+    response = service_pb2.ModelStreamInferResponse()
+    for name, value in parameters.items():
+        response.infer_response.parameters[name].bool_param = value
+    response.infer_response.outputs.add(name="text_output", datatype="BYTES", shape=[1])
+    response.infer_response.raw_output_contents.append(serialize_byte_tensor(np.array([text.encode()], object)).item())
+    return response
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_text_is_cut_into_responses_of_which_the_last_is_final(begins: bool) -> None:
+    parts = list(cut(triton_response("Bread is made 빵 of fl", triton_final_response=True), begins))
+    assert [text_of(part) for part in parts] == [*[""] * begins, "Bread is", " made 빵 ", "of fl"]
+    assert [is_final(part) for part in parts] == [False] * (len(parts) - 1) + [True]
+
+
+def test_what_has_no_text_is_not_cut() -> None:
+    error = service_pb2.ModelStreamInferResponse(error_message="no such model")
+    empty = triton_response("")
+    assert [*cut(error, True), *cut(empty, True)] == [error, empty]
 
 
 def test_a_fast_engine_outruns_nobody_who_leaves_vllm() -> None:
