@@ -38,7 +38,7 @@ from servebook.bench.results import Results, load_results, new_results, now, sto
 from servebook.bench.run import FULL, QUICK, Run, start
 from servebook.bench.stats import Estimate, ServiceLevel, difference, goodput, outer_rank, percentiles, ratio, summarize
 from servebook.bench.sweep import Sweep, require_sweep, spread, sweep, table
-from servebook.bench.wire import WireCost, counted
+from servebook.bench.wire import WireCost, counted, wire_cost
 from servebook.checkout import ROOT
 from servebook.cli import app
 from servebook.errors import ServebookError
@@ -824,6 +824,16 @@ async def test_bytes_are_counted_with_their_framing() -> None:
         writer.close()
     server.close()
     assert proxy.bytes == 10
+
+
+async def test_tokens_that_all_came_at_once_have_no_price() -> None:
+    @asynccontextmanager
+    async def opened(_: Server) -> AsyncIterator[Source]:
+        yield Source(0, merged=64)
+
+    path = replace(find_path("sse"), open=opened)
+    with pytest.raises(BenchError, match="40 tokens came in 1 messages, and 8 in 1"):
+        await wire_cost(path, Server("x", "m", {}, load_settings()))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from pydantic import BaseModel, Field
 
 from servebook.bench import workload
-from servebook.bench.load import ask
+from servebook.bench.load import BenchError, ask
 from servebook.bench.paths import Path
 from servebook.launch import Server
 
@@ -65,15 +65,28 @@ async def counted(server: Server) -> AsyncIterator[tuple[Server, list[CountingPr
 
 
 async def wire_cost(path: Path, server: Server) -> WireCost:
-    """Measure one path; the first request, which opens the connection, is not counted."""
+    """Measure one path; the first request, which opens the connection, is not counted.
+
+    Of a stream a token is a message with text: one that holds several, as a busy server's may, would hide what the
+    others cost.
+
+    Raises:
+        BenchError: the server put as many tokens into a message as there were.
+    """
     make = workload.chats if path.chat else workload.completions
     async with counted(server) as (seen, proxies), path.open(seen) as send:
         await ask(send, next(make(40, SHORT)))
-        sizes = {}
+        sizes: list[tuple[int, int]] = []
         for seed, length in enumerate((SHORT, LONG), start=1):
             before = sum(proxy.bytes for proxy in proxies)
             sample = await ask(send, next(make(40, length, seed)))
-            sizes[sample.output_tokens] = sum(proxy.bytes for proxy in proxies) - before
-    (short, few), (long, many) = sorted(sizes.items())
+            tokens = len(sample.arrivals) if path.streams else sample.output_tokens
+            sizes.append((tokens, sum(proxy.bytes for proxy in proxies) - before))
+    (short, few), (long, many) = sizes
+    if short >= long:
+        raise BenchError(
+            f"{path.name}: {LONG} tokens came in {long} messages, and {SHORT} in {short}.",
+            "Measure it while nothing else runs, or with a slower source.",
+        )
     per_token = (many - few) / (long - short)
     return WireCost(path=path.name, bytes_per_token=per_token, bytes_per_request=few - short * per_token)
