@@ -129,9 +129,9 @@ def in_pairs(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
 
     def pairs(most_left: int) -> Iterator[bytes]:
         while len(ids) > most_left:
-            last[:] = chunk.chunk.token_ids[:] = ids[:2]
+            last[:], ids[:] = ids[:2], ids[2:]
+            chunk.chunk.token_ids[:] = last
             chunk.chunk.completion_tokens = len(last)
-            del ids[:2]
             yield chunk.SerializeToString()
 
     for raw in messages:
