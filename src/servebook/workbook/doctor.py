@@ -574,7 +574,7 @@ def _orphans() -> dict[int, str]:
             if socket and process.uids().real == os.getuid():
                 if there := connect(Path(socket)):
                     there.close()
-                elif KEPT in process.environ():  # still there, and did not end together with its supervisor
+                else:
                     found[process.pid] = " ".join(process.cmdline())[:60]
         except psutil.Error:
             continue
