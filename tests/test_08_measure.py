@@ -12,11 +12,9 @@ from smg_grpc_proto import vllm_engine_pb2
 
 from servebook.bench import workload
 from servebook.bench.arms import Workload, compare, open_arm
-from servebook.bench.cost import fit_cost
 from servebook.bench.crosscheck import cross_check
 from servebook.bench.load import BenchError, Job, Sample, ask, closed_loop
 from servebook.bench.paths import PATHS, find_path
-from servebook.bench.protocol import SENTENCE, serve_scripted
 from servebook.bench.results import Results, load_results
 from servebook.bench.run import Plan, start
 from servebook.bench.tensors import ENCODINGS, KIB, SERVERS, tensor_costs
@@ -142,39 +140,6 @@ async def test_grpc_puts_a_fifth_of_the_bytes_of_sse_on_the_wire(vllm: Server, g
     grpc = await wire_cost(find_path("grpc"), grpc_server)
     assert sse.bytes_per_token > 200
     assert grpc.bytes_per_token <= sse.bytes_per_token / 5
-
-
-@pytest.mark.parametrize(
-    ("name", "merges"), [("grpc", True), ("triton", True), ("grpc-fronts", False), ("rust-grpc", False)]
-)
-async def test_the_scripted_source_behind_the_real_server(
-    name: str, merges: bool, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is so fast here, with so many callers, that our servers let tokens wait for each other; none may be lost.
-
-    Several fronts have half of the callers each, and less to merge; vLLM's in Rust merges nothing.
-    """
-    monkeypatch.setenv("SERVEBOOK_SCRIPTED_RATE", "300")
-    path = find_path(name)
-    server = serve_scripted(path, settings)
-    try:
-        wants = Workload(max_tokens=40)
-        async with open_arm(path, server, wants, 1) as arm:
-            block = await arm.block(24, 48, None, 0)
-            cost = await fit_cost(arm, callers=8, rounds=1)
-    finally:
-        server.stop()
-    assert len(block.load.samples) == 48
-    _, *jobs = workload.take(workload.completions(wants.prompt_tokens, wants.max_tokens, seed=1), 49)
-    assert sorted(sample.output_tokens for sample in block.load.samples) == sorted(job.max_tokens for job in jobs)
-    assert all(sample.text.startswith(SENTENCE) for sample in block.load.samples)
-    assert not merges or sum(len(each.arrivals) for each in block.load.samples) < block.load.output_tokens / 1.5
-    assert block.cpu.engine, "the scheduler is vLLM's, in a process of its own"
-    assert block.cpu.front
-    assert block.cpu.front > 0
-    assert 0 < cost.busiest <= 1
-    assert cost.token_us > 0
-    assert 0 < cost.token_error < cost.token_us * 5
 
 
 @pytest.mark.parametrize("server", SERVERS)

@@ -1,4 +1,5 @@
-"""Lessons in which time matters, from the notebooks' own cells, at 20 and at 20,000 tokens a second."""
+"""Lessons in which time matters, from the notebooks' own cells, at 20 and at 20,000 tokens a second; and the benchmark,
+to whom no token of the fast source is lost."""
 
 from __future__ import annotations
 
@@ -20,8 +21,12 @@ import pytest
 import requests
 from openai import AsyncOpenAI, OpenAI
 
+from servebook.bench import workload
+from servebook.bench.arms import Workload, open_arm
+from servebook.bench.cost import fit_cost
 from servebook.bench.paths import find_path
-from servebook.bench.protocol import serve_scripted
+from servebook.bench.protocol import SENTENCE, serve_scripted
+from servebook.launch import Server
 from servebook.launch.child import child_server
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.settings import Settings
@@ -169,3 +174,43 @@ def test_a_slow_reader_loses_nothing_and_holds_up_nobody(fronts: SimpleNamespace
         pieces += call
     assert sum(len(piece.token_ids) for piece in pieces) == pieces[-1].usage.completion_tokens == wanted
     assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
+
+
+async def require_all_is_counted(name: str, server: Server, *, merges: bool = False) -> None:
+    """Of 24 callers of a source that is faster than any front, who let tokens wait for each other where they merge."""
+    path, wants = find_path(name), Workload(max_tokens=40)
+    async with open_arm(path, server, wants, 1) as arm:
+        block = await arm.block(24, 48, None, 0)
+        cost = await fit_cost(arm, callers=8, rounds=1)
+    samples = block.load.samples
+    assert len(samples) == 48
+    _, *jobs = workload.take(workload.completions(wants.prompt_tokens, wants.max_tokens, seed=1), 49)
+    assert sorted(sample.output_tokens for sample in samples) == sorted(job.max_tokens for job in jobs)
+    assert all(sample.text.startswith(SENTENCE) for sample in samples)
+    assert not merges or sum(len(sample.arrivals) for sample in samples) < block.load.output_tokens / 1.5
+    assert block.cpu.engine, "the scheduler is vLLM's, in a process of its own"
+    assert block.cpu.front
+    assert block.cpu.front > 0
+    assert 0 < cost.busiest <= 1
+    assert cost.token_us > 0
+    assert 0 < cost.token_error < cost.token_us * 5
+
+
+@pytest.mark.parametrize("fronts", [20_000], indirect=True, ids=["20000 tokens/s"])
+async def test_the_benchmark_counts_all_tokens(fronts: SimpleNamespace) -> None:
+    """vLLM's front in Rust merges none."""
+    await require_all_is_counted("grpc", fronts.grpc, merges=True)
+    await require_all_is_counted("rust-grpc", fronts.rust)
+
+
+@pytest.mark.parametrize(("name", "merges"), [("triton", True), ("grpc-fronts", False)])
+async def test_the_benchmark_counts_all_tokens_of_servers_apart(
+    name: str, merges: bool, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several fronts have half of the callers each, and less to merge."""
+    monkeypatch.setenv("SERVEBOOK_SCRIPTED_RATE", "300")
+    server = serve_scripted(find_path(name), settings)
+    try:
+        await require_all_is_counted(name, server, merges=merges)
+    finally:
+        server.stop()
