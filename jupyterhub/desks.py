@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from door import is_account
 from jupyterhub.spawner import LocalProcessSpawner
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 from tornado.web import HTTPError
@@ -68,7 +69,7 @@ class DeskSpawner(LocalProcessSpawner):
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not self.room["apart"]:
             return
-        if not account_exists(self.account):
+        if not is_account(self.account):
             words = ["--no-create-home", "--home-dir", str(self.home), "--shell", "/bin/bash", "--user-group"]
             subprocess.run(["useradd", *words, self.account], check=True, capture_output=True, text=True)
         user = pwd.getpwnam(self.account)
@@ -120,7 +121,7 @@ class DeskSpawner(LocalProcessSpawner):
 
     async def run_post_stop_hook(self):
         """End what is left of the desk; where JupyterLab has ended by itself, the hub does not call `stop`."""
-        if not self.room["apart"] or not account_exists(self.account):
+        if not self.room["apart"] or not is_account(self.account):
             return
         if not await asyncio.to_thread(end_all, pwd.getpwnam(self.account).pw_uid):
             self.log.error("Processes of %s do not end: `ps -fu %s` shows them.", self.user.name, self.account)
@@ -168,11 +169,3 @@ def owned(path: Path, uid: int) -> bool:
         return path.stat().st_uid == uid and ") Z " not in (path / "stat").read_text()
     except OSError:
         return False
-
-
-def account_exists(name: str) -> bool:
-    try:
-        pwd.getpwnam(name)
-    except KeyError:
-        return False
-    return True

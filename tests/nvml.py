@@ -11,7 +11,7 @@ import pytest
 
 from servebook.engine.gpu import GIB
 
-SUCCESS, NOT_SUPPORTED, INSUFFICIENT_SIZE = 0, 3, 7
+SUCCESS, INSUFFICIENT_SIZE = 0, 7
 
 
 @dataclass

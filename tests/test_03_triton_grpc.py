@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from servebook.ways.triton_grpc import steps
 from servebook.ways.triton_grpc.aio_client import TritonAioClient
 from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
 from servebook.ways.triton_grpc.client import TritonClient
-from servebook.workbook.notebook import Pace, difference, measure_pace
+from servebook.workbook.notebook import Pace, measure_pace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -639,12 +638,6 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 # From the model that one writes first to the backend
-
-
-@pytest.mark.parametrize(("before", "after"), list(pairwise(steps.STEPS)), ids=lambda step: step.stem)
-def test_a_step_is_small_and_says_what_it_leaves(before: Path, after: Path) -> None:
-    assert 1 <= sum(line[:1] == "+" and line[1:] != "" for line in difference(before, after)) <= 30
-    assert re.search("\nStill (wrong|missing): ", after.read_text())
 
 
 @pytest.fixture(scope="class")

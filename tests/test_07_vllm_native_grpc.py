@@ -229,7 +229,7 @@ def test_rest_token_endpoint_gives_the_same_ids(
 
 
 @engine
-def test_one_client_serves_many_threads(client: VllmGrpcClient, rest_choice: dict[str, Any]) -> None:
+def test_one_client_serves_many_threads(client: VllmGrpcClient) -> None:
     answers: list[Answer] = []
     threads = [threading.Thread(target=lambda: answers.append(client.generate(PROMPT, **GREEDY))) for _ in range(4)]
     for thread in threads:

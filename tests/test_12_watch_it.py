@@ -185,7 +185,7 @@ def test_the_rule_that_ships_is_read_in_seconds() -> None:
     assert read_rule("FirstTokenSlow") == Rule("FirstTokenSlow", TTFT, share=0.95, window=300, limit=0.5, hold=120)
 
 
-def test_rules_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+def test_rules_that_cannot_be_read_say_why() -> None:
     with pytest.raises(ServebookError, match="0 rules called Nobody"):
         read_rule("Nobody")
     with pytest.raises(ServebookError, match=r"ServerGone is beyond this small evaluation: up == 0\.\n→ Ask"):
@@ -215,7 +215,7 @@ def test_every_expression_reads_metrics_that_there_are(vllm: Server, gateway: Se
     assert len({name for _, name in wanted}) >= 9
 
 
-def test_the_servers_are_read_at_their_usual_ports(settings: Settings) -> None:
+def test_the_servers_are_read_at_their_usual_ports() -> None:
     config = yaml.safe_load(prometheus.CONFIG.read_text())
     targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
     defaults = Settings.model_fields

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -16,6 +19,7 @@ from servebook.errors import ServebookError
 from servebook.lab.manifest import load_labs
 from servebook.launch import SERVERS
 from servebook.workbook.chapters import Chapter, files_of, find_chapter, load_chapters, word_on
+from servebook.workbook.notebook import difference
 
 WAYS = ROOT / "src/servebook/ways"
 SHARED = {"v2"}
@@ -101,6 +105,23 @@ def test_no_way_imports_another_or_the_machinery_above() -> None:
                 if above or (way and way[1] != own and not shared):
                     wrong.append(f"{path.relative_to(WAYS)}: {name}")
     assert not wrong
+
+
+def rungs() -> Iterator[Any]:
+    """Each step towards a server with the one before it; the first of all may be the mistake itself."""
+    for chapter in load_chapters():
+        way = WAYS / chapter.stem[3:]
+        steps = sorted(way.glob("steps/step_*.py"))
+        if steps and steps[0].name.startswith("step_1"):
+            steps.insert(0, way / "mistake.py")
+        for before, after in pairwise(steps):
+            yield pytest.param(before, after, id=f"{chapter.stem}-{after.stem}")
+
+
+@pytest.mark.parametrize(("before", "after"), list(rungs()))
+def test_a_step_is_small_and_says_what_it_leaves(before: Path, after: Path) -> None:
+    assert 1 <= sum(line[:1] == "+" and line[1:] != "" for line in difference(before, after)) <= 30
+    assert re.search("\nStill (wrong|missing): ", after.read_text())
 
 
 def test_contributing_names_every_place_of_a_chapter_an_exercise_and_a_server() -> None:

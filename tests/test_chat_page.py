@@ -116,8 +116,8 @@ def ask(page: Page, message: str, longest: int = 200) -> None:
     page.keyboard.press("Enter")
 
 
-def engine_idle(vllm: launch.Server, seconds: float = 5) -> bool:
-    return wait_until(lambda: not metric(vllm.url, "vllm:num_requests_running"), seconds)
+def engine_idle(vllm: launch.Server) -> bool:
+    return wait_until(lambda: not metric(vllm.url, "vllm:num_requests_running"), 5)
 
 
 def test_an_answer_streams_in(held_chat: Page, held: HeldEngine) -> None:

@@ -42,7 +42,7 @@ except desks.HTTPError as error:
 ENDING = (
     DESK
     + """
-desks.account_exists = lambda name: name == "room0-ada"
+desks.is_account = lambda name: name == "room0-ada"
 desks.pwd.getpwnam = lambda name: SimpleNamespace(pw_uid=64999)
 desks.end_all = lambda uid: print("ended", uid) or True
 from jupyterhub.utils import maybe_future

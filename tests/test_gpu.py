@@ -7,6 +7,8 @@ import os
 import socket
 import sys
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -144,22 +146,28 @@ def test_engines_of_one_start_count_each_other(
         pass
 
 
-def test_two_starts_do_not_count_on_the_same_memory(
-    settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(monkeypatch, FakeCard(8, 4))
+def start_elsewhere(settings: Settings, model: Path) -> tuple[ForkProcess, Connection]:
+    """Another process that has claimed memory for its start, and ends when it is sent a word."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
 
-    def other_start() -> None:
+    def start() -> None:
         with memory_for(settings, model, 1, quiet):
             theirs.send("claimed")
             theirs.recv()
 
-    other = context.Process(target=other_start)
+    other = context.Process(target=start)
     other.start()
+    assert ours.recv() == "claimed"
+    return other, ours
+
+
+def test_two_starts_do_not_count_on_the_same_memory(
+    settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, FakeCard(8, 4))
+    other, ours = start_elsewhere(settings, model)
     try:
-        assert ours.recv() == "claimed"
         said: list[str] = []
 
         def wait(phase: str) -> None:
@@ -176,17 +184,7 @@ def test_two_starts_do_not_count_on_the_same_memory(
 
 def test_a_killed_start_claims_nothing(settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeCard(8, 4))
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-
-    def other_start() -> None:
-        with memory_for(settings, model, 1, quiet):
-            theirs.send("claimed")
-            theirs.recv()
-
-    other = context.Process(target=other_start)
-    other.start()
-    assert ours.recv() == "claimed"
+    other, _ = start_elsewhere(settings, model)
     other.kill()
     other.join(10)
     with memory_for(settings, model, 1, quiet):

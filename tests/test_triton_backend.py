@@ -6,7 +6,6 @@ import errno
 import importlib
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -280,12 +279,24 @@ def test_a_stub_ends_as_it_should_without_its_guardian(monkeypatch: pytest.Monke
     guardian.release()
 
 
-def test_a_killed_stub_takes_engine_and_server_along() -> None:
-    server = subprocess.Popen([sys.executable, "-c", SERVER, STUB], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def start_family(
+    word: bytes = b"", *more: str
+) -> tuple[subprocess.Popen[bytes], psutil.Process, psutil.Process, psutil.Process]:
+    """A server; its stub, which is told `word`; and that one's engine and guardian."""
+    command = [sys.executable, "-c", SERVER, STUB, *more]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdout
-    stub = int(server.stdout.readline())
+    assert server.stdin
+    stub = psutil.Process(int(server.stdout.readline()))
     engine, guardian = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
-    os.kill(stub, signal.SIGKILL)
+    server.stdin.write(word)
+    server.stdin.flush()
+    return server, stub, engine, guardian
+
+
+def test_a_killed_stub_takes_engine_and_server_along() -> None:
+    server, stub, engine, guardian = start_family()
+    stub.kill()
     assert server.wait(10) == -signal.SIGKILL
     _, alive = psutil.wait_procs([engine, guardian], timeout=10)
     assert not alive
@@ -294,40 +305,23 @@ def test_a_killed_stub_takes_engine_and_server_along() -> None:
 @pytest.mark.parametrize("word", [b"stuck\n", b"hangs\n"])
 def test_a_stub_that_is_stuck_after_its_engines_death_is_ended_with_all(word: bytes) -> None:
     """While it unloads its model, or when it is done with that."""
-    server = subprocess.Popen([sys.executable, "-c", SERVER, STUB], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert server.stdout
-    assert server.stdin
-    stub = psutil.Process(int(server.stdout.readline()))
-    engine, guardian = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
-    server.stdin.write(word)
-    server.stdin.flush()
+    server, stub, engine, guardian = start_family(word)
     assert server.wait(10) == -signal.SIGKILL
     _, alive = psutil.wait_procs([stub, engine, guardian], timeout=10)
     assert not alive
 
 
-def test_a_server_that_waits_for_a_stub_that_is_well_is_ended_with_all() -> None:
-    words = [sys.executable, "-c", SERVER, STUB, "waits"]
-    server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert server.stdout
-    assert server.stderr
-    stub = psutil.Process(int(server.stdout.readline()))
-    engine, guardian = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
+def test_a_server_that_waits_for_a_stub_that_is_well_is_ended_with_all(capfd: pytest.CaptureFixture[str]) -> None:
+    server, stub, engine, guardian = start_family(b"", "waits")
     server.wait(10)
     _, alive = psutil.wait_procs([stub, engine, guardian], timeout=10)
     assert not alive
-    assert SERVERS["triton"].again in server.stderr.read().decode(), "by which `serve` knows that it may start another"
+    assert SERVERS["triton"].again in capfd.readouterr().err, "by which `serve` knows that it may start another"
 
 
 @pytest.mark.parametrize("word", [b"end\n", b"dying\n"])
 def test_a_stub_that_ends_as_it_should_harms_nobody(word: bytes) -> None:
-    server = subprocess.Popen([sys.executable, "-c", SERVER, STUB], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert server.stdout
-    assert server.stdin
-    stub = psutil.Process(int(server.stdout.readline()))
-    engine, guardian = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
-    server.stdin.write(word)
-    server.stdin.flush()
+    server, stub, engine, guardian = start_family(word)
     guardian.wait(10)
     if word == b"dying\n":
         assert stub.status() == psutil.STATUS_ZOMBIE, "the guardian stays as long as a stub whose engine died"

@@ -339,6 +339,11 @@ def in_address(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def url_of(address: str) -> str:
+    """The URL of an endpoint: "host:port", or one already, as an engine elsewhere has."""
+    return address if "://" in address else f"http://{address}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host` can be reached from this machine only."""
     if host == "localhost":

@@ -18,7 +18,7 @@ from servebook.launch.link import STOP_SECONDS, Link
 from servebook.launch.plan import Start, plan
 from servebook.launch.supervisor import Description
 from servebook.launch.table import ServerSpec, find_server
-from servebook.settings import Settings, load_settings, own_settings
+from servebook.settings import Settings, load_settings, own_settings, url_of
 
 _leases: dict[Files, Link] = {}
 """Leases of this process: they end with it, however it ends."""
@@ -53,7 +53,7 @@ class Server:
     @property
     def url(self) -> str:
         """`http://host:port`, or what SERVEBOOK_ENGINE_URL says."""
-        return self.http if "://" in self.http else f"http://{self.http}"
+        return url_of(self.http)
 
     def tail(self, lines: int = TAIL_LINES) -> str:
         """The end of the server's log."""

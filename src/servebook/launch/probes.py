@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 
 PROBE_SECONDS = 2.0
+
+
+def listens(address: str) -> bool:
+    """Whether somebody takes connections at `address`, "host:port" of IPv4."""
+    host, port = address.split(":")
+    with socket.socket() as caller:
+        caller.settimeout(PROBE_SECONDS)
+        return caller.connect_ex((host, int(port))) == 0
 
 
 def http_ok(address: str, path: str, words: bytes = b"") -> bool:

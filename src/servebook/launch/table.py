@@ -18,7 +18,7 @@ from servebook.engine.rust_front import rust_front
 from servebook.errors import LaunchError
 from servebook.launch.probes import grpc_serving, http_ok, https_ok
 from servebook.room.keys import engine_key
-from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback
+from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback, url_of
 from servebook.tls import require_tls
 
 Endpoints = Mapping[str, str]
@@ -107,11 +107,10 @@ def _grpc(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[
 
 
 def _gateway(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
-    upstream = needs["vllm"]["http"]
     return [
         *(sys.executable, "-m", "servebook.ways.fastapi_gateway.server", "--host", settings.host),
         *("--http-port", "{http}"),
-        *("--upstream", upstream if "://" in upstream else f"http://{upstream}"),
+        *("--upstream", url_of(needs["vllm"]["http"])),
     ]
 
 
@@ -234,10 +233,9 @@ def _front(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str
             "front needs a key of the instructor's, which learners do not get.",
             "Set SERVEBOOK_API_KEY, or start the whole room with `servebook room start`, which makes one.",
         )
-    upstream = needs["vllm"]["http"]
     return [
         *(sys.executable, "-m", "servebook.room", "--host", settings.host, "--http-port", "{http}"),
-        *("--upstream", upstream if "://" in upstream else f"http://{upstream}"),
+        *("--upstream", url_of(needs["vllm"]["http"])),
         *([] if settings.engine_url else ["--own-engine"]),
         *("--roll", str(settings.state_dir / "room" / "keys.json")),
         *("--places", str(settings.room.places), "--learner-places", str(settings.room.learner_places)),

@@ -6,6 +6,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from servebook.errors import ServebookError
+from servebook.settings import url_of
 
 
 def page_text(url: str, key: str | None = None) -> str:
@@ -17,8 +18,7 @@ def page_text(url: str, key: str | None = None) -> str:
     Raises:
         ServebookError: the page cannot be read.
     """
-    page = url if "://" in url else f"http://{url}"
-    page = page if page.endswith("/metrics") else f"{page.rstrip('/')}/metrics"
+    page = f"{url_of(url).removesuffix('/metrics').rstrip('/')}/metrics"
     try:
         answer = requests.get(page, headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=30)
         answer.raise_for_status()

@@ -75,11 +75,11 @@ BY_STEM = (
 """The places that carry a chapter's stem, in the order in which one reads them. 00 and 09 have no lab."""
 
 
-def files_of(chapter: Chapter, root: Path = ROOT) -> Iterator[Path]:
-    """Every file of the chapter that `root` has (a student bundle lacks some), but for the empty ones."""
-    yield from (path for place in BY_STEM if (path := root / place.format(stem=chapter.stem)).is_file())
+def files_of(chapter: Chapter) -> Iterator[Path]:
+    """Every file of the chapter that is here (a student bundle lacks some), but for the empty ones."""
+    yield from (path for place in BY_STEM if (path := ROOT / place.format(stem=chapter.stem)).is_file())
     for place in chapter.code:
-        path = root / place
+        path = ROOT / place
         found = [path] if path.is_file() else sorted(path.rglob("*"))
         yield from (
             each for each in found if "__pycache__" not in each.parts and each.is_file() and each.stat().st_size

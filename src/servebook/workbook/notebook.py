@@ -210,13 +210,12 @@ def wire(data: bytes, limit: int = 512) -> None:
         print(f"… and {len(data) - limit} bytes more")
 
 
-def timeline(streams: Mapping[str, Sequence[float]], title: str = "Arrival of tokens", alt: str = "") -> None:
+def timeline(streams: Mapping[str, Sequence[float]], title: str = "Arrival of tokens") -> None:
     """Draw one row per stream and one dot per event; the first event of each is marked.
 
     Args:
         streams: label → arrival times in seconds since the request was sent, ascending.
         title: what the picture shows.
-        alt: what a reader who cannot see it should know; by default the first and last arrival of each stream.
     """
     row_height = 0.4 if len(streams) < 10 else 0.2  # inches; two dozen rows still fit on a screen
     figure = Figure(figsize=(8, 0.9 + row_height * len(streams)), layout="constrained")
@@ -235,7 +234,7 @@ def timeline(streams: Mapping[str, Sequence[float]], title: str = "Arrival of to
         for label, times in streams.items()
         if times
     )
-    picture(figure, alt or f"{title}. {'; '.join(rows)}.")
+    picture(figure, f"{title}. {'; '.join(rows)}.")
 
 
 def curves(
@@ -269,7 +268,7 @@ def curves(
     picture(figure, alt or f"{title}: {ylabel} over {xlabel}. {'; '.join(rows)}.")
 
 
-def bars(values: Mapping[str, float], *, xlabel: str, title: str, alt: str = "") -> None:
+def bars(values: Mapping[str, float], *, xlabel: str, title: str) -> None:
     """Draw one horizontal bar per label, with its value beside it."""
     figure = Figure(figsize=(8, 0.9 + 0.4 * len(values)), layout="constrained")
     axes = figure.subplots()
@@ -279,10 +278,10 @@ def bars(values: Mapping[str, float], *, xlabel: str, title: str, alt: str = "")
     axes.invert_yaxis()
     axes.set(xlabel=xlabel, title=title)
     rows = (f"{label} {_figure(value)}" for label, value in values.items())
-    picture(figure, alt or f"{title}, {xlabel}: {'; '.join(rows)}.")
+    picture(figure, f"{title}, {xlabel}: {'; '.join(rows)}.")
 
 
-def pieces(rows: Mapping[str, tuple[float, float]], *, title: str, alt: str = "") -> None:
+def pieces(rows: Mapping[str, tuple[float, float]], *, title: str) -> None:
     """Draw one row per label, with a bar from when that piece of work began to when it ended, in seconds."""
     figure = Figure(figsize=(8, 0.9 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -294,10 +293,10 @@ def pieces(rows: Mapping[str, tuple[float, float]], *, title: str, alt: str = ""
     axes.invert_yaxis()
     axes.set(xlabel="seconds", title=title)
     parts = (f"{label.strip()} from {begin:.3f} s to {end:.3f} s" for label, (begin, end) in rows.items())
-    picture(figure, alt or f"{title}: {'; '.join(parts)}.")
+    picture(figure, f"{title}: {'; '.join(parts)}.")
 
 
-def squares(owners: Mapping[str, int], total: int, *, unit: str, title: str, alt: str = "") -> None:
+def squares(owners: Mapping[str, int], total: int, *, unit: str, title: str) -> None:
     """Draw `total` squares, one for each `unit`: first those of each owner, in its colour and with its name, then free.
 
     Raises:
@@ -322,7 +321,7 @@ def squares(owners: Mapping[str, int], total: int, *, unit: str, title: str, alt
     axes.set(xlim=(-0.2, columns), ylim=(rows, -0.2), aspect="equal", title=title)
     axes.axis("off")
     held = "; ".join(f"{name} has {count}" for name, count in owners.items())
-    picture(figure, alt or f"{title}: {total} squares, one for each {unit}. {held}; {free} are free.")
+    picture(figure, f"{title}: {total} squares, one for each {unit}. {held}; {free} are free.")
 
 
 def _figure(value: float) -> str:

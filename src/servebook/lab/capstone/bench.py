@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import events_of, text_of
 from servebook.launch import Server
 from servebook.launch.child import Child, run_child
+from servebook.launch.probes import listens
 from servebook.launch.processes import free_port
 
 PATIENCE_SECONDS = 10.0
@@ -192,11 +192,7 @@ class Bench:
 
     def listens(self) -> bool:
         """Whether the service takes connections."""
-        try:
-            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-        except OSError:
-            return False
-        return True
+        return listens(f"127.0.0.1:{self.port}")
 
     def asked(self) -> list[Exchange]:
         """What the service has asked the engine to write so far."""

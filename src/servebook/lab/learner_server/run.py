@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from contextlib import ExitStack, suppress
@@ -11,6 +10,7 @@ from types import TracebackType
 
 from servebook.errors import LaunchError
 from servebook.launch.child import Child, run_child
+from servebook.launch.probes import listens
 from servebook.launch.processes import free_port, wait_until
 
 IDLE_SECONDS = 4.0
@@ -49,14 +49,11 @@ class OwnServer:
 
     def _listens(self, child: Child) -> bool:
         self.child = child
-        try:
-            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-        except OSError:
-            if not self.working():
-                said = child.said()[-1500:]
-                raise LaunchError(f"{self.file.name} waits, and does not start to listen. It said:\n{said}") from None
-            return False
-        return True
+        there = listens(self.address)
+        if not there and not self.working():
+            said = child.said()[-1500:]
+            raise LaunchError(f"{self.file.name} waits, and does not start to listen. It said:\n{said}")
+        return there
 
     def working(self) -> bool:
         """Whether the server has computed anything, or waited for a core, within the last IDLE_SECONDS."""

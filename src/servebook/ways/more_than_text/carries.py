@@ -119,12 +119,11 @@ def of_triton(address: str, http: str) -> dict[str, Cell]:
     return cells
 
 
-def of_own_grpc(channel: grpc.Channel, key: str | None = None) -> dict[str, Cell]:
+def of_own_grpc(channel: grpc.Channel) -> dict[str, Cell]:
     """Ask chapter 04's server."""
-    shown = (("authorization", f"Bearer {key}"),) if key else None
     message = partial(llm_pb2.GenerateRequest, prompt=PROMPT, max_tokens=40, temperature=0)
     return _of_grpc(
-        partial(_call, channel, "llm.v1.LLMService", shown),
+        partial(_call, channel, "llm.v1.LLMService"),
         {
             "tools": partial(message, tools=[TOOL]),
             "JSON": partial(message, sampling=llm_pb2.Sampling(json_schema=json.dumps(SCHEMA))),
@@ -140,7 +139,7 @@ def of_rust_grpc(channel: grpc.Channel) -> dict[str, Cell]:
     short = inference_pb2.Stopping(max_new_tokens=40)
     message = partial(inference_pb2.GenerateRequest, text=PROMPT, temperature=0, stopping=short)
     return _of_grpc(
-        partial(_call, channel, "vllm.Inference", None),
+        partial(_call, channel, "vllm.Inference"),
         {
             "tools": partial(message, tools=[TOOL]),
             "JSON": partial(message, decoding=inference_pb2.Decoding(json=json.dumps(SCHEMA))),
@@ -162,7 +161,7 @@ def of_python_grpc(
     # 1 is IMAGE in the contract's Modality.
     image = pb.MediaRefs(items=[pb.MediaRef(modality=1, url=PIXEL)])
     return _of_grpc(
-        partial(_call, channel, "vllm.grpc.engine.VllmEngine", None),
+        partial(_call, channel, "vllm.grpc.engine.VllmEngine"),
         {
             "tools": partial(message, tools=[TOOL]),
             "JSON": partial(message, sampling_params=sampling(json_schema=json.dumps(SCHEMA))),
@@ -206,11 +205,9 @@ def _of_grpc(
     return cells
 
 
-def _call(
-    channel: grpc.Channel, service: str, metadata: tuple[tuple[str, str], ...] | None, method: str, message: bytes
-) -> bytes:
+def _call(channel: grpc.Channel, service: str, method: str, message: bytes) -> bytes:
     """The last message that comes back, as it came. A unary answer is a stream of one."""
-    call = channel.unary_stream(f"/{service}/{method}", None, None)(message, timeout=60, metadata=metadata)
+    call = channel.unary_stream(f"/{service}/{method}", None, None)(message, timeout=60)
     answers: list[bytes] = list(call)
     return answers[-1]
 

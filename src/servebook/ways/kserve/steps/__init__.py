@@ -23,8 +23,8 @@ def where(child: Child) -> list[str]:
 
 
 @contextmanager
-def ladder(upstream: str, key: str | None = None) -> Iterator[list[str]]:
-    """Run steps 0 to 3 and give their URLs; `upstream` is what stands before `/v1` at the engine, `key` is for it.
+def ladder(upstream: str) -> Iterator[list[str]]:
+    """Run steps 0 to 3 and give their URLs; `upstream` is what stands before `/v1` at the engine.
 
     Raises:
         LaunchError: they did not start; the message has the end of their output.
@@ -35,6 +35,5 @@ def ladder(upstream: str, key: str | None = None) -> Iterator[list[str]]:
         return bool(steps) and all(http_ok(step, "/v2/health/ready") for step in steps)
 
     words = [sys.executable, "-m", __name__, upstream]
-    env = {"SERVEBOOK_API_KEY": key} if key else {}
-    with run_child(words, ready, name="the ladder", env=env, seconds=START_SECONDS) as child:
+    with run_child(words, ready, name="the ladder", seconds=START_SECONDS) as child:
         yield [f"http://{step}" for step in where(child)]
