@@ -7,10 +7,12 @@ import ast
 import asyncio
 import inspect
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing, contextmanager
+from http.client import HTTPConnection
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +22,10 @@ import openai
 import pytest
 import requests
 from openai import AsyncOpenAI, OpenAI
+from tritonclient.utils import InferenceServerException
 
 from servebook.bench import workload
-from servebook.bench.arms import Workload, open_arm
+from servebook.bench.arms import Arm, Workload, open_arm
 from servebook.bench.cost import fit_cost
 from servebook.bench.paths import find_path
 from servebook.bench.protocol import SENTENCE, serve_scripted
@@ -33,7 +36,11 @@ from servebook.settings import Settings
 from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.client import GrpcClient
 from servebook.ways.fastapi_gateway.steps import step_3_errors, step_4_limits
+from servebook.ways.kserve.client import V2Client, tensor
+from servebook.ways.kserve.steps import ladder
 from servebook.ways.metrics import metric
+from servebook.ways.triton_grpc.aio_client import TritonAioClient
+from servebook.ways.triton_grpc.client import TritonClient
 from servebook.ways.vllm_native_grpc.inference_client import InferenceClient
 from servebook.workbook.gate import NOTEBOOKS
 from servebook.workbook.notebook import expect_error, machine_card, measure_pace, until
@@ -41,6 +48,7 @@ from servebook.workbook.notebook import expect_error, machine_card, measure_pace
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
 ENDLESS = llm_pb2.Sampling(ignore_eos=True)
+WANTS = Workload(max_tokens=40)
 
 
 @pytest.fixture(scope="module", params=[20, 20_000], ids=lambda rate: f"{rate} tokens/s")
@@ -139,6 +147,19 @@ async def test_a_short_request_overtakes_a_long_one_and_patience_ends(
     ]
 
 
+async def test_who_hangs_up_ends_the_answer(fronts: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    space = {
+        "vllm": fronts.vllm,
+        "settings": fronts.settings,
+        "client": OpenAI(base_url=f"{fronts.vllm.url}/v1", api_key="dummy"),
+        **{"metric": metric, "until": until},
+    }
+    await run("02", ["s5-close", "s5-watch", "s5-made"], space)
+    watched, made = capsys.readouterr().out.splitlines()
+    assert watched == "as many requests in the batch as before"
+    assert 5 <= int(re.fullmatch(r"tokens made: (\d+) of 1500", made)[1]) <= 1500  # type: ignore[index]
+
+
 async def test_a_full_house_refuses(fronts: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     def write(tokens: int) -> None:
         body = {"model": fronts.vllm.model, "prompt": "Once", "max_tokens": tokens}
@@ -176,41 +197,96 @@ def test_a_slow_reader_loses_nothing_and_holds_up_nobody(fronts: SimpleNamespace
     assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
 
 
-async def require_all_is_counted(name: str, server: Server, *, merges: bool = False) -> None:
+async def require_all_is_counted(arm: Arm, *, merges: bool = False) -> None:
     """Of 24 callers of a source that is faster than any front, who let tokens wait for each other where they merge."""
-    path, wants = find_path(name), Workload(max_tokens=40)
-    async with open_arm(path, server, wants, 1) as arm:
-        block = await arm.block(24, 48, None, 0)
-        cost = await fit_cost(arm, callers=8, rounds=1)
+    block = await arm.block(24, 48, None, 0)
     samples = block.load.samples
     assert len(samples) == 48
-    _, *jobs = workload.take(workload.completions(wants.prompt_tokens, wants.max_tokens, seed=1), 49)
+    _, *jobs = workload.take(workload.completions(WANTS.prompt_tokens, WANTS.max_tokens, seed=1), 49)
     assert sorted(sample.output_tokens for sample in samples) == sorted(job.max_tokens for job in jobs)
     assert all(sample.text.startswith(SENTENCE) for sample in samples)
     assert not merges or sum(len(sample.arrivals) for sample in samples) < block.load.output_tokens / 1.5
     assert block.cpu.engine, "the scheduler is vLLM's, in a process of its own"
     assert block.cpu.front
     assert block.cpu.front > 0
-    assert 0 < cost.busiest <= 1
-    assert cost.token_us > 0
-    assert 0 < cost.token_error < cost.token_us * 5
 
 
 @pytest.mark.parametrize("fronts", [20_000], indirect=True, ids=["20000 tokens/s"])
 async def test_the_benchmark_counts_all_tokens(fronts: SimpleNamespace) -> None:
     """vLLM's front in Rust merges none."""
-    await require_all_is_counted("grpc", fronts.grpc, merges=True)
-    await require_all_is_counted("rust-grpc", fronts.rust)
+    async with open_arm(find_path("grpc"), fronts.grpc, WANTS, 1) as arm:
+        await require_all_is_counted(arm, merges=True)
+    async with open_arm(find_path("rust-grpc"), fronts.rust, WANTS, 1) as arm:
+        await require_all_is_counted(arm)
 
 
-@pytest.mark.parametrize(("name", "merges"), [("triton", True), ("grpc-fronts", False)])
-async def test_the_benchmark_counts_all_tokens_of_servers_apart(
-    name: str, merges: bool, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several fronts have half of the callers each, and less to merge."""
-    monkeypatch.setenv("SERVEBOOK_SCRIPTED_RATE", "300")
-    server = serve_scripted(find_path(name), settings)
+@contextmanager
+def served_alone(name: str, rate: int, settings: Settings) -> Iterator[Server]:
+    """The server of a path that is wanted at one speed only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SERVEBOOK_SCRIPTED_RATE", str(rate))
+        server = serve_scripted(find_path(name), settings)
     try:
-        await require_all_is_counted(name, server, merges=merges)
+        yield server
     finally:
         server.stop()
+
+
+async def test_the_benchmark_counts_all_tokens_of_several_fronts_and_what_they_cost(settings: Settings) -> None:
+    """They have half of the callers each, and less to merge: with the fastest source a token would cost nothing."""
+    path = find_path("grpc-fronts")
+    with served_alone(path.name, 300, settings) as server:
+        async with open_arm(path, server, WANTS, 1) as arm:
+            await require_all_is_counted(arm)
+            cost = await fit_cost(arm, callers=8, rounds=1)
+    assert 0 < cost.busiest <= 1
+    assert cost.token_us > 0
+    assert 0 < cost.token_error < cost.token_us * 5
+
+
+async def test_a_fast_triton(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    with served_alone("triton", 20_000, settings) as server, TritonClient(server.grpc) as client:
+        async with open_arm(find_path("triton"), server, WANTS, 1) as arm:
+            await require_all_is_counted(arm, merges=True)
+        space = {
+            "triton": server,
+            "settings": settings,
+            "ours": client,
+            **{
+                "time": time,
+                "aclosing": aclosing,
+                "TritonAioClient": TritonAioClient,
+                "metric": metric,
+                "until": until,
+            },
+            **{"InferenceServerException": InferenceServerException},
+            **{"expect_error": expect_error, "machine_card": machine_card},
+        }
+        await run("03", ["s8-cancel-run", "s8-deadline-run"], space)
+    free, *_, late, status = capsys.readouterr().out.splitlines()
+    assert free.startswith("the engine is free ")
+    assert late == "InferenceServerException: [StatusCode.DEADLINE_EXCEEDED] Deadline Exceeded"
+    assert status == "StatusCode.DEADLINE_EXCEEDED"
+
+
+async def test_a_fast_kserve(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    with served_alone("kserve-grpc", 20_000, settings) as server, V2Client(server.grpc) as client:
+        space = {
+            "kserve": server,
+            "settings": settings,
+            "client": client,
+            "MODEL": "vllm_model",
+            "greedy": {"temperature": 0, "max_tokens": 12},
+            **{"json": json, "time": time, "requests": requests, "HTTPConnection": HTTPConnection, "tensor": tensor},
+            **{"ThreadPoolExecutor": ThreadPoolExecutor, "ExitStack": ExitStack, "ladder": ladder, "metric": metric},
+            **{"expect_error": expect_error, "machine_card": machine_card, "until": until},
+        }
+        await run("06", ["s6-run-0", "s6-run-1", "s6-run-3", "s6-cancel", "s6-rest-run"], space)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-5:-2] == [
+        "step 2: answers written to the end for nobody: 1",
+        "step 3: answers written to the end for nobody: 0",
+        "the engine is idle again",
+    ]
+    assert said[-2].startswith("ReadTimeout: ")
+    assert said[-1] == "the engine is idle again"
