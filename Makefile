@@ -48,7 +48,7 @@ browser:
 	@$(if $(K),-)scripts/browser "$(env)"
 
 # Some machines forbid Python to keep what it compiles; each process of pytest would then rewrite 446 modules anew.
-check: export PYTHONDONTWRITEBYTECODE =
+check test: export PYTHONDONTWRITEBYTECODE =
 check: lint
 	$(bin)/pytest -m "not engine and not browser and not lifetime" -n $$(($$(nproc) + 1)) --maxprocesses 4 --dist worksteal
 
