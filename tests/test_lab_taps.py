@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from unittest.mock import Mock
 
@@ -17,12 +21,14 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
 from servebook.errors import ServebookError
-from servebook.lab.checks import c03_triton_grpc, c07_vllm_native_grpc
+from servebook.lab.checks import c03_triton_grpc, c07_vllm_native_grpc, c08_measure
 from servebook.lab.checks.c03_triton_grpc import LeaveWatch
 from servebook.lab.checks.c07_vllm_native_grpc import HOLD_AT, held_for_abort, ids_of, left_alone, messages_of
 from servebook.lab.checks.c10_scale_out import LONG, keep_at_work
 from servebook.lab.feedback import NotYet
 from servebook.lab.learner_server.judge import StreamWatch
+from servebook.lab.manifest import find_exercise
+from servebook.lab.submission import Submission
 from servebook.lab.taps.grpc import Call, GrpcTap, Lost
 from servebook.lab.taps.http import Tap
 from servebook.lab.taps.triton import Stream, cut, is_final, text_of
@@ -235,3 +241,55 @@ def test_a_replica_is_at_work_without_a_gap_on_a_fast_engine() -> None:
 
     keep_at_work(ask, lambda: None, lambda: told.count("over") == 2)  # type: ignore[arg-type]
     assert told[:7] == ["asked", "read", "asked", "over", "read", "asked", "over"]
+
+
+@pytest.mark.parametrize(
+    "framing", ["Content-Length: 5\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"]
+)
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_an_answer_is_framed_as_the_server_does_it(framing: str, version: str) -> None:
+    """A learner who reads a socket by hand meets chunks only where the server itself would send them."""
+    with (
+        server_that_says(f"HTTP/1.1 200 OK\r\n{framing}".encode()) as address,
+        Tap(f"http://{address}") as tap,
+        socket.create_connection(("127.0.0.1", int(tap.url.rsplit(":", 1)[1])), timeout=10) as caller,
+    ):
+        caller.sendall(f"GET / HTTP/{version}\r\nHost: lab\r\n\r\n".encode())
+        head, _, body = caller.makefile("rb").read().partition(b"\r\n\r\n")
+    in_chunks = "chunked" in framing and version == "1.1"
+    assert (b"chunked" in head) is in_chunks
+    assert (body == b"hello") is not in_chunks
+
+
+def asked_as(name: str) -> Call:
+    return Call("Generate", requests=[pb.GenerateRequest(request_id=name).SerializeToString()])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("1764437000123456789", "1764437003987644321"), ("lab-1764437000123456789", "lab-1764437003987644321")],
+)
+def test_nanoseconds_are_no_secret(first: str, second: str) -> None:
+    with pytest.raises(NotYet, match="can guess the next"):
+        c07_vllm_native_grpc._own_ids(asked_as(first), asked_as(second), secret=True)
+    c07_vllm_native_grpc._own_ids(asked_as(first), asked_as(second))
+
+
+def test_random_ids_are_a_secret() -> None:
+    makers: list[Callable[[], object]] = [uuid.uuid4, lambda: secrets.token_urlsafe(16), lambda: secrets.randbits(128)]
+    for make in makers:
+        c07_vllm_native_grpc._own_ids(asked_as(f"{make()}"), asked_as(f"{make()}"), secret=True)
+
+
+def test_sleeps_that_add_up_are_no_lack_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(c08_measure, "LATE_SECONDS", 1.0)
+
+    def open_loop(ask: Callable[[], object], at: list[float]) -> list[float | None]:
+        with ThreadPoolExecutor(len(at)) as pool:
+            for due in at:
+                time.sleep(due)
+                pool.submit(ask)
+        return []
+
+    with pytest.raises(NotYet, match="later and later"):
+        c08_measure.check_08_5(Submission(find_exercise("08.5")[1], {"open_loop": open_loop}))

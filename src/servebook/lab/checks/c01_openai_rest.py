@@ -13,7 +13,7 @@ from openai import AsyncOpenAI, OpenAI
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.rest import asked, had_room, key_of, reply_of, sends, sends_key, through
 from servebook.lab.submission import Submission
-from servebook.lab.taps.http import Exchange, Tap, answering
+from servebook.lab.taps.http import Exchange, Tap, answering, said
 
 CHAT = "/v1/chat/completions"
 
@@ -63,7 +63,9 @@ def check_01_2(submission: Submission) -> None:
     requests: list[dict[str, Any]] = [
         {"prompt": "The capital of France is", "max_tokens": 6, "extra_body": {"ignore_eos": True}},
         {"prompt": "Say yes or no:", "max_tokens": 9, "extra_body": {"structured_outputs": {"choice": ["yes"]}}},
+        {"prompt": "Bread is made of", "max_tokens": 4, "extra_body": {"ignore_eos": True}},
     ]
+    earlier: list[Any] = []
     looks = {KeyError: "the answer has no such field: look at the one printed above", TypeError: "choices is a list"}
     for request in requests:
         answer = client.completions.create(model=vllm.model, temperature=0, **request).model_dump()
@@ -88,9 +90,14 @@ def check_01_2(submission: Submission) -> None:
                 "total_tokens counts the prompt too; the answer alone is completion_tokens",
             ),
             (lambda got, right: got[:2] == right[1::-1], "the first two values are the wrong way round"),
+            (
+                lambda got, _: got in earlier,
+                "that was another answer, such as the one printed above: read the one that your function is given",
+            ),
             otherwise="words, characters and chunks are not tokens: the server has counted, in usage",
             fits=lambda got, right: got == right and isinstance(got[2], bool),
         )
+        earlier.append(right)
 
 
 def check_01_3(submission: Submission) -> None:
@@ -105,7 +112,7 @@ def check_01_3(submission: Submission) -> None:
             exchange = asked(made, CHAT, "a conversation goes to the chat API: client.chat.completions.create")
             sends(exchange, model=vllm.model, max_tokens=12)
             turn = [*history, {"role": "user", "content": text}]
-            sent = [{"role": m.get("role"), "content": m.get("content")} for m in exchange.body.get("messages", [])]
+            sent = [{"role": m.get("role"), "content": said(m)} for m in exchange.body.get("messages", [])]
             judge(
                 turn,
                 sent,
@@ -133,10 +140,18 @@ def check_01_3(submission: Submission) -> None:
                 (longer == turn, "the reply is missing: it belongs to the history too, with the role assistant"),
                 (isinstance(longer, str), "return the longer history, not the reply alone"),
                 (
+                    lambda got, right: len(got) < len(right) and all(message in right for message in got),
+                    "a part of the conversation is missing: return the history, the person's message and the reply",
+                ),
+                (
                     lambda got, _: not isinstance(got[-1], dict),
                     "the SDK's message is an object; take its content into a dict of role and content",
                 ),
                 (lambda got, _: got[-1].get("role") != "assistant", "the model's reply has the role assistant"),
+                (
+                    lambda got, right: got[:-1] == right[:-1] and got[-1].keys() == right[-1].keys(),
+                    "the reply is not the model's text as it came",
+                ),
                 otherwise="return a list of plain dicts with role and content",
             )
             history = right
@@ -183,13 +198,17 @@ def check_01_4(submission: Submission) -> None:
                     "APITimeoutError is a kind of APIConnectionError: "
                     "the first except that fits wins, so it goes first",
                 ),
-                (got == "ok", "the error was swallowed: only a call that came back is ok"),
+                (
+                    got == "ok",
+                    "the error was swallowed, or the call went by another client or time-out than the ones given: "
+                    "only a call that came back is ok",
+                ),
                 (
                     right == "no such model" and got == "bad request",
                     "404 and 400 are both APIStatusError, and more than that: catch NotFoundError apart",
                 ),
                 (got is None, "no word for this case: return the one in the table"),
-                (right == "ok", "this call succeeds: is the model handed on as it was given?"),
+                (right == "ok", "this call succeeds: hand the model on as it was given, and return the table's word"),
                 otherwise="each case has its own class in the SDK: see the table in the brief",
                 expected=what,
             )
@@ -254,7 +273,10 @@ def check_01_5(submission: Submission) -> None:
                     RuntimeError: loop,
                 },
             )
-        except NotYet:
+        except NotYet as fault:
+            if not tap.exchanges and any(word in str(fault.got) for word in ("Future", "<Task", "<coroutine")):
+                never = "what was started is given back unfinished: await it, as in `await asyncio.gather(…)`"
+                raise NotYet(fault.expected, fault.got, never) from None
             if not tap.exchanges or together():
                 raise
             raise NotYet(
@@ -268,7 +290,10 @@ def check_01_5(submission: Submission) -> None:
         chat = exchange.path.endswith("/chat/completions")
         require(chat, "chat requests to the engine", exchange.path, "the questions go to the chat API")
         sends(exchange, model=vllm.model, max_tokens=12)
-    by_question = {exchange.body["messages"][-1]["content"]: reply_of(exchange) for exchange in made}
+    by_question = {said(exchange.body["messages"][-1]): reply_of(exchange) for exchange in made}
+    own = "each request holds one question: make a list of messages of its own for each"
+    asked_for = [exchange.body["messages"] for exchange in made]
+    require(sorted(map(str, by_question)) == questions, questions, asked_for, own)
     right = [by_question.get(question) for question in questions]
     judge(
         right,
@@ -277,5 +302,5 @@ def check_01_5(submission: Submission) -> None:
             lambda got, right: sorted(map(str, got)) == sorted(map(str, right)),
             "the answers are in the order in which they came: gather keeps the order of the questions",
         ),
-        otherwise="return the replies' text as a list of strings",
+        otherwise="return a list of strings: the text of each reply, as it came",
     )

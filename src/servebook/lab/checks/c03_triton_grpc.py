@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from servebook.ways.triton_grpc.backend.declaration import FLAGS
 from servebook.ways.triton_grpc.client import infer_inputs
 
 MODEL = "short_model"
+BY_NAME = "nothing has reached your code: the callback is called by name, with result=… and error=…; or it raises"
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def check_03_1(submission: Submission) -> None:
     describe, triton = submission.function("describe"), submission.server("triton")
     vllm_process()  # has a few minutes now, until 03.2 needs it
     with triton_grpc.InferenceServerClient(triton.grpc) as client:
-        inputs = client.get_model_config(TENSOR_MODEL_NAME).config.input
+        inputs = list(client.get_model_config(TENSOR_MODEL_NAME).config.input)
         types = {output.name: output.datatype for output in client.get_model_metadata(TENSOR_MODEL_NAME).outputs}
     keys = {"required", "outputs", "decoupled"}
     with TritonTap(triton.grpc) as tap, triton_grpc.InferenceServerClient(tap.address) as client:
@@ -57,14 +59,8 @@ def check_03_1(submission: Submission) -> None:
         asked_there(tap.calls, got, "a question to the server that was handed in")
         named = isinstance(got, dict) and got.keys() == keys
         require(named, "a dict with required, outputs and decoupled", got, "return exactly these three keys")
-        judge(
-            [entry.name for entry in inputs if not entry.optional],
-            got["required"],
-            (isinstance(got["required"], str), "a list of names, even where it is one"),
-            otherwise="only the configuration says which inputs are optional: see every entry of config.input",
-            shown=f"required: {got['required']}",
-            fits=lambda got, right: isinstance(got, list | tuple | set) and sorted(got) == sorted(right),
-        )
+        required = [entry.name for entry in inputs if not entry.optional]
+        _judge_required(got["required"], required)
         judge(
             types,
             got["outputs"],
@@ -84,7 +80,9 @@ def check_03_1(submission: Submission) -> None:
         require(got is None, "None for a model that is not there", got, "ask the server, and return what it says")
     with TritonTap(triton.grpc, alter=_coupled) as tap, triton_grpc.InferenceServerClient(tap.address) as client:
         got = submission.call(describe, client, TENSOR_MODEL_NAME)
-        _judge_policy(tap, got if isinstance(got, dict) else {}, False)
+        other = got if isinstance(got, dict) else {}
+        _judge_policy(tap, other, False)
+        _judge_required(other.get("required"), [*required, inputs[-1].name])
     with triton_grpc.InferenceServerClient(tap.address) as client:  # nobody listens there any more
 
         def outcome() -> Any:
@@ -103,13 +101,25 @@ def check_03_1(submission: Submission) -> None:
 
 
 def _coupled(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
-    """A filter: the configuration of a model that has one response to each request."""
+    """A filter: the configuration of a model that has one response to each request, and needs its last input too."""
     for message in messages:
         if call.method == "ModelConfig":
             answer = service_pb2.ModelConfigResponse.FromString(message)
             answer.config.model_transaction_policy.decoupled = False
+            answer.config.input[-1].optional = False
             message = answer.SerializeToString()
         yield message
+
+
+def _judge_required(got: Any, right: list[str]) -> None:
+    judge(
+        right,
+        got,
+        (isinstance(got, str), "a list of names, even where it is one"),
+        otherwise="only the configuration says which inputs are optional: see every entry of config.input",
+        shown=f"required: {got}",
+        fits=lambda got, right: isinstance(got, list | tuple | set) and sorted(got) == sorted(right),
+    )
 
 
 def _judge_policy(tap: TritonTap, got: dict[str, Any], right: bool) -> None:
@@ -137,6 +147,7 @@ def check_03_2(submission: Submission) -> None:
         causes = {
             FileNotFoundError: "the folder of the model is not there yet: mkdir(parents=True)",
             FileExistsError: there,
+            TypeError: "JSON has text and numbers, but no paths: str(weights)",
         }
         submission.call(write_repository, repository, elsewhere, causes=causes)
         _judge_repository(repository, elsewhere)
@@ -201,6 +212,8 @@ def _why_not_loaded(refusal: str) -> str:
 
 def _why_not_taken(refusal: str) -> str:
     causes = {
+        "'REPORT_CUSTOM_METRICS'": "this flag is the backend's, not the engine's: parameters in config.pbtxt",
+        "not supported between": "a number or a truth value stands in JSON without quotes",
         "is not JSON": "JSON is not Python: double quotes, lower-case true; json.dumps writes it",
         "no engine argument": "keys are spelled as in vLLM's Python API: underscores, no dashes in front",
     }
@@ -224,11 +237,14 @@ def check_03_3(submission: Submission) -> None:
     prompt, sampling = "서울은 어디에 있습니까?", {"max_tokens": 3, "temperature": 0.0, "seed": 7, "ignore_eos": True}
     answers: list[Any] = []
     with TritonTap(triton.grpc) as tap, client_of(tap) as client:
+        array = "the array does not fit: for BYTES objects of dtype=np.object_, for BOOL np.bool_, in one dimension"
+        fill = partial(inputs_for, prompt, **sampling)
+        inputs = submission.run(fill, dict.fromkeys((InferenceServerException, IndexError), array))
 
         def send() -> None:
             client.start_stream(lambda result, error: answers.append(error or result))
             try:
-                client.async_stream_infer(TENSOR_MODEL_NAME, inputs_for(prompt, **sampling))
+                client.async_stream_infer(TENSOR_MODEL_NAME, inputs)
             finally:
                 client.stop_stream()
 
@@ -315,7 +331,9 @@ def check_03_4(submission: Submission) -> None:
     def outcome(inputs: list[Any]) -> Any:
         try:
             return read(inputs)
-        except InferenceServerException as error:
+        except NotImplementedError:
+            raise
+        except Exception as error:
             return error
 
     prompt = "One, two, three, four,"
@@ -327,7 +345,13 @@ def check_03_4(submission: Submission) -> None:
         causes[queue.Empty] = (
             "silence is not the end of an answer: triton_final_response says which response is the last"
         )
-        pieces = submission.run(lambda: read(long), causes, tap.busy)
+        causes[InferenceServerException] = "this request is in order: start_stream, then async_stream_infer"
+        try:
+            pieces = submission.run(lambda: read(long), causes, tap.busy)
+        except NotYet as fault:
+            if fault.cause != causes[TimeoutError] or first_read.is_set():
+                raise
+            raise NotYet(fault.expected, fault.got, BY_NAME) from None
         require(bool(tap.streams), "a request over a stream", pieces, "the text does not come from the server")
         _judge_pieces(pieces, tap.streams[0], early.is_set())
 
@@ -345,7 +369,9 @@ def check_03_4(submission: Submission) -> None:
             isinstance(got, InferenceServerException) and "temperature" in str(got),
             "the server's error, raised (temperature=-1)",
             got if not isinstance(got, InferenceServerException) else got.message(),
-            "the error was swallowed: the caller takes it for an answer. Raise what the callback got",
+            "raise the very error that the callback got: a caller asks for its status"
+            if isinstance(got, Exception)
+            else "the error was swallowed: the caller takes it for an answer. Raise what the callback got",
         )
 
         mode = "broken"
@@ -452,11 +478,13 @@ def check_03_5(submission: Submission) -> None:
                     return error
                 raise
 
-        got = submission.run(
-            outcome,
-            {TimeoutError: "your code waits for an end that does not come: the request was cancelled"},
-            lambda: tap.busy() and not overrun.is_set(),
-        )
+        waits = "your code waits for an end that does not come: the request was cancelled"
+        try:
+            got = submission.run(outcome, {TimeoutError: waits}, lambda: tap.busy() and not overrun.is_set())
+        except NotYet as fault:
+            if fault.cause != waits or any(asked):
+                raise
+            raise NotYet(fault.expected, fault.got, BY_NAME) from None
         require(bool(tap.streams), "a request over a stream", got, "the text does not come from the server")
         stream = tap.streams[-1]
         # An engine without work is not all: a fast one has written to the end by now.
@@ -479,6 +507,9 @@ def check_03_5(submission: Submission) -> None:
             (lambda got, right: len(got) > len(right), "nothing is added after it was enough"),
             otherwise="return the text up to the piece with which it was enough, that one too",
         )
+        passed_over = [text for text in texts if text and len(text) <= len(right) and text not in asked]
+        each = "ask after every piece: one that makes it enough must not be passed over"
+        require(not passed_over, "enough asked after every piece", asked, each)
 
 
 def running(triton: Server) -> float:

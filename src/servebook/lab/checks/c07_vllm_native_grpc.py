@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import zip_longest
 from typing import Any
@@ -91,11 +92,13 @@ def through(
             )
     if fault:
         raise fault
+    others = sorted({call.method for call in tap.calls[before:]} - {method})
+    absent = f"you called {' and '.join(others)}, and this takes {method}" if others else NOT_THAT_SERVER
     require(
         len(made) == 1,
         f"one call of {method} on the server that was handed in",
         f"{len(made)} calls, and the result {result!r}"[:200],
-        NOT_THAT_SERVER if not made else "ask once",
+        "ask once" if made else absent,
     )
     return result, made[0]
 
@@ -292,7 +295,8 @@ def _same(right: dict[str, Any], got: Any) -> None:
         "context": "max_context_length is the room for prompt and answer together",
     }
     for name, value in right.items():
-        require(got[name] == value, f"{name}: {value!r}", f"{name}: {got[name]!r}", causes[name])
+        same = got[name] == value and isinstance(got[name], type(value))  # SERVING is 1 too, and no bool
+        require(same, f"{name}: {value!r}", f"{name}: {got[name]!r}", causes[name])
 
 
 def check_07_2(submission: Submission) -> None:
@@ -532,7 +536,9 @@ def _judge_once(tokenizer: Tokenizer, call: Call, pieces: list[str]) -> None:
 
 
 UNLIKE = 10
-"""In so many places, at least, ids differ that nobody can guess; those of a counter or a clock in fewer."""
+"""In so many places, at least, ids differ that nobody can guess; those of a counter or a clock of seconds in fewer."""
+CLOCK = re.compile(r"(.*\d{6})\d+\n\1\d+")
+"""Two ids that end in a number with the same beginning, as a clock of nanoseconds has it."""
 
 
 def _own_ids(call: Call, other: Call, secret: bool = False) -> None:
@@ -540,7 +546,7 @@ def _own_ids(call: Call, other: Call, secret: bool = False) -> None:
     unlike = sum(a != b for a, b in zip_longest(first, second))
     judge(
         True,
-        first != second and (not secret or unlike >= UNLIKE),
+        first != second and (not secret or (unlike >= UNLIKE and not CLOCK.fullmatch(f"{first}\n{second}"))),
         (first == second, "make a new one for each call, such as str(uuid.uuid4())"),
         otherwise="whoever sees one of these ids can guess the next, and abort it: str(uuid.uuid4()) is random",
         expected="a request_id of its own for each request" + (", that nobody can guess" if secret else ""),
@@ -749,6 +755,17 @@ def check_07_6(submission: Submission) -> None:
     )
 
 
+def _allows_only(decoding: text_pb.Decoding, labels: list[str]) -> bool:
+    """Whether this lets the model write each of the labels and nothing else, as a choice or as an expression."""
+    if not decoding.HasField("regex"):
+        return sorted(decoding.choice.choices) == sorted(labels)
+    with suppress(re.error):
+        others = ("", "other", *(f"{label}s" for label in labels), *(label[:-1] for label in labels))
+        fits = [bool(re.fullmatch(decoding.regex, text)) for text in (*labels, *others)]
+        return fits == [True] * len(labels) + [False] * len(others)
+    return False
+
+
 def check_07_7(submission: Submission) -> None:
     """Labels that the model would never write by itself, and a deadline."""
     classify = submission.function("classify")
@@ -761,12 +778,14 @@ def check_07_7(submission: Submission) -> None:
             got, call = through(tap, submission, "Generate", classify, stub, prompt, labels, asks=free)
             decoding = text_pb.GenerateRequest.FromString(call.requests[0]).decoding
             require(
-                list(decoding.choice.choices) == labels,
+                _allows_only(decoding, labels),
                 f"decoding with choice {labels}",
                 f"decoding with {str(decoding).strip() or 'no constraint'}",
                 "the server is to allow nothing else: decoding=text_pb.Decoding(choice=text_pb.Choice(choices=…))",
             )
             text = text_pb.GenerateResponse.FromString(call.responses[0]).outputs[0].text
+            cut = "a limit has cut the label, which may be many tokens long: leave max_new_tokens out, or give it room"
+            require(text in labels, f"one of {labels} from the server", f"{text!r} from the server", cut)
             judge(
                 text,
                 got,

@@ -159,6 +159,7 @@ def _judge_memory(first: list[int], second: list[int], size: int, got: Any) -> N
     pairs = list(zip(first, second, strict=False))
     same = next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
     equal = sum(a == b for a, b in pairs)
+    blocks_alike = sum(first[at : at + size] == second[at : at + size] for at in range(0, len(second) - size, size))
     judge(
         min(same, len(second) - 1) // size * size,
         got,
@@ -170,7 +171,7 @@ def _judge_memory(first: list[int], second: list[int], size: int, got: Any) -> N
         ),
         (lambda got, _: got in (same, same - 1), "only whole blocks are found: cut it down to them"),
         (
-            lambda got, _: equal > same and got in (equal, equal // size * size),
+            lambda got, _: equal > same and got in (equal, equal // size * size, blocks_alike * size),
             "the first token that differs ends it: what stands behind is another text, though its tokens are equal",
         ),
         (lambda got, _: got == ceil(same / size) * size, "a block that is only partly the same is none"),

@@ -101,6 +101,9 @@ def _judge_rate(readings: list[tuple[float, float]], got: Any) -> None:
     )
 
 
+NOBODY = "nobody asked: no promise was kept, none was broken; add the buckets first, and for 0 return None"
+
+
 def check_12_2(submission: Submission) -> None:
     """One replica, two unlike ones, one that nobody asked, none that anybody asked, and this engine."""
     kept, vllm = submission.function("kept"), submission.server("vllm")
@@ -110,8 +113,9 @@ def check_12_2(submission: Submission) -> None:
     two = [{0.1: 90.0, 0.5: 98.0, inf: 100.0}, {0.1: 0.0, 0.5: 2.0, inf: 10.0}]
     idle = {0.1: 0.0, 0.5: 0.0, inf: 0.0}
     cases = [([one], 0.5), (two, 0.5), (two, 0.1), ([idle, two[0]], 0.1), ([own], sorted(own)[-2]), ([idle], 0.5)]
+    causes = {ZeroDivisionError: NOBODY, KeyError: "a bound is a number, the last one math.inf"}
     for replicas, limit in cases:
-        _judge_kept(replicas, limit, submission.call(kept, [dict(each) for each in replicas], limit))
+        _judge_kept(replicas, limit, submission.call(kept, [dict(each) for each in replicas], limit, causes=causes))
 
 
 def _judge_kept(replicas: Sequence[Mapping[float, float]], limit: float, got: Any) -> None:
@@ -125,7 +129,7 @@ def _judge_kept(replicas: Sequence[Mapping[float, float]], limit: float, got: An
     judge(
         right,
         got,
-        (right is None, "nobody asked: no promise was kept, none was broken; return None"),
+        (right is None, NOBODY),
         (got is None, "somebody asked, and the function returns nothing: is `return` missing?"),
         (lambda got, right: _same(got, 100 * right), "that is in percent; the brief asks for a share, 0 to 1"),
         (lambda got, right: _same(got, 1 - right), "that is the share that had to wait longer"),
@@ -158,7 +162,7 @@ def _judge_kept(replicas: Sequence[Mapping[float, float]], limit: float, got: An
 
 
 def check_12_3(submission: Submission) -> None:
-    """A chain in any order, children side by side, with a gap between them, one in another, one that ends late."""
+    """A chain and children in any order, side by side, with a gap between them, one in another, one that ends late."""
     own = submission.function("own_seconds")
     cases = [
         [("engine", "gateway", 3.0, 3.9), ("caller", "", 0.0, 4.1), ("gateway", "caller", 0.05, 4.05)],
@@ -168,6 +172,7 @@ def check_12_3(submission: Submission) -> None:
             ("first", "search", 3.0, 4.0),
             ("second", "search", 6.0, 7.0),
         ],
+        [("page", "", 0.0, 10.0), ("second", "page", 6.0, 7.0), ("first", "page", 3.0, 4.0)],
         [("page", "", 0.0, 10.0), ("left", "page", 1.0, 5.0), ("right", "page", 3.0, 8.0)],
         [("page", "", 0.0, 10.0), ("long", "page", 1.0, 8.0), ("short", "page", 2.0, 4.0)],
         [("page", "", 0.0, 2.0), ("log", "page", 1.0, 3.0)],
@@ -196,6 +201,7 @@ def _judge_own(spans: list[dict[str, Any]], got: Any) -> None:
         below = [other for other in spans if name in _ancestors(other["span"], parents)]
         all_below[name] = length - sum(other["end"] - other["start"] for other in below)
         single[name] = {length - (c["end"] - c["start"]) for c in children} or {length}
+    unsorted = {each["span"]: _swept(each, spans) for each in spans}
     inside = {name: max(0.0, value) for name, value in summed.items()}
     judge(
         right,
@@ -214,6 +220,7 @@ def _judge_own(spans: list[dict[str, Any]], got: Any) -> None:
             lambda got, _: all_below != summed and _near(got, all_below),
             "a child's own children are in the child already: only those whose parent it is",
         ),
+        (lambda got, _: _near(got, unsorted), "the children come in no order: sort them by their start"),
         (
             lambda got, _: hull != summed and _near(got, hull),
             "between two children the span is alone: that time is its own",
@@ -237,6 +244,15 @@ def _judge_own(spans: list[dict[str, Any]], got: Any) -> None:
         expected=f"{ {name: round(value, 6) for name, value in right.items()} } for {spans}",
         fits=_near,
     )
+
+
+def _swept(span: Mapping[str, Any], spans: Sequence[Mapping[str, Any]]) -> float:
+    """What is left of a span, from child to child as they come, by somebody who takes that for their starts' order."""
+    own, at = 0.0, span["start"]
+    for child in (each for each in spans if each["parent"] == span["span"]):
+        own += max(0.0, min(child["start"], span["end"]) - at)
+        at = max(at, child["end"])
+    return float(own + max(0.0, span["end"] - at))
 
 
 def _ancestors(span: str, parents: Mapping[str, str]) -> list[str]:

@@ -23,6 +23,11 @@ def check_13_1(submission: Submission) -> None:
     for teams in TEAMS:
         schema = submission.call(ticket_schema, list(teams))
         require(isinstance(schema, dict), "a dict", schema, "return the schema as a dict, not as a text")
+        try:
+            schema = json.loads(json.dumps(schema))  # on its way to the engine a tuple is a list
+        except (TypeError, ValueError) as error:
+            plain = "a schema is JSON: dicts, lists, texts, numbers, True, False and None"
+            raise NotYet("a dict that can be sent as JSON", f"{type(error).__name__}: {error}", plain) from None
         _judge_schema(schema, teams)
     form = {"type": "json_schema", "json_schema": {"name": "ticket", "schema": schema}}
     turn = [{"role": "user", "content": "The printer is on fire!"}]
@@ -46,19 +51,22 @@ def _judge_schema(schema: dict[str, Any], teams: list[str]) -> None:
             raise NotYet("a JSON schema", f"{type(error).__name__}: {error}"[:300], "this is no JSON schema") from None
 
     ticket = TICKET | {"team": teams[-1]}
-    short = {name: value for name, value in ticket.items() if name != "summary"}
+    nulls = [ticket | {name: None} for name in ticket]
+    shorter = [{name: value for name, value in ticket.items() if name != without} for without in ticket]
     cases = [
         ("text", False, 'the type is missing: without "type": "object", any text or list fits'),
         (ticket, True, "the teams are those that the function is given"),
         (ticket | {"summary": "x" * 40}, True, "40 characters are allowed"),
         (ticket | {"urgent": False}, True, "urgent may be false"),
-        (short, False, "nothing says that every field must be there: look at required"),
+        *((short, False, "nothing says that every field must be there: look at required") for short in shorter),
         (ticket | {"colour": "red"}, False, "other fields get through: look at additionalProperties"),
         (ticket | {"urgent": "yes"}, False, "urgent is true or false, and no text"),
         (ticket | {"summary": 7}, False, "summary is a text"),
         (ticket | {"summary": "x" * 41}, False, "nothing bounds the summary: maxLength, beside its type"),
         (ticket | {"team": "gardening"}, False, "any team gets through: an enum lists those that there are"),
+        (ticket | {"team": f"{teams[-1]}s"}, False, "a pattern is found within a text, too: an enum lists whole ones"),
         (ticket | {"team": teams}, False, "team is one of the teams, not a list of them"),
+        *((null, False, "null gets through, which is no team, no text, and neither true nor false") for null in nulls),
     ]
     for instance, right, cause in cases:
         judge(
@@ -76,7 +84,7 @@ WORD = {
     "required": ["word"],
     "additionalProperties": False,
 }
-TOOLS = {"repeat": WORD, "now": {"type": "object", "additionalProperties": False}}
+TOOLS = {"repeat": WORD, "now": {"type": "object", "additionalProperties": False}, "anything": {}}
 
 
 def check_13_2(submission: Submission) -> None:
@@ -111,6 +119,7 @@ def check_13_2(submission: Submission) -> None:
         ("repeat", '{"word": "hahahahahahahahahahaha"}', misfit, "a text is too long: let the schema judge all of it"),
         ("repeat", '{"word": "ha", "path": "/"}', misfit, "an argument too many: the schema allows no others"),
         ("repeat", '["ha"]', misfit, "this is JSON, but no object"),
+        ("anything", '{"word": 7}', {"arguments": {"word": 7}}, "a schema may be empty, and its tool is there"),
     ]
     for name, arguments, right, cause in cases:
         call = {"name": name, "arguments": arguments}
@@ -133,18 +142,22 @@ def check_13_2(submission: Submission) -> None:
 QUESTION = [{"role": "system", "content": "Count."}, {"role": "user", "content": "How many?"}]
 
 
-def _calls(*calls: tuple[str, str]) -> dict[str, Any]:
+def _calls(*calls: tuple[str, str], content: str | None = None) -> dict[str, Any]:
     tool_calls = [
         {"id": f"call-{name}-{len(arguments)}", "type": "function", "function": {"name": name, "arguments": arguments}}
         for name, arguments in calls
     ]
-    return {"role": "assistant", "content": None, "tool_calls": tool_calls}
+    return {"role": "assistant", "content": content, "tool_calls": tool_calls}
+
+
+BESIDE = "a model may say something beside its calls: tool_calls tells whether it has answered"
 
 
 def check_13_3(submission: Submission) -> None:
     """A model that answers at once, after one round, after two calls in one, and never."""
     answer = submission.function("answer")
     one, two = _calls(("count", '{"letter": "r"}')), _calls(("count", '{"letter": "a"}'), ("now", "{}"))
+    talks = _calls(("count", '{"letter": "r"}'), content="Let me count.")
     text = {"role": "assistant", "content": "Three."}
     for script, rounds in (
         ([text], 3),
@@ -152,8 +165,9 @@ def check_13_3(submission: Submission) -> None:
         ([one, text], 2),
         ([two, text], 3),
         ([one, two, text], 3),
+        ([talks, text], 2),
         ([one, two, one], 3),
-        ([one], 1),
+        ([talks], 1),
     ):
         _converse(submission, answer, script, rounds)
 
@@ -189,12 +203,14 @@ def _converse(submission: Submission, answer: Any, script: list[dict[str, Any]],
             judge(
                 wanted,
                 made,
+                (not made and got is not None and got == message["content"], BESIDE),
                 (lambda made, wanted: len(made) < len(wanted), "a message may hold several calls: run each of them"),
                 (
                     lambda made, _: any(not isinstance(arguments, str) for _, arguments in made),
                     "run takes the arguments as the text that they are",
                 ),
-                otherwise="run gets the name and the arguments of each call, in their order",
+                otherwise="run gets the name and the arguments of each call",
+                fits=lambda made, wanted: sorted(made) == sorted(wanted),  # some let them run side by side
             )
             results = [f"{name} {arguments} done" for name, arguments in wanted]
             told += [message] + [
@@ -205,6 +221,7 @@ def _converse(submission: Submission, answer: Any, script: list[dict[str, Any]],
     judge(
         final,
         got,
+        (got is not None and any(m.get("tool_calls") and got == m["content"] for m in script), BESIDE),
         (
             lambda got, _: isinstance(got, dict),
             "that is the whole message: its content is wanted",
@@ -244,6 +261,10 @@ def _judge_messages(got: Any, right: list[dict[str, Any]]) -> None:
                 [each.get("content") for each in got if each["role"] == "tool"] != [each["content"] for each in tools]
             ),
             "the content is what run has returned, as it is",
+        ),
+        (
+            lambda got, _: any(each.keys() - tools[0].keys() for each in got if each["role"] == "tool"),
+            "a result's message has the three fields of the brief, and no others",
         ),
         otherwise="the messages that were there, then the model's, then a result for each call",
         expected=json.dumps(right, ensure_ascii=False)[:400],

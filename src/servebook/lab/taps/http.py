@@ -106,6 +106,14 @@ def answering(status: int) -> Iterator[str]:
 Filter = Callable[[Iterator[bytes], Exchange], Iterator[bytes]]
 
 
+def said(message: Mapping[str, Any]) -> Any:
+    """The text of a chat message, which may be sent in parts."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return content
+    return "".join(str(part.get("text")) for part in content if isinstance(part, dict))
+
+
 @contextmanager
 def noting_loss(exchange: Exchange) -> Iterator[None]:
     """Mark the exchange as lost where the server cannot be reached, or breaks its answer off.
@@ -251,15 +259,21 @@ class Tap:
                 if name.lower() not in HOP_BY_HOP:
                     handler.send_header(name, value)
             handler.send_header("Connection", "close")  # with the tap its connections are gone too
-            handler.send_header("Transfer-Encoding", "chunked")
+            # In chunks only where the server would: whoever reads a socket by hand need not know of them else.
+            length = answer.getheader("Content-Length")
+            chunked = length is None and handler.request_version != "HTTP/1.0"
+            if length is not None:
+                handler.send_header("Content-Length", length)
+            elif chunked:
+                handler.send_header("Transfer-Encoding", "chunked")
             handler.end_headers()
             piece: bytes | None = first
             while piece:
                 if exchange.client_gone():
                     raise BrokenPipeError
-                handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
                 piece = next(paced, None)
-            handler.wfile.write(b"0\r\n\r\n")
+            handler.wfile.write(b"0\r\n\r\n" if chunked else b"")
             exchange.ended = time.monotonic()
         finally:
             upstream.close()
