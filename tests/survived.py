@@ -76,10 +76,10 @@ def table(stored: list[Row]) -> str:
             missing.setdefault(row.fault, []).append(row.server)
     return "\n".join(
         [
-            "| what happens | to | what is lost | what was seen | proved by |",
-            "|---|---|---|---|---|",
+            "| what happens, and the test | to | what is lost | what was seen |",
+            "|---|---|---|---|",
             *(
-                f"| {fault} | {', '.join(at)} | {lost} | {seen} | `{test}` |"
+                f"| {fault}<br>`{test}` | {', '.join(at)} | {lost} | {seen} |"
                 for (fault, lost, seen, test), at in servers.items()
             ),
             "",

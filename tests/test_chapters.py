@@ -37,7 +37,8 @@ def test_manifest_has_each_notebook_and_lab_in_order() -> None:
 
 @chapters
 def test_readme_and_notebook_say_what_the_manifest_says(chapter: Chapter) -> None:
-    assert f"| `{chapter.stem}` | {chapter.about} | {chapter.minutes} |" in (ROOT / "README.md").read_text()
+    linked = f"[`{chapter.stem}`](notebooks/{chapter.stem}.ipynb)"
+    assert f"| {linked} | {chapter.about} | {chapter.minutes} |" in (ROOT / "README.md").read_text()
     notebook = nbformat.read(ROOT / f"notebooks/{chapter.stem}.ipynb", as_version=4)
     assert notebook.cells[0].source.partition("\n")[0] == f"# {chapter.number} · {chapter.title}"
     assert f"{chapter.minutes} minutes, of which" in "".join(cell.source for cell in notebook.cells[:4])

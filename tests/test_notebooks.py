@@ -200,7 +200,7 @@ def test_right_answers_of_the_quizzes_are_spread() -> None:
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.id == "quiz":
                 for question in re.split(r"(?m)^(?=\*\*\d\. )", cell.source)[1:]:
-                    choices = re.findall(r"<details><summary>.*?</summary>(Yes|No)", question)
+                    choices = re.findall(r"<details><summary>.*?</summary><dd>(Yes|No)", question)
                     assert choices.count("Yes") == 1, f"{path.stem}: {question[:40]}"
                     places.append(choices.index("Yes"))
     assert len(places) >= 3 * len(CHAPTERS)

@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 BOTH = README + (ROOT / "CONTRIBUTING.md").read_text()
 FENCED = re.compile(r"^```.*?^```", flags=re.MULTILINE | re.DOTALL)
 CODE = "\n".join(FENCED.findall(BOTH) + re.findall(r"`([^`\n]+)`", FENCED.sub("", BOTH)))
-CHAPTERS = dict(re.findall(r"^\| `(\d\d_\w+)` \|.*\| (\d+) \|$", README, flags=re.MULTILINE))
+CHAPTERS = dict(re.findall(r"^\| \[`(\d\d_\w+)`\]\(notebooks/\1\.ipynb\) \|.*\| (\d+) \|$", README, flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -26,8 +26,11 @@ def forest(found: Mapping[str, Estimate], *, xlabel: str, title: str, line: floa
         axes.plot([each.value], [row], color="#c55a11" if each.leaves_out(line) else "#1f4e79", marker="D")
     axes.axvline(line, color="#3f3f3f", linestyle=":")
     axes.set_yticks(range(len(found)), [f"{label} ({each.pairs} pairs)" for label, each in found.items()])
-    axes.invert_yaxis()
-    axes.set(xlabel=f"{xlabel} (orange: the interval leaves {line:g} out)", title=title)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    orange = (
+        f" (orange: the interval leaves {line:g} out)" if any(each.low is not None for each in found.values()) else ""
+    )
+    axes.set(xlabel=xlabel + orange, title=title)
     rows = (
         f"{label} {each.text(2)}" + (f", {each.pairs} pairs" if each.low is not None else "")
         for label, each in found.items()

@@ -26,6 +26,7 @@ import matplotlib as mpl
 from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer, TextLexer, get_lexer_for_filename
@@ -210,12 +211,15 @@ def wire(data: bytes, limit: int = 512) -> None:
         print(f"… and {len(data) - limit} bytes more")
 
 
-def timeline(streams: Mapping[str, Sequence[float]], title: str = "Arrival of tokens") -> None:
-    """Draw one row per stream and one dot per event; the first event of each is marked.
+def timeline(
+    streams: Mapping[str, Sequence[float]], title: str = "Arrival of tokens", since: str = "the request was sent"
+) -> None:
+    """Draw one row per stream and one stroke per event; the first event of each is marked.
 
     Args:
-        streams: label → arrival times in seconds since the request was sent, ascending.
+        streams: label → arrival times in seconds, ascending.
         title: what the picture shows.
+        since: from when all of them count; not always is it each one's own request.
     """
     row_height = 0.4 if len(streams) < 10 else 0.2  # inches; two dozen rows still fit on a screen
     figure = Figure(figsize=(8, 0.9 + row_height * len(streams)), layout="constrained")
@@ -227,7 +231,7 @@ def timeline(streams: Mapping[str, Sequence[float]], title: str = "Arrival of to
     axes.invert_yaxis()
     axes.set_ylim(len(streams) - 0.5, -0.5)
     axes.set_xlim(0, 1.02 * max((times[-1] for times in streams.values() if times), default=1))
-    axes.set_xlabel("seconds since the request was sent (◆ first event)")
+    axes.set_xlabel(f"seconds since {since} (◆ first event)")
     axes.set_title(title)
     rows = (
         f"{label}: {len(times)} events from {times[0]:.2f} s to {times[-1]:.2f} s"
@@ -258,7 +262,10 @@ def curves(
     if "y" in log:
         axes.set_yscale("log")
     else:
+        axes.margins(y=0.08)  # no marker on the frame
         axes.set_ylim(bottom=0)
+        if all(float(value).is_integer() for line in ys.values() for value in line):
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))  # no half request
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     axes.legend()

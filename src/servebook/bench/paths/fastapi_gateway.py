@@ -18,7 +18,7 @@ from servebook.engine.model import model_path
 from servebook.launch import Server, find_server
 from servebook.launch.probes import http_ok
 from servebook.launch.table import Endpoints
-from servebook.settings import Settings
+from servebook.settings import Settings, url_of
 
 
 def _body(job: Job) -> dict[str, Any]:
@@ -70,10 +70,9 @@ async def whole(server: Server) -> AsyncIterator[Send]:
 
 
 def _article(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[str]:
-    upstream = needs["vllm"]["http"]
     return [
         *(sys.executable, "-m", "servebook.ways.fastapi_gateway.mistake", "--http-port", "{http}"),
-        *("--upstream", upstream if "://" in upstream else f"http://{upstream}"),
+        *("--upstream", url_of(needs["vllm"]["http"])),
     ]
 
 
