@@ -1,5 +1,4 @@
-"""Lessons in which time matters, from the notebooks' own cells, at 20 and at 20,000 tokens a second; and the benchmark,
-to whom no token of the fast source is lost."""
+"""Lessons in which time matters, from the notebooks' own cells, at 20 and at 20,000 tokens a second."""
 
 from __future__ import annotations
 
@@ -22,13 +21,12 @@ import openai
 import pytest
 import requests
 from openai import AsyncOpenAI, OpenAI
+from scripted import WANTS, require_all_is_counted
 from tritonclient.utils import InferenceServerException
 
-from servebook.bench import workload
-from servebook.bench.arms import Arm, Workload, open_arm
-from servebook.bench.cost import fit_cost
+from servebook.bench.arms import open_arm
 from servebook.bench.paths import find_path
-from servebook.bench.protocol import SENTENCE, serve_scripted
+from servebook.bench.protocol import serve_scripted
 from servebook.launch import Server
 from servebook.launch.child import child_server
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
@@ -48,7 +46,9 @@ from servebook.workbook.notebook import expect_error, machine_card, measure_pace
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
 ENDLESS = llm_pb2.Sampling(ignore_eos=True)
-WANTS = Workload(max_tokens=40)
+FAST = 800
+"""Tokens a second: four times what an H200 gives one caller. The deadlines of chapters 03 (half a second) and 06 (two)
+cannot be met by their answers of 1,500 and 1,900 tokens, also where a busy machine was taken for slow before."""
 
 
 @pytest.fixture(scope="module", params=[20, 20_000], ids=lambda rate: f"{rate} tokens/s")
@@ -197,20 +197,6 @@ def test_a_slow_reader_loses_nothing_and_holds_up_nobody(fronts: SimpleNamespace
     assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
 
 
-async def require_all_is_counted(arm: Arm, *, merges: bool = False) -> None:
-    """Of 24 callers of a source that is faster than any front, who let tokens wait for each other where they merge."""
-    block = await arm.block(24, 48, None, 0)
-    samples = block.load.samples
-    assert len(samples) == 48
-    _, *jobs = workload.take(workload.completions(WANTS.prompt_tokens, WANTS.max_tokens, seed=1), 49)
-    assert sorted(sample.output_tokens for sample in samples) == sorted(job.max_tokens for job in jobs)
-    assert all(sample.text.startswith(SENTENCE) for sample in samples)
-    assert not merges or sum(len(sample.arrivals) for sample in samples) < block.load.output_tokens / 1.5
-    assert block.cpu.engine, "the scheduler is vLLM's, in a process of its own"
-    assert block.cpu.front
-    assert block.cpu.front > 0
-
-
 @pytest.mark.parametrize("fronts", [20_000], indirect=True, ids=["20000 tokens/s"])
 async def test_the_benchmark_counts_all_tokens(fronts: SimpleNamespace) -> None:
     """vLLM's front in Rust merges none."""
@@ -232,20 +218,8 @@ def served_alone(name: str, rate: int, settings: Settings) -> Iterator[Server]:
         server.stop()
 
 
-async def test_the_benchmark_counts_all_tokens_of_several_fronts_and_what_they_cost(settings: Settings) -> None:
-    """They have half of the callers each, and less to merge: with the fastest source a token would cost nothing."""
-    path = find_path("grpc-fronts")
-    with served_alone(path.name, 300, settings) as server:
-        async with open_arm(path, server, WANTS, 1) as arm:
-            await require_all_is_counted(arm)
-            cost = await fit_cost(arm, callers=8, rounds=1)
-    assert 0 < cost.busiest <= 1
-    assert cost.token_us > 0
-    assert 0 < cost.token_error < cost.token_us * 5
-
-
 async def test_a_fast_triton(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
-    with served_alone("triton", 20_000, settings) as server, TritonClient(server.grpc) as client:
+    with served_alone("triton", FAST, settings) as server, TritonClient(server.grpc) as client:
         async with open_arm(find_path("triton"), server, WANTS, 1) as arm:
             await require_all_is_counted(arm, merges=True)
         space = {
@@ -265,12 +239,12 @@ async def test_a_fast_triton(settings: Settings, capsys: pytest.CaptureFixture[s
         await run("03", ["s8-cancel-run", "s8-deadline-run"], space)
     free, *_, late, status = capsys.readouterr().out.splitlines()
     assert free.startswith("the engine is free ")
-    assert late == "InferenceServerException: [StatusCode.DEADLINE_EXCEEDED] Deadline Exceeded"
+    assert late.startswith("InferenceServerException: [StatusCode.DEADLINE_EXCEEDED] ")
     assert status == "StatusCode.DEADLINE_EXCEEDED"
 
 
 async def test_a_fast_kserve(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
-    with served_alone("kserve-grpc", 20_000, settings) as server, V2Client(server.grpc) as client:
+    with served_alone("kserve-grpc", FAST, settings) as server, V2Client(server.grpc) as client:
         space = {
             "kserve": server,
             "settings": settings,

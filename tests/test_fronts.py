@@ -27,15 +27,18 @@ from desk import Desk, eventually
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from scripted import WANTS, require_all_is_counted
 
 from servebook import launch, serve
+from servebook.bench.arms import open_arm
+from servebook.bench.cost import fit_cost
 from servebook.bench.load import Job, ask
 from servebook.bench.paths import find_path
 from servebook.bench.protocol import serve_scripted
 from servebook.errors import LaunchError
 from servebook.protos.llm.v1 import llm_pb2 as pb
 from servebook.protos.llm.v1 import llm_pb2_grpc
-from servebook.settings import load_settings
+from servebook.settings import Settings, load_settings
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.server import fronts
 from servebook.ways.custom_grpc.server.fronts import GIVE_UP_DEATHS, GIVE_UP_SECONDS, Front, Fronts, reserve
@@ -557,3 +560,22 @@ def test_a_port_that_is_taken_is_refused_before_the_engine_starts() -> None:
 )
 def test_fronts_that_make_no_sense(desk: Desk, words: list[str], says: str) -> None:
     assert says in desk.run("up", *words, expect=2)
+
+
+@pytest.mark.engine
+async def test_the_benchmark_counts_all_tokens_of_several_fronts_and_what_they_cost(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have half of the callers each, and less to merge: with the fastest source a token would cost nothing."""
+    monkeypatch.setenv("SERVEBOOK_SCRIPTED_RATE", "300")
+    path = find_path("grpc-fronts")
+    server = serve_scripted(path, settings)
+    try:
+        async with open_arm(path, server, WANTS, 1) as arm:
+            await require_all_is_counted(arm)
+            cost = await fit_cost(arm, callers=8, rounds=1)
+    finally:
+        server.stop()
+    assert 0 < cost.busiest <= 1
+    assert cost.token_us > 0
+    assert 0 < cost.token_error < cost.token_us * 5

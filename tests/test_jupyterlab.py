@@ -119,6 +119,8 @@ def test_start_here_cell_by_cell(page: Page, lab: Lab) -> None:
     nbformat.write(notebook, lab.notebooks / "00_start_here.ipynb")
     lab.open(page, "00_start_here.ipynb")
     expect(page.locator('.jp-NotebookPanel:visible img[alt^="Map"]')).to_be_visible()
+    # Nothing would show that a line of code goes on behind the edge.
+    expect(page.locator(".jp-NotebookPanel:visible .cm-content:not(.cm-lineWrapping)")).to_have_count(0)
     cell(page, 0).click()
     for index, each in enumerate(notebook.cells):
         page.keyboard.press("Shift+Enter")
