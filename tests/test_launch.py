@@ -16,6 +16,7 @@ import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -43,7 +44,7 @@ from servebook.launch.link import died, root_cause
 from servebook.launch.plan import Start
 from servebook.launch.processes import free_port
 from servebook.launch.table import Endpoints
-from servebook.settings import load_settings
+from servebook.settings import in_address, load_settings
 from servebook.ways.custom_grpc.certificates import make_certificates
 from servebook.ways.metrics import metric
 
@@ -529,6 +530,19 @@ def test_an_ipv6_address(desk: Desk) -> None:
     assert entry["state"] == "ready"
     assert requests.get(f"http://{entry['endpoints']['http']}/health", timeout=10).status_code == 200
     assert {at for at, _ in listening(entry["pid"])} == {"::1"}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_ready_is_who_has_opened_all_ports(host: str) -> None:
+    """Several open theirs one after the other, and one may answer for the server before another is open."""
+    spec = replace(find_server("kserve"), ready=lambda _: True)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as first, socket.socket(family) as second:
+        second.bind((host, 0))
+        at = {str(each): f"{in_address(host)}:{each.getsockname()[1]}" for each in (first, second)}
+        assert not spec.answers(at)
+        second.listen()
+        assert spec.answers(at)
 
 
 def test_few_open_files(desk: Desk) -> None:

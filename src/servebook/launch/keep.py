@@ -103,7 +103,7 @@ def await_ready(kept: Kept) -> None:
     patience = BROKEN_SECONDS if was_ready else start.settings.start_timeout
     deadline = time.monotonic() + patience
     phase = Phase(start.files.log)
-    while not start.spec.ready(there["endpoints"]):
+    while not start.spec.answers(there["endpoints"]):
         if not kept.link.alive():
             raise died(start.files)
         if time.monotonic() > deadline:

@@ -10,11 +10,13 @@ PROBE_SECONDS = 2.0
 
 
 def listens(address: str) -> bool:
-    """Whether somebody takes connections at `address`, "host:port" of IPv4."""
-    host, port = address.split(":")
-    with socket.socket() as caller:
-        caller.settimeout(PROBE_SECONDS)
-        return caller.connect_ex((host, int(port))) == 0
+    """Whether somebody takes connections at `address`, "host:port"; an IPv6 host is in brackets."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def http_ok(address: str, path: str, words: bytes = b"") -> bool:

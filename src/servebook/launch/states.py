@@ -65,7 +65,7 @@ def status_of(files: Files, settings: Settings) -> Status:
     late = there["was_ready"] or there["seconds"] > settings.start_timeout
     return Status(
         name=files.instance,
-        state="ready" if find_server(there["server"]).ready(there["endpoints"]) else "failed" if late else "starting",
+        state="ready" if find_server(there["server"]).answers(there["endpoints"]) else "failed" if late else "starting",
         pid=there["pid"],
         model=there["model"],
         endpoints=there["endpoints"],

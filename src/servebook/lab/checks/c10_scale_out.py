@@ -288,11 +288,16 @@ def check_10_3(submission: Submission) -> None:
         began.append(time.monotonic())
         return drain(tap.url, leaving)
 
+    def works() -> bool:
+        """Whether the replica has work, or says so: a busy machine may take seconds to end what nobody reads."""
+        states = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        return not finished.done() or any(metric(leaving, state) for state in states)
+
     with Tap(router.url) as tap, ThreadPoolExecutor(1) as pool:
         finished = pool.submit(keep_at_work, ask, at_work.set, over)
         try:
             until(lambda: at_work.is_set() or finished.done(), "a request at work")
-            submission.run(leave, busy=lambda: not finished.done())
+            submission.run(leave, busy=works)
             still, stayed = not ended, list(client.replicas())
         except BaseException:
             began.append(-math.inf)  # the replica is kept at work for nobody any more

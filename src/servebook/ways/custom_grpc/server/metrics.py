@@ -8,7 +8,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
-SERVING = Gauge("servebook_grpc_serving", "1 while health says SERVING, else 0", multiprocess_mode="livemax")
+SERVING = Gauge("servebook_grpc_serving", "1 while the port serves, else 0", multiprocess_mode="livemax")
 OPEN_CALLS = Gauge(
     "servebook_grpc_open_calls", "Calls that were admitted and have not ended", multiprocess_mode="livesum"
 )

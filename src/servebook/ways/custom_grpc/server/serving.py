@@ -100,6 +100,7 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
         gc.freeze()  # what the start left is not searched again and again
         await health.say(serving=True)
         server = server or await listen()
+        metrics.SERVING.set(1)  # not before: the launcher takes it for the word that the port is open
         log.info("ready")
         await watch(engine, stop, health, calls)
         log.info("draining", extra={"fields": {"open_calls": calls.open}})
@@ -137,6 +138,7 @@ async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health, calls: Ca
     while not stop.is_set():
         if alive and engine.errored:
             alive = False
+            metrics.SERVING.set(0)
             await health.say(serving=False)
             log.error("engine died")
         calls.end_unread()

@@ -14,7 +14,6 @@ from servebook.errors import LaunchError
 from servebook.launch.processes import can_bind
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.settings import LOOPBACK, in_address
-from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.auth import KeyInterceptor
 
 SERVICE = llm_pb2.DESCRIPTOR.services_by_name["LLMService"].full_name
@@ -59,11 +58,10 @@ class Health:
         self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs are older
 
     async def say(self, serving: bool) -> None:
-        """Tell whoever asks or watches, and Prometheus."""
+        """Tell whoever asks or watches."""
         states = health_pb2.HealthCheckResponse
         for name in ("", SERVICE):
             await self.servicer.set(name, states.SERVING if serving else states.NOT_SERVING)
-        metrics.SERVING.set(int(serving))
 
 
 def make_server(
