@@ -11,6 +11,7 @@ import re
 import signal
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from servebook.launch.files import Files, read_log
 from servebook.launch.processes import KEPT, free_port, marked
 from servebook.settings import load_settings
 from servebook.ways.client import Answer, Piece
+from servebook.ways.kserve.client import V2Client
 from servebook.ways.metrics import metric
 from servebook.ways.pace import Pace as ResponsePace
 from servebook.ways.triton_grpc import steps
@@ -464,11 +466,14 @@ async def test_a_deadline_in_asyncio(triton: Server) -> None:
     await until(lambda: running(triton) == 0, "the engine is free")
 
 
-def test_closing_the_synchronous_stream_cancels(triton: Server) -> None:
-    with closing(TritonClient(triton.grpc).stream(PROMPT, **LONG)) as endless:
+@pytest.mark.parametrize("client", [TritonClient, V2Client])
+def test_closing_the_synchronous_stream_cancels(client: type[TritonClient | V2Client], triton: Server) -> None:
+    before = set(threading.enumerate())
+    with client(triton.grpc) as made, closing(made.stream(PROMPT, **LONG)) as endless:
         next(endless)
         eventually(lambda: running(triton) == 1, "the request runs")
     eventually(lambda: running(triton) == 0, "the engine is free")
+    eventually(lambda: set(threading.enumerate()) <= before, "no thread is left")
 
 
 # What it reports, and to whom

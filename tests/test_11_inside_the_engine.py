@@ -63,6 +63,23 @@ async def test_the_looks_see_each_token_that_the_engine_computes(vllm: Server) -
     assert (last.drafted, last.accepted) == (0, 0), "this engine does not guess"
 
 
+async def test_work_that_fails_takes_the_rest_along(vllm: Server) -> None:
+    ends: list[str] = []
+
+    async def fails() -> None:
+        raise ValueError("on purpose")
+
+    async def works() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ends.append("cancelled")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        await watch(vllm.url, works(), fails())
+    assert ends == ["cancelled"]
+
+
 async def test_the_looks_see_who_is_in_the_batch_and_what_it_holds(vllm: Server) -> None:
     cache = cache_of(vllm.url)
     deadline = time.monotonic() + 60

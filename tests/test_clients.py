@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from contextlib import aclosing, closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from openai import APIConnectionError
 
+from servebook.bearer import bearer
 from servebook.clients import CLIENTS
 from servebook.launch import SERVERS, Server
 from servebook.settings import Settings
 from servebook.ways.client import AioClient, Answer, Client, Piece
+from servebook.ways.openai_rest.client import OpenAIAioClient, OpenAIClient
 
 MESSAGE = "Count from 1 to 100."
 GREEDY = {"max_tokens": 24, "temperature": 0}
@@ -72,6 +78,60 @@ def by_hand(vllm: Server, chats: bool) -> Answer:
     choice, usage = answer["choices"][0], answer["usage"]
     text = choice["message"]["content"] if chats else choice["text"]
     return Answer(text, usage["completion_tokens"], usage["prompt_tokens"], choice["finish_reason"])
+
+
+HALF = (
+    b'data: {"choices": [{"index": 0, "text": "half", "finish_reason": null}], "usage": {"completion_tokens": 1}}\n\n'
+)
+
+
+class Half(BaseHTTPRequestHandler):
+    """As a proxy may pass on what an engine had said before it went: half a stream, and an end in order."""
+
+    def do_GET(self) -> None:
+        self.say(b'{"data": [{"id": "m"}]}', "application/json")
+
+    def do_POST(self) -> None:
+        self.say(HALF, "text/event-stream")
+
+    def say(self, body: bytes, kind: str) -> None:
+        self.send_response(200)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+async def test_half_a_stream_that_ends_in_order_is_no_answer() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Half) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{proxy.server_address[1]}"
+        pieces: list[Piece] = []
+        with OpenAIClient(url) as client, pytest.raises(APIConnectionError, match="ended before the answer"):
+            pieces.extend(client.stream("Once"))
+        async with OpenAIAioClient(url) as aio:
+            with pytest.raises(APIConnectionError, match="ended before the answer"):
+                pieces.extend([piece async for piece in aio.stream("Once")])
+        proxy.shutdown()
+    assert [piece.text for piece in pieces] == ["half"]
+
+
+@pytest.fixture
+def netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password for every machine, which `requests` by itself would send in a key's place."""
+    (tmp_path / "netrc").write_text("default login anonymous password a@b.c")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.mark.usefixtures("netrc")
+@pytest.mark.parametrize("key", ["sk-of-the-engine", None])
+def test_a_password_for_every_machine_takes_no_keys_place(key: str | None) -> None:
+    request = requests.Request("GET", "http://127.0.0.1:9/v1/models", auth=bearer(key))
+    shown = requests.Session().prepare_request(request).headers.get("Authorization")
+    assert shown == (f"Bearer {key}" if key else None)
 
 
 @pytest.mark.engine

@@ -104,6 +104,8 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_environment({"TMPDIR": "/" + 90 * "x"}), "WARN", "too long for sockets"),
         (doctor.check_cpu({"avx2"}, 2, False, quota=0.5), "WARN", "the time of 0.5 of 2 cores"),
         (doctor.check_cpu({"avx2"}, 2, False, quota=2), "OK", "2 cores"),
+        (doctor.check_netrc(False), "OK", "no password"),
+        (doctor.check_netrc(True), "WARN", "in a key's place"),
         (doctor.check_files(1024), "OK", "1024"),
         (doctor.check_files(64), "FAIL", "ulimit -n"),
         (doctor.check_place(Path("/home/ada/servebook/.venv"), [Path("/tmp")]), "OK", "names"),

@@ -203,9 +203,11 @@ def test_the_engine_lets_a_call_go_that_ends_early(server: launch.Server, end: g
     """Each front's in turn, beside a shorter one of the other's: if both went on, that would end first."""
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        for front, other in itertools.permutations(a_channel_to_each(server, stack).values()):
+        channels = list(a_channel_to_each(server, stack).values())
+        pace = measure_pace(lambda n: stub_on(channels[0]).Generate(of_tokens(pb.GenerateRequest, n), timeout=60))
+        for front, other in itertools.permutations(channels):
             late = end is grpc.StatusCode.DEADLINE_EXCEEDED
-            early = stub_on(front).StreamGenerate(LONG, timeout=2 if late else 120)  # no engine is at its end by then
+            early = stub_on(front).StreamGenerate(LONG, timeout=pace.seconds(1000, at_most=2) if late else 120)
             next(early)
             shorter = of_tokens(pb.StreamGenerateRequest, LONG.max_tokens - 100)
             kept = stub_on(other).StreamGenerate(shorter, timeout=120)

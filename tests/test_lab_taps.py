@@ -240,7 +240,7 @@ def test_a_replica_is_at_work_without_a_gap_on_a_fast_engine() -> None:
         return Answer()
 
     keep_at_work(ask, lambda: None, lambda: told.count("over") == 2)  # type: ignore[arg-type]
-    assert told[:7] == ["asked", "read", "asked", "over", "read", "asked", "over"]
+    assert told[:7] == ["asked", "read", "asked", "over", "asked", "read", "over"]
 
 
 @pytest.mark.parametrize(

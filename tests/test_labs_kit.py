@@ -437,6 +437,8 @@ def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) 
             for cell in cells_of(path).values():
                 assert "instructor" not in cell.metadata.get("tags", []), path
                 assert cell.source not in solved
+    readme = (bundle / "README.md").read_text()
+    assert not [word for word in ("make test", "make room", "CONTRIBUTING", "Dockerfile", ".github") if word in readme]
     assert "is not empty" in learner("release", bundle, code=1).stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pty
 import re
@@ -13,9 +14,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Empty
@@ -37,9 +39,9 @@ from servebook.bench.resources import is_engine
 from servebook.engine import faster_cpu
 from servebook.engine.arguments import promised_bytes
 from servebook.errors import LaunchError
-from servebook.launch import display, find_server, link, supervisor
+from servebook.launch import display, find_server, lifetime, link, supervisor
 from servebook.launch.files import Files, read_log, tail, visible
-from servebook.launch.keep import Phase
+from servebook.launch.keep import Kept, Phase, await_ready
 from servebook.launch.link import died, root_cause
 from servebook.launch.plan import Start
 from servebook.launch.processes import free_port
@@ -530,6 +532,33 @@ def test_an_ipv6_address(desk: Desk) -> None:
     assert entry["state"] == "ready"
     assert requests.get(f"http://{entry['endpoints']['http']}/health", timeout=10).status_code == 200
     assert {at for at, _ in listening(entry["pid"])} == {"::1"}
+
+
+def test_a_server_that_ends_in_the_moment_of_ready_is_not_said_to_be_ready(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    spec = replace(find_server("vllm"), ready=lambda _: True)
+    start = Start(spec, load_settings(state_dir=tmp_path), "vllm", owner="kernel")
+    there: Any = {"was_ready": False, "endpoints": {}, "preferred": {}}
+    kept = Kept(start, link.Link(ours), there, attached=False, display=display.progress("vllm"), claim=ExitStack())
+    with pytest.raises(LaunchError, match="vllm ended before it was ready"):
+        await_ready(kept)
+
+
+def test_a_lease_is_not_a_forks(tmp_path: Path) -> None:
+    """A worker of a kernel's pool may outlive it, and needs no server."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(10)
+    lifetime._leases[Files(tmp_path, "vllm")] = link.Link(ours)
+    fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    fork.start()
+    try:
+        lifetime._leases.pop(Files(tmp_path, "vllm")).close()
+        assert theirs.recv(1) == b"", "nobody holds the other end"
+        assert fork.is_alive()
+    finally:
+        fork.kill()
+        fork.join()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

@@ -81,6 +81,15 @@ def test_a_home_folder_is_stored_as_such_unless_it_is_the_root(
     assert nbformat.read(tmp_path / "a.ipynb", as_version=4).cells[0].outputs[0].text == stored
 
 
+def test_a_kernel_that_does_not_come_up_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: object, **__: object) -> None:
+        raise RuntimeError("Kernel didn't respond in 60 seconds")  # as jupyter_client says it
+
+    monkeypatch.setattr("papermill.execute_notebook", late)
+    problem = notebook_gate.run(CANARIES / "green.ipynb").problem
+    assert problem.startswith("the kernel did not start: Kernel didn't respond in 60 seconds")
+
+
 def test_parameters_reach_the_notebook() -> None:
     assert "+bye" in notebook_gate.run(CANARIES / "green.ipynb", {"greeting": "bye"}).problem
 

@@ -18,6 +18,7 @@ from servebook.launch import lifetime
 from servebook.launch.bound import bound
 from servebook.launch.child import Child, run_child
 from servebook.launch.link import STOP_SECONDS, Link
+from servebook.launch.probes import only_ours
 from servebook.launch.processes import (
     KEPT,
     can_bind,
@@ -28,7 +29,7 @@ from servebook.launch.processes import (
     marked,
     wait_until,
 )
-from servebook.settings import load_settings
+from servebook.settings import in_address, load_settings
 
 FAMILY = """
 import signal, subprocess, sys, time
@@ -142,14 +143,20 @@ def test_ports() -> None:
         can_bind("192.0.2.1", 8000)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_who_listens(host: str) -> None:
-    with socket.create_server((host, 0)) as listener:
+@pytest.mark.parametrize(
+    ("host", "address", "other"),
+    [("127.0.0.1", "127.0.0.1", "127.0.0.2"), ("0.0.0.0", "127.0.0.1", "127.0.0.2"), ("::1", "::1", "::2")],
+)
+def test_who_listens(host: str, address: str, other: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listener:
         port = listener.getsockname()[1]
-        assert listeners("127.0.0.1", port) == {os.getuid()}
-        with socket.create_connection(("127.0.0.1", port)):
-            assert listeners("127.0.0.2", port) == ({os.getuid()} if host == "0.0.0.0" else set())
-    assert listeners("127.0.0.1", port) == set()
+        assert listeners(address, port) == {os.getuid()}
+        assert only_ours(f"http://{in_address(address)}:{port}/path")
+        with socket.create_connection((address, port)):
+            assert listeners(other, port) == ({os.getuid()} if host == "0.0.0.0" else set())
+    assert listeners(address, port) == set()
+    assert not only_ours(f"http://{in_address(address)}:{port}/path")
 
 
 def test_the_environment_of_a_process() -> None:

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from http.client import HTTPConnection, HTTPException
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -55,7 +56,7 @@ from servebook.room.front import RELAYED, Front, Learner
 from servebook.room.keys import Roll, engine_key
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.room.usage import Usage
-from servebook.settings import Settings, load_settings
+from servebook.settings import Settings, load_settings, own_settings
 from servebook.ways.limits import GIVEN_UP
 
 KEY = "the-instructors-key"
@@ -678,6 +679,38 @@ async def test_whoever_listens_in_the_place_of_a_rooms_engine_is_told_nothing(
     assert not told, "not even a connection was made"
 
 
+@pytest.mark.usefixtures("no_key_set")
+def test_whoever_listens_in_the_place_of_the_front_is_told_nothing(
+    squatter: IO[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = squatter.readline().strip()
+    entry = {"name": "front", "state": "starting", "endpoints": {"http": f"127.0.0.1:{port}"}}
+    monkeypatch.setattr(launch, "status", lambda _: [entry])
+    room = admin.RoomAdmin(instructors_settings())
+    for ask in (room.board, room.learners):
+        with pytest.raises(ServebookError, match="The room does not answer"):
+            ask()
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        assert not hub.renew_routes("proxy", f"http://127.0.0.1:{proxy.server_port}", f"http://127.0.0.1:{port}", KEY)
+        proxy.shutdown()
+    told, _, _ = select.select([squatter], [], [], 0.5)
+    assert not told, "not even a connection was made"
+
+
+def test_the_key_is_that_of_the_room_whichever_terminal_started_it(
+    no_key_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = own_settings()
+    assert admin.with_rooms_key(settings) == settings, "no room is up"
+    with subprocess.Popen(["sleep", "600"], env={"SERVEBOOK_API_KEY": KEY}) as front:
+        monkeypatch.setattr(admin, "describe", lambda _: {"pid": front.pid})
+        try:
+            eventually(lambda: admin.with_rooms_key(settings).key == KEY, "the key of the front")
+        finally:
+            front.kill()
+
+
 async def test_a_class_that_asks_at_once_costs_two_looks_which_the_event_loop_does_not_wait_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1229,6 +1262,7 @@ def test_what_answers_in_the_fronts_place_is_quoted_by_its_status(
     answer = requests.Response()
     answer.status_code, answer.reason, answer._content = 502, "Bad Gateway", says.encode()
     monkeypatch.setattr(requests, "request", lambda *_, **__: answer)
+    monkeypatch.setattr(admin, "only_ours", lambda _: True)
     with pytest.raises(ServebookError, match="The room answers 502 Bad Gateway"):
         admin.RoomAdmin(instructors_settings()).learners()
 

@@ -59,8 +59,8 @@ def fit(requests: list[int], tokens: list[int], seconds: list[float]) -> tuple[f
     return float(found[0]), float(request_error), float(found[1]), float(token_error)
 
 
-async def fit_cost(arm: Arm, callers: int, rounds: int = 2) -> Cost:
-    """Measure blocks of answers of each length in turns, which stay in `arm.blocks`, and fit the line."""
+async def fit_cost(arm: Arm, callers: int, rounds: int = 4) -> Cost:
+    """Measure blocks of an answer for each caller, the lengths in turns, and fit the line; they stay in `arm.blocks`."""
     requests: list[int] = []
     tokens: list[int] = []
     seconds: list[float] = []
@@ -69,7 +69,7 @@ async def fit_cost(arm: Arm, callers: int, rounds: int = 2) -> Cost:
     for number, length in enumerate(LENGTHS * rounds, start=1):
         arm.jobs = jobs_for(arm.path, Workload(max_tokens=length), crc32(f"{arm.path.name} {number}".encode()))
         before = np.array(arm.tree.by_process())
-        load = (await arm.block(callers, 2 * callers, None, 0)).load
+        load = (await arm.block(callers, callers, None, 0)).load
         took = np.array(arm.tree.by_process()) - before
         requests.append(len(load.samples))
         tokens.append(load.output_tokens)

@@ -30,8 +30,8 @@ class CountingProxy:
     """Forwards connections to one address and counts what passes."""
 
     def __init__(self, target: str) -> None:
-        self.host, _, port = target.rpartition(":")
-        self.port = int(port)
+        host, _, port = target.rpartition(":")
+        self.host, self.port = host.strip("[]"), int(port)
         self.bytes = 0
         self.tasks: set[asyncio.Task[None]] = set()
 

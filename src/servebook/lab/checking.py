@@ -11,6 +11,7 @@ from typing import Any
 
 import requests
 
+from servebook.bearer import bearer
 from servebook.lab.capstone.contract import ID as CAPSTONE
 from servebook.lab.capstone.judge import judge_service
 from servebook.lab.feedback import NotPassed, NotYet, Result, StillOpen
@@ -106,9 +107,8 @@ def tell_room(result: Result) -> None:
         return
     cause = result.cause if result.state == "wrong" else result.got.partition("\n")[0]
     said = {"exercise": result.exercise.id, "state": result.state, "cause": cause}
-    headers = {"Authorization": f"Bearer {settings.key}"}
     with contextlib.suppress(requests.RequestException):  # it is no learner's matter whether it arrives
-        requests.post(f"{settings.engine_url}/room/checks", json=said, headers=headers, timeout=TELL_SECONDS)
+        requests.post(f"{settings.engine_url}/room/checks", json=said, auth=bearer(settings.key), timeout=TELL_SECONDS)
 
 
 def remember(result: Result) -> str:

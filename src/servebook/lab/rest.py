@@ -7,6 +7,7 @@ from typing import Any
 
 import requests
 
+from servebook.bearer import bearer
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.submission import Causes, Submission
@@ -110,8 +111,7 @@ def context_length(server: Server) -> int:
     Raises:
         ServebookError: the server is full.
     """
-    headers = {"Authorization": f"Bearer {key_of(server)}"}
-    answer = requests.get(f"{server.url}/v1/models", headers=headers, timeout=60)
+    answer = requests.get(f"{server.url}/v1/models", auth=bearer(key_of(server)), timeout=60)
     not_full(answer.status_code)
     return int(answer.json()["data"][0]["max_model_len"])
 
@@ -143,6 +143,8 @@ def sends(exchange: Exchange, causes: Mapping[str, str] | None = None, **fields:
     body = exchange.body if isinstance(exchange.body, dict) else {}
     if "chat" in exchange.path and "max_completion_tokens" in body:  # today's name for the same
         body = {"max_tokens": body["max_completion_tokens"], **body}
+    if isinstance(body.get("prompt"), list) and len(body["prompt"]) == 1:  # the API takes several; one is the same
+        body = {**body, "prompt": body["prompt"][0]}
     for name, value in fields.items():
         judge(
             value,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from urllib.parse import urlsplit
 
+from servebook.bearer import bearer
 from servebook.errors import LaunchError
 from servebook.settings import Settings
 
@@ -21,9 +22,8 @@ def ask_elsewhere(settings: Settings) -> tuple[str, dict[str, str]]:
     import requests
 
     url = str(settings.engine_url)
-    headers = {"Authorization": f"Bearer {settings.key}"} if settings.key else {}
     try:
-        answer = requests.get(f"{url}/v1/models", headers=headers, timeout=10)
+        answer = requests.get(f"{url}/v1/models", auth=bearer(settings.key), timeout=10)
         answer.raise_for_status()
         model = answer.json()["data"][0]["id"]
     except requests.HTTPError as error:

@@ -116,7 +116,8 @@ def await_ready(kept: Kept) -> None:
             )
         display.phase(phase.now())
         time.sleep(POLL_SECONDS)
-    kept.link.ask("ready")
+    if kept.link.ask("ready") is None:  # it was ended in this moment
+        raise died(start.files)
     where = ", ".join(f"{kind} {address}" for kind, address in there["endpoints"].items())
     moved = [
         str(port) for kind, port in there["preferred"].items() if not there["endpoints"][kind].endswith(f":{port}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,16 @@ from servebook.settings import Settings, load_settings, own_settings, url_of
 
 _leases: dict[Files, Link] = {}
 """Leases of this process: they end with it, however it ends."""
+
+
+def _leave_to_parent() -> None:
+    """In a fork: its copies of the leases would keep the servers of a process that has ended."""
+    for link in _leases.values():
+        link.close()
+    _leases.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @dataclass(frozen=True)
@@ -117,9 +128,11 @@ def up(name: str, settings: Settings | None = None, **overrides: Any) -> Server:
             "Unset it to run one here.",
         )
     there, leases = keep(plan(start))
+    heard = [link.ask("keep") for link in leases.values()]
     for link in leases.values():
-        link.ask("keep")
         link.close()
+    if None in heard:
+        raise LaunchError(f"{name} was ready, and has ended.", f"See `servebook logs {name}`.")
     return _server(there, start.settings)
 
 

@@ -1,10 +1,14 @@
-"""Whether a server answers: asked past any proxy, and without a slow import."""
+"""Whether a server answers, and whose it is: asked past any proxy, and without a slow import."""
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from urllib.parse import urlsplit
+
+from servebook.launch.processes import listeners
 
 PROBE_SECONDS = 2.0
 
@@ -17,6 +21,20 @@ def listens(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def only_ours(url: str) -> bool:
+    """Whether programs of this user, and of no other, listen where a URL of this machine leads.
+
+    Who sends a secret there asks first: when a server has ended, another user may take its port.
+    """
+    at = urlsplit(url)
+    assert at.hostname, f"{url} names no host"
+    try:
+        found = socket.getaddrinfo(at.hostname, at.port, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return set().union(*(listeners(str(each[4][0]), at.port or 80) for each in found)) == {os.getuid()}
 
 
 def http_ok(address: str, path: str, words: bytes = b"") -> bool:

@@ -170,14 +170,19 @@ def can_bind(host: str, port: int) -> bool:
     return True
 
 
-def listeners(host: str, port: int) -> set[int]:
-    """The users, by number, whose programs take connections to `host`:`port` of this machine; `host` is IPv4.
+def listeners(address: str, port: int) -> set[int]:
+    """The users, by number, whose programs take connections to `address`:`port` of this machine, IPv4 or IPv6.
 
     As /proc/net/tcp has it: `sl local_address rem_address st tx:rx tr:when retrnsmt uid …`, where 0A is LISTEN.
     """
-    numbers = (int.from_bytes(socket.inet_aton(at), sys.byteorder) for at in (host, "0.0.0.0"))
-    places = {f"{number:08X}:{port:04X}" for number in numbers}
-    rows = (line.split() for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:])
+    family = _family(address)
+    places = set()
+    for at in (address, "::" if family == socket.AF_INET6 else "0.0.0.0"):
+        packed = socket.inet_pton(family, at)
+        words = (int.from_bytes(packed[i : i + 4], sys.byteorder) for i in range(0, len(packed), 4))
+        places.add(f"{''.join(f'{word:08X}' for word in words)}:{port:04X}")
+    table = Path("/proc/net/tcp6" if family == socket.AF_INET6 else "/proc/net/tcp")
+    rows = (line.split() for line in table.read_text(encoding="ascii").splitlines()[1:])
     return {int(row[7]) for row in rows if row[1] in places and row[3] == "0A"}
 
 

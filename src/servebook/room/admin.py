@@ -13,12 +13,16 @@ from urllib.parse import quote
 
 import requests
 from filelock import FileLock
+from pydantic import SecretStr
 
 from servebook import launch
+from servebook.bearer import bearer
 from servebook.errors import ServebookError
 from servebook.launch.files import Files
-from servebook.launch.processes import KEPT, environment_of, listeners
+from servebook.launch.probes import only_ours
+from servebook.launch.processes import KEPT, environment_of
 from servebook.launch.states import describe
+from servebook.room.board import watch_key
 from servebook.settings import LOOPBACK, Settings, load_settings, own_settings
 from servebook.whole import write_whole
 
@@ -48,6 +52,13 @@ def rooms_settings() -> Settings:
     os.environ |= {name: value for name, value in given if name.startswith("SERVEBOOK_") and name != KEPT}
     os.environ["SERVEBOOK_STATE_DIR"] = str(state_dir)  # given from another folder, perhaps
     return instructors_settings(there["host"])
+
+
+def with_rooms_key(settings: Settings) -> Settings:
+    """The same settings, with the key of the front that is up, in whichever terminal it was started."""
+    there = describe(Files(settings.state_dir, "front"))
+    key = environment_of(there["pid"] or 0).get("SERVEBOOK_API_KEY") if there else None
+    return settings.model_copy(update={"api_key": SecretStr(key)}) if key else settings
 
 
 def instructors_key(settings: Settings) -> str:
@@ -151,7 +162,7 @@ class RoomAdmin:
 
     def board(self) -> dict[str, Any]:
         """The engine's load, and every learner's standing, who needs help first."""
-        board: dict[str, Any] = self._ask("GET", "services/watch/board").json()
+        board: dict[str, Any] = self._ask("GET", "services/watch/board", watch_key(self.key)).json()
         return board
 
     def admit(self, name: str) -> str:
@@ -170,10 +181,12 @@ class RoomAdmin:
         """The front's metrics, as Prometheus reads them."""
         return self._ask("GET", "room/metrics").text
 
-    def _ask(self, method: str, path: str) -> requests.Response:
-        headers = {"Authorization": f"Bearer {self.key}"}
+    def _ask(self, method: str, path: str, key: str = "") -> requests.Response:
+        """The front's answer. Nothing is said to anybody else who listens in its place."""
         try:
-            answer = requests.request(method, f"{self.url}/{path}", headers=headers, timeout=10)
+            if not only_ours(self.url):
+                raise requests.ConnectionError
+            answer = requests.request(method, f"{self.url}/{path}", auth=bearer(key or self.key), timeout=10)
         except requests.RequestException:
             raise ServebookError("The room does not answer.", "`servebook status` shows whether it is up.") from None
         if not answer.ok:
@@ -220,9 +233,9 @@ class HubAdmin:
         """The hub's answer about a learner, None for 404. Nothing is said to anybody else who listens in its place."""
         url = f"http://{LOOPBACK}:{self.port}/hub/api/users/{quote(name, safe='')}{of_them}"
         try:
-            if listeners(LOOPBACK, self.port) != {os.getuid()}:
+            if not only_ours(url):
                 raise requests.ConnectionError
-            answer = requests.request(method, url, headers={"Authorization": f"token {self.key}"}, timeout=HUB_SECONDS)
+            answer = requests.request(method, url, auth=bearer(self.key, "token"), timeout=HUB_SECONDS)
         except requests.RequestException:
             raise ServebookError("The hub does not answer.", "`servebook logs hub` says why.") from None
         if answer.status_code == 404:

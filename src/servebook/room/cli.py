@@ -35,11 +35,12 @@ from servebook.room.admin import (
     join_code,
     rooms_settings,
     signed_up,
+    with_rooms_key,
 )
 from servebook.room.board import watch_key
 from servebook.room.hub import require_safe, why_not_apart
 from servebook.room.tls import address, files, fingerprint, host_for_learners
-from servebook.settings import LOOPBACK, Settings, is_loopback, own_settings
+from servebook.settings import LOOPBACK, Settings, in_address, is_loopback, own_settings
 
 app = typer.Typer(no_args_is_help=True, help="A room of learners: JupyterHub, and one engine with a key for each.")
 out = plain_console(soft_wrap=True)
@@ -288,7 +289,8 @@ def admit(name: Name) -> None:
     room = RoomAdmin(settings)
     front = describe(Files(settings.state_dir, "front"))  # which a room opens only where it was opened before
     opened = settings.model_copy(update={"host": front["host"] if front else LOOPBACK})
-    url = room.url if is_loopback(opened.host) else room.url.replace(LOOPBACK, host_for_learners(opened))
+    port = room.url.rpartition(":")[2]
+    url = room.url if is_loopback(opened.host) else f"http://{in_address(host_for_learners(opened))}:{port}"
     known = any(row["name"] == name for row in room.learners())
     print(f"export SERVEBOOK_ENGINE_URL={url} SERVEBOOK_API_KEY={room.admit(name)}")
     if known:
@@ -346,7 +348,7 @@ def collect(
 def passed_on_the_board(settings: Settings) -> dict[str, int]:
     """How many exercises each learner has passed while the front has been up; nobody where there is no room."""
     with suppress(ServebookError):
-        return {row["name"]: row["passed"] for row in RoomAdmin(settings).board()["learners"]}
+        return {row["name"]: row["passed"] for row in RoomAdmin(with_rooms_key(settings)).board()["learners"]}
     return {}
 
 

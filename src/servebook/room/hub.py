@@ -25,9 +25,11 @@ from typing import Annotated, Any
 import requests
 import typer
 
+from servebook.bearer import bearer
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
 from servebook.lab.handout.confine import hub_cache
+from servebook.launch.probes import only_ours
 from servebook.launch.processes import adopt_orphans, children
 from servebook.room.admin import join_code
 from servebook.room.desk import make_master
@@ -218,7 +220,8 @@ def renew_routes(name: str, routes_url: str, hub_url: str, key: str) -> bool:
         return True
     with suppress(requests.RequestException):
         requests.get(routes_url, timeout=1)  # whatever it answers, it is up
-        return requests.post(f"{hub_url}/hub/api/proxy", headers={"Authorization": f"token {key}"}, timeout=5).ok
+        if only_ours(hub_url):  # else another user listens there, or nobody
+            return requests.post(f"{hub_url}/hub/api/proxy", auth=bearer(key, "token"), timeout=5).ok
     return False
 
 

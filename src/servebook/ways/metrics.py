@@ -5,6 +5,7 @@ from __future__ import annotations
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from servebook.bearer import bearer
 from servebook.errors import ServebookError
 from servebook.settings import url_of
 
@@ -20,7 +21,7 @@ def page_text(url: str, key: str | None = None) -> str:
     """
     page = f"{url_of(url).removesuffix('/metrics').rstrip('/')}/metrics"
     try:
-        answer = requests.get(page, headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=30)
+        answer = requests.get(page, auth=bearer(key), timeout=30)
         answer.raise_for_status()
     except requests.RequestException as error:
         raise ServebookError(f"There are no metrics at {page} ({type(error).__name__}).", "Is the server up?") from None

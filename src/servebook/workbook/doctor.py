@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from requests.utils import get_netrc_auth
 
 from servebook import launch
 from servebook.checkout import ROOT
@@ -372,6 +373,14 @@ def check_environment(environment: Mapping[str, str], cache_dir: Path = Path("/t
     return Finding("OK", "variables", "nothing unknown, no proxy in the way")
 
 
+def check_netrc(passwords: bool) -> Finding:
+    """Whether `requests` would send a password of ~/.netrc to servers of this machine, in the place of a key."""
+    if not passwords:
+        return Finding("OK", "netrc", "no password for this machine")
+    what = "~/.netrc has a password for this machine, perhaps as `default`: `requests` sends it in a key's place"
+    return Finding("WARN", "netrc", what, "Name the machine there that the password is for. Labs with keys fail else.")
+
+
 def proxied(environment: Mapping[str, str]) -> str:
     """Which proxy would get requests to this very machine, and from whom; "" where none would.
 
@@ -475,6 +484,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
             check_engine_url(settings.engine_url, _engine_problem(settings)),
             check_servers(entries, _orphans()),
             check_environment(GIVEN, settings.cache_dir),
+            check_netrc(bool(get_netrc_auth("http://127.0.0.1"))),
             check_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
             check_place(Path(sys.prefix), [settings.state_dir, settings.cache_dir]),
         ]

@@ -144,6 +144,8 @@ def _execute(notebook: Path, wants: Mapping[str, Any], parameters: Mapping[str, 
             problem = f"a cell ran beyond its time, or the notebook beyond its {limit} s: {error}"
         except DeadKernelError:
             problem = "the kernel died"
+        except RuntimeError as error:  # jupyter_client's, of a kernel that does not come up in time
+            problem = f"the kernel did not start: {error}"
         cells = nbformat.read(output, as_version=4).cells if output.is_file() else []
     return {cell.id: cell for cell in cells}, problem
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import requests
 
+from servebook.bearer import bearer
 from servebook.lab.capstone.contract import CAPACITY, command_of
 from servebook.lab.feedback import NotYet
 from servebook.lab.rest import key_of
@@ -60,10 +61,10 @@ class Stream:
         self.status = response.status_code
         self.kind = response.headers.get("Content-Type", "")
         self.lines = response.iter_lines(chunk_size=1)
-        self.text, self.pieces, self.done = "", 0, False
+        self.text, self.pieces, self.done, self.ended = "", 0, False, False
 
     def piece(self) -> str | None:
-        """The text of the next event, None at the end; an event of another kind has none.
+        """The text of the next event; an error has none, nor has the end, after which the stream has `ended`.
 
         Raises:
             NotYet: it is none that the brief knows.
@@ -91,13 +92,14 @@ class Stream:
                 "each event is one line: data:, a JSON object with a text, and an empty line after it",
             ) from None
         except requests.RequestException:
-            return None  # broken off
+            pass  # broken off
+        self.ended = True
         return None
 
     def rest(self) -> None:
         """Read it to its end."""
-        while self.piece() is not None:
-            pass
+        while not self.ended:
+            self.piece()
 
     def leave(self) -> None:
         """Hang up."""
@@ -211,7 +213,7 @@ class Bench:
             NotYet: no answer begins within `seconds`.
         """
         try:
-            return requests.request(method, self.url + path, timeout=seconds, **how)
+            return requests.request(method, self.url + path, auth=bearer(None), timeout=seconds, **how)
         except requests.Timeout:
             cause = "the service waits for something that does not come, or a call that blocks keeps it from answering"
             raise NotYet(f"an answer to {method} {path}", f"none within {seconds:.0f} s", cause) from None

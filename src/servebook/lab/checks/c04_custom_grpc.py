@@ -20,6 +20,7 @@ import requests
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from servebook.bearer import bearer
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.learner_server.judge import GATHERED, USED_UP, StreamWatch, own_server, written
 from servebook.lab.learner_server.run import OwnServer
@@ -425,7 +426,7 @@ class Front(llm_pb2_grpc.LLMServiceServicer):
         body = {"model": self.vllm.model, "prompt": request.prompt, "max_tokens": 8, "stream": True}
         with requests.post(
             f"{self.vllm.url}/v1/completions",
-            headers={"Authorization": f"Bearer {key_of(self.vllm)}"},
+            auth=bearer(key_of(self.vllm)),
             json=body | {"ignore_eos": True},
             stream=True,
             timeout=SECONDS,

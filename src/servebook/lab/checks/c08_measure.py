@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
+from itertools import count
 from typing import Any
 
 import numpy as np
 import requests
 
+from servebook.bearer import bearer
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.rest import key_of, not_full
 from servebook.lab.submission import Causes, Submission
@@ -43,7 +45,7 @@ def _stream(url: str, key: str, model: str, max_tokens: int) -> tuple[float, Arr
     asked = time.perf_counter()
     with requests.post(
         f"{url}/v1/completions",
-        headers={"Authorization": f"Bearer {key}"},
+        auth=bearer(key),
         json=body | {"ignore_eos": True, "return_token_ids": True},
         stream=True,
         timeout=60,
@@ -134,7 +136,7 @@ def check_08_2(submission: Submission) -> None:
         def ask() -> None:
             answer = requests.post(
                 f"{tap.url}/v1/completions",
-                headers={"Authorization": f"Bearer {key_of(vllm)}"},
+                auth=bearer(key_of(vllm)),
                 json={"model": vllm.model, "prompt": "Hello", "max_tokens": 1},
                 timeout=60,
             )
@@ -356,11 +358,12 @@ def check_08_5(submission: Submission) -> None:
     open_loop = submission.function("open_loop")
     at = [0.05 * number for number in range(12)]
     everybody = threading.Barrier(len(at))
+    numbers = count()
     began: list[float] = []
     released: list[float] = []
 
     def ask() -> str:
-        number = len(began)
+        number = next(numbers)  # of one thread each, however they are switched
         began.append(time.perf_counter())
         with suppress(threading.BrokenBarrierError):  # it is too late for all: nobody waits any more
             everybody.wait(LATE_SECONDS)
@@ -396,10 +399,12 @@ def check_08_5(submission: Submission) -> None:
     )
     is_list = isinstance(got, list | tuple) and len(got) == len(at)
     require(is_list, f"a list of {len(at)}", got, "return one value for each moment, in the order of at")
-    numbers = [value for value in got if value is not None]
+    values = [value for value in got if value is not None]
     require(
-        len(numbers) == len(at) - 1, "one None, for the question that raised", got, "None stands for what raised, alone"
+        len(values) == len(at) - 1, "one None, for the question that raised", got, "None stands for what raised, alone"
     )
+    in_numbers = all(isinstance(value, int | float) for value in values)
+    require(in_numbers, "a number for each", got, "how long each took, in seconds: time.perf_counter() has numbers")
     least, most = min(released) - min(began), after - before
 
     def taken(values: list[float | None], shift: float = 0.0, factor: float = 1.0) -> bool:
@@ -408,7 +413,7 @@ def check_08_5(submission: Submission) -> None:
         slack = 0.001
         return all(least - slack <= value / factor + (1 - shift) * due <= most + slack for value, due in pairs)
 
-    falling = sorted(numbers, reverse=True)
+    falling = sorted(values, reverse=True)
     judge(
         [round(least - due, 2) for due in at],
         list(got),

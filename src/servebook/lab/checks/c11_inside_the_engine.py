@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import requests
 
+from servebook.bearer import bearer
 from servebook.lab.feedback import judge
 from servebook.lab.rest import key_of
 from servebook.lab.submission import Submission
@@ -28,7 +29,7 @@ def measured(url: str, key: str, model: str) -> list[float]:
         started = time.perf_counter()
         requests.post(
             f"{url}/v1/completions",
-            headers={"Authorization": f"Bearer {key}"},
+            auth=bearer(key),
             json={"model": model, "prompt": [random.randrange(1000, 30_000) for _ in range(length)], "max_tokens": 1},
             timeout=60,
         ).raise_for_status()

@@ -10,6 +10,7 @@ from typing import Any
 
 import requests
 
+from servebook.bearer import bearer
 from servebook.lab.feedback import judge
 from servebook.lab.rest import key_of
 from servebook.lab.submission import Submission
@@ -28,7 +29,7 @@ def watched(url: str, key: str, model: str) -> list[Page]:
     for _ in range(2):
         requests.post(
             f"{url}/v1/completions",
-            headers={"Authorization": f"Bearer {key}"},
+            auth=bearer(key),
             json={"model": model, "prompt": "The sea", "max_tokens": 3, "ignore_eos": True},
             timeout=60,
         ).raise_for_status()

@@ -9,6 +9,7 @@ from typing import Any
 import requests
 from jsonschema import Draft202012Validator
 
+from servebook.bearer import bearer
 from servebook.lab.feedback import NotYet, judge, require, shorten
 from servebook.lab.rest import key_of, not_full
 from servebook.lab.submission import Submission
@@ -33,7 +34,7 @@ def check_13_1(submission: Submission) -> None:
     turn = [{"role": "user", "content": "The printer is on fire!"}]
     answer = requests.post(
         f"{vllm.url}/v1/chat/completions",
-        headers={"Authorization": f"Bearer {key_of(vllm)}"},
+        auth=bearer(key_of(vllm)),
         json={"model": vllm.model, "messages": turn, "max_tokens": 1, "response_format": form},
         timeout=60,
     )

@@ -24,7 +24,11 @@ BUNDLE = (
 """What a student's machine needs: tests hold answers, most of `docs` is the instructor's, and labs are made anew."""
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#]+)[^)]*\)")
 """A relative link in Markdown: its words, and the file. Not a picture."""
-INSTRUCTORS = re.compile(r"^\$ make test [^\n]*\n|^## A room of learners\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
+INSTRUCTORS = re.compile(
+    r"^\$ make test [^\n]*\n|^(`make test`|To add to the workbook|To try one of them|### In a container\n).*?\n(?=\n)\n"
+    r"|^\| the tests need [^\n]*\n|^## A room of learners\n.*?(?=^## )",
+    re.DOTALL | re.MULTILINE,
+)
 """What README says of parts that a bundle does not have."""
 
 

@@ -42,7 +42,7 @@ def listen_in(address: str) -> Iterator[tuple[str, list[Frame]]]:
 
         def relay() -> None:
             client, _ = listener.accept()
-            server = socket.create_connection((host, int(port)))
+            server = socket.create_connection((host.strip("[]"), int(port)))
             threading.Thread(target=_pass_on, args=(client, server), daemon=True).start()
             with client, server, server.makefile("rb") as incoming:
                 _note(incoming, client, frames)

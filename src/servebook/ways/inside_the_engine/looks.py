@@ -111,15 +111,17 @@ async def watch(url: str, *work: Coroutine[object, object, T], key: str | None =
     The first look is before the work, the last one after it.
     """
     looks = [await asyncio.to_thread(look, url, key)]
-    doing = asyncio.gather(*work)
+    tasks = [asyncio.ensure_future(each) for each in work]
+    doing = asyncio.gather(*tasks)
     try:
         while not doing.done():
             looks.append(await asyncio.to_thread(look, url, key))
             await asyncio.wait([doing], timeout=EVERY_SECONDS)
         looks.append(await asyncio.to_thread(look, url, key))
     finally:
-        doing.cancel()  # where a look fails, or the caller is cancelled
-        await asyncio.gather(doing, return_exceptions=True)
+        for task in tasks:  # where one of them or a look fails, or the caller is cancelled
+            task.cancel()
+        await asyncio.gather(doing, *tasks, return_exceptions=True)
     return await doing, looks
 
 

@@ -99,7 +99,9 @@ class V2Client:
                 if response.outputs:
                     yield outputs(answer)
         finally:
+            stream = self.stub._stream
             self.stub.stop_stream(cancel_requests=not final)
+            stream._request_queue.put(None)  # when it has cancelled, its thread would wait for ever to send
 
     def __enter__(self) -> V2Client:
         return self

@@ -23,6 +23,7 @@ import requests
 import tritonclient.grpc as triton
 from smg_grpc_proto import vllm_engine_pb2
 
+from servebook.bearer import bearer
 from servebook.protos.llm.v1 import llm_pb2
 from servebook.protos.vllm import inference_pb2
 from servebook.settings import TENSOR_MODEL_NAME
@@ -237,8 +238,7 @@ def _status(error: Any) -> str:
 
 
 def _post(url: str, body: dict[str, Any], key: str | None, stream: bool) -> Cell:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    answer = requests.post(url, json=body, headers=headers, timeout=60)
+    answer = requests.post(url, json=body, auth=bearer(key), timeout=60)
     if not answer.ok:
         return Cell(False, f"{answer.status_code}: {answer.text}"[:TOLD])
     kind = answer.headers["content-type"].partition(";")[0]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from openai import AsyncOpenAI, OpenAI
+from openai import APIConnectionError, AsyncOpenAI, AsyncStream, OpenAI, Stream
 from openai.types import Completion
 
 from servebook.ways.client import Answer, Piece
@@ -58,8 +58,9 @@ class OpenAIClient:
                 else:
                     yield piece
                 tokens = tokens_of(event)
-            if end:
-                yield end
+            if end is None:
+                raise cut_off(events)
+            yield end
 
     def __enter__(self) -> OpenAIClient:
         return self
@@ -111,14 +112,20 @@ class OpenAIAioClient:
                 else:
                     yield piece
                 tokens = tokens_of(event)
-            if end:
-                yield end
+            if end is None:
+                raise cut_off(events)
+            yield end
 
     async def __aenter__(self) -> OpenAIAioClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.client.close()
+
+
+def cut_off(events: Stream[Completion] | AsyncStream[Completion]) -> APIConnectionError:
+    """For a stream that came to its end before the answer did: a proxy may end it well where the engine is gone."""
+    return APIConnectionError(message="The stream ended before the answer.", request=events.response.request)
 
 
 def tokens_of(event: Completion) -> int:

@@ -6,6 +6,7 @@ import time
 
 import requests
 
+from servebook.bearer import bearer
 from servebook.errors import ServebookError
 from servebook.ways.metrics import metric, page_text, samples
 
@@ -69,7 +70,7 @@ class RouterClient:
     def _ask(self, method: str, path: str, **query: str) -> requests.Response:
         # add_worker waits until the replica is healthy, for up to ten minutes; nobody should wait that long.
         try:
-            answer = requests.request(method, self.url + path, params=query, timeout=60)
+            answer = requests.request(method, self.url + path, params=query, auth=bearer(None), timeout=60)
         except requests.Timeout:
             raise ServebookError(
                 f"The router has not answered {method} {path} for a minute.",

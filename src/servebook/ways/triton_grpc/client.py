@@ -91,7 +91,9 @@ class TritonClient:
                     final = result.get_response().parameters["triton_final_response"].bool_param
                     yield result
             finally:
+                stream = client._stream
                 client.stop_stream(cancel_requests=not final)
+                stream._request_queue.put(None)  # when it has cancelled, its thread would wait for ever to send
 
     def __enter__(self) -> TritonClient:
         return self

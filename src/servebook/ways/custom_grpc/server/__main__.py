@@ -49,8 +49,8 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     ours.key = load_settings().key
     if not is_loopback(ours.host) and not (ours.tls_cert and ours.key):
         parser.error(
-            f"--host {ours.host} opens the server to the network: set SERVEBOOK_API_KEY, --tls-cert and --tls-key, "
-            "or stay on 127.0.0.1"
+            f"--host {ours.host} opens the server to the network: set SERVEBOOK_API_KEY, --tls-cert and --tls-key "
+            "(for `servebook up grpc` SERVEBOOK_TLS_CERT and SERVEBOOK_TLS_KEY), or stay on 127.0.0.1"
         )
     return ours, engine_words
 

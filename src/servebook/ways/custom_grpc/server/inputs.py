@@ -90,7 +90,7 @@ class Inputs:
         if not 1 <= max_tokens <= room:
             raise invalid(
                 "max_tokens",
-                f"must be from 1 to {room} after {prompt_tokens} prompt tokens, got {max_tokens}",
+                f"must be from 1 to {room} after a prompt of {prompt_tokens}, got {max_tokens}",
             )
         if not 0 <= request.temperature <= MAX_TEMPERATURE:  # NaN does not pass either
             raise invalid("temperature", f"must be from 0 to {MAX_TEMPERATURE}, got {request.temperature}")
