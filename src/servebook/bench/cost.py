@@ -60,7 +60,7 @@ def fit(requests: list[int], tokens: list[int], seconds: list[float]) -> tuple[f
 
 
 async def fit_cost(arm: Arm, callers: int, rounds: int = 4) -> Cost:
-    """Measure blocks of an answer for each caller, the lengths in turns, and fit the line; they stay in `arm.blocks`."""
+    """Measure blocks of an answer for each caller, the lengths in turns, and fit the line; `arm.blocks` has them."""
     requests: list[int] = []
     tokens: list[int] = []
     seconds: list[float] = []
