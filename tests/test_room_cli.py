@@ -139,7 +139,7 @@ def test_a_desk_is_closed_by_its_learners_name_at_the_door(room: dict[str, Any])
 def test_the_key_is_not_sent_to_whoever_has_the_hubs_port(
     room: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admin, "listeners", lambda *_: {64999})
+    monkeypatch.setattr("servebook.launch.probes.listeners", lambda *_: {64999})
     assert str(run("close", "ada").exception).startswith("The hub does not answer.")
     assert not Answers.asked
 
