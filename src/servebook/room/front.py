@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,14 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import ValidationError
 
-from servebook.launch.processes import listeners
+from servebook.launch.probes import only_ours
 from servebook.room import asking
 from servebook.room.asking import GENERATING, TOKENIZING, TOKENIZING_BYTES
 from servebook.room.board import Attempt, Board, stuck_first, watch_key
@@ -180,7 +178,7 @@ class Front:
         self.changing = asyncio.Lock()  # of the roll, and what follows from it
         self.looking = asyncio.Lock()  # at who listens in the engine's place, for `require_own`
         self.looked = 0.0
-        self.listening: set[int] = set()
+        self.ours = False
         self.board = Board()
 
     def app(self) -> web.Application:
@@ -228,10 +226,10 @@ class Front:
             # A look takes the system 5 ms and more. One that began later than this was asked for is as good as its own:
             # a class that begins to ask all at once costs two, not two for each.
             if self.looked <= asked:
-                at, began = urlsplit(self.upstream), time.monotonic()
-                self.listening = await asyncio.to_thread(listeners, at.hostname or "", at.port or 0)
+                began = time.monotonic()
+                self.ours = await asyncio.to_thread(only_ours, self.upstream)
                 self.looked = began
-        if self.listening != {os.getuid()}:
+        if not self.ours:
             raise aiohttp.ClientConnectionError("no engine of ours is there")
 
     def learner(self, name: str) -> Learner:
