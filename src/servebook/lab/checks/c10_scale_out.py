@@ -289,9 +289,9 @@ def check_10_3(submission: Submission) -> None:
         return drain(tap.url, leaving)
 
     def works() -> bool:
-        """Whether the replica has work, or says so: a busy machine may take seconds to end what nobody reads."""
+        """Whether a server is what the learner waits for: the router answers, or the replica has work, or says so."""
         states = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-        return not finished.done() or any(metric(leaving, state) for state in states)
+        return tap.busy() or not finished.done() or any(metric(leaving, state) for state in states)
 
     with Tap(router.url) as tap, ThreadPoolExecutor(1) as pool:
         finished = pool.submit(keep_at_work, ask, at_work.set, over)
