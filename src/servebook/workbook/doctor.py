@@ -378,7 +378,7 @@ def check_netrc(passwords: bool) -> Finding:
     if not passwords:
         return Finding("OK", "netrc", "no password for this machine")
     what = "~/.netrc has a password for this machine, perhaps as `default`: `requests` sends it in a key's place"
-    return Finding("WARN", "netrc", what, "Name there the machine that the password is for: labs with keys fail otherwise.")
+    return Finding("WARN", "netrc", what, "Name there the machine that it is for: labs with keys fail otherwise.")
 
 
 def proxied(environment: Mapping[str, str]) -> str:
