@@ -121,7 +121,7 @@ async def test_a_deadline_ends_what_has_no_limit(fronts: SimpleNamespace, capsys
         await run("07", ["s4-limit", "s4-idle"], space)
     error, received, idle = capsys.readouterr().out.splitlines()
     assert error.startswith("_MultiThreadedRendezvous: DEADLINE_EXCEEDED")
-    assert 0 < int(received.split()[0]) < fronts.settings.max_model_len / 2
+    assert int(received.split()[0]) < fronts.settings.max_model_len / 2  # 0 where a busy machine has not begun by then
     assert idle == "the engine is idle again"
 
 
