@@ -47,7 +47,7 @@ class Lab:
         """Open a notebook, alone, and wait until its kernel is there."""
         page.goto(f"{self.url}/lab/tree/notebooks/{name}?reset&token={TOKEN}")
         # The notebook's own indicator says idle before there is a kernel, and Shift+Enter then does nothing.
-        expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()
+        expect_idle(page)
 
     def write(self, name: str, *cells: str) -> None:
         """Make a notebook of these cells."""
@@ -97,6 +97,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory, vllm: launch.Server) -> Iterat
             process.wait(60)
 
 
+def expect_idle(page: Page) -> None:
+    """Wait until the kernel does nothing."""
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()
+
+
 def cell(page: Page, index: int) -> Locator:
     return page.locator(f'.jp-NotebookPanel:visible .jp-Cell[data-windowed-list-index="{index}"]')
 
@@ -144,6 +149,8 @@ def test_interrupt_in_mid_stream_leaves_the_server_alive(page: Page, lab: Lab, v
     expect(cell(page, 1).locator(".jp-OutputArea")).to_contain_text("got")
     page.locator('.jp-NotebookPanel:visible [data-command="notebook:interrupt-kernel"]').click()
     expect(cell(page, 1).locator(".jp-OutputArea")).to_contain_text("KeyboardInterrupt")
+    expect(cell(page, 1).locator(".jp-InputPrompt")).to_have_text("[2]:")
+    expect_idle(page)  # until then, a kernel drops what it is asked to run after an error
     expect(run(page, 2)).to_contain_text(f"health 200 pid {vllm.pid}")
 
 

@@ -429,9 +429,13 @@ class LabInWindow:
         self.page = page
         self.ids = [cell.id for cell in nbformat.read(ROOT / NOTEBOOK, as_version=4).cells]
         page.goto(f"{desk}/lab/tree/{NOTEBOOK}?reset")
-        expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=120_000)
+        self.expect_idle()
         self.cell("parameters").locator(".cm-content").click()
         self.run(2)
+
+    def expect_idle(self) -> None:
+        """Wait for the kernel: it drops what it is asked to run before there is one, and in the instant of an error."""
+        expect(self.page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=120_000)
 
     def cell(self, name: str) -> Locator:
         return self.page.locator(f'.jp-Cell[data-windowed-list-index="{self.ids.index(name)}"]')
@@ -442,6 +446,7 @@ class LabInWindow:
 
     def answer(self, text: str) -> Locator:
         """Type the first exercise's answer, run it and its check; return where the check says what it thinks."""
+        self.expect_idle()
         self.cell("01-1-answer").locator(".cm-content").click()
         self.page.keyboard.press("Control+a")
         self.page.keyboard.insert_text(text)
