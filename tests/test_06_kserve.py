@@ -689,7 +689,7 @@ class TestSteps:
         faults = [
             (400, "text_input: ", [given("text_inptu", "Hello"), fine[1]]),
             (400, "text_input: ", [given("text_input", 1.5, "FP32"), fine[1]]),
-            (400, "sampling_parameters: ", [fine[0]]),
+            (400, "sampling_parameters: expected one such tensor", [fine[0]]),
             (400, "sampling_parameters: ", [fine[0], given("sampling_parameters", "{")]),
             (400, "sampling_parameters: ", [fine[0], given("sampling_parameters", "1")]),
             (400, "sampling_parameters: ", [fine[0], sampling(temperature=-1)]),
@@ -700,6 +700,9 @@ class TestSteps:
             got, error = self.refused(errors, *inputs)
             assert got == status, error
             assert words in error
+        # Of these, neither is the caller's to say.
+        body = {"inputs": [fine[0], sampling(max_tokens=1, model="nope", stream=True)]}
+        assert requests.post(f"{errors}/v2/models/{MODEL}/infer", json=body, timeout=60).ok
 
     @pytest.mark.parametrize(("step", "hangs_up"), [(2, False), (3, True)])
     def test_step_3_takes_the_request_to_the_engine_along(

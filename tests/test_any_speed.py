@@ -88,6 +88,7 @@ def names_of_04(fronts: SimpleNamespace, client: GrpcClient) -> dict[str, Any]:
         "metric": metric,
         **{"grpc": grpc, "time": time, "llm_pb2": llm_pb2, "GrpcAioClient": GrpcAioClient, "aclosing": aclosing},
         **{"expect_error": expect_error, "machine_card": machine_card, "until": until, "endless": ENDLESS},
+        "LONG": fronts.settings.max_model_len - 48,
     }
 
 

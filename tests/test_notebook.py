@@ -242,6 +242,12 @@ def test_what_is_asked_for_outlasts_the_deadline(speed: float, seconds: float, t
     assert tokens / speed > seconds
 
 
+def test_what_is_asked_for_fits_into_a_small_context(displayed: list[dict[str, str]]) -> None:
+    pace = machine_card(lambda tokens: None, load_settings(device="cpu", max_model_len=1024))
+    assert pace.tokens(6, at_least=300) == 768
+    assert machine_card(lambda tokens: None, load_settings(device="cpu")).tokens(6, at_least=300) == 1500
+
+
 def test_the_machine_card_says_where_and_how_fast(displayed: list[dict[str, str]]) -> None:
     pace = machine_card(lambda tokens: None, load_settings(device="cpu"))
     assert displayed[0]["text/plain"].startswith("cpu: ")

@@ -381,10 +381,11 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
 class Pace:
     """How fast an engine wrote for one caller a moment ago: sizes and deadlines that hold on a slow machine and a fast.
 
-    `tokens_per_s` is for one request, from its sending to its end.
+    `tokens_per_s` is for one request, from its sending to its end. No answer is asked for that is longer than `most`.
     """
 
     tokens_per_s: float
+    most: int = 1500
 
     def seconds(self, tokens: int, at_most: float) -> float:
         """What so many tokens take, but no more than `at_most`: a deadline that a longer answer cannot meet."""
@@ -392,7 +393,7 @@ class Pace:
 
     def tokens(self, seconds: float, at_least: int, at_most: int = 1500) -> int:
         """As many tokens as take so many seconds: an answer long enough to do something in the meantime."""
-        return max(at_least, min(at_most, round(seconds * self.tokens_per_s)))
+        return max(at_least, min(at_most, self.most, round(seconds * self.tokens_per_s)))
 
 
 def measure_pace(write: Callable[[int], object]) -> Pace:
@@ -414,7 +415,8 @@ def measure_pace(write: Callable[[int], object]) -> Pace:
 def machine_card(write: Callable[[int], object], settings: Settings | None = None) -> Pace:
     """Display on what this notebook runs and how fast that writes, as `measure_pace` finds it."""
     settings = settings or own_settings()
-    pace = measure_pace(write)
+    room = 3 * settings.max_model_len // 4  # of the context: a prompt of some words fits in as well
+    pace = Pace(measure_pace(write).tokens_per_s, most=min(Pace.most, room))
     device = _device(settings) if settings.on_gpu else f"cpu: {_cpu()}, {os.cpu_count()} cores"
     text = f"{device} · {settings.model_name} · {pace.tokens_per_s:.0f} tokens/s for one caller"
     display({"text/html": f"<p><b>This machine</b> {html.escape(text)}</p>", "text/plain": text}, raw=True)

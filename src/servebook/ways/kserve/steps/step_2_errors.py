@@ -26,9 +26,9 @@ class Predictor(Model):  # type: ignore[misc]
 
     async def predict(self, payload: InferRequest, *_: Any) -> InferResponse:
         """Answer with the whole text, or with a 400 or a 503."""
-        prompt = text_in(payload, "text_input")
+        prompt, parameters = text_in(payload, "text_input"), text_in(payload, "sampling_parameters")
         try:
-            sampling = dict(json.loads(text_in(payload, "sampling_parameters")))
+            sampling = json.loads(parameters) | {"model": self.name, "stream": False}
             answer = await self.client.completions.create(model=self.name, prompt=prompt, extra_body=sampling)
         except (ValueError, TypeError):
             raise InvalidInput("sampling_parameters: expected a JSON object") from None
