@@ -42,7 +42,7 @@ def separate(where: dict) -> None:
     checked(libc.unshare(CLONE_NEWNS), "a mount namespace")
     mount("none", Path("/"), None, MS_REC | MS_PRIVATE)
     opened = {path: (os.open(path, os.O_PATH), path.is_dir()) for path in shown}  # before they are covered
-    size = f"size={where['memory_bytes']}"
+    size = f"size={where['memory_bytes'] // 4}"  # there are three: what lies in them is memory of the machine
     covered: list[Path] = []
     for cover in sorted({Path("/tmp"), Path("/dev/shm"), cache, *map(Path, where["covers"]), *hidden}):
         if not any(cover.is_relative_to(other) for other in covered):
@@ -66,6 +66,7 @@ def separate(where: dict) -> None:
 def main() -> None:
     where, command = json.loads(sys.argv[1]), sys.argv[2:]
     os.nice(10)  # after the engine in line for the cores
+    Path("/proc/self/oom_score_adj").write_text("1000")  # and before it, where the machine's memory is short
     if "uid" in where:
         separate(where)
         os.setgroups([])

@@ -44,9 +44,10 @@ c.JupyterHub.template_paths = [str(here / "templates")]
 # this machine; where it counts, door.py does not.
 c.JupyterHub.trusted_downstream_ips = ["127.0.0.1", "::1"]
 
-# How many: beyond these the hub refuses in words, and the learner tries again.
+# How many: beyond these the hub refuses in words, and the page tries again by itself (templates/error.html).
 c.JupyterHub.active_server_limit = room["seats"]
 c.JupyterHub.concurrent_spawn_limit = max(4, 2 * (os.cpu_count() or 1))
+c.JupyterHub.spawn_throttle_retry_range = (5, 15)  # seconds, as it says them
 c.Spawner.start_timeout = 180
 c.Spawner.http_timeout = 120
 

@@ -19,6 +19,8 @@ from tornado.ioloop import IOLoop
 CONNECTIONS = 1024
 SECONDS = 600
 """How long an answer may take."""
+MOST_BYTES, BODY_SECONDS = 32 << 20, 60
+"""Of a request's body: JupyterLab sends files in pieces, and `room collect` takes notebooks of up to 20 MiB."""
 BELIEVED = ("127.0.0.1", "::1")
 SIGN = "X-Servebook-Proxy"
 """The header by which the hub knows that it is this proxy who says whose request it is; `door.py` reads it."""
@@ -68,7 +70,9 @@ def main() -> None:
     if options["cert"]:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         tls.load_cert_chain(options["cert"], options["cert_key"])
-    HTTPServer(proxy.proxy_app, ssl_options=tls).listen(options["port"], options["host"])
+    # It keeps a body until it is whole, a stranger's too. What JupyterLab saves at a time is smaller.
+    doors = HTTPServer(proxy.proxy_app, ssl_options=tls, max_body_size=MOST_BYTES, body_timeout=BODY_SECONDS)
+    doors.listen(options["port"], options["host"])
     HTTPServer(proxy.api_app).listen(options["routes_port"], "127.0.0.1")
     IOLoop.current().start()
 

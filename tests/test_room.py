@@ -696,6 +696,8 @@ def test_a_desk_that_forks_without_end_stops_at_its_limit(kernels: dict[str, Ker
         "except OSError as error: print(len(many), type(error).__name__)\n"
         "for one in many: one.kill()\nfor one in many: one.wait()"
     )
+    adjusted = kernels["ada"].run("print(open('/proc/self/oom_score_adj').read())")
+    assert int(adjusted) == 1000, "where memory is short, Linux ends it before the engine"
     assert int(told.split()[0]) < PROCESSES
     assert told.split()[1] == "BlockingIOError"
     solve(kernels["alan"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -235,7 +236,11 @@ def test_who_has_passed_and_saved_nothing_is_named_and_a_new_course_too(
     assert f"new course folder {course}\n" in told
     assert f"ada: 0 of {labs} labs; passed 3 on the board, nothing saved\n" in told
     assert f"alan: 0 of {labs} labs\n" in told
+    assert not course.stat().st_mode & 0o077, "no desk may read what others handed in"
     assert "new course folder" not in run("collect", "--course", course).output
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # below pytest's own everything is closed
+        Path(folder).chmod(0o755)
+        assert f"chmod 700 {folder}" in str(run("collect", "--course", folder).exception)
     (tmp_path / "a file").touch()
     assert run("collect", "--course", tmp_path / "a file").exit_code == 2
     del Answers.given["GET /services/watch/board"]
@@ -258,7 +263,13 @@ def test_what_was_graded_is_not_served_again_and_who_has_a_desk_is_enrolled(
             stamp = folder / "timestamp.txt"
             (course / "autograded" / folder.parent.name / LAB / stamp.name).write_text(stamp.read_text())
 
-    monkeypatch.setattr(grading, "launch", Mock(serve=served.append))
+    monkeypatch.setenv("SERVEBOOK_ENGINE_URL", "http://127.0.0.1:1")
+
+    def serve(name: str) -> None:
+        assert load_settings().engine_url is None, "whoever has the engine asks for the key, which is given up"
+        served.append(name)
+
+    monkeypatch.setattr(grading, "launch", Mock(serve=serve))
     monkeypatch.setattr(grading, "nbgrader", nbgrader)
 
     def graded() -> list[str]:

@@ -309,7 +309,7 @@ class StandIn:
     def __init__(self) -> None:
         self.seen: list[str] = []
         self.status = 200
-        self.health = 200
+        self.health, self.readiness = 200, 404
         self.bodies: list[bytes] = []
         self.keys: list[str] = []
         """Each `Authorization` of each request."""
@@ -330,6 +330,8 @@ class StandIn:
             if self.goes_on:
                 await self.goes_on.wait()
             return web.json_response({}, status=self.health)
+        if request.path == "/readiness":
+            return web.json_response({}, status=self.readiness)
         if not isinstance(self.says, list):
             if self.goes_on:
                 await self.goes_on.wait()
@@ -546,6 +548,17 @@ async def test_a_constraint_that_the_engine_gave_up_is_named(
     assert (got, answer["error"]["param"]) == (status, field)
     if field:
         assert answer["error"]["message"] == f"{field} {GIVEN_UP}."
+
+
+async def test_behind_a_router_a_replica_that_is_away_is_no_dead_engine(
+    engine: tuple[StandIn, str], tmp_path: Path
+) -> None:
+    stand_in, url = engine
+    stand_in.health, stand_in.readiness, stand_in.status = 503, 200, 500
+    async with caller(tmp_path, url) as ada:
+        assert (await ada.ask("GET", "/room/health", key=""))[0] == 200
+        form = {"messages": [], "response_format": {"type": "json_object"}}
+        assert (await ada.ask("POST", "/v1/chat/completions", form))[0] == 400
 
 
 async def test_the_instructor_sees_who_is_where_and_learners_see_nobody(

@@ -426,6 +426,9 @@ def stick(clone: Path) -> Path:
     (folder / "wheels").mkdir(parents=True)
     (folder / "wheels/torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").write_text("a wheel")
     (folder / "wheels/wheel-0.48.0-py3-none-any.whl").write_text("a wheel")
+    for name in ("python/cpython", "browser/chromium-1", "vllm-rs/vllm-rs"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("as it came")
     (folder / "requirements").mkdir()
     for name in ("cpu.txt", "room.txt"):
         shutil.copy2(clone / "requirements" / name, folder / "requirements")
@@ -475,6 +478,13 @@ def test_a_folder_that_is_ready_is_not_filled_again(clone: Path, stick: Path) ->
     done = make(clone, "offline", f"DIR={stick}")
     assert done.returncode == 0
     assert "is up to date" in done.stderr
+
+
+@pytest.mark.parametrize("lacks", ["python", "browser", "vllm-rs"])
+def test_a_folder_that_lacks_what_could_not_be_fetched_is_filled_again(clone: Path, stick: Path, lacks: str) -> None:
+    shutil.rmtree(stick / lacks)
+    sum_up(stick)
+    assert "is up to date" not in make(clone, "offline", f"DIR={stick}").stderr
 
 
 def test_a_folder_is_filled_with_what_comes_with_a_python_that_uv_brings(clone: Path, stick: Path) -> None:

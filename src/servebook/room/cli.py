@@ -285,6 +285,7 @@ def board_table(board: dict[str, Any], hide_names: bool) -> Table:
 @app.command()
 def admit(name: Name) -> None:
     """Give a learner a new key in place of the old: for a machine of their own, or after `revoke`."""
+    name = name.lower()
     settings = rooms_settings()
     room = RoomAdmin(settings)
     front = describe(Files(settings.state_dir, "front"))  # which a room opens only where it was opened before
@@ -302,6 +303,7 @@ def admit(name: Name) -> None:
 @app.command()
 def revoke(name: Name) -> None:
     """Take a learner's key away: what is under way is broken off, and nothing more is served."""
+    name = name.lower()
     RoomAdmin(rooms_settings()).revoke(name)
     say(f"{name}: revoked; `servebook room admit {name}` lets them in again")
     say(f"A desk that is open stays: `servebook room close {name}`")
@@ -310,6 +312,7 @@ def revoke(name: Name) -> None:
 @app.command()
 def forget(name: Name) -> None:
     """Strike a learner off: key, share and standing are gone. A password and a desk's files stay."""
+    name = name.lower()
     RoomAdmin(rooms_settings()).forget(name)
     say(f"{name}: struck off")
 
@@ -328,8 +331,10 @@ def collect(
         raise ServebookError("There are no desks yet.", "Start a room with `servebook room start`.")
     passed = passed_on_the_board(settings)
     if not course.exists():
-        course.mkdir(parents=True)
+        course.mkdir(parents=True, mode=0o700)  # every desk could read it
         say(f"new course folder {course}")
+    elif course != ROOT and all(folder.stat().st_mode & 0o001 for folder in (course, *course.resolve().parents)):
+        raise ServebookError(f"Every desk could read {course}.", f"Close it to others first: chmod 700 {course}")
     for row in hand_in.collect(desks, submitted):
         unsaved = 0 if row.labs else passed.get(row.learner, 0)
         said = f"; passed {unsaved} on the board, nothing saved" if unsaved else ""

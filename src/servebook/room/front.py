@@ -360,7 +360,7 @@ class Front:
             raise Refused(503, "engine_unavailable", "The room's engine cannot be reached.", retry_after=5) from None
         async with upstream:
             if upstream.status == 500 and usage and usage.ask.constraint:  # vLLM names neither cause nor field
-                if (await self.fetch("/health")).status != 200:  # an engine that dies gave up everybody's
+                if not await self.is_well(self.fetch):  # an engine that dies gave up everybody's
                     raise Refused(503, "engine_unavailable", "The room's engine has died.", retry_after=5)
                 raise Refused(400, "constraint", f"{usage.ask.constraint} {GIVEN_UP}.", usage.ask.constraint)
             response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
@@ -405,8 +405,12 @@ class Front:
     async def engine_ready(self) -> bool:
         """Whether the engine says that it is well, and says so in time."""
         with suppress(TimeoutError):
-            return (await asyncio.wait_for(self.page("/health"), HEALTH_SECONDS)).status == 200
+            return await asyncio.wait_for(self.is_well(self.page), HEALTH_SECONDS)
         return False
+
+    async def is_well(self, ask: Callable[[str], Awaitable[web.Response]]) -> bool:
+        """Whether somebody answers requests: of a router, /health says no as soon as one of its replicas is away."""
+        return (await ask("/health")).status == 200 or (await ask("/readiness")).status == 200
 
     async def note_check(self, request: web.Request) -> web.Response:
         """A check was made at a desk: 400, 401, 408, 413, 429."""

@@ -33,7 +33,9 @@ def grade(course: Path, settings: Settings, desks: Path) -> Iterator[str]:
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     (place / FILE_NAME).touch()  # servers started there find no other, which may hold the key
     os.environ.pop("SERVEBOOK_API_KEY", None)
-    os.environ |= provided.settings_as_variables(settings) | {
+    own = settings.model_copy(update={"engine_url": None})  # another's engine may ask for the key
+    os.environ.pop("SERVEBOOK_ENGINE_URL", None)
+    os.environ |= provided.settings_as_variables(own) | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # nbgrader's helpers
         "SERVEBOOK_STATE_DIR": str(place),
         "SERVEBOOK_HOST": LOOPBACK,

@@ -57,10 +57,10 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     """Run the server; exit code 1 with one line if it cannot start."""
-    options, engine_words = read_arguments(sys.argv[1:])
     set_up_log()
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork is for CPUs (engine/faster_start.py)
     try:
+        options, engine_words = read_arguments(sys.argv[1:])
         # What cannot be had is told now, and not when the engine has started.
         require_tls(options.tls_cert, options.tls_key, options.tls_client_ca, "Correct --tls-cert and the others.")
         require_port(options.host, options.grpc_port, "--grpc-port")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Annotated
 
 import typer
 import uvicorn
 
 from servebook.engine.arguments import KEEP_ALIVE_SECONDS
+from servebook.errors import ServebookError
 from servebook.settings import load_settings
 from servebook.ways.asgi import Protocol
 from servebook.ways.fastapi_gateway.server.app import create_app
@@ -46,4 +48,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except ServebookError as error:
+        sys.exit(f"servebook: {error}")

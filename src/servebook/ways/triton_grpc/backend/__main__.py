@@ -32,9 +32,9 @@ def main() -> None:
         parser.error(f"{engine_words[0]}: with --model-repository, engine arguments belong into its model.json")
     if other := next((word for word in engine_words if not word.isascii()), ""):
         parser.error(f"Triton reads ASCII only, and this is not: {other} (set SERVEBOOK_CACHE_DIR or SERVEBOOK_MODEL)")
-    settings = load_settings()
-    scratch = settings.state_dir / "triton"
     try:
+        settings = load_settings()
+        scratch = settings.state_dir / "triton"
         command = tritonserver_command(
             options.model_repository or render_repository(MODEL_REPOSITORY, scratch, engine_words),
             scratch,
