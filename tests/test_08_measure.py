@@ -126,7 +126,7 @@ async def test_tokens_do_not_depend_on_how_they_are_counted(vllm: Server) -> Non
 
 
 async def test_a_comparison_over_real_servers(vllm: Server) -> None:
-    wants = Workload(rounds=1, max_tokens=8, block_seconds=0.1)
+    wants = Workload(prompt_tokens=10, rounds=1, max_tokens=4, block_seconds=0.1)
     async with open_arm(find_path("rest"), vllm, wants, 1) as arm, open_arm(find_path("sse"), vllm, wants, 2) as other:
         found = await compare("rest @2", arm, other, 2, wants)
     assert found.engines_up >= (vllm.pid is not None)
@@ -159,9 +159,9 @@ def test_big_tensors_come_back_in_every_encoding(server: str, settings: Settings
 
 async def test_vllms_own_benchmark_counts_the_same(vllm: Server) -> None:
     """Each token that was asked for. That its times agree within 5 % is of the full run, on a quiet machine."""
-    found = await cross_check(vllm, Workload(max_tokens=16), 4, 12)
-    jobs = workload.take(workload.completions(40, 16, seed=7), 4 + 3 * 12)
-    ours = [*jobs[4:16], *jobs[28:]]  # before theirs and after
+    found = await cross_check(vllm, Workload(prompt_tokens=10, max_tokens=8), 2, 6)
+    jobs = workload.take(workload.completions(10, 8, seed=7), 2 + 3 * 6)
+    ours = [*jobs[2:8], *jobs[14:]]  # before theirs and after
     assert found.ours.output_tokens == sum(job.max_tokens for job in ours)
     assert found.theirs_tokens_per_s > 0
     assert found.tokens_per_s_ratio == found.ours.tokens_per_s / found.theirs_tokens_per_s
@@ -169,7 +169,7 @@ async def test_vllms_own_benchmark_counts_the_same(vllm: Server) -> None:
 
 TINY = Plan(
     name="tiny",
-    workload=Workload(rounds=1, max_tokens=4, block_seconds=0.05),
+    workload=Workload(prompt_tokens=10, rounds=1, max_tokens=4, block_seconds=0.05),
     control=(1,),
     engine=(("rest", 1), ("rest", 2)),
     rounds={"control": 2},
