@@ -25,6 +25,8 @@ TESTS = Path(__file__).parent
 CANARIES = TESTS / "canaries"
 CHAPTERS = sorted(NOTEBOOKS.glob("*.ipynb"))
 PARAMETERS = ['model = ""', 'engine_url = ""', 'api_key = ""']
+KEPT_OUT = re.compile(r"> [a-z]+(?:-rs|-grpc)?: \w[^<]*; port \d+ was taken")
+"""A server by its plain name that had to take another port: something was up beside the notebook."""
 MACHINE_PATH = re.compile(r"(?<![\w.])/(root|home|tmp|work|Users)/")
 
 
@@ -166,6 +168,7 @@ def test_outputs_are_those_of_one_run(chapter: Chapter) -> None:
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert not MACHINE_PATH.search(json.dumps(outputs)), "an output names a path of the machine that ran it"
+    assert not KEPT_OUT.search(json.dumps(outputs)), "store it anew where no other server is up"
     assert not {"papermill", "execution"} & {key for cell in code for key in cell.metadata}
 
 
