@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import inspect
 import linecache
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -26,7 +27,10 @@ LIMIT_SECONDS = 100.0
 
 
 Causes = Mapping[Any, str]
-"""What an error of a learner's code most likely comes from, by its class."""
+"""What an error of a learner's code most likely comes from, by its class or by `(class, pattern)` of its message.
+
+The first that fits counts.
+"""
 
 
 class Foreign:
@@ -239,12 +243,18 @@ class Submission:
             raise StillOpen
         if isinstance(error, NeedsAwait):
             raise NotYet("a plain function", str(error), "the check calls it without await: write a plain def")
-        cause = next((text for kind, text in causes.items() if isinstance(error, kind)), "your code raised this error")
+        cause = next((text for kind, text in causes.items() if meant(kind, error)), "your code raised this error")
         raise NotYet(
             "no error",
             f"{type(error).__name__}: {str(error)[:300]}{getattr(error, 'place', '') or where(error)}",
             cause,
         ) from error
+
+
+def meant(kind: Any, error: BaseException) -> bool:
+    """Whether an error is what a key of `Causes` stands for."""
+    of_class, pattern = kind if isinstance(kind, tuple) else (kind, "")
+    return isinstance(error, of_class) and re.search(pattern, str(error)) is not None
 
 
 def waited_for_a_core(thread: threading.Thread) -> float:

@@ -269,6 +269,7 @@ def check_01_5(submission: Submission) -> None:
                 questions,
                 12,
                 causes={
+                    (TypeError, "unhashable"): "gather takes the calls one by one, and no list: asyncio.gather(*calls)",
                     TypeError: "ask_all is awaited: define it with async def, and await the client's calls",
                     RuntimeError: loop,
                 },

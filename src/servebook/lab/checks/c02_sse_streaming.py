@@ -16,9 +16,9 @@ from openai import OpenAI
 from servebook.bearer import bearer
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, judge, require
-from servebook.lab.rest import RELIABLE, asked, key_of, sends, sends_key, through
+from servebook.lab.rest import PASS_ON, RELIABLE, asked, key_of, sends, sends_key, through
 from servebook.lab.submission import LIMIT_SECONDS, Causes, Submission
-from servebook.lab.taps.http import Exchange, Tap
+from servebook.lab.taps.http import Exchange, Tap, said
 from servebook.lab.taps.sse import content_of, events_of, streamed_text, text_of
 
 KOREAN = {"structured_outputs": {"choice": ["안녕하세요, 반갑습니다"]}}
@@ -98,6 +98,9 @@ ALLOWED: list[tuple[str, list[bytes], list[str], str]] = [
 ]
 
 
+BYTES = 'what arrives is bytes: compare it with b"data:", or decode a whole line first'
+
+
 def check_02_1(submission: Submission) -> None:
     """A parser of events: real bytes of the engine in every cut, and what else the standard allows."""
     parse_sse, vllm = submission.function("parse_sse"), submission.server("vllm")
@@ -116,7 +119,8 @@ def check_02_1(submission: Submission) -> None:
         ("one byte a piece", [wire[i : i + 1] for i in range(len(wire))], {UnicodeDecodeError: SPLIT}),
     ]
     for name, cut, causes in cuts:
-        got = parsed(cut, {**causes, **line, TypeError: "write a generator: it yields the data of each event"})
+        kinds = {(TypeError, "bytes"): BYTES, TypeError: "write a generator: it yields the data of each event"}
+        got = parsed(cut, {**causes, **line, **kinds})
         text = "".join(map(str, got))
         judge(
             real,
@@ -128,6 +132,10 @@ def check_02_1(submission: Submission) -> None:
             ("data:" in text, "the field's name `data:` belongs to the wire, not to the event"),
             ("\ufffd" in text, SPLIT),
             (lambda got, right: [*map(_ascii, got)] == [*map(_ascii, right)], SPLIT),
+            (
+                lambda got, right: [item.removesuffix("\n") for item in got] == right,
+                "the line feed at an event's end is the wire's: it stands between two data lines, and nowhere else",
+            ),
             ("\n" in text, "an event's data ends with the event: begin with none after the empty line"),
             (got == real[:-1], "[DONE] is an event like the others here; what it means is the caller's business"),
             (len(got) < len(real), "a piece is not an event: one may hold several, and an event may come in several"),
@@ -185,6 +193,7 @@ def check_02_2(submission: Submission) -> None:
 
     causes: Causes = {
         ValueError: "not every line is JSON: empty lines part the events, and the last one is [DONE]",
+        (TypeError, "bytes"): BYTES,
         TypeError: "yield the pieces, or return an iterator of them",
         KeyError: "each API has its own place for the text: choices[0].text, or choices[0].delta.content",
     }
@@ -225,6 +234,9 @@ TOLERANCE = 0.25
 """Seconds."""
 
 
+RIVERS = "Name three rivers."
+
+
 def check_02_3(submission: Submission) -> None:
     """Time to the first token and in all, over a line with known delays."""
     timed, vllm = submission.function("timed"), submission.server("vllm")
@@ -254,7 +266,7 @@ def check_02_3(submission: Submission) -> None:
 
     def ask(client: OpenAI) -> Any:
         asked_at[:] = [time.monotonic()]  # not when the request arrives: the SDK takes its time as well
-        return timed(client, vllm.model, "Count to five.", 32)  # a busy engine may put several tokens into an event
+        return timed(client, vllm.model, RIVERS, 32)  # a busy engine may put several tokens into an event
 
     began = time.monotonic()
     while True:
@@ -270,7 +282,10 @@ def check_02_3(submission: Submission) -> None:
                 exchange,
                 {"stream": "without stream=True there is no first token to see: all come at once"},
                 stream=True,
+                model=vllm.model,
             )
+            last = exchange.body["messages"][-1]
+            require(said(last) == RIVERS, RIVERS, last, PASS_ON)
             tap.settle()
         keep = "keep the model, the prompt and max_tokens as given"
         require("text" in exchange.marks, "an answer with text", "none", keep)

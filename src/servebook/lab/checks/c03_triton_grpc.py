@@ -147,6 +147,7 @@ def check_03_2(submission: Submission) -> None:
         causes = {
             FileNotFoundError: "the folder of the model is not there yet: mkdir(parents=True)",
             FileExistsError: there,
+            (TypeError, r"for \+"): 'folders are joined by /: repository / "short_model"',
             TypeError: "JSON has text and numbers, but no paths: str(weights)",
         }
         submission.call(write_repository, repository, elsewhere, causes=causes)

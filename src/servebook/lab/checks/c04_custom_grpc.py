@@ -353,7 +353,7 @@ def check_04_3(submission: Submission) -> None:
             expected=f"{right.name}: {what}",
             shown=f"{got.name}: {details[:200]}",
         )
-        require(word in details, f"a message that names {word}", details, "tell the caller which field to mend")
+        require(word in details.lower(), f"a message that names {word}", details, "tell the caller which field to mend")
         return answer
 
     with (

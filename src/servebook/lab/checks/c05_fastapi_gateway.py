@@ -21,6 +21,7 @@ from servebook.lab.rest import RELIABLE, accepted, context_length, reply_of, sen
 from servebook.lab.submission import Submission
 from servebook.lab.taps.http import Exchange, Tap, answering, said
 from servebook.lab.taps.sse import streamed_text
+from servebook.launch import Server
 from servebook.launch.processes import wait_until
 
 ASK = {"message": "Name three colours.", "max_tokens": 11}
@@ -92,6 +93,16 @@ def wait_for(tap: Tap, count: int, answer: Future[requests.Response], cause: str
     raise NotYet(f"{count} requests to the engine at once", f"{len(tap.exchanges)}", cause)
 
 
+def asks_engine(exchange: Exchange, vllm: Server) -> None:
+    """Require that what the gateway was asked reaches the engine: message, tokens and model, by the chat API."""
+    accepted(exchange)
+    path = exchange.path.endswith("/chat/completions")
+    require(path, "a chat request to the engine", exchange.path, "the message goes to the chat API")
+    sends(exchange, max_tokens=ASK["max_tokens"], model=vllm.model)
+    last = exchange.body["messages"][-1]
+    require(said(last) == ASK["message"], ASK["message"], last, "the person's message is the last one")
+
+
 ONE_AT_A_TIME = "something lets one call through at a time: a lock, a semaphore of one, or a pool of one thread"
 BLOCKED = "the first request blocks the event loop: await an asynchronous client, or let a plain `def` run in a thread"
 STATUS = {
@@ -139,12 +150,7 @@ def check_05_1(submission: Submission) -> None:
         answers = [first.result(), second.result()]
         tap.settle()
         for exchange in tap.exchanges:
-            accepted(exchange)
-            path = exchange.path.endswith("/chat/completions")
-            require(path, "a chat request to the engine", exchange.path, "the message goes to the chat API")
-            sends(exchange, max_tokens=ASK["max_tokens"], model=vllm.model)
-            last = exchange.body["messages"][-1]
-            require(said(last) == ASK["message"], ASK["message"], last, "the person's message is the last one")
+            asks_engine(exchange, vllm)
         for answer in answers:
             answers_200(answer)
         right = sorted(reply_of(exchange) for exchange in tap.exchanges)
@@ -190,14 +196,14 @@ def check_05_2(submission: Submission) -> None:
         raised = "(broken off)" in lines
         require(bool(tap.exchanges), "a request to the engine", lines[:3], STATUS[500] if raised else FROM_ENGINE)
         exchange = tap.exchanges[0]
-        accepted(exchange)
-        engine = {"stream": "the engine must stream too: stream=True"}
-        sends(exchange, engine, stream=True, max_tokens=ASK["max_tokens"])
+        asks_engine(exchange, vllm)
+        sends(exchange, {"stream": "the engine must stream too: stream=True"}, stream=True)
         data = [line.removeprefix("data:").removeprefix(" ") for line in lines if line.startswith("data:")]
         shown = " | ".join([*lines[:4], "…", *lines[-3:]])
         judge(
             "[DONE]",
             data[-1] if data else None,
+            (raised, STATUS[500]),
             (not data, "an event is a line that begins with `data:`, and an empty one after it"),
             otherwise="without an end of its own a reader cannot tell a finished stream from a broken one",
             expected="data: [DONE] as the last event",
@@ -280,10 +286,11 @@ def check_05_3(submission: Submission) -> None:
         answer = caller.post("/chat")
         answers_200(answer)
         require(bool(tap.exchanges), "a request to the engine", answer.text[:200], FROM_ENGINE)
-        sends(tap.exchanges[0], max_tokens=ASK["max_tokens"])
+        asks_engine(tap.exchanges[0], vllm)
         judge(
             {"response": reply_of(tap.exchanges[0])},
             body_of(answer),
+            (lambda got, _: "response" not in got, "answer {response: the text of the reply}"),
             otherwise="a caller who waits gets the whole answer: stop only for one who has left",
         )
         leaving.set()
@@ -338,7 +345,11 @@ def check_05_4(submission: Submission) -> None:
             ),
             (status == 200, "programs read the status, not the text: raise HTTPException(status_code=…)"),
             ((right, status) == (504, 503), "APITimeoutError is a kind of APIConnectionError: it goes first"),
-            (status == 500 and right != 200, "this error is not caught: 500 says that the gateway itself is at fault"),
+            (
+                status == 500 and right != 200,
+                "500 says that the gateway itself is at fault: the error is not caught, or another one was raised "
+                "meanwhile (a header's value is text)",
+            ),
             (right == 200, STATUS.get(status, "this request is in order")),
             otherwise="each kind of error has its class: see the table in the brief",
             expected=f"{right}: {what}",
@@ -350,7 +361,7 @@ def check_05_4(submission: Submission) -> None:
         caller = Caller(submission, server, tap)
         answer = ask(caller, 200, "an answer")
         require(bool(tap.exchanges), "a request to the engine", answer.text, FROM_ENGINE)
-        accepted(tap.exchanges[0])
+        asks_engine(tap.exchanges[0], vllm)
         text = reply_of(tap.exchanges[0])
         judge({"response": text}, body_of(answer), otherwise="answer with the reply's text")
         # That it refuses this one nobody knows without asking it; not many more, as a room counts them beforehand.

@@ -90,6 +90,7 @@ def check_06_2(submission: Submission) -> None:
     infer = submission.function("infer")
     causes = LOOK | {
         json.JSONDecodeError: "there is no JSON in this answer: look at the path, and at response.text",
+        (TypeError, "indices"): "outputs is a list of tensors: look for the one whose name is text_output",
         TypeError: "json.dumps takes text, numbers and truth values: what is in a tensor's data is a list of those",
     }
     with Tap(submission.server("kserve").url) as tap:
@@ -230,13 +231,13 @@ def answered_text(call: Call) -> str:
     return "".join(text[0].decode() for text in texts if text is not None and len(text))
 
 
-def sampling_of(call: Call) -> dict[str, Any]:
-    """The sampling parameters that a request carries."""
+def sent_by(call: Call) -> tuple[str, dict[str, Any]]:
+    """The prompt and the sampling parameters that a request carries."""
     request = ModelInferRequest.FromString(call.requests[0])
     raw = dict(zip((each.name for each in request.inputs), request.raw_input_contents, strict=False))
     # A BYTES element is its length in four bytes, then itself.
-    sampling: dict[str, Any] = json.loads(raw.get("sampling_parameters", b"\0\0\0\0{}")[4:])
-    return sampling
+    prompt = raw.get("text_input", b"\0\0\0\0")[4:].decode(errors="replace")
+    return prompt, json.loads(raw.get("sampling_parameters", b"\0\0\0\0{}")[4:])
 
 
 def check_06_4(submission: Submission) -> None:
@@ -264,7 +265,9 @@ def check_06_4(submission: Submission) -> None:
                 answers = [call for call in calls if call.responses]
                 asked_there(answers, got, f"an answer from {title}")
                 call = answers[-1]
-                sent = sampling_of(call).get("max_tokens")
+                text, sampling = sent_by(call)
+                require(text == prompt, f"the prompt {prompt!r}", text, "pass on the prompt, in the tensor text_input")
+                sent = sampling.get("max_tokens")
                 cause = "pass on what your function is given, in the tensor sampling_parameters"
                 require(sent == max_tokens, f"max_tokens {max_tokens} ({title})", f"max_tokens {sent}", cause)
                 whole = answered_text(call)

@@ -390,7 +390,12 @@ def check_07_3(submission: Submission) -> None:
                     raise NotYet("pieces of text", piece, "yield strings, not ids or None")
                 pieces.append(piece)
 
-        submission.run(read, {TypeError: "write a generator: it yields pieces of text"})
+        no_list = "the ids come one by one and have no length: take them with for"
+        kinds = {
+            (TypeError, r"len\(\)|subscriptable"): no_list,
+            TypeError: "write a generator: it yields pieces of text",
+        }
+        submission.run(read, kinds)
         _judge_text(tokenizer, ids, pieces, what)
         for number, text in enumerate(seen, 1):
             so_far = tokenizer.decode(ids[:number])
