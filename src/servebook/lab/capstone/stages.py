@@ -33,9 +33,9 @@ PROMPT = "The sea is"
 BACK_SECONDS = 5.0
 HEARD_SECONDS = 3 * GONE_SECONDS
 TOGETHER_SECONDS = 8.0
-READ_SECONDS = 60.0
-"""For what a slow engine on a busy machine may take long: to read the longest prompt, to answer all callers."""
 """How long a crowd is held for the next of it to come."""
+READ_SECONDS = 60.0
+"""For what a slow engine on a busy machine takes long over: to read the longest prompt, to answer a crowd."""
 BEYOND = 4
 """Callers beyond the capacity."""
 HELD_AT = 2
