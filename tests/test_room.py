@@ -8,6 +8,7 @@ import os
 import pwd
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from servebook.checkout import ROOT
 from servebook.lab.manifest import find_exercise
 from servebook.launch import Server
-from servebook.launch.processes import free_port, marked
+from servebook.launch.processes import can_bind, free_port, marked
 from servebook.room import tls
 from servebook.room.hub import why_not_apart
 from servebook.settings import load_settings
@@ -321,6 +322,27 @@ def test_who_asks_the_hub_past_its_proxy_is_one_caller_and_a_name_is_not_guessed
     assert 10 <= past <= 12, "of 150, and what is given back meanwhile"
     assert made_up <= 2
     assert 85 <= from_everywhere <= 95, "of 150, and of the hundred ten were taken before"
+
+
+def test_a_stranger_sends_no_book_to_the_door(tmp_path: Path) -> None:
+    """The proxy keeps a body until it is whole, so it looks at its length first."""
+    python, port = load_settings().room.env / "bin" / "python", free_port()
+    options = {"port": port, "routes_port": free_port(), "host": "127.0.0.1", "hub_url": "http://127.0.0.1:1"}
+    words = [str(python), str(ROOT / "jupyterhub/proxy.py"), json.dumps(options | {"behind": False, "cert": ""})]
+    env = os.environ | {"CONFIGPROXY_AUTH_TOKEN": "of-this-test", "SERVEBOOK_PROXY_SECRET": "of-this-test"}
+    with subprocess.Popen(words, env=env, cwd=tmp_path) as proxy:
+        try:
+            eventually(lambda: not can_bind("127.0.0.1", port), "the proxy", seconds=60)
+            answers = []
+            for size in (1 << 20, 40 << 20):
+                with socket.create_connection(("127.0.0.1", port), timeout=30) as stranger:
+                    head = f"POST /hub/login HTTP/1.1\r\nHost: room\r\nContent-Length: {size}\r\n\r\n"
+                    stranger.sendall(head.encode() + b"x" * min(size, 1 << 20))
+                    answers.append(stranger.recv(64).split(b"\r\n")[0])
+        finally:
+            proxy.terminate()
+    # No hub is there: what is let through is told so.
+    assert answers == [b"HTTP/1.1 503 Service Unavailable", b"HTTP/1.1 400 Bad Request"]
 
 
 FORKING = """

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -351,3 +353,21 @@ def test_a_settings_file_of_any_content_is_read_or_refused(content: bytes) -> No
         Path("servebook.toml").write_bytes(content)
         with contextlib.suppress(ServebookError):
             load_settings()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "servebook.ways.fastapi_gateway.server --upstream http://127.0.0.1:1",
+        "servebook.ways.custom_grpc.server",
+        "servebook.ways.triton_grpc.backend",
+        "servebook.room --upstream http://127.0.0.1:1 --roll keys.json",
+    ],
+)
+def test_a_key_that_nobody_can_send_is_told_in_words_by_what_a_pod_starts(program: str, tmp_path: Path) -> None:
+    env = os.environ | {"SERVEBOOK_API_KEY": "a-key-from-a-file\n"}
+    words = [sys.executable, "-P", "-m", *program.split()]
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "SERVEBOOK_API_KEY: a key has at least 8 characters" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -331,9 +331,9 @@ def collect(
         raise ServebookError("There are no desks yet.", "Start a room with `servebook room start`.")
     passed = passed_on_the_board(settings)
     if not course.exists():
-        course.mkdir(parents=True, mode=0o700)  # every desk could read it
+        course.mkdir(parents=True, mode=0o700)  # else every desk could read it
         say(f"new course folder {course}")
-    elif course != ROOT and all(folder.stat().st_mode & 0o001 for folder in (course, *course.resolve().parents)):
+    elif (place := course.resolve()) != ROOT and all(each.stat().st_mode & 0o001 for each in (place, *place.parents)):
         raise ServebookError(f"Every desk could read {course}.", f"Close it to others first: chmod 700 {course}")
     for row in hand_in.collect(desks, submitted):
         unsaved = 0 if row.labs else passed.get(row.learner, 0)
