@@ -324,6 +324,7 @@ def test_who_asks_the_hub_past_its_proxy_is_one_caller_and_a_name_is_not_guessed
     assert 85 <= from_everywhere <= 95, "of 150, and of the hundred ten were taken before"
 
 
+@pytest.mark.usefixtures("room")
 def test_a_stranger_sends_no_book_to_the_door(tmp_path: Path) -> None:
     """The proxy keeps a body until it is whole, so it looks at its length first."""
     python, port = load_settings().room.env / "bin" / "python", free_port()
