@@ -28,8 +28,8 @@ from servebook.launch.child import Child, run_child
 from servebook.launch.probes import listens
 from servebook.launch.processes import free_port
 
-PATIENCE_SECONDS = 10.0
-"""How long a caller waits for the beginning of an answer."""
+PATIENCE_SECONDS = 60.0
+"""How long a caller waits for the beginning of an answer: a slow engine on a busy machine takes long over a crowd."""
 LISTEN_SECONDS = 20.0
 
 Gate = Callable[[Exchange, int], None]

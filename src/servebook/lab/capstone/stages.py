@@ -30,12 +30,10 @@ from servebook.lab.taps.http import Exchange
 from servebook.launch.processes import wait_until
 
 PROMPT = "The sea is"
-BACK_SECONDS = 5.0
+BACK_SECONDS = 10.0
 HEARD_SECONDS = 3 * GONE_SECONDS
-TOGETHER_SECONDS = 8.0
-"""How long a crowd is held for the next of it to come."""
-READ_SECONDS = 60.0
-"""For what a slow engine on a busy machine takes long over: to read the longest prompt, to answer a crowd."""
+HOLD_SECONDS = 10.0
+"""How long an answer of the engine is held for what is to come before it goes on."""
 BEYOND = 4
 """Callers beyond the capacity."""
 HELD_AT = 2
@@ -158,7 +156,7 @@ def streams(bench: Bench) -> None:
     before = len(bench.asked())
 
     def hold(exchange: Exchange, number: int) -> None:
-        if number == HELD_AT and first_read.wait(5):
+        if number == HELD_AT and first_read.wait(HOLD_SECONDS):
             early.set()
 
     with bench.gated(hold):
@@ -195,9 +193,10 @@ def leaves(bench: Bench) -> None:
     before = len(bench.asked())
 
     def hold(exchange: Exchange, number: int) -> None:
-        if number > 3 and not enough.is_set() and gone.wait(5):
-            wait_until(exchange.client_gone, 0.2)
-            if number > PIECES_AFTER_LEAVING:
+        if number > 3 and not enough.is_set():
+            if gone.wait(HOLD_SECONDS):
+                wait_until(exchange.client_gone, 0.2)
+            if number > PIECES_AFTER_LEAVING or not gone.is_set():  # nobody has read the first piece so far
                 enough.set()
 
     with bench.gated(hold):
@@ -324,7 +323,7 @@ def limits(bench: Bench) -> None:
         "it was asked before the limits were looked at",
     )
     ok(
-        bench.post(long[:PROMPT_CHARACTERS], 1, seconds=READ_SECONDS),
+        bench.post(long[:PROMPT_CHARACTERS], 1),
         f"a prompt of exactly {PROMPT_CHARACTERS} characters",
     )
 
@@ -342,11 +341,11 @@ def crowd(bench: Bench) -> None:
 
     def hold(exchange: Exchange, number: int) -> None:
         while not apart.is_set() and (here := came()) < CAPACITY:
-            if not wait_until(partial(another, here), TOGETHER_SECONDS):
+            if not wait_until(partial(another, here), HOLD_SECONDS):
                 apart.set()
 
     def one(number: int) -> Answer:
-        return bench.post(f"Caller {number} says:", 8, seconds=READ_SECONDS)
+        return bench.post(f"Caller {number} says:", 8)
 
     with bench.gated(hold):
         answers = at_once(CAPACITY, one)
@@ -385,8 +384,8 @@ def refusals(bench: Bench) -> None:
     let_go = threading.Event()
 
     def hold(exchange: Exchange, number: int) -> None:
-        if number > 0:
-            let_go.wait(10)
+        if number > 0 and not let_go.wait(2 * HOLD_SECONDS):
+            let_go.set()  # nobody has read a first piece so far
 
     with bench.gated(hold):
         streams = at_once(CAPACITY, lambda number: bench.stream(PROMPT, 16))
@@ -396,6 +395,7 @@ def refusals(bench: Bench) -> None:
                     raise stream
                 ok(stream, f"{CAPACITY} callers at once, as CAPACITY says")
                 stream.piece()
+            require(not let_go.is_set(), "the first pieces before the engine has written more", "none so far", GATHERED)
             beyond = at_once(BEYOND, lambda number: bench.post(PROMPT, 1, seconds=HEARD_SECONDS))
         finally:
             for stream in streams:
@@ -441,7 +441,7 @@ def gone(bench: Bench) -> None:
 
     def breaks(exchange: Exchange, number: int) -> None:
         if number == HELD_AT:
-            read.wait(5)
+            read.wait(HOLD_SECONDS)
             raise ConnectionAbortedError
 
     with bench.gated(breaks):
@@ -535,7 +535,7 @@ def ends(bench: Bench) -> None:
 
     def hold(exchange: Exchange, number: int) -> None:
         if number == HELD_AT:
-            told.wait(5)
+            told.wait(HOLD_SECONDS)
 
     with bench.gated(hold):
         stream = bench.stream(PROMPT, 32)
