@@ -320,7 +320,7 @@ def nothing_left() -> Iterator[None]:
     entries = launch.status()
     with ThreadPoolExecutor() as pool:
         list(pool.map(launch.down, [entry["name"] for entry in entries]))
-    wait_until(lambda: not ours(), 5)
+    wait_until(lambda: not ours(), 30)
     assert not ours(), f"left running: {list(ours().values())}"
     addresses = [address.rsplit(":", 1) for entry in entries for address in entry["endpoints"].values()]
     assert all(can_bind(host, int(port)) for host, port in addresses), f"left listening: one of {addresses}"

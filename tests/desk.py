@@ -25,14 +25,14 @@ from servebook.settings import Settings, load_settings
 TINY = Path(__file__).with_name("tiny_server.py")
 
 
-def eventually(condition: Callable[[], Any], what: str, seconds: float = 30, every: float = POLL_SECONDS) -> Any:
+def eventually(condition: Callable[[], Any], what: str, seconds: float = 60, every: float = POLL_SECONDS) -> Any:
     """Poll until `condition` holds; fail with `what` when time is up."""
     value = wait_until(condition, seconds, every)
     assert value, f"not within {seconds} s: {what}"
     return value
 
 
-def seconds_until(condition: Callable[[], Any], what: str, seconds: float = 30) -> float:
+def seconds_until(condition: Callable[[], Any], what: str, seconds: float = 60) -> float:
     """How long it takes until `condition` holds, to some 10 ms; fail as `eventually` does."""
     start = time.monotonic()
     eventually(condition, what, seconds, every=0.01)

@@ -92,5 +92,5 @@ def test_a_broken_connection_stops_the_engine(vllm: Server) -> None:
         )
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    eventually(lambda: metric(vllm.url, "vllm:num_requests_running") == 0, "an idle engine", seconds=20)
+    eventually(lambda: metric(vllm.url, "vllm:num_requests_running") == 0, "an idle engine")
     assert metric(vllm.url, "vllm:generation_tokens_total") - made < 750

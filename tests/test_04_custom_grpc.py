@@ -66,7 +66,7 @@ ENGINE_STEPS = 3
 
 def figures(server: launch.Server, *names: str) -> list[float]:
     """Figures of the metrics page, read once and without parsing it all: these tests ask often."""
-    lines = requests.get(f"http://{server.metrics}/metrics", timeout=10).text.splitlines()
+    lines = requests.get(f"http://{server.metrics}/metrics", timeout=60).text.splitlines()
     return [sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{name}[{{ ]", line)) for name in names]
 
 
@@ -87,7 +87,7 @@ def is_idle(server: launch.Server) -> bool:
 
 
 def health_of(channel: grpc.Channel, service: str = "") -> int:
-    answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+    answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
     return int(answer.status)
 
 
@@ -872,12 +872,12 @@ def test_a_dead_engine_is_told_to_every_caller_and_to_health(grpc_server: launch
         core.kill()
         for call in (*streams, *unary):
             with pytest.raises(grpc.RpcError) as caught:
-                _ = call.result(timeout=10) if call in unary else list(call)
+                _ = call.result(timeout=60) if call in unary else list(call)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
             assert detail(caught.value, error_details_pb2.ErrorInfo).reason == "ENGINE_DEAD"
         eventually(lambda: health_of(channel) == NOT_SERVING, "health turned")
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Generate(pb.GenerateRequest(prompt="x"), timeout=10)
+            stub.Generate(pb.GenerateRequest(prompt="x"), timeout=60)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 

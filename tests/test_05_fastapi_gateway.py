@@ -375,7 +375,7 @@ def seconds_to_let_go(url: str, path: str, ask: dict[str, Any], engine: str) -> 
     eventually(lambda: metric(engine, "vllm:num_requests_running") == 1, "the engine has the request")
     left = time.monotonic()
     caller.close()
-    eventually(lambda: running(engine) == 0, "the engine let go", seconds=5)
+    eventually(lambda: running(engine) == 0, "the engine let go")
     return time.monotonic() - left
 
 
@@ -535,7 +535,7 @@ def test_a_gateway_killed_and_started_again(vllm: launch.Server) -> None:
         gateway.kill()
         with pytest.raises(requests.exceptions.ChunkedEncodingError):
             list(pieces)
-    eventually(lambda: running(vllm.url) == 0, "the engine let go", seconds=5)
+    eventually(lambda: running(vllm.url) == 0, "the engine let go")
     with child_server(GATEWAY, "--upstream", vllm.url, port=port) as url:
         assert requests.post(f"{url}/chat", json=JAPAN, timeout=60).status_code == 200
 
@@ -595,7 +595,7 @@ async def first_token_seconds(server: launch.Server) -> float:
 async def test_an_engine_that_hangs_is_a_timeout(doomed: launch.Server) -> None:
     assert doomed.pid
     await first_token_seconds(doomed)  # what only the first request pays for
-    patience = max(0.5, 5 * await first_token_seconds(doomed))
+    patience = max(2, 5 * await first_token_seconds(doomed))
     app = create_app(Config(doomed.url, idle_seconds=patience, answer_seconds=2 * patience))
     transport = httpx.ASGITransport(app)
     async with (
@@ -735,9 +735,9 @@ def test_from_step_2_on_nobody_computes_for_who_has_left(
     eventually(lambda: running(vllm.url) == 0, "the engine is idle")
     before = written()
     # Long enough to be seen in the engine, and left while it is there.
-    with half_a_request(steps[step], path, STORY | {"max_tokens": pace.tokens(2, at_least=60)}):
+    with half_a_request(steps[step], path, STORY | {"max_tokens": pace.tokens(4, at_least=60)}):
         eventually(lambda: running(vllm.url) == 1, "the engine has the request")
-    eventually(lambda: running(vllm.url) == 0, "the engine is idle again", 60)
+    eventually(lambda: running(vllm.url) == 0, "the engine is idle again")
     eventually(lambda: written() - before == ended, "it is counted")
 
 

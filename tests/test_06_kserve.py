@@ -83,7 +83,7 @@ def rest_answer(vllm: launch.Server) -> str:
     ],
 )
 def test_health_over_rest(kserve: launch.Server, path: str, body: dict[str, Any]) -> None:
-    answer = requests.get(kserve.url + path, timeout=10)
+    answer = requests.get(kserve.url + path, timeout=60)
     assert (answer.status_code, answer.json()) == (200, body)
 
 
@@ -92,7 +92,7 @@ def test_health_over_grpc(client: V2Client) -> None:
 
 
 def test_both_protocols_describe_the_same_tensors(kserve: launch.Server, client: V2Client) -> None:
-    over_rest = requests.get(f"{kserve.url}/v2/models/{MODEL}", timeout=10).json()
+    over_rest = requests.get(f"{kserve.url}/v2/models/{MODEL}", timeout=60).json()
     assert {each["name"]: (each["datatype"], each["shape"]) for each in over_rest["inputs"]} == client.tensors()
     assert [each["name"] for each in over_rest["outputs"]] == [
         *("text_output", "finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
@@ -396,7 +396,7 @@ def test_the_one_version_is_served_and_another_is_not_found(kserve: launch.Serve
     for version, status in (("1", 200), ("2", 404), ("x", 404), ("1", 200)):
         assert requests.post(f"{root}/versions/{version}/infer", json=body, timeout=60).status_code == status
         for path in ("", "/ready"):
-            assert requests.get(f"{root}/versions/{version}{path}", timeout=10).status_code == status
+            assert requests.get(f"{root}/versions/{version}{path}", timeout=60).status_code == status
         assert requests.post(f"{root}/infer", json=body, timeout=60).status_code == 200
     assert client.stub.is_model_ready(MODEL, "1")
     assert client.stub.infer(MODEL, [tensor("text_input", PROMPT)], model_version="1").as_numpy("text_output").size
@@ -408,7 +408,7 @@ def test_the_one_version_is_served_and_another_is_not_found(kserve: launch.Serve
 
 @pytest.mark.parametrize("action", ["load", "unload"])
 def test_nobody_unloads_the_model(kserve: launch.Server, client: V2Client, action: str) -> None:
-    assert requests.post(f"{kserve.url}/v2/repository/models/{MODEL}/{action}", timeout=10).status_code == 404
+    assert requests.post(f"{kserve.url}/v2/repository/models/{MODEL}/{action}", timeout=60).status_code == 404
     with pytest.raises(InferenceServerException, match="loads its one model at its start") as caught:
         getattr(client.stub, f"{action}_model")(MODEL)
     assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
@@ -451,7 +451,7 @@ def test_clients_of_other_dialects_are_answered(kserve: launch.Server) -> None:
     answer = requests.post(f"{kserve.url}/v2/models/{MODEL}/infer", json=body, headers=offer, timeout=60)
     assert answer.status_code == 200
     for path in ("/", "/v2/health/live", "/v2/health/ready", f"/v2/models/{MODEL}/ready"):
-        assert requests.head(kserve.url + path, timeout=10).status_code == 200
+        assert requests.head(kserve.url + path, timeout=60).status_code == 200
 
 
 # Callers who leave
@@ -524,10 +524,10 @@ def test_an_engine_that_dies_is_unavailable_to_everyone(kserve: launch.Server) -
         over_rest = pool.submit(infer, kserve, given("text_input", PROMPT), endless)
         eventually(lambda: running(kserve) == 2, "both in the engine")
         core.kill()
-        refused = over_rest.result(timeout=10)
+        refused = over_rest.result(timeout=60)
         assert (refused.status_code, "engine has died" in refused.text) == (503, True)
         with pytest.raises(InferenceServerException, match="engine has died") as caught:
-            over_grpc.result(timeout=10)
+            over_grpc.result(timeout=60)
         assert caught.value.status() == "StatusCode.UNAVAILABLE"
         with pytest.raises(InferenceServerException, match="engine has died") as caught:
             client.infer(PROMPT)
@@ -649,8 +649,8 @@ class TestSteps:
     @pytest.fixture(scope="class")
     @classmethod
     def long(cls, pace: Pace) -> JsonTensor:
-        """Two seconds of work, however fast the engine is: it can be seen there before it is done."""
-        return sampling(max_tokens=pace.tokens(2, at_least=48), ignore_eos=True)
+        """Four seconds of work, however fast the engine is: it can be seen there before it is done."""
+        return sampling(max_tokens=pace.tokens(4, at_least=48), ignore_eos=True)
 
     def refused(self, url: str, *inputs: JsonTensor) -> tuple[int, str]:
         answer = requests.post(f"{url}/v2/models/{MODEL}/infer", json={"inputs": inputs}, timeout=60)

@@ -63,7 +63,7 @@ def right(rest: dict[str, Any]) -> Answer:
 
 def running(server: launch.Server) -> int:
     """How many requests the engine works on."""
-    lines = requests.get(f"{server.url}/metrics", timeout=10).text.splitlines()
+    lines = requests.get(f"{server.url}/metrics", timeout=60).text.splitlines()
     return int(float(next(line.split()[-1] for line in lines if line.startswith("vllm:num_requests_running"))))
 
 

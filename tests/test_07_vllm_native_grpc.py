@@ -120,7 +120,7 @@ def test_leaving_the_loop_stops_the_engine(client: VllmGrpcClient) -> None:
     messages = begin_endless(client, "to-be-left")
     eventually(lambda: not idle(client), "the request in the engine")
     messages.close()  # type: ignore[attr-defined]
-    eventually(lambda: idle(client), "an idle engine", seconds=10)
+    eventually(lambda: idle(client), "an idle engine")
 
 
 @engine
@@ -129,7 +129,7 @@ def test_deadline_stops_the_engine(client: VllmGrpcClient) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         list(client.stream(PROMPT, timeout=pace.seconds(500, at_most=2), **ENDLESS))
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    eventually(lambda: idle(client), "an idle engine", seconds=10)
+    eventually(lambda: idle(client), "an idle engine")
 
 
 # What the server says of itself

@@ -16,7 +16,7 @@ from servebook.bench.crosscheck import cross_check
 from servebook.bench.load import BenchError, Job, Sample, ask, closed_loop
 from servebook.bench.paths import PATHS, find_path
 from servebook.bench.results import Results, load_results
-from servebook.bench.run import Plan, start
+from servebook.bench.run import Plan, finished, start
 from servebook.bench.tensors import ENCODINGS, KIB, SERVERS, tensor_costs
 from servebook.bench.wire import wire_cost
 from servebook.launch import Server
@@ -205,10 +205,11 @@ async def test_an_interrupted_run_goes_on_where_it_was(vllm: Server, tmp_path: F
     jsonschema.validate(json.loads(output.read_text()), Results.model_json_schema())
     with pytest.raises(BenchError, match="finished run"):
         start(TINY, vllm.settings, output)
+    assert await finished(TINY, vllm.settings, output) == results, "the notebook shows it, as often as it is run"
 
 
 async def test_a_restless_control_stops_the_run(vllm: Server, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("servebook.bench.run.CONTROL_LIMIT", 0.0)
+    monkeypatch.setattr("servebook.bench.run.judge_control", lambda _: "void")
     with pytest.raises(BenchError, match="A/A control is off"):
         await start(TINY, vllm.settings, tmp_path / "run.json").all()
     assert not (tmp_path / "run.json").exists()

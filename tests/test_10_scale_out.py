@@ -30,6 +30,9 @@ from servebook.ways.metrics import metric
 from servebook.ways.scale_out.client import RouterClient
 from servebook.workbook.notebook import measure_pace
 
+# Engines start, and one of them in front of 32 callers: minutes where other lanes run beside.
+pytestmark = pytest.mark.timeout(900)
+
 REPLICAS = ["vllm-replica-1", "vllm-replica-2"]
 PROMPT = "The capital of France is"
 CALLERS = 16
@@ -178,7 +181,7 @@ def entry(name: str) -> dict[str, Any]:
 
 def complete(router: launch.Server, prompt: str = PROMPT, **params: Any) -> requests.Response:
     body = {"model": router.model, "prompt": prompt, "temperature": 0, "max_tokens": 4} | params
-    return requests.post(f"{router.url}/v1/completions", json=body, timeout=120)
+    return requests.post(f"{router.url}/v1/completions", json=body, timeout=300)
 
 
 def sent_by(client: RouterClient, work: Callable[[], Any]) -> list[int]:
@@ -276,7 +279,7 @@ def end_of_stream(router: launch.Server, tokens: int) -> str:
     """The last line of a long stream, or the name of the error that cut it."""
     body = {"model": router.model, "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True}
     try:
-        with requests.post(f"{router.url}/v1/completions", json=body, stream=True, timeout=120) as answer:
+        with requests.post(f"{router.url}/v1/completions", json=body, stream=True, timeout=300) as answer:
             *_, last = [line for line in answer.iter_lines() if line]
     except requests.exceptions.ChunkedEncodingError as error:
         return type(error).__name__
@@ -307,8 +310,8 @@ def test_a_replica_killed_under_load_loses_no_request_that_has_not_begun(
         eventually(lambda: client.sent(doomed) == at_doomed + CALLERS / 2, "half of the requests at the replica")
         os.kill(victim, signal.SIGKILL)
         late = [pool.submit(complete, router) for _ in range(CALLERS)]
-        answers = [each.result(timeout=120) for each in early + late]
-        assert sorted(each.result(timeout=120) for each in streams) == ["ChunkedEncodingError", "data: [DONE]"]
+        answers = [each.result(timeout=300) for each in early + late]
+        assert sorted(each.result(timeout=300) for each in streams) == ["ChunkedEncodingError", "data: [DONE]"]
     assert [answer.status_code for answer in answers] == [200] * (2 * CALLERS)
     assert [answer.json()["usage"]["completion_tokens"] for answer in answers[:CALLERS]] == [tokens] * CALLERS
     assert metric(router.metrics, "vllm_router_retries_total") >= CALLERS / 2
@@ -333,7 +336,7 @@ def test_a_killed_router_comes_back_in_front_of_the_same_replicas(router: launch
 
 
 @pytest.mark.ends("router")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("client")
 def test_notebook(run_notebook: Callable[[str], None]) -> None:
     """It kills the router and a replica and has them started anew by its kernel, with which they end."""

@@ -14,8 +14,10 @@ from dataclasses import replace
 from math import comb
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
+from uuid import uuid4
 
 import aiohttp
+import grpc
 import jsonschema
 import numpy as np
 import psutil
@@ -26,7 +28,17 @@ from typer.testing import CliRunner
 from uvicorn import Config
 
 from servebook.bench import crosscheck, guard, pictures, report, workload
-from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, WAVES, Arm, Workload, compare, jobs_for, off_by
+from servebook.bench.arms import (
+    CONTROL_LIMIT,
+    GENERATOR_LIMIT,
+    WAVES,
+    Arm,
+    Workload,
+    compare,
+    jobs_for,
+    judge_control,
+    off_by,
+)
 from servebook.bench.cli import custom
 from servebook.bench.cost import Cost, fit
 from servebook.bench.load import BenchError, Job, Load, Message, Sample, ask, closed_loop, open_loop
@@ -171,6 +183,34 @@ async def test_a_load_of_failures_alone_is_an_error_with_their_cause(loop: objec
 
     with pytest.raises(BenchError, match=r"ConnectionResetError: gone \(1 times\)"):
         await loop(broken, [Job("a", 1)], 1)  # type: ignore[operator]
+
+
+async def test_a_refused_caller_pauses_and_one_cause_is_counted_as_one() -> None:
+    """Ten places for twenty callers: each refusal has an id of its own in it, and uses up one job and no more."""
+    busy: set[Job] = set()
+
+    async def ten_at_a_time(job: Job) -> AsyncIterator[Message]:
+        if len(busy) == 10:
+            raise BenchError(f'HTTP 503: {{"code": "overloaded", "request_id": "{uuid4().hex[:16]}"}}')
+        busy.add(job)
+        await asyncio.sleep(0.02)
+        busy.remove(job)
+        yield Message("x", "length", 3, 1)
+
+    load = await closed_loop(ten_at_a_time, workload.take(workload.completions(20, 4), 100), 20)
+    assert list(load.failed) == ['BenchError: HTTP 503: {"code": "overloaded", "request_id": "…"}']
+    assert len(load.samples) > load.failed.total()
+
+
+async def test_an_error_over_grpc_says_what_the_server_said() -> None:
+    async def refused(job: Job) -> AsyncIterator[Message]:
+        raise grpc.aio.AioRpcError(
+            grpc.StatusCode.INVALID_ARGUMENT, grpc.aio.Metadata(), grpc.aio.Metadata(), "2994 tokens leave no room"
+        )
+        yield Message("")  # type: ignore[unreachable]
+
+    with pytest.raises(BenchError, match=r"INVALID_ARGUMENT: 2994 tokens leave no room \(1 times\)"):
+        await closed_loop(refused, [Job("a", 1)], 1)
 
 
 class Restless:
@@ -644,8 +684,14 @@ async def test_a_control_is_judged_on_latency_and_a_run_on_its_generator() -> No
     )
     assert "VOID" in report.control_line(results), "a generator above its limit measures itself"
     results = await a_run()
-    results.control[0].ttft_p50.value = 1.04
-    assert "VOID" in report.control_line(results), "tokens/s are the same, and the first of them comes 4 % later"
+    found = results.control[0].ttft_p50 = Estimate(value=1.04, pairs=2)
+    assert "undecided" in report.control_line(results), "tokens/s are the same, and the first of them comes 4 % later"
+    found.low, found.high = 1.02, 1.06
+    assert judge_control(results.control[0]) == "undecided", "it may be 2 %"
+    found.low = 1.035
+    assert "VOID" in report.control_line(results)
+    found.value, found.low, found.high = 0.95, 0.9, 0.96
+    assert "VOID" in report.control_line(results)
 
 
 def test_the_report_is_the_checkouts_from_any_folder(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -663,10 +709,10 @@ def test_the_page_is_that_of_the_stored_results() -> None:
     assert (ROOT / "BENCHMARKS.md").read_text() == report.markdown(stored()), "servebook bench --report writes it"
 
 
-async def test_a_void_run_is_not_reported() -> None:
+async def test_a_run_that_is_not_good_is_not_reported() -> None:
     results = await a_run(slower=3.0)
-    assert results.void
-    with pytest.raises(BenchError, match="void"):
+    assert results.verdict == "undecided", "two pairs say nothing for sure, however far off"
+    with pytest.raises(BenchError, match="not good"):
         report.markdown([results])
     with pytest.raises(BenchError, match="no stored results"):
         report.markdown([])
@@ -686,9 +732,9 @@ async def test_results_survive_the_way_to_disk_and_fit_their_schema(tmp_path: Fi
         load_results(tmp_path / "nothing.json")
 
 
-def test_stored_results_can_be_read_and_are_not_void() -> None:
+def test_stored_results_can_be_read_and_are_good() -> None:
     for results in stored():
-        assert not results.void
+        assert results.verdict == "good"
         assert results.plan == "full"
         assert set(results.done) <= set(FULL.steps)
         for missing in set(FULL.steps) - set(results.done):

@@ -57,7 +57,7 @@ class HeldEngine:
     def was_left(self) -> bool:
         """Whether the gateway hung up on the engine in the midst of the first answer."""
         answer = next(each for each in self.tap.exchanges if each.path.endswith("/completions"))
-        return answer.done.wait(5) and answer.left is not None
+        return answer.done.wait(60) and answer.left is not None
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def ask(page: Page, message: str, longest: int = 200) -> None:
 
 
 def engine_idle(vllm: launch.Server) -> bool:
-    return wait_until(lambda: not metric(vllm.url, "vllm:num_requests_running"), 5)
+    return wait_until(lambda: not metric(vllm.url, "vllm:num_requests_running"), 60)
 
 
 def test_an_answer_streams_in(held_chat: Page, held: HeldEngine) -> None:

@@ -66,7 +66,7 @@ def of_tokens(kind: type[Any], tokens: int) -> Any:
 
 def figure(server: launch.Server, *begins: str) -> float:
     """The sum of the metrics whose lines begin with any of these."""
-    lines = requests.get(f"http://{server.metrics}/metrics", timeout=10).text.splitlines()
+    lines = requests.get(f"http://{server.metrics}/metrics", timeout=60).text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(begins))
 
 
@@ -345,7 +345,7 @@ def test_a_dead_engine_is_told_by_every_front(server: launch.Server) -> None:
         killed = time.monotonic()
         core.kill()
         times = [end.result(timeout=60) - killed for end in ends]
-        times += [told(stub_on(channel).Generate, SHORT, timeout=10) - killed for channel in channels.values()]
+        times += [told(stub_on(channel).Generate, SHORT, timeout=60) - killed for channel in channels.values()]
         assert max(times) < DEAD_SECONDS, times
         assert len(listening(server)) == FRONTS, "they stay to say so"
 
@@ -405,7 +405,7 @@ def credentials_of(certificates: Certificates, with_certificate: bool = True) ->
 
 
 def health_of(channel: grpc.Channel) -> int:
-    answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+    answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
     return int(answer.status)
 
 

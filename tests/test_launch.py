@@ -377,13 +377,22 @@ def test_an_interrupted_up_ends_what_it_started(desk: Desk, sig: signal.Signals)
     up = desk.start(TINY, "cli", "up", "vllm", engine_args="--delay 600")
     eventually(lambda: len(desk.family()) == 5, "the whole family")
     up.send_signal(sig)
-    out, err = up.communicate(timeout=20)
+    out, err = up.communicate(timeout=60)
     assert "Traceback" not in out + err
     assert up.returncode == (130 if sig == signal.SIGINT else -sig)
     said = "servebook: stopped; what had not finished starting was ended" in err
     assert said == (sig == signal.SIGINT)
     desk.nothing_left()
     assert desk.status()["state"] == "stopped"
+
+
+def test_who_ends_a_server_that_has_just_died_leaves_no_record_of_it(desk: Desk) -> None:
+    """Its keeper may be about to write that it failed."""
+    for _ in range(3):
+        desk.run("up", "vllm")
+        os.kill(desk.status()["pid"], signal.SIGKILL)
+        launch.down("vllm", desk.settings)
+        assert desk.status()["state"] == "stopped"
 
 
 @pytest.mark.survives(

@@ -57,11 +57,11 @@ def test_make_lab(clone: Path, tmp_path: Path) -> None:
             assert lab.poll() is None, log.read_text()
             try:
                 return requests.get(f"{url}/api", timeout=5).ok
-            except requests.ConnectionError:
+            except requests.RequestException:
                 return False
 
         try:
-            eventually(answers, "JupyterLab", seconds=60)
+            eventually(answers, "JupyterLab", seconds=120)
             assert "lab/tree/notebooks/00_start_here.ipynb" in log.read_text()
             assert requests.get(f"{url}/api/kernels", timeout=10).status_code == 403
             headers = {"Authorization": f"token {TOKEN}"}

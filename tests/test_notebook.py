@@ -169,6 +169,8 @@ def test_versions_lists_packages_and_machine(displayed: list[dict[str, str]]) ->
 def test_wire_shows_bytes_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     wire("data: é\r\n\r\n".encode() + b"x" * 600, limit=12)
     assert capsys.readouterr().out.splitlines() == [r"data: \xc3\xa9\r\n", r"\r\n", "… and 600 bytes more"]
+    wire(b"""it's a "quote" and a \\' backslash\n""")
+    assert capsys.readouterr().out == r"""it's a "quote" and a \\' backslash\n""" + "\n"
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,7 @@ def test_green_canary_runs_in_this_environment(tmp_path: Path, monkeypatch: pyte
     assert cells[-1].outputs[0].text.strip() == sys.executable
     assert b"papermill" not in stored
 
+    assert [notebook_gate.literal(text) for text in ("3", "False", "smollm2")] == [3, False, "smollm2"]
     monkeypatch.setattr(sys, "argv", ["gate", "--store", str(copy)])
     assert notebook_gate.main() == 0
     assert copy.read_bytes() == stored, "storing twice must give the same bytes"

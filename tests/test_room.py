@@ -104,7 +104,7 @@ class Room:
 
     def learners(self) -> list[dict[str, Any]]:
         """What the front knows of them."""
-        return list(requests.get(f"{self.front}/room/learners", headers=bearer(KEY), timeout=10).json())
+        return list(requests.get(f"{self.front}/room/learners", headers=bearer(KEY), timeout=60).json())
 
     def hub(self) -> psutil.Process:
         """The hub's process."""
@@ -173,6 +173,7 @@ def window(chromium: Browser) -> Iterator[Callable[[], Page]]:
 
     def opened() -> Page:
         contexts.append(chromium.new_context(ignore_https_errors=True, viewport={"width": 1280, "height": 900}))
+        contexts[-1].set_default_timeout(120_000)  # JupyterLab loads beside nine desks that start
         return contexts[-1].new_page()
 
     yield opened
@@ -404,7 +405,7 @@ def test_who_guesses_a_password_does_not_lock_its_learner_out(room: Room) -> Non
         # Its time must have been over by then: "Wait 3 s." leaves more than two.
         waited = time.monotonic() - guesses[-1].began
         assert waited > int(re.findall(r"Wait (\d+) s\.", guesses[-1].said)[0]) - 1, "what is right is told"
-    emmy.browser.get(f"{room.url}/hub/logout", timeout=10)
+    emmy.browser.get(f"{room.url}/hub/logout", timeout=60)
     assert emmy.sign_in("emmy", "long enough") == (302, "")
     assert elsewhere.sign_in("emmy", "long enough") == (302, "")
 
@@ -413,10 +414,10 @@ def test_a_password_that_was_forgotten_is_chosen_anew_and_a_new_code_replaces_th
     old = room.code()
     emmy = Door(room.url, "127.0.0.2")
     assert emmy.sign_in("emmy", "long enough") == (302, "")
-    signed_in = emmy.browser.get(f"{room.url}/hub/home", allow_redirects=False, timeout=10)
+    signed_in = emmy.browser.get(f"{room.url}/hub/home", allow_redirects=False, timeout=60)
     told = room.run("reset", "Emmy")
     assert told.startswith(f"emmy has no password now: sign up anew with the join code {old}; signed out")
-    signed_out = emmy.browser.get(f"{room.url}/hub/home", allow_redirects=False, timeout=10)
+    signed_out = emmy.browser.get(f"{room.url}/hub/home", allow_redirects=False, timeout=60)
     assert (signed_in.status_code, signed_out.status_code) == (200, 302)
     told = room.run("code", "--new")
     assert f"Learners sign up at {room.url} with the join code {room.code()}." in told
@@ -738,7 +739,7 @@ def test_desks_are_back_in_a_moment_when_the_proxy_is_killed(room: Room, kernels
             return bool(kernel.desk.ask("GET", "api/kernels"))
         return False
 
-    eventually(reachable, "the desk, behind a new proxy", seconds=20)  # 5 s where the machine has nothing else to do
+    eventually(reachable, "the desk, behind a new proxy", seconds=120)  # 5 s where the machine has nothing else to do
     kernel.reconnect()
     assert kernel.run("print(kept)") == "through a new proxy\n"
 
@@ -812,7 +813,7 @@ def test_a_revoked_key_opens_nothing_any_more(room: Room, kernels: dict[str, Ker
     page = kernel.desk.browser.get(f"{room.url}/hub/spawn/ada", timeout=60)
     assert (page.status_code, said in unescape(page.text), ": error" in page.text) == (403, True, False), page.text
     shown = room.run("admit", "ada").split()
-    assert requests.get(f"{room.front}/v1/models", headers=bearer(shown[-1].partition("=")[2]), timeout=10).ok
+    assert requests.get(f"{room.front}/v1/models", headers=bearer(shown[-1].partition("=")[2]), timeout=60).ok
 
 
 def test_a_load_that_is_killed_leaves_no_process_behind(room: Room) -> None:

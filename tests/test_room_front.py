@@ -642,7 +642,8 @@ async def test_an_engine_that_answers_again_is_seen_to(
     async with caller(tmp_path, url) as ada:
         assert (await ada.ask("GET", "/room/health", key=""))[0] == 503
         stand_in.goes_on = None
-        monkeypatch.setattr(front, "HEALTH_SECONDS", 5)
+        monkeypatch.setattr(front, "HEALTH_SECONDS", 60)
+        monkeypatch.setattr(front, "ANSWER_SECONDS", 60)
         assert (await ada.ask("GET", "/room/health", key=""))[0] == 200
     hung.set()
 
@@ -1540,7 +1541,7 @@ def test_an_engine_is_not_left_where_the_front_does_not_ask(
 
 
 def health(front: launch.Server) -> int:
-    return requests.get(f"{front.url}/room/health", timeout=5).status_code
+    return requests.get(f"{front.url}/room/health", timeout=60).status_code
 
 
 @pytest.mark.survives("the engine killed (SIGKILL)", "room", lost="its answers; it is started again")

@@ -297,8 +297,8 @@ def start_family(
 def test_a_killed_stub_takes_engine_and_server_along() -> None:
     server, stub, engine, guardian = start_family()
     stub.kill()
-    assert server.wait(10) == -signal.SIGKILL
-    _, alive = psutil.wait_procs([engine, guardian], timeout=10)
+    assert server.wait(60) == -signal.SIGKILL
+    _, alive = psutil.wait_procs([engine, guardian], timeout=60)
     assert not alive
 
 
@@ -306,15 +306,15 @@ def test_a_killed_stub_takes_engine_and_server_along() -> None:
 def test_a_stub_that_is_stuck_after_its_engines_death_is_ended_with_all(word: bytes) -> None:
     """While it unloads its model, or when it is done with that."""
     server, stub, engine, guardian = start_family(word)
-    assert server.wait(10) == -signal.SIGKILL
-    _, alive = psutil.wait_procs([stub, engine, guardian], timeout=10)
+    assert server.wait(60) == -signal.SIGKILL
+    _, alive = psutil.wait_procs([stub, engine, guardian], timeout=60)
     assert not alive
 
 
 def test_a_server_that_waits_for_a_stub_that_is_well_is_ended_with_all(capfd: pytest.CaptureFixture[str]) -> None:
     server, stub, engine, guardian = start_family(b"", "waits")
-    server.wait(10)
-    _, alive = psutil.wait_procs([stub, engine, guardian], timeout=10)
+    server.wait(60)
+    _, alive = psutil.wait_procs([stub, engine, guardian], timeout=60)
     assert not alive
     assert SERVERS["triton"].again in capfd.readouterr().err, "by which `serve` knows that it may start another"
 
@@ -322,14 +322,14 @@ def test_a_server_that_waits_for_a_stub_that_is_well_is_ended_with_all(capfd: py
 @pytest.mark.parametrize("word", [b"end\n", b"dying\n"])
 def test_a_stub_that_ends_as_it_should_harms_nobody(word: bytes) -> None:
     server, stub, engine, guardian = start_family(word)
-    guardian.wait(10)
+    guardian.wait(60)
     if word == b"dying\n":
         assert stub.status() == psutil.STATUS_ZOMBIE, "the guardian stays as long as a stub whose engine died"
     assert engine.is_running()
     assert server.poll() is None
     for process in (engine, stub, server):
         process.kill()
-    server.wait(10)
+    server.wait(60)
 
 
 # --- a real server without a model --------------------------------------------------------------------------------

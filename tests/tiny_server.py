@@ -80,8 +80,9 @@ def serve_http(words: list[str]) -> None:
 
 def install() -> None:
     """Put this server in vLLM's place in the table; SERVEBOOK_ENGINE_ARGS goes to it."""
-    from servebook.launch import SERVERS
+    from servebook.launch import SERVERS, keep
 
+    keep.BROKEN_SECONDS = 2
     SERVERS["vllm"] = replace(
         SERVERS["vllm"],
         has_engine=False,

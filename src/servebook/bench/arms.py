@@ -10,7 +10,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -22,7 +22,7 @@ from servebook.bench.stats import Estimate, Summary, difference, ratio, summariz
 from servebook.launch import Server
 
 CONTROL_LIMIT = 0.03
-"""How far the A/A control may be from 1 before a run is void."""
+"""How far the A/A control may be from 1 in a run that is good."""
 
 GENERATOR_LIMIT = 0.6
 """Which part of a core the load generator may take before it is in the way of what it measures."""
@@ -214,6 +214,26 @@ def off_by(control: Comparison) -> float:
     """How far an A/A control is from 1, in tokens/s, TTFT or ITL, whichever is furthest: 0.03 is 3 %."""
     found = (control.tokens_per_s, control.ttft_p50, control.itl_p50)
     return max(abs(each.value - 1) for each in found if each)
+
+
+Verdict = Literal["good", "undecided", "void"]
+
+
+def judge_control(control: Comparison) -> Verdict:
+    """What an A/A control says of its run.
+
+    "good" within CONTROL_LIMIT; beyond it "void" if an interval is, whole, and else "undecided": so few pairs show what
+    a restless machine does, and not whether it favours one side. Windows of 2 pairs out of good runs are off by more
+    than the limit every second time, of 6 pairs every third.
+    """
+    if off_by(control) <= CONTROL_LIMIT:
+        return "good"
+    sure = any(
+        each.low > 1 + CONTROL_LIMIT or each.high < 1 - CONTROL_LIMIT
+        for each in (control.tokens_per_s, control.ttft_p50, control.itl_p50)
+        if each and each.low is not None and each.high is not None
+    )
+    return "void" if sure else "undecided"
 
 
 def _sum(values: list[float | None]) -> float | None:

@@ -126,7 +126,7 @@ def bench(
         console.print(f"Stopped. {len(run.results.done)} of {len(plan)} steps are in {output}; run the same to go on.")
         raise
     show(run.results)
-    if run.results.void:
+    if run.results.verdict == "void":
         raise typer.Exit(1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ from servebook.errors import ServebookError
 MAX_CONCURRENCY = 512
 DEADLINE_SECONDS = 600
 """Of one request over gRPC: far beyond any that a run sends, so that what hangs ends the run and not the night."""
+
+REFUSED_SECONDS = 0.1
+"""How long a caller pauses who was refused; asking again at once, a few would use up the jobs of all."""
+CAUSE_CHARACTERS = 200
 
 
 class BenchError(ServebookError):
@@ -177,6 +182,7 @@ async def _talk(send: Send, job: Job, load: Load, due: float | None = None) -> N
             sample = await ask(send, job, due)
         except Exception as error:
             load.failed[_cause(error)] += 1
+            await asyncio.sleep(REFUSED_SECONDS)
             return
         load.samples.append(sample)
         if job.turns == 1:
@@ -184,10 +190,14 @@ async def _talk(send: Send, job: Job, load: Load, due: float | None = None) -> N
         job, due = job.next_turn(sample.text), None
 
 
+REQUEST_ID = re.compile(r"[\w-]*[0-9a-f]{8,}[\w-]*")
+
+
 def _cause(error: Exception) -> str:
-    """What tells one kind of failure from another: of a gRPC error its status code."""
-    code = getattr(error, "code", None)
-    return code().name if callable(code) else f"{type(error).__name__}: {error}"[:120]
+    """What tells one kind of failure from another, without the ids of requests, which would make each its own kind."""
+    code, details = getattr(error, "code", None), getattr(error, "details", None)
+    kind = f"{code().name}: {details()}" if callable(code) and callable(details) else f"{type(error).__name__}: {error}"
+    return REQUEST_ID.sub("…", kind)[:CAUSE_CHARACTERS]
 
 
 async def _run(calls: Callable[[Load], Iterable[asyncio._CoroutineLike[None]]]) -> Load:

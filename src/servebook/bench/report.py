@@ -306,13 +306,13 @@ def markdown(runs: Sequence[Results]) -> str:
     """The whole of BENCHMARKS.md.
 
     Raises:
-        BenchError: there is no run, or one is void.
+        BenchError: there is no run, or one is not good.
     """
     if not runs:
         raise BenchError("There are no stored results.", "Make them with `servebook bench --full`.")
-    if any(run.void for run in runs):
+    if any(run.verdict != "good" for run in runs):
         raise BenchError(
-            "A stored run is void: its A/A control is off, or its generator was too busy.", "Measure again."
+            "A stored run is not good: its A/A control is off, or its generator was too busy.", "Measure again."
         )
     texts = ((TEXT / f"{name}.md").read_text(encoding="utf-8") for name in ("introduction", "overview", "profile"))
     introduction, above, profile = texts
@@ -383,7 +383,7 @@ def control_line(run: Results) -> str:
     """One line on whether a run may be believed."""
     worst = max((off_by(control) for control in run.control), default=float("nan"))
     busiest = max((each.generator_share for each in run.sides), default=float("nan"))
-    state = "VOID" if run.void else "good"
+    state = {"good": "good", "undecided": "undecided: too few pairs to tell", "void": "VOID"}[run.verdict]
     return (
         f"A/A control off by {worst:.1%} at most, in tokens/s, TTFT or ITL (limit {CONTROL_LIMIT:.0%}); generator at "
         f"{busiest:.0%} of a core (limit {GENERATOR_LIMIT:.0%}): the run is {state}."

@@ -14,7 +14,7 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, Field, ValidationError
 
-from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, ArmResult, Comparison, off_by
+from servebook.bench.arms import GENERATOR_LIMIT, ArmResult, Comparison, Verdict, judge_control
 from servebook.bench.cost import Cost
 from servebook.bench.crosscheck import CrossCheck
 from servebook.bench.load import BenchError
@@ -66,10 +66,12 @@ class Results(BaseModel):
     cross_check: list[CrossCheck] = Field(default=[], description="Beside `vllm bench serve`, one for each load.")
 
     @property
-    def void(self) -> bool:
-        """Whether the control was off, or the generator so busy that it measured itself."""
-        restless = not self.control or any(off_by(control) > CONTROL_LIMIT for control in self.control)
-        return restless or any(side.generator_share > GENERATOR_LIMIT for side in self.sides)
+    def verdict(self) -> Verdict:
+        """That of the worst control; "void" without one, or where the generator was so busy that it measured itself."""
+        found = {judge_control(control) for control in self.control}
+        if not found or "void" in found or any(side.generator_share > GENERATOR_LIMIT for side in self.sides):
+            return "void"
+        return "undecided" if "undecided" in found else "good"
 
     @property
     def sides(self) -> list[ArmResult]:

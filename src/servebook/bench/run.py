@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +14,7 @@ from pathlib import Path as File
 from time import monotonic
 
 from servebook import launch
-from servebook.bench.arms import CONTROL_LIMIT, Comparison, Workload, compare, off_by, open_arm
+from servebook.bench.arms import CONTROL_LIMIT, Comparison, Workload, compare, judge_control, off_by, open_arm
 from servebook.bench.cost import fit_cost
 from servebook.bench.crosscheck import cross_check
 from servebook.bench.load import MAX_CONCURRENCY, BenchError
@@ -173,7 +176,13 @@ class Run:
             arm = self.up(path, instance="vllm-control") if own else None
             with self.measured(name):
                 found = await self.compare(name, path, path, concurrency, up, arm)
-                if off_by(found) > CONTROL_LIMIT and not self.force:
+                verdict = judge_control(found)
+                if verdict == "undecided" and not own:
+                    self.say(
+                        f"  The control is off by {off_by(found):.1%}: of differences as small as that, so few pairs "
+                        "say nothing. More --rounds do."
+                    )
+                elif verdict != "good" and not self.force:
                     raise BenchError(
                         f"The A/A control is off by {off_by(found):.1%}: the same server against itself must be within "
                         f"{CONTROL_LIMIT:.0%}. Nothing measured now would be worth much.",
@@ -245,7 +254,7 @@ class Run:
         for server in SERVERS if self.plan.tensors else ():
             name = f"tensors {server}"
             if not self.skip(name):
-                with self.measured(name):
+                with self.measured(name), interruptible():
                     self.results.tensors += list(tensor_costs(server, self.settings, self.plan.tensors))
 
     async def compare(
@@ -291,7 +300,8 @@ class Run:
         """Remember a server, and whether it was up before."""
         if name not in self.servers:
             states = {entry["name"]: entry["state"] for entry in launch.status(self.settings)}
-            self.servers[name] = serve()
+            with interruptible():
+                self.servers[name] = serve()
             if states.get(name, "stopped") in ("stopped", "failed"):
                 self.ours.add(name)
         return self.servers[name]
@@ -323,6 +333,31 @@ class Run:
         if sys.stderr.isatty():
             sys.stderr.write(f"\r  block {done} of {total} \r" if done < total else "\r" + " " * 20 + "\r")
             sys.stderr.flush()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends at once what the event loop waits for here; asyncio's own handler would wait for the next `await`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+async def finished(plan: Plan, settings: Settings, output: File) -> Results:
+    """The run of this plan in `output`; made first, or to its end, where it is not there or not whole.
+
+    Raises:
+        BenchError: as `start`, but for a run that has finished.
+    """
+    there = load_results(output) if await asyncio.to_thread(output.exists) else None
+    if there and there.finished and there.plan == plan.name:
+        return there
+    return await start(plan, settings, output).all()
 
 
 def start(plan: Plan, settings: Settings, output: File, force: bool = False) -> Run:

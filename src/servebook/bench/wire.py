@@ -79,7 +79,7 @@ async def wire_cost(path: Path, server: Server) -> WireCost:
         sizes: list[tuple[int, int]] = []
         for seed, length in enumerate((SHORT, LONG), start=1):
             before = sum(proxy.bytes for proxy in proxies)
-            sample = await ask(send, next(make(40, length, seed)))
+            sample = await ask(send, next(make(40, length, seed))._replace(max_tokens=length))
             tokens = len(sample.arrivals) if path.streams else sample.output_tokens
             sizes.append((tokens, sum(proxy.bytes for proxy in proxies) - before))
     (short, few), (long, many) = sizes

@@ -17,7 +17,7 @@ WORDS = (
 TOKENS_PER_NUMBER = 6
 TOKENS_PER_WORD = 3
 TOKENS_PER_MARK = 9
-CHAT_TEMPLATE_TOKENS = 38
+CHAT_TEMPLATE_TOKENS = 30
 
 
 def completions(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[Job]:
@@ -42,6 +42,8 @@ def completions(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[
 
 def chats(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[Job]:
     """Endless jobs for chat, of about `prompt_tokens` tokens with the template: each asks for a long story.
+
+    Below 50 they are as short as they get, some 49.
 
     The lengths of the answers vary as in `completions`.
     """

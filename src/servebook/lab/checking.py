@@ -22,7 +22,8 @@ from servebook.lab.submission import CheckFunction, Submission
 from servebook.launch import Server
 from servebook.settings import own_settings
 
-TELL_SECONDS = 2.0
+TELL_SECONDS = 20.0
+"""How long a check waits for a busy room to hear of it; a room that is not there refuses at once."""
 
 
 def check(exercise_id: str) -> None:

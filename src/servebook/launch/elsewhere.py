@@ -23,7 +23,7 @@ def ask_elsewhere(settings: Settings) -> tuple[str, dict[str, str]]:
 
     url = str(settings.engine_url)
     try:
-        answer = requests.get(f"{url}/v1/models", auth=bearer(settings.key), timeout=10)
+        answer = requests.get(f"{url}/v1/models", auth=bearer(settings.key), timeout=(10, 60))
         answer.raise_for_status()
         model = answer.json()["data"][0]["id"]
     except requests.HTTPError as error:

@@ -19,7 +19,7 @@ from servebook.launch.supervisor import Description
 from servebook.launch.table import ENGINE_PHASES, Endpoints
 
 POLL_SECONDS = 0.1
-BROKEN_SECONDS = 10.0
+BROKEN_SECONDS = 30.0
 """How long a server that was ready, and is not, may take to come back: longer than a busy one needs to answer."""
 
 

@@ -154,6 +154,8 @@ def down(instance: str, settings: Settings | None = None) -> bool:
     link.ask("stop")  # which a keeper that does not answer takes all the time for
     if not link.wait_closed(max(0.1, deadline - time.monotonic())):
         raise LaunchError(f"{instance} does not end.", f"See `servebook logs {instance}`.")
+    with suppress(OSError):
+        files.record.unlink()  # written meanwhile where the server had just died by itself
     return True
 
 

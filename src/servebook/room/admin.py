@@ -186,7 +186,7 @@ class RoomAdmin:
         try:
             if not only_ours(self.url):
                 raise requests.ConnectionError
-            answer = requests.request(method, f"{self.url}/{path}", auth=bearer(key or self.key), timeout=10)
+            answer = requests.request(method, f"{self.url}/{path}", auth=bearer(key or self.key), timeout=60)
         except requests.RequestException:
             raise ServebookError("The room does not answer.", "`servebook status` shows whether it is up.") from None
         if not answer.ok:

@@ -13,6 +13,7 @@ notebook. Fewer than `min_cells` executed code cells (by default: fewer than all
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import sys
@@ -196,17 +197,27 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def literal(text: str) -> Any:
+    """A value as Python writes it: 3, False; a text needs no quotes."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def main() -> int:
     """Run the notebooks named, or all; exit with 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m servebook.workbook.gate", description="Run and check notebooks.")
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK")
     parser.add_argument("--store", action="store_true", help="keep the new outputs in the notebooks")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter, as Python has it"
+    )
     options = parser.parse_args()
     results = []
     for notebook in options.notebooks or sorted(NOTEBOOKS.glob("*.ipynb")):
         print(f"{notebook.stem} …", flush=True)
-        results.append(run(notebook.resolve(), dict(options.p), options.store))
+        results.append(run(notebook.resolve(), {name: literal(text) for name, text in options.p}, options.store))
         if results[-1].problem:
             print(f"{results[-1].problem}\n", file=sys.stderr)
     print(table(results))

@@ -13,6 +13,7 @@ import io
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ def wire(data: bytes, limit: int = 512) -> None:
             print(f"{start:4}  {row.hex(' '):47}  {text}")
     else:
         for line in part.splitlines(keepends=True):
-            print(repr(line)[2:-1])
+            print(re.sub(r"(\\\\)|\\'", lambda found: found[1] or "'", repr(line)[2:-1]))
     if len(data) > limit:
         print(f"… and {len(data) - limit} bytes more")
 

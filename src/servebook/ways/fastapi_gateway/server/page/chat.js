@@ -118,6 +118,7 @@ async function send(message) {
 
   const sent = performance.now();
   let first = 0;
+  let last = 0;
   let pieces = 0;
   let text = "";
   try {
@@ -128,6 +129,7 @@ async function send(message) {
         words.textContent = text += content.text;
         if (follow) page.log.scrollTop = page.log.scrollHeight;
         pieces += 1;
+        last = now;
         if (pieces === 1) {
           first = now;
           page.ttft.textContent = `${Math.round(first - sent)} ms`;
@@ -137,7 +139,9 @@ async function send(message) {
         }
         page.tokens.textContent = `≈ ${pieces}`; // a piece may hold several tokens; the exact number comes last
       } else if (content.usage) {
-        page.tokens.textContent = `${content.usage.completion_tokens} out, ${content.usage.prompt_tokens} in`;
+        const tokens = content.usage.completion_tokens;
+        page.tokens.textContent = `${tokens} out, ${content.usage.prompt_tokens} in`;
+        if (last > first) page.rate.textContent = `${((1000 * (tokens - 1)) / (last - first)).toFixed(1)} tokens/s`;
         if (content.finish_reason === "length") note(article, "Cut at the longest answer.");
       }
     }
