@@ -205,7 +205,7 @@ async def test_a_refused_caller_pauses_and_one_cause_is_counted_as_one() -> None
 async def test_an_error_over_grpc_says_what_the_server_said() -> None:
     async def refused(job: Job) -> AsyncIterator[Message]:
         raise grpc.aio.AioRpcError(
-            grpc.StatusCode.INVALID_ARGUMENT, grpc.aio.Metadata(), grpc.aio.Metadata(), "2994 tokens leave no room"
+            grpc.StatusCode.INVALID_ARGUMENT, grpc.aio.Metadata(), grpc.aio.Metadata(), "2994 tokens leave no room", ""
         )
         yield Message("")  # type: ignore[unreachable]
 

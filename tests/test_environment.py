@@ -85,6 +85,8 @@ def test_what_a_child_gets(name: str, value: str, kept: bool) -> None:
 @pytest.mark.parametrize(("folder", "used"), [("/" + 90 * "x", "/tmp"), ("/scratch", "/scratch")])
 def test_a_folder_for_temporary_files_that_is_too_long_for_sockets(folder: str, used: str) -> None:
     assert child_environment({"TMPDIR": folder})["TMPDIR"] == used
+    if used == "/tmp":
+        assert child_environment({"TMP": folder})["TMPDIR"] == used, "Python looks there, too"
 
 
 def test_folders_that_libraries_cannot_write_to(tmp_path: Path) -> None:

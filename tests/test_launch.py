@@ -38,12 +38,13 @@ from servebook import launch
 from servebook.bench.resources import is_engine
 from servebook.engine import faster_cpu
 from servebook.engine.arguments import promised_bytes
-from servebook.errors import LaunchError
+from servebook.errors import LaunchError, ModelError
 from servebook.launch import display, find_server, lifetime, link, supervisor
 from servebook.launch.files import Files, read_log, tail, visible
 from servebook.launch.keep import Kept, Phase, await_ready
 from servebook.launch.link import died, root_cause
 from servebook.launch.plan import Start
+from servebook.launch.probes import http_ok
 from servebook.launch.processes import free_port
 from servebook.launch.table import Endpoints
 from servebook.settings import in_address, load_settings
@@ -130,6 +131,10 @@ def test_a_server_that_dies_at_start_says_why(desk: Desk) -> None:
     assert "exit code 3" in text
     assert "the weights are torn" in text
     desk.nothing_left()
+    another = desk.run("up", "vllm", expect=1, host="192.0.2.1", api_key=KEY)
+    assert "cannot start vllm on 192.0.2.1" in another
+    assert "exit code" not in another, "that was the one before"
+    desk.run("up", "vllm", expect=1, engine_args="--die 3")
     assert desk.status()["state"] == "failed"
     assert "the weights are torn" in desk.run("logs", "vllm")
 
@@ -321,6 +326,15 @@ def test_the_key_is_in_no_command_line_log_or_state_file(desk: Desk) -> None:
 # --- faults -------------------------------------------------------------------------------------------------------
 
 
+def test_an_interrupt_ends_all_that_start_side_by_side(desk: Desk) -> None:
+    kernel = desk.start(TINY, "kernel", "side by side", engine_args="--delay 600")
+    eventually(lambda: len(desk.family()) == 5, "the whole family")
+    kernel.send_signal(signal.SIGINT)
+    _, err = kernel.communicate(timeout=60)
+    assert "KeyboardInterrupt" in err
+    desk.nothing_left()
+
+
 def test_kernel_killed_while_the_server_starts(desk: Desk) -> None:
     kernel = desk.start(TINY, "kernel", engine_args="--delay 600")
     eventually(lambda: len(desk.family()) == 5, "the whole family")
@@ -501,6 +515,22 @@ def test_no_engine_at_the_given_url(desk: Desk) -> None:
     with pytest.raises(LaunchError, match="404"):
         launch.serve("vllm", settings=desk.settings, engine_url=f"http://{desk.status()['endpoints']['http']}")
     assert "runs elsewhere" in desk.run("up", "vllm", expect=1, engine_url=url)
+
+
+def test_who_stands_before_an_engine_elsewhere_needs_no_model_here(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And has the name of the engine's."""
+    monkeypatch.setattr("servebook.launch.keep.ask_elsewhere", lambda _: ("qwen3-8b", {"http": "gpu-box:8000"}))
+    nothing_here = desk.settings.model_copy(update={"model": "/no/such/model", "engine_url": "http://gpu-box:8000"})
+    tiny = replace(find_server("vllm"), ready=lambda at: http_ok(at["http"], "/health"), has_engine=False)
+    words = [sys.executable, str(TINY), "server", "--host", "127.0.0.1", "--port", "{http}"]
+    gateway = replace(tiny, name="gateway", argv=lambda *_: words, needs=find_server("gateway").needs)
+    server = launch.serve("gateway", settings=nothing_here, spec=gateway)
+    try:
+        assert server.model == "qwen3-8b"
+    finally:
+        server.stop()
+    with pytest.raises(ModelError, match="no model folder"):
+        launch.serve("vllm", settings=nothing_here, engine_url="", spec=replace(tiny, argv=lambda *_: words))
 
 
 # --- machines of others -------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from servebook.launch import lifetime
 from servebook.launch.bound import bound
 from servebook.launch.child import Child, run_child
 from servebook.launch.link import STOP_SECONDS, Link
-from servebook.launch.probes import only_ours
+from servebook.launch.probes import only_ours, others_listen
 from servebook.launch.processes import (
     KEPT,
     can_bind,
@@ -145,17 +145,27 @@ def test_ports() -> None:
 
 @pytest.mark.parametrize(
     ("host", "address", "other"),
-    [("127.0.0.1", "127.0.0.1", "127.0.0.2"), ("0.0.0.0", "127.0.0.1", "127.0.0.2"), ("::1", "::1", "::2")],
+    [
+        ("127.0.0.1", "127.0.0.1", "127.0.0.2"),
+        ("0.0.0.0", "127.0.0.1", "127.0.0.2"),
+        ("::", "127.0.0.1", "127.0.0.2"),
+        ("::1", "::1", "::2"),
+    ],
 )
-def test_who_listens(host: str, address: str, other: str) -> None:
+def test_who_listens(host: str, address: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as listener:
+    with socket.create_server((host, 0), family=family, dualstack_ipv6=host == "::") as listener:
         port = listener.getsockname()[1]
         assert listeners(address, port) == {os.getuid()}
         assert only_ours(f"http://{in_address(address)}:{port}/path")
+        assert not others_listen(f"{in_address(address)}:{port}")
+        monkeypatch.setattr("os.getuid", lambda: 1_000_000)
+        assert others_listen(f"{in_address(address)}:{port}")
+        monkeypatch.undo()
         with socket.create_connection((address, port)):
-            assert listeners(other, port) == ({os.getuid()} if host == "0.0.0.0" else set())
+            assert listeners(other, port) == ({os.getuid()} if host in ("0.0.0.0", "::") else set())
     assert listeners(address, port) == set()
+    assert not others_listen(f"{in_address(address)}:{port}")
     assert not only_ours(f"http://{in_address(address)}:{port}/path")
 
 
@@ -188,6 +198,8 @@ def test_what_the_package_offers_is_there_when_it_is_asked_for() -> None:
 class Silent:
     """In place of a link to a keeper that does not answer: the time passes that it is given."""
 
+    keeper = 4711
+
     def __init__(self, clock: list[float]) -> None:
         self.clock = clock
 
@@ -205,6 +217,6 @@ def test_a_keeper_that_does_not_answer_is_waited_for_as_long_as_is_said(
     clock = [0.0]
     monkeypatch.setattr(Link, "open", lambda _: Silent(clock))
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with pytest.raises(LaunchError, match="does not end"):
+    with pytest.raises(LaunchError, match=r"does not end(.|\n)*kill -9 4711"):
         lifetime.down("vllm", load_settings(state_dir=tmp_path))
     assert clock[0] == pytest.approx(STOP_SECONDS, abs=1)

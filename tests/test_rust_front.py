@@ -214,9 +214,11 @@ def test_the_command_brings_it_into_a_folder(tmp_path: Path) -> None:
     assert Path(done.stdout.strip()).read_bytes() == own.read_bytes()
     assert is_intact(tmp_path / "bag/vllm-rs")
     own.write_bytes(program("0.31.0"))
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "is vllm-rs 0.31.0" in done.stderr
+    for more, says in (({}, "is vllm-rs 0.31.0"), ({"SERVEBOOK_REPLICAS": "0"}, "SERVEBOOK_REPLICAS")):
+        done = subprocess.run(command, env=env | more, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_machine_without_a_network_takes_it_from_that_folder(
@@ -224,7 +226,7 @@ def test_a_machine_without_a_network_takes_it_from_that_folder(
 ) -> None:
     monkeypatch.setenv("UV_OFFLINE", "1")
     (tmp_path / "vllm-rs").write_bytes(program(engine_version()))
-    (tmp_path / "vllm-rs").chmod(0o755)
+    (tmp_path / "vllm-rs").chmod(0o644)  # as from a stick that keeps no modes
     with pytest.raises(FileNotFoundError):
         bring(tmp_path, here)
     (tmp_path / "RECORD").write_text(record_hash(BytesIO(program(engine_version()))))

@@ -79,12 +79,24 @@ def test_order_parameters_environment_file_default(bare: Path, monkeypatch: pyte
 
 
 def test_the_file_is_found_from_a_notebooks_folder(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (bare / "servebook.toml").write_text("max_model_len = 100\n")
+    (bare / "servebook.toml").write_text(
+        'max_model_len = 100\nstate_dir = "state"\nmodel = "models/x"\ncache_dir = "~/cache"\n[room]\nenv = "room"\n'
+    )
+    (bare / "models/x").mkdir(parents=True)
     inner = bare / "labs/01_openai_rest"
     inner.mkdir(parents=True)
     monkeypatch.chdir(inner)
     assert settings_file() == bare / "servebook.toml"
-    assert load_settings().max_model_len == 100
+    settings = load_settings()
+    assert settings.max_model_len == 100
+    assert (settings.state_dir, settings.room.env, settings.model) == (
+        bare / "state",
+        bare / "room",
+        f"{bare}/models/x",
+    )
+    assert settings.cache_dir == Path("~/cache").expanduser()
+    (bare / "servebook.toml").write_text('model = "Qwen/Qwen3-0.6B"\n')
+    assert load_settings().model == "Qwen/Qwen3-0.6B", "no such folder: of the hub"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 It has a child and, in a session of its own, a grandchild: the worst that an engine's workers can be.
 `python tiny_server.py cli up vllm` is the command line with it, `python tiny_server.py kernel` a process that
-holds a lease as a notebook does.
+holds a lease as a notebook does; with a word more it starts it by `serve_all`.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def main() -> None:
 
         sys.argv = ["servebook", *words]
         return cli.main()
-    from servebook import serve
+    from servebook import launch
 
-    server = serve("vllm")
+    server = launch.serve_all(["vllm"])["vllm"] if words else launch.serve("vllm")
     print(json.dumps({"pid": server.pid, **server.endpoints}), flush=True)
     sys.stdin.read()
     return None

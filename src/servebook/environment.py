@@ -48,7 +48,7 @@ def unwelcome(given: Mapping[str, str]) -> dict[str, str]:
 
 def short_tmpdir(given: Mapping[str, str]) -> str:
     """A folder for temporary files where the one that is set is too long for sockets; "" where it is not."""
-    folder = given.get("TMPDIR", "")
+    folder = next(filter(None, (given.get(name) for name in ("TMPDIR", "TEMP", "TMP"))), "")  # as tempfile looks
     return "/tmp" if len(os.fsencode(folder)) > SOCKET_FOLDER_CHARACTERS else ""
 
 

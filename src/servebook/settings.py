@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -191,9 +192,10 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         file = settings_file()
         toml = TomlConfigSettingsSource(settings_cls, toml_file=file)
-        if file:
-            require_trusted(file, holds_key="api_key" in toml.toml_data)
-        return init_settings, env_settings, toml
+        if not file:
+            return init_settings, env_settings, toml
+        require_trusted(file, holds_key="api_key" in toml.toml_data)
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _beside(file, toml.toml_data))
 
     @field_validator("cache_dir", "state_dir", "vllm_rs_file")
     @classmethod
@@ -316,6 +318,23 @@ def settings_file() -> Path | None:
             if (folder / FILE_NAME).is_file():
                 return folder / FILE_NAME
     return None
+
+
+FILES = {"cache_dir", "state_dir", "vllm_rs_file", "tls_cert", "tls_key", "tls_client_ca", "env"}
+
+
+def _beside(file: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What a settings file says; a relative path in it begins at the file, wherever it is read from."""
+
+    def at(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return _beside(file, value)
+        if not isinstance(value, str) or not value or value.startswith("~"):
+            return value
+        place = file.parent / value
+        return str(place) if name in FILES or (name == "model" and place.is_dir()) else value
+
+    return {name: at(name, value) for name, value in found.items()}
 
 
 def require_trusted(file: Path, holds_key: bool) -> None:

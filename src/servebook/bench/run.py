@@ -299,10 +299,10 @@ class Run:
     def keep(self, name: str, serve: Callable[[], Server]) -> Server:
         """Remember a server, and whether it was up before."""
         if name not in self.servers:
-            states = {entry["name"]: entry["state"] for entry in launch.status(self.settings)}
+            up = {entry["name"] for entry in launch.status(self.settings) if entry["pid"] is not None}
             with interruptible():
                 self.servers[name] = serve()
-            if states.get(name, "stopped") in ("stopped", "failed"):
+            if name not in up:
                 self.ours.add(name)
         return self.servers[name]
 

@@ -126,6 +126,7 @@ def bring(folder: Path, settings: Settings) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in ("RECORD", NAME):
         draft = Path(shutil.copy2(folder / name, target / f".{name}"))
+        draft.chmod(0o755 if name == NAME else 0o644)  # some media keep no modes
         draft.replace(target / name)
 
 
@@ -134,13 +135,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--from", type=Path, dest="source", help="take it from this folder, without a network")
     parser.add_argument("folder", type=Path, nargs="?", help="put a copy of it, and its hash, there")
-    words, settings = parser.parse_args(), own_settings()
+    words = parser.parse_args()
 
     def say(text: str) -> None:
         if sys.stderr.isatty():
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     try:
+        settings = own_settings()
         if words.source and not _installed():
             bring(words.source, settings)
         file = rust_front(settings, say)

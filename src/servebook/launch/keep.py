@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from servebook.engine.model import model_path
 from servebook.errors import LaunchError
@@ -16,9 +18,11 @@ from servebook.launch.link import Link, attach, died, spawn
 from servebook.launch.memory import memory_for
 from servebook.launch.plan import Start
 from servebook.launch.supervisor import Description
-from servebook.launch.table import ENGINE_PHASES, Endpoints
+from servebook.launch.table import ENGINE_PHASES, Endpoints, find_server
 
 POLL_SECONDS = 0.1
+GIVEN_UP: ContextVar[Event | None] = ContextVar("given up", default=None)
+"""Set where nobody waits any more for what this thread starts."""
 BROKEN_SECONDS = 30.0
 """How long a server that was ready, and is not, may take to come back: longer than a busy one needs to answer."""
 
@@ -45,16 +49,17 @@ def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
     at: dict[str, Endpoints] = {}
     with ExitStack() as leases:
         kept: list[Kept] = []
+        remote = ""
         for wave in waves:
             with ExitStack() as starting:
                 begun: list[Kept] = []
                 for start in wave:
                     if start.elsewhere:
-                        at[start.instance] = ask_elsewhere(start.settings)[1]
+                        remote, at[start.instance] = ask_elsewhere(start.settings)
                         continue
                     display = starting.enter_context(progress(start.instance))
                     claim = starting.enter_context(ExitStack())
-                    one = begin(start, at, display, claim, engines=1 + sum(not other.attached for other in begun))
+                    one = begin(start, at, remote, display, claim, 1 + sum(not other.attached for other in begun))
                     leases.callback(one.link.close)
                     begun.append(one)
                 for number, one in enumerate(begun):
@@ -64,7 +69,7 @@ def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
                         if not by_chance(one):
                             raise
                         one.claim.close()  # what it claimed is free again, and the next try is not refused for it
-                        begun[number] = one = begin(one.start, at, one.display, one.claim, engines=1)
+                        begun[number] = one = begin(one.start, at, remote, one.display, one.claim, engines=1)
                         leases.callback(one.link.close)
                         await_ready(one)
                     one.claim.close()
@@ -74,15 +79,22 @@ def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
     return kept[-1].there, {one.start.files: one.link for one in kept}
 
 
-def begin(start: Start, needs: dict[str, Endpoints], display: Progress, claim: ExitStack, engines: int) -> Kept:
+def begin(
+    start: Start, needs: dict[str, Endpoints], remote: str, display: Progress, claim: ExitStack, engines: int
+) -> Kept:
     """Take a lease on the server that is there, or on a new one; does not wait until it is ready.
 
+    `remote` is the model's name where the engine is elsewhere: who stands before that needs no model here.
     `engines` are those that start together, this one included: memory must be there for all, and what a GPU has is
     held for this one until `claim` is closed.
     """
-    display.phase("looking for the model")
-    model = model_path(start.settings)
-    order = start.order(model, needs)
+    if remote and not find_server(start.spec.name).has_engine:
+        model = Path(remote)
+    else:
+        remote = ""
+        display.phase("looking for the model")
+        model = model_path(start.settings)
+    order = start.order(model, needs, remote)
     if lease := attach(order):
         return Kept(start, *lease, attached=True, display=display, claim=claim)
     order["env"] |= start.spec.env(start.settings, display.phase)
@@ -103,7 +115,10 @@ def await_ready(kept: Kept) -> None:
     patience = BROKEN_SECONDS if was_ready else start.settings.start_timeout
     deadline = time.monotonic() + patience
     phase = Phase(start.files.log)
+    given_up = GIVEN_UP.get()
     while not start.spec.answers(there["endpoints"]):
+        if given_up and given_up.is_set():
+            raise LaunchError(f"{name} was given up.", "Start it again.")
         if not kept.link.alive():
             raise died(start.files)
         if time.monotonic() > deadline:

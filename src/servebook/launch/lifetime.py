@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from servebook.errors import LaunchError
 from servebook.launch.elsewhere import ask_elsewhere
 from servebook.launch.files import TAIL_LINES, Files, tail
-from servebook.launch.keep import keep
+from servebook.launch.keep import GIVEN_UP, keep
 from servebook.launch.link import STOP_SECONDS, Link
 from servebook.launch.plan import Start, plan
 from servebook.launch.supervisor import Description
@@ -106,12 +107,25 @@ def serve(
 def serve_all(names: Iterable[str], start: Callable[[str], Server] = serve) -> dict[str, Server]:
     """Start several servers side by side, each by `start(name)`, and wait for all; each name is a server of its own.
 
+    An interrupt ends those that are not ready so far.
+
     Raises:
         LaunchError: one of them cannot start; the others stay up for as long as this process.
         ModelError: as `serve`.
     """
+    given_up = Event()
+
+    def one(name: str) -> Server:
+        GIVEN_UP.set(given_up)
+        return start(name)
+
     with ThreadPoolExecutor() as starts:
-        begun = {name: starts.submit(start, name) for name in names}
+        begun = {name: starts.submit(one, name) for name in names}
+        try:
+            wait(begun.values())
+        except BaseException:
+            given_up.set()
+            raise
     return {name: starting.result() for name, starting in begun.items()}
 
 
@@ -153,7 +167,10 @@ def down(instance: str, settings: Settings | None = None) -> bool:
     deadline = time.monotonic() + STOP_SECONDS
     link.ask("stop")  # which a keeper that does not answer takes all the time for
     if not link.wait_closed(max(0.1, deadline - time.monotonic())):
-        raise LaunchError(f"{instance} does not end.", f"See `servebook logs {instance}`.")
+        raise LaunchError(
+            f"{instance} does not end.",
+            f"`kill -9 {link.keeper}` ends the process that keeps it, and with that all of it.",
+        )
     with suppress(OSError):
         files.record.unlink()  # written meanwhile where the server had just died by itself
     return True

@@ -58,6 +58,12 @@ class Link:
             return None
         return description
 
+    @property
+    def keeper(self) -> int:
+        """The supervisor's process."""
+        credentials = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int.from_bytes(credentials[:4], sys.byteorder)
+
     def alive(self) -> bool:
         """Whether the supervisor still holds its end."""
         poll = select.poll()
@@ -134,7 +140,7 @@ def spawn(order: Order) -> Lease:
     except OSError as error:
         raise unusable(error.filename, str(error.strerror)) from None
     process = subprocess.Popen(
-        [sys.executable, "-I", "-m", supervisor.__name__],
+        [sys.executable, "-I", "-X", "utf8", "-m", supervisor.__name__],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -154,6 +160,12 @@ def spawn(order: Order) -> Lease:
             if code not in (None, EX_TEMPFAIL):  # TEMPFAIL: another start was first, and is about to listen
                 break
             time.sleep(0.02)
+    if code == EX_TEMPFAIL:
+        raise LaunchError(
+            f"{files.instance} is kept by a process that cannot be reached from here: one in another container, or on "
+            "another machine, with the same state folder.",
+            "Set SERVEBOOK_STATE_DIR to a folder of this machine's own.",
+        )
     raise died(files)
 
 

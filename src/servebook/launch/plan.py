@@ -41,8 +41,11 @@ class Start:
         """Whether it is the engine that SERVEBOOK_ENGINE_URL names, which nobody starts."""
         return self.instance == "vllm" and bool(self.settings.engine_url)
 
-    def order(self, model: Path, needs: dict[str, Endpoints]) -> Order:
-        """What a supervisor is told, once it is known where the model lies and where the servers that it needs are."""
+    def order(self, model: Path, needs: dict[str, Endpoints], remote_model: str = "") -> Order:
+        """What a supervisor is told, once it is known where the model lies and where the servers that it needs are.
+
+        `remote_model` is the name of the model of an engine elsewhere.
+        """
         spec, settings = self.spec, self.settings
         env = engine_env(settings)
         if settings.key:
@@ -61,7 +64,7 @@ class Start:
             "client_hosts": {kind: in_address(ANY.get(at, at)) for kind, at in hosts.items()},
             "ports": {kind: settings.port(spec.name, kind) for kind in spec.ports},
             "avoid": [settings.port(other.name, kind) for other in SERVERS.values() for kind in other.ports],
-            "model": settings.model_name,
+            "model": remote_model or settings.model_name,
             "owner": self.owner,
             "fingerprint": hashlib.sha256(what.encode()).hexdigest()[:16],
             "state_dir": str(settings.state_dir),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.parse import urlsplit
 
@@ -21,6 +22,18 @@ def listens(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def others_listen(address: str) -> bool:
+    """Whether a program of another user takes connections at `address`, "host:port" of this machine.
+
+    A port is free when it is chosen, and its server listens some seconds later: somebody may take it meanwhile, and
+    would be told keys. Where the kernel does not say, this is False.
+    """
+    host, _, port = address.rpartition(":")
+    with suppress(OSError):
+        return bool(listeners(host.strip("[]"), int(port)) - {os.getuid()})
+    return False
 
 
 def only_ours(url: str) -> bool:

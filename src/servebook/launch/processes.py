@@ -173,17 +173,33 @@ def can_bind(host: str, port: int) -> bool:
 def listeners(address: str, port: int) -> set[int]:
     """The users, by number, whose programs take connections to `address`:`port` of this machine, IPv4 or IPv6.
 
-    As /proc/net/tcp has it: `sl local_address rem_address st tx:rx tr:when retrnsmt uid …`, where 0A is LISTEN.
+    As /proc/net/tcp has it: `sl local_address rem_address st tx:rx tr:when retrnsmt uid …`, where 0A is LISTEN. Who
+    listens at the address itself takes them before those who listen at any, of whom an IPv6 one may take IPv4, too.
+
+    Raises:
+        OSError: the kernel does not say, or `address` is none.
     """
+    if _family(address) == socket.AF_INET6:
+        found = [_listening(address, port), _listening("::", port)]
+    else:
+        found = [
+            _listening(address, port) | _listening(f"::ffff:{address}", port),
+            _listening("0.0.0.0", port) | _listening("::", port),
+        ]
+    return next(filter(None, found), set())
+
+
+def _listening(address: str, port: int) -> set[int]:
+    """The users whose sockets listen at exactly this address."""
     family = _family(address)
-    places = set()
-    for at in (address, "::" if family == socket.AF_INET6 else "0.0.0.0"):
-        packed = socket.inet_pton(family, at)
-        words = (int.from_bytes(packed[i : i + 4], sys.byteorder) for i in range(0, len(packed), 4))
-        places.add(f"{''.join(f'{word:08X}' for word in words)}:{port:04X}")
     table = Path("/proc/net/tcp6" if family == socket.AF_INET6 else "/proc/net/tcp")
+    if family == socket.AF_INET6 and not table.exists():  # a kernel without IPv6
+        return set()
+    packed = socket.inet_pton(family, address)
+    words = (int.from_bytes(packed[i : i + 4], sys.byteorder) for i in range(0, len(packed), 4))
+    place = f"{''.join(f'{word:08X}' for word in words)}:{port:04X}"
     rows = (line.split() for line in table.read_text(encoding="ascii").splitlines()[1:])
-    return {int(row[7]) for row in rows if row[1] in places and row[3] == "0A"}
+    return {int(row[7]) for row in rows if row[1] == place and row[3] == "0A"}
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -403,6 +403,7 @@ def main() -> int:
         listener = claim(files.socket)
         if listener is None:
             return EX_TEMPFAIL
+        files.record.unlink(missing_ok=True)  # how the run before ended says nothing about this one
         open_log(files.log)
     except OSError as error:
         print(error.strerror, file=sys.stderr)

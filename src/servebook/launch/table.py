@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from servebook.engine.arguments import engine_argv
 from servebook.engine.rust_front import rust_front
 from servebook.errors import LaunchError
-from servebook.launch.probes import grpc_serving, http_ok, https_ok, listens
+from servebook.launch.probes import grpc_serving, http_ok, https_ok, listens, others_listen
 from servebook.room.keys import engine_key
 from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback, url_of
 from servebook.tls import require_tls
@@ -72,8 +72,9 @@ class ServerSpec:
     env: Env = lambda *_: {}
 
     def answers(self, at: Endpoints) -> bool:
-        """Whether it is ready, and all of its ports are open: several open theirs one after the other."""
-        return self.ready(at) and all(map(listens, at.values()))
+        """Whether it is ready, and all of its ports are open, none of them another user's: several open theirs one
+        after the other."""
+        return self.ready(at) and all(map(listens, at.values())) and not any(map(others_listen, at.values()))
 
 
 def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:

@@ -360,7 +360,9 @@ def check_environment(environment: Mapping[str, str], cache_dir: Path = Path("/t
             "Servers use folders below SERVEBOOK_CACHE_DIR in their place; set these to folders of yours.",
         ),
         (
-            "TMPDIR is too long for sockets, so servers use /tmp" if short_tmpdir(environment) else "",
+            "the folder for temporary files is too long for sockets, so servers use /tmp"
+            if short_tmpdir(environment)
+            else "",
             "export TMPDIR=/tmp before JupyterLab starts: kernels have sockets too.",
         ),
         (
