@@ -251,14 +251,15 @@ def test_who_keeps_the_judge_busy_for_ever_holds_up_nobody(
     judges: process.JudgeProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The session is done, and what it handed over is called, and never returns."""
-    monkeypatch.setattr(process, "VERDICT_SECONDS", 0.5)
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
 
         def answer() -> None:
             connection.connect(f"{folder}/judge")
             assert connection.recv(65536), "a question, which nobody answers"
 
-        result = judges.judged("08.3", Path(folder), Path(folder) / "judge", answer)
+        with monkeypatch.context() as short:
+            short.setattr(process, "VERDICT_SECONDS", 0.5)
+            result = judges.judged("08.3", Path(folder), Path(folder) / "judge", answer)
         assert (result.state, result.got.partition(":")[0]) == ("stuck", "none")
         assert nobody_comes(judges, Path(folder)) == "the kernel does not answer the judge"
 
@@ -322,7 +323,8 @@ def test_a_judge_that_is_none_is_told_in_a_sentence(
     program.write_text(f"#!/bin/sh\n{says}\n")
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
-    monkeypatch.setattr(process, "IMPORT_SECONDS", 1.0)
+    if "sleep" in says:
+        monkeypatch.setattr(process, "IMPORT_SECONDS", 1.0)
     try:
         result = judged_apart("08.3", {})
         assert (result.state, result.expected, result.cause) == ("stuck", expected, process.AGAIN)

@@ -50,6 +50,7 @@ def serve_http(words: list[str]) -> None:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     parser.add_argument("--delay", type=float, default=0, help="seconds until it listens")
+    parser.add_argument("--until", type=Path, help="a file; it listens once that is there")
     parser.add_argument("--linger", type=float, default=0, help="seconds that it takes to end")
     parser.add_argument("--deaf", action="store_true", help="the grandchild ignores SIGTERM")
     parser.add_argument("--die", type=int, help="exit code of a server that does not come up")
@@ -73,6 +74,8 @@ def serve_http(words: list[str]) -> None:
     signal.signal(signal.SIGTERM, end)
     subprocess.Popen([sys.executable, "-c", CHILD, DEAF_GRANDCHILD if args.deaf else GRANDCHILD])
     time.sleep(args.delay)
+    while args.until and not args.until.exists():
+        time.sleep(0.02)
     ThreadingHTTPServer.address_family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with ThreadingHTTPServer((args.host, args.port), Handler) as server:
         server.serve_forever()

@@ -204,7 +204,8 @@ class Submission:
         while thread.is_alive() and idle < IDLE_SECONDS:
             looked, had_waited = time.monotonic(), self.waited(thread)
             thread.join(0.1)
-            idle += time.monotonic() - looked - (self.waited(thread) - had_waited)
+            # No more than a look should take: this process may have stood still, too.
+            idle += min(time.monotonic() - looked - (self.waited(thread) - had_waited), 0.3)
             if busy() and time.monotonic() - started < LIMIT_SECONDS:
                 idle = 0.0
         if over_time := thread.is_alive():

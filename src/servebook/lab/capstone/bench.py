@@ -30,7 +30,7 @@ from servebook.launch.processes import free_port
 
 PATIENCE_SECONDS = 60.0
 """How long a caller waits for the beginning of an answer: a slow engine on a busy machine takes long over a crowd."""
-LISTEN_SECONDS = 20.0
+LISTEN_SECONDS = 60.0
 
 Gate = Callable[[Exchange, int], None]
 

@@ -20,7 +20,7 @@ MAX_TOKENS = 256
 CAPACITY = 32
 """Callers at work at once; whoever comes beyond is refused."""
 GONE_SECONDS = 2.0
-"""How soon a caller hears that the engine is gone. The judge waits three times as long: its machine may be busy."""
+"""How soon a caller hears that the engine is gone. The judge waits six times as long: its machine may be busy."""
 END_SECONDS = 10.0
 """How long a service may take to end after SIGTERM, once what was under way is answered."""
 

@@ -41,8 +41,13 @@ def replicas_of(router: Server) -> tuple[RouterClient, list[str]]:
         ServebookError: there are not two of them at work.
     """
     client = RouterClient(router.url, router.metrics)
-    healthy = [url for url, well in client.replicas().items() if well]
-    if len(healthy) != 2:
+    healthy: list[str] = []
+
+    def both() -> bool:
+        healthy[:] = [url for url, well in client.replicas().items() if well]
+        return len(healthy) == 2
+
+    if not wait_until(both, 20):  # a busy one is left out for a while, until the router has asked it again
         raise ServebookError(
             f"The router has {len(healthy)} healthy replicas, and this check needs 2.",
             "Run the setup cell again: serve starts what is missing. After an add, wait a few seconds.",

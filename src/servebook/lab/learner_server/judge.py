@@ -100,10 +100,10 @@ class StreamWatch:
             if not held and (number == (10 if left else 3) or b"[DONE]" in event):
                 held = True
                 if left:
-                    wait_until(exchange.client_gone, 5)
-                elif first and self.first_read.wait(5):
+                    wait_until(exchange.client_gone, 10)
+                elif first and self.first_read.wait(10):
                     self.early.set()
-                    self.go_on.wait(8)
+                    self.go_on.wait(20)
             number += bool(content_of(event))
             yield event
 

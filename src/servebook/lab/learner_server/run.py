@@ -13,8 +13,10 @@ from servebook.launch.child import Child, run_child
 from servebook.launch.probes import listens
 from servebook.launch.processes import free_port, wait_until
 
-IDLE_SECONDS = 4.0
+IDLE_SECONDS = 6.0
 """How long it may wait, neither computing nor listening, before it is said never to start."""
+LOOK_SECONDS = 0.5
+"""What one look may add to that, however long ago the one before was: this process may have stood still, too."""
 
 
 class OwnServer:
@@ -33,7 +35,7 @@ class OwnServer:
         self.env = {"ENGINE_URL": engine_url, "ENGINE_KEY": key, "ENGINE_MODEL": model, "ENGINE_TIMEOUT": str(timeout)}
         self.address, self.url = f"127.0.0.1:{self.port}", f"http://127.0.0.1:{self.port}"
         self.ending = ExitStack()
-        self.spent, self.looked, self.busy_at = 0, 0.0, 0.0
+        self.spent, self.looked, self.idle = 0, 0.0, 0.0
 
     def __enter__(self) -> OwnServer:
         command = [sys.executable, "-P", "-m", "servebook.lab.learner_server", str(self.file), str(self.port)]
@@ -56,15 +58,16 @@ class OwnServer:
         return there
 
     def working(self) -> bool:
-        """Whether the server has computed anything, or waited for a core, within the last IDLE_SECONDS."""
+        """Whether the server has computed anything, or waited for a core, in IDLE_SECONDS of looking."""
         now = time.monotonic()
         with suppress(OSError):
             accounts = Path(f"/proc/{self.child.process.pid}/task").glob("*/schedstat")
             spent = sum(int(number) for each in accounts for number in each.read_text(encoding="utf-8").split()[:2])
-            if not self.looked or spent - self.spent > 2e7 * max(1, now - self.looked):  # beyond a beat now and then
-                self.busy_at = now
+            since = now - (self.looked or now)
+            busy = spent - self.spent > 2e7 * max(1, since)  # beyond a beat now and then
+            self.idle = 0.0 if busy or not self.looked else self.idle + min(since, LOOK_SECONDS)
             self.spent, self.looked = spent, now
-        return now < self.busy_at + IDLE_SECONDS
+        return self.idle < IDLE_SECONDS
 
     def last_words(self) -> str:
         """What it has printed, once no more comes: a server answers first, and writes its traceback then."""
