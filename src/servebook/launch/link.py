@@ -185,7 +185,7 @@ def died(files: Files) -> LaunchError:
     return LaunchError(
         f"{files.instance} ended before it was ready{how}{': ' if cause else '.'}{visible(cause)}\n"
         f"The end of its log:\n{files.tail()}",
-        f"{hint}The whole log: `servebook logs {files.instance}`.",
+        f"{hint}More of the log: `servebook logs {files.instance} -n 1000`.",
     )
 
 

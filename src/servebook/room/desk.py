@@ -20,7 +20,7 @@ def make_master(master: Path) -> None:
 
     if master.exists():
         shutil.rmtree(master)
-    copy_tracked(ROOT, ["notebooks", "labs"], master)
+    copy_tracked(ROOT, ["notebooks", "labs", "BENCHMARKS.md"], master)
     clean_notebooks(master / "notebooks")
 
 
