@@ -118,7 +118,6 @@ async function send(message) {
 
   const sent = performance.now();
   let first = 0;
-  let last = 0;
   let pieces = 0;
   let text = "";
   try {
@@ -129,19 +128,18 @@ async function send(message) {
         words.textContent = text += content.text;
         if (follow) page.log.scrollTop = page.log.scrollHeight;
         pieces += 1;
-        last = now;
         if (pieces === 1) {
           first = now;
           page.ttft.textContent = `${Math.round(first - sent)} ms`;
           say("Answering …");
         } else {
-          page.rate.textContent = `${((1000 * (pieces - 1)) / (now - first)).toFixed(1)} tokens/s`;
+          page.rate.textContent = speed(pieces, now - first);
         }
         page.tokens.textContent = `≈ ${pieces}`; // a piece may hold several tokens; the exact number comes last
       } else if (content.usage) {
         const tokens = content.usage.completion_tokens;
         page.tokens.textContent = `${tokens} out, ${content.usage.prompt_tokens} in`;
-        if (last > first) page.rate.textContent = `${((1000 * (tokens - 1)) / (last - first)).toFixed(1)} tokens/s`;
+        if (pieces > 1) page.rate.textContent = speed(tokens, performance.now() - first);
         if (content.finish_reason === "length") note(article, "Cut at the longest answer.");
       }
     }
@@ -165,6 +163,10 @@ async function send(message) {
       if (text) history = [...ask.history, { role: "user", content: message }, { role: "assistant", content: text }];
     }
   }
+}
+
+function speed(tokens, milliseconds) {
+  return `${((1000 * (tokens - 1)) / milliseconds).toFixed(1)} tokens/s`;
 }
 
 function stop() {
