@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import settings as hypothesis_settings
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 # Before servebook is imported anywhere: this run's servers are its own, apart from those of the person at work, and
@@ -28,6 +29,10 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 # A shell starts its background jobs with SIGINT ignored, and their children inherit that: the tests that press
 # Ctrl-C must not depend on how they were started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples each time: a change is red for what it changed, and not for what is drawn today.
+hypothesis_settings.register_profile("repeatable", derandomize=True)
+hypothesis_settings.load_profile("repeatable")
 
 from desk import Desk  # noqa: E402
 

@@ -449,9 +449,7 @@ inputs = st.one_of(
 )
 
 
-@hypothesis_settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(inputs, fields, samplings, constraints)
 def test_any_request_is_served_or_refused_never_failed(
     client: GrpcClient,
@@ -469,7 +467,7 @@ def test_any_request_is_served_or_refused_never_failed(
     assert call.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT), request
 
 
-@hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_message_hurt_nobody(client: GrpcClient, junk: bytes) -> None:
     call = any_method(client.channel, "StreamGenerate")(junk, timeout=60)

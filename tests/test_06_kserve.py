@@ -328,7 +328,7 @@ def test_whatever_comes_over_http_is_served_or_refused(kserve: launch.Server) ->
     modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
     asked = 0
 
-    @hypothesis_settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @hypothesis_settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
     @hypothesis_given(st.data())
     def served_or_refused(data: st.DataObject) -> None:
         nonlocal asked

@@ -26,7 +26,7 @@ import nbformat
 import psutil
 import pytest
 from desk import TINY, Desk, eventually
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
@@ -504,6 +504,7 @@ def test_notebooks_without_cell_ids(learner: Run, tmp_path: Path) -> None:
 
 
 @given(st.binary() | st.text().map(str.encode))
+@example(b'{"":""}')
 @hypothesis_settings(max_examples=50, deadline=None)
 def test_a_record_of_any_content_is_kept_aside(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:

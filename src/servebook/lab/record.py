@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from servebook.errors import ServebookError
 from servebook.settings import own_settings
@@ -28,6 +28,8 @@ class Record(BaseModel):
 
 class Progress(BaseModel):
     """All records of a learner; `folder` is the copy of the labs that they work in."""
+
+    model_config = ConfigDict(extra="forbid")  # what this version does not know would be lost with the next check
 
     folder: Path | None = None
     records: dict[str, Record] = {}
