@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -45,6 +46,8 @@ from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
 from servebook.ways.custom_grpc.server import calls
+from servebook.ways.custom_grpc.server import health as health_service
+from servebook.ways.custom_grpc.server.health import Health
 from servebook.ways.custom_grpc.server.servicer import LLMServicer
 from servebook.ways.custom_grpc.steps import Ladder, ladder
 from servebook.ways.limits import GIVEN_UP
@@ -657,6 +660,57 @@ async def test_2000_short_calls_leave_nothing_behind(aio: GrpcAioClient, grpc_se
 
 
 # Health, reflection, metrics
+
+
+def deaf_watcher(port: int) -> socket.socket:
+    """Somebody who watches health, and opens no window for what is written (HTTP/2's SETTINGS_INITIAL_WINDOW_SIZE)."""
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+    headers = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/grpc.health.v1.Health/Watch",
+        b":authority": b"x",
+        b"te": b"trailers",
+        b"content-type": b"application/grpc",
+    }
+    packed = b"".join(b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in headers.items())
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, struct.pack(">HI", 4, 0)))
+    connection.sendall(frame(1, 4, 1, packed) + frame(0, 1, 1, bytes(5)))
+    return connection
+
+
+async def test_no_watcher_of_health_keeps_it_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one who does not read, nor one who leaves; and there is an end to how many there may be."""
+    monkeypatch.setattr(health_service, "MAX_WATCHERS", 3)
+    health, server = Health(), grpc.aio.server()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        with deaf_watcher(port):
+            await asyncio.to_thread(eventually, lambda: health.watchers == 1, "the deaf one")
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                watch = health_pb2_grpc.HealthStub(channel).Watch
+                leaves, stays = (watch(health_pb2.HealthCheckRequest(service=name), timeout=60) for name in ("", "x"))
+                assert (await leaves.read()).status == NOT_SERVING
+                assert (await stays.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await watch(health_pb2.HealthCheckRequest(), timeout=60).read()
+                assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                leaves.cancel()
+                await asyncio.to_thread(eventually, lambda: health.watchers == 2, "one less")
+                another = watch(health_pb2.HealthCheckRequest(), timeout=60)
+                assert (await another.read()).status == NOT_SERVING
+                health.say(serving=True)
+                assert (await another.read()).status == SERVING
+                health.say(serving=False)
+                assert (await another.read()).status == NOT_SERVING
+    finally:
+        await server.stop(0)
 
 
 def test_health_knows_the_server_and_the_service(client: GrpcClient) -> None:

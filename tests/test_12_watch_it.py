@@ -73,6 +73,7 @@ def test_a_quantile_is_what_prometheus_says(share: float, expected: float) -> No
 
 def test_an_empty_histogram_has_no_quantile() -> None:
     assert math.isnan(quantile(0.95, {1: 0, INF: 0}))
+    assert math.isnan(quantile(0.95, {})), "one with labels has no buckets before its first observation"
 
 
 # Pages.

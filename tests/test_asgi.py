@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -22,6 +23,10 @@ from servebook.ways.asgi import LINE_ENDS, BodyLimit, CancelOnDisconnect, HeadAs
 
 H2C = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
 WEBSOCKET = "Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"
+
+
+ASKED, GONE = threading.Event(), threading.Event()
+"""Whether a caller of /wait has come, and left."""
 
 
 def refuse(_: Scope, status: int, reason: str) -> JSONResponse:
@@ -48,6 +53,23 @@ def port() -> Iterator[int]:
                 yield piece
 
         return StreamingResponse(pieces(), media_type="text/event-stream")
+
+    @app.get("/much")
+    async def much() -> StreamingResponse:
+        async def pieces() -> AsyncIterator[bytes]:
+            while True:
+                yield bytes(2**20)
+                await asyncio.sleep(0)  # as for a token
+
+        return StreamingResponse(pieces(), media_type="text/event-stream")
+
+    @app.get("/wait")
+    async def wait() -> None:
+        ASKED.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            GONE.set()
 
     begun, may_end, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
     left: list[str] = []
@@ -151,6 +173,52 @@ def test_http_1_0_gets_no_chunks(port: int) -> None:
     _, headers, body = talk(port, post(b"x", version="1.0"))
     assert (headers["content-length"], body) == (str(len(body)), b'{"body":"x"}')
     assert talk(port, b"GET /nowhere HTTP/1.0\r\n\r\n")[0] == "HTTP/1.1 404 Not Found"
+
+
+def test_an_offer_keeps_the_version_and_the_wish_to_close(port: int) -> None:
+    _, headers, body = talk(port, f"GET /stream HTTP/1.0\r\n{H2C}\r\n".encode())
+    assert "transfer-encoding" not in headers
+    assert body == b"one two three"
+    closing = H2C.replace("Connection: ", "Connection: close, ")
+    assert talk(port, f"GET /alive HTTP/1.1\r\nHost: x\r\n{closing}\r\n".encode())[1]["connection"] == "close"
+
+
+def test_offers_one_behind_the_other_are_not_read_without_end(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Two are answered, and then the connection ends."""
+    offers = f"GET /alive HTTP/1.1\r\nHost: x\r\n{H2C}\r\n".encode() * 400
+    status, _, rest = talk(port, offers)
+    assert status == "HTTP/1.1 200 OK"
+    assert rest.count(b'{"status":"alive"}') == 2
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("behind", [b"", b"GET /alive HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_who_leaves_is_noticed_also_with_another_request_behind(port: int, behind: bytes) -> None:
+    ASKED.clear()
+    GONE.clear()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert ASKED.wait(60)
+        connection.sendall(behind)
+    assert GONE.wait(60)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /alive HT", b"GET /alive HTTP/1.1\r\nHost: x\r\n\r\nGET /ali"])
+def test_a_head_that_does_not_end_is_given_up(port: int, begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.ways.asgi.BODY_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(begun)
+        while connection.recv(4096):
+            pass
+
+
+def test_what_nobody_reads_is_not_kept(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.ways.asgi.READER_SECONDS", -0.9)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
+        errors = select.poll()
+        errors.register(connection, 0)
+        assert errors.poll(60_000), "cut, though nothing was read"
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])

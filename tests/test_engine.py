@@ -282,6 +282,15 @@ def test_a_dear_constraint_is_given_up_and_holds_up_no_other(
     assert set(psutil.Process().children()) <= others, "nothing compiles on"
 
 
+@pytest.mark.parametrize("regex", ["(.{0,16}.{0,16}){0,8}", "(.{1,30}[.,]?){1,8}"])
+def test_what_would_be_dear_for_each_token_is_given_up(regex: str, compiler: ProcessCompiler) -> None:
+    """It is short, within every limit, and compiled in no time; the engine would stand still at each token."""
+    limits.check(Limits(), regex=regex)
+    with pytest.raises(TooDear, match="2 s of a core for 32 tokens"):
+        compiler.compile_regex(regex)
+    assert compiler.compile_regex("[a-z]{1,64}@[a-z]{1,16}").memory_size_bytes
+
+
 PIECES = st.sampled_from(["a", ".", "[^a]", "[a-z]", r"\d", "(ab|c)", "(.|a)", "(a*)"])
 REGEXES = st.lists(st.tuples(PIECES, st.sampled_from(["", "*", "+", "?"])), min_size=1, max_size=60).map(
     lambda pieces: "".join(map("".join, pieces))

@@ -95,6 +95,7 @@ BAD_PARAMETERS = [
     ('{"seed": 9223372036854775808}', "sampling_parameters: not JSON: 9223372036854775808 does not fit into 64 bits"),
     ('{"seed": 1' + "0" * 5000 + "}", "sampling_parameters: not JSON: 1000"),
     ("[" * 100_000, "sampling_parameters: not JSON"),
+    ('{"seed": 1}' + " " * 2**20, "sampling_parameters: longer than 1048576 characters"),
     (r'{"stop": "\ud800"}', "sampling_parameters: not JSON"),
     ('{"temprature": 1}', "sampling_parameters.temprature: vLLM has no such sampling parameter"),
     ('{"output_kind": 0}', "sampling_parameters.output_kind: vLLM has no such sampling parameter"),

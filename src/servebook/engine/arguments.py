@@ -69,7 +69,8 @@ def engine_argv(settings: Settings, model: Path) -> list[str]:
 
     One backend for structured outputs. With "auto", vLLM's default, the first request chooses it for all that follow:
     whether `\\p{L}+` is served depends on who came before. xgrammar compiles beside the engine, and then costs a token
-    less than a millisecond; guidance takes up to 10 s for one token of `(a{1000}){1000}`, in the engine's own loop.
+    some milliseconds at most (what would cost more is refused: `quiet_compiler`); guidance takes up to 10 s for one
+    token of `(a{1000}){1000}`, in the engine's own loop.
     """
     return [
         *("--model", str(model)),

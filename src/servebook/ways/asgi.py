@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +19,9 @@ from servebook.ways.limits import BODY_SECONDS, READER_SECONDS
 
 LINE_ENDS = str.maketrans({"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 """Unicode's line ends, as JSON may write them: some clients cut server-sent events at them (`str.splitlines`)."""
+
+
+MOST_BEHIND = 64 * 1024
 
 
 class CancelOnDisconnect:
@@ -133,16 +138,81 @@ class HeadAsGet:
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1, for two kinds of client that it fails.
+    """uvicorn's HTTP/1.1, for clients that it fails, and for those who would hold its connections.
 
     Java's HttpClient offers to go on in HTTP/2 (`Upgrade: h2c`) with every request. A server may ignore that and
     answer as ever; uvicorn takes the body for the other protocol's and loses it (its issue 2722).
     nginx speaks HTTP/1.0 upstream by default, which knows no chunks: there the end of the connection ends a body.
+
+    A head has BODY_SECONDS to arrive, and what was sent a little longer than READER_SECONDS to be read: then the
+    connection is cut, which uvicorn would keep for as long as its buffer is not empty. Of the requests that come before
+    an answer (pipelining) one waits, and what comes behind that is not read: the connection ends with its answer, and
+    the client asks again on another. uvicorn would stop reading at the first, and not see who leaves.
     """
 
+    head: asyncio.TimerHandle | None = None
+    unread: asyncio.TimerHandle | None = None
+    answered: RequestResponseCycle | None = None
+    """The request that has its answer made now, or had one last."""
+    behind = 0
+    """Bytes that came behind a request that waits."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in filter(None, (self.head, self.unread)):
+            timer.cancel()
+        if self.answered and not self.answered.response_complete:
+            self.answered.disconnected = True
+            self.answered.message_event.set()
+        super().connection_lost(exc)
+
+    def expect_head(self) -> None:
+        """Hang up unless a request's head is here in time."""
+        if self.head:
+            self.head.cancel()
+        self.head = self.loop.call_later(BODY_SECONDS, self.transport.close)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self.answered = cycle
+        super()._start_asgi_task(cycle, app)
+
     def data_received(self, data: bytes) -> None:
+        if self.behind:
+            self.behind += len(data)
+            if self.behind > MOST_BEHIND:
+                self.transport.abort()
+            return
+        if self.cycle and self.cycle.response_complete and not self.head:
+            self.expect_head()
         self.received = data
         super().data_received(data)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread = self.loop.call_later(READER_SECONDS + 1, self.cut)
+
+    def cut(self) -> None:
+        """End the connection with a reset: else the kernel keeps for minutes what nobody reads."""
+        connection = self.transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.unread:
+            self.unread.cancel()
+            self.unread = None
+
+    def on_body(self, body: bytes) -> None:
+        if not self.behind:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self.behind:
+            super().on_message_complete()
 
     def _should_upgrade(self) -> bool:
         # Where it does, uvicorn begins no request, and calls the next method. CONNECT would be an offer again when it
@@ -151,16 +221,32 @@ class Protocol(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         """Read the request again, without the offer."""
+        if self.behind:
+            return
         upgrade: Any = sys.exception()  # its argument says where in the data the head ends
         rest = self.received[upgrade.args[0] :]
         kept = [(name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")]
+        words = b",".join(value for name, value in self.headers if name == b"connection").lower().split(b",")
+        if b"close" in map(bytes.strip, words):
+            kept.append((b"connection", b"close"))
         head = b"".join(b"%s: %s\r\n" % header for header in kept)
+        version = self.scope["http_version"].encode()
         self.parser = HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
-        self.data_received(b"%s %s HTTP/1.1\r\n%s\r\n%s" % (self.scope["method"].encode(), self.url, head, rest))
+        self.data_received(
+            b"%s %s HTTP/%s\r\n%s\r\n%s" % (self.scope["method"].encode(), self.url, version, head, rest)
+        )
 
     def on_headers_complete(self) -> None:
+        if self.head:
+            self.head.cancel()
+            self.head = None
+        if self.pipeline:
+            self.behind, self.cycle.keep_alive = 1, False
+            return
         super().on_headers_complete()
+        if self.pipeline:
+            self.flow.resume_reading()
         if self.scope["http_version"] == "1.0" and self.cycle:
             self.cycle.send = partial(until_the_end, self.cycle)  # type: ignore[method-assign]
 

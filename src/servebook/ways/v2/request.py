@@ -47,6 +47,10 @@ class GenerateRequest:
     constraint: str | None
 
 
+MAX_PARAMETERS = 2**20
+"""Characters of JSON, as much as a body over REST has: whoever reads them holds up everybody else, at 1 to 3 MB/s."""
+
+
 def read_request(tensors: Mapping[str, Any], parameters: str) -> GenerateRequest:
     """Read a request from the one element of each input (bytes, str or bool) and its parameters, a JSON object.
 
@@ -141,6 +145,8 @@ def _text(name: str, value: str | bytes) -> str:
 
 
 def _json_object(text: str) -> dict[str, Any]:
+    if len(text) > MAX_PARAMETERS:
+        raise BadRequest("sampling_parameters", f"longer than {MAX_PARAMETERS} characters")
     try:
         values = json.loads(text or "{}", parse_constant=_no_constant, parse_int=_int64, parse_float=_finite)
         json.dumps(values, ensure_ascii=False).encode()  # fails on half of a surrogate pair

@@ -14,6 +14,8 @@ def quantile(share: float, buckets: Mapping[float, float]) -> float:
     bound nothing is known, and that bound is the answer: Prometheus' `histogram_quantile`, described at
     https://prometheus.io/docs/prometheus/latest/querying/functions/#histogram_quantile.
     """
+    if not buckets:  # a histogram with labels has none before its first observation
+        return math.nan
     bounds = sorted(buckets)
     wanted = share * buckets[bounds[-1]]
     if not wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import cache
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -12,7 +13,6 @@ SERVING = Gauge("servebook_grpc_serving", "1 while the port serves, else 0", mul
 OPEN_CALLS = Gauge(
     "servebook_grpc_open_calls", "Calls that were admitted and have not ended", multiprocess_mode="livesum"
 )
-TASKS = Gauge("servebook_grpc_asyncio_tasks", "Tasks on the event loop: without calls, always the same few")
 CALLS = Counter("servebook_grpc_calls", "Calls that ended", ["method", "code"])
 TOKENS = Counter("servebook_grpc_tokens", "Tokens of calls that ended", ["kind"])
 FIRST_TOKEN = Histogram(
@@ -21,7 +21,12 @@ FIRST_TOKEN = Histogram(
 DURATION = Histogram("servebook_grpc_call_seconds", "From a call's arrival to its end", buckets=LATENCY_BUCKETS)
 
 
+@cache
+def _tasks() -> Gauge:
+    return Gauge("servebook_grpc_asyncio_tasks", "Tasks on the event loop: without calls, always the same few")
+
+
 def watch_tasks() -> None:
-    """Count the tasks of the running event loop whenever somebody asks."""
+    """Count the tasks of the running event loop whenever somebody asks; of one front, not of several."""
     loop = asyncio.get_running_loop()
-    TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
+    _tasks().set_function(lambda: len(asyncio.all_tasks(loop)))

@@ -21,8 +21,9 @@ from servebook.launch.processes import is_tracker
 from servebook.settings import in_address
 from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.calls import Calls
+from servebook.ways.custom_grpc.server.health import Health
 from servebook.ways.custom_grpc.server.servicer import LLMServicer
-from servebook.ways.custom_grpc.server.transport import Health, Tls, make_server, show_metrics
+from servebook.ways.custom_grpc.server.transport import Tls, make_server, show_metrics
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -74,7 +75,7 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
         log.info("listening", extra={"fields": where})
         return server
 
-    await health.say(serving=False)
+    health.say(serving=False)
     starting = asyncio.create_task(asyncio.to_thread(start))
     stopping = asyncio.create_task(stop.wait())
     server = None
@@ -98,13 +99,13 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
         servicer.attach(engine, inputs)
         gc.collect()
         gc.freeze()  # what the start left is not searched again and again
-        await health.say(serving=True)
+        health.say(serving=True)
         server = server or await listen()
         metrics.SERVING.set(1)  # not before: the launcher takes it for the word that the port is open
         log.info("ready")
         await watch(engine, stop, health, calls)
         log.info("draining", extra={"fields": {"open_calls": calls.open}})
-        await health.servicer.enter_graceful_shutdown()
+        health.say(serving=False)
         metrics.SERVING.set(0)
         # New calls are refused from here on. The grace time ends with the last call: health watchers never end.
         grace = asyncio.create_task(server.stop(options.grace))
@@ -139,7 +140,7 @@ async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health, calls: Ca
         if alive and engine.errored:
             alive = False
             metrics.SERVING.set(0)
-            await health.say(serving=False)
+            health.say(serving=False)
             log.error("engine died")
         calls.end_unread()
         try:

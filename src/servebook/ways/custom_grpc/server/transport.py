@@ -1,4 +1,4 @@
-"""The listening side of the server: port, TLS, keepalive, limits, health, reflection."""
+"""The listening side of the server: port, TLS, keepalive, limits, reflection."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
 from servebook.errors import LaunchError
 from servebook.launch.processes import can_bind
-from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
+from servebook.protos.llm.v1 import llm_pb2_grpc
 from servebook.settings import LOOPBACK, in_address
 from servebook.ways.custom_grpc.server.auth import KeyInterceptor
+from servebook.ways.custom_grpc.server.health import SERVICE, Health
 
-SERVICE = llm_pb2.DESCRIPTOR.services_by_name["LLMService"].full_name
 MAX_MESSAGE_BYTES = 4 * 2**20
 """Of one request or response; a larger request is refused with RESOURCE_EXHAUSTED before it is decoded."""
 
@@ -51,19 +51,6 @@ class Tls:
         )
 
 
-class Health:
-    """`grpc.health.v1` for the whole server ("") and for the service by name."""
-
-    def __init__(self) -> None:
-        self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs are older
-
-    async def say(self, serving: bool) -> None:
-        """Tell whoever asks or watches."""
-        states = health_pb2.HealthCheckResponse
-        for name in ("", SERVICE):
-            await self.servicer.set(name, states.SERVING if serving else states.NOT_SERVING)
-
-
 def make_server(
     address: str,
     servicer: llm_pb2_grpc.LLMServiceServicer,
@@ -81,7 +68,7 @@ def make_server(
     options = [*OPTIONS, ("grpc.so_reuseport", int(shared))]
     server = grpc.aio.server(interceptors=[KeyInterceptor(key)] if key else [], options=options)
     llm_pb2_grpc.add_LLMServiceServicer_to_server(servicer, server)
-    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server)
     try:
         if tls:

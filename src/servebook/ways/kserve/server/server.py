@@ -28,6 +28,7 @@ from kserve.protocol.grpc.servicer import InferenceServicer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.exceptions import VLLMError
 
+from servebook.engine.arguments import KEEP_ALIVE_SECONDS
 from servebook.settings import in_address
 from servebook.ways.asgi import BodyLimit, CancelOnDisconnect, HeadAsGet, Protocol
 from servebook.ways.kserve.server.openai import vllm_error
@@ -242,6 +243,7 @@ class BoundModelServer(ModelServer):  # type: ignore[misc]
     async def _serve(self) -> None:
         self._rest_server.config.host = self.host
         self._rest_server.config.http = Protocol
+        self._rest_server.config.timeout_keep_alive = KEEP_ALIVE_SECONDS
         self._grpc_server = BoundGRPCServer(
             self.host,
             self.grpc_port,
