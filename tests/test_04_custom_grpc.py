@@ -554,9 +554,10 @@ def test_a_cancel_reaches_the_engine_at_once(client: GrpcClient, grpc_server: la
 
 
 def test_a_deadline_reaches_the_engine_at_once(client: GrpcClient, grpc_server: launch.Server) -> None:
-    # The answer goes on to the end of the context, some 2,000 tokens: no engine is there after 500.
+    # The answer goes on to the end of the context, some 2,000 tokens: no engine is there after 500. And on a busy machine
+    # its first token takes seconds.
     pace = measure_pace(lambda n: client.generate("Once", max_tokens=n, sampling=FOREVER))
-    seconds = pace.seconds(500, at_most=2)
+    seconds = pace.seconds(500, at_most=5)
     times = []
     for _ in range(3):
         endless = Endless(client, seconds)
