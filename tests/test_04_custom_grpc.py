@@ -554,8 +554,8 @@ def test_a_cancel_reaches_the_engine_at_once(client: GrpcClient, grpc_server: la
 
 
 def test_a_deadline_reaches_the_engine_at_once(client: GrpcClient, grpc_server: launch.Server) -> None:
-    # The answer goes on to the end of the context, some 2,000 tokens: no engine is there after 500. And on a busy machine
-    # its first token takes seconds.
+    # The answer goes on to the end of the context, some 2,000 tokens: no engine is there after 500. A busy one
+    # takes seconds for the first.
     pace = measure_pace(lambda n: client.generate("Once", max_tokens=n, sampling=FOREVER))
     seconds = pace.seconds(500, at_most=5)
     times = []
