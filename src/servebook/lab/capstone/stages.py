@@ -342,10 +342,7 @@ def limits(bench: Bench) -> None:
         f"{len(bench.asked()) - before}",
         "it was asked before the limits were looked at",
     )
-    ok(
-        bench.post(long[:PROMPT_CHARACTERS], 1),
-        f"a prompt of exactly {PROMPT_CHARACTERS} characters",
-    )
+    ok(bench.post(long[:PROMPT_CHARACTERS], 1), f"a prompt of exactly {PROMPT_CHARACTERS} characters")
 
 
 def crowd(bench: Bench) -> None:
