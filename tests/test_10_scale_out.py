@@ -10,7 +10,6 @@ import signal
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,7 +20,6 @@ from desk import Desk, eventually
 from servebook import launch
 from servebook.bench.resources import is_engine
 from servebook.clients import CLIENTS
-from servebook.engine import arguments as engine
 from servebook.errors import LaunchError, ServebookError
 from servebook.launch.processes import free_port
 from servebook.settings import Settings
@@ -125,13 +123,6 @@ def test_the_router_is_not_installed(settings: Settings, monkeypatch: pytest.Mon
     monkeypatch.setattr("servebook.launch.table.find_spec", lambda _: None)
     with pytest.raises(LaunchError, match="make setup"):
         launch.serve("router", settings=settings)
-
-
-def test_memory_is_counted_for_all_replicas(settings: Settings, tmp_path: Path) -> None:
-    cpu = settings.model_copy(update={"device": "cpu"})
-    enough = int(engine.available_gib() / engine.needed_gib(cpu, tmp_path))
-    with pytest.raises(LaunchError, match=rf"(?s){enough + 9} engines need about .* fewer replicas"):
-        engine.require_memory(cpu, tmp_path, enough + 9)
 
 
 def test_a_router_that_is_not_there_is_said_in_words() -> None:

@@ -39,7 +39,8 @@ CARDS = {  # total as NVML has it, GiB; how many engines of the bundled model fi
 @pytest.fixture
 def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the machine, for all that starts here, whatever other tests have just taken of it."""
-    monkeypatch.setattr(engine, "available_gib", lambda: 64.0)
+    for module in (engine, memory):
+        monkeypatch.setattr(module, "available_gib", lambda: 64.0)
 
 
 @pytest.fixture
@@ -74,12 +75,12 @@ def test_each_engine_asks_for_what_it_needs(
     assert total // needed == engines
     # The last one that fits is let in, and the next is not.
     install(monkeypatch, FakeCard(total, total - (engines - 1) * needed, name))
-    with memory_for(settings, model, 1, quiet):
+    with memory_for(settings, model, quiet):
         pass
     install(monkeypatch, FakeCard(total, total - engines * needed, name))
     with (
         pytest.raises(LaunchError, match=f"needs about {needed:.1f} GiB of GPU memory"),
-        memory_for(settings, model, 1, quiet),
+        memory_for(settings, model, quiet),
     ):
         pass
 
@@ -119,7 +120,7 @@ def test_the_refusal_names_who_holds_the_memory(
 ) -> None:
     monkeypatch.setenv(KEPT, "")
     install(monkeypatch, FakeCard(8, 1, holders={os.getpid(): 2.5, 2**22: None}))
-    with pytest.raises(LaunchError) as refused, memory_for(settings, model, 1, quiet):
+    with pytest.raises(LaunchError) as refused, memory_for(settings, model, quiet):
         pass
     assert "1.0 of 8.0 GiB are free on NVIDIA L4" in str(refused.value)
     assert f"(pid {os.getpid()}) 2.5 GiB, a process out of sight (pid {2**22})." in str(refused.value)
@@ -127,7 +128,7 @@ def test_the_refusal_names_who_holds_the_memory(
 
 def test_without_a_card_the_start_is_refused(settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
-    with pytest.raises(LaunchError, match="No GPU answers"), memory_for(settings, model, 1, quiet):
+    with pytest.raises(LaunchError, match="No GPU answers"), memory_for(settings, model, quiet):
         pass
 
 
@@ -136,13 +137,13 @@ def test_engines_of_one_start_count_each_other(
 ) -> None:
     install(monkeypatch, FakeCard(8, 6))
     with (
-        memory_for(settings, model, 1, quiet),
-        memory_for(settings, model, 2, quiet),
+        memory_for(settings, model, quiet),
+        memory_for(settings, model, quiet),
         pytest.raises(LaunchError, match="2 more that started with it"),
-        memory_for(settings, model, 3, quiet),
+        memory_for(settings, model, quiet),
     ):
         pass
-    with memory_for(settings, model, 1, quiet):  # the claims ended with their starts
+    with memory_for(settings, model, quiet):  # the claims ended with their starts
         pass
 
 
@@ -152,7 +153,7 @@ def start_elsewhere(settings: Settings, model: Path) -> tuple[ForkProcess, Conne
     ours, theirs = context.Pipe()
 
     def start() -> None:
-        with memory_for(settings, model, 1, quiet):
+        with memory_for(settings, model, quiet):
             theirs.send("claimed")
             theirs.recv()
 
@@ -175,7 +176,7 @@ def test_two_starts_do_not_count_on_the_same_memory(
                 ours.send("end")  # only now does the other start end
             said.append(phase)
 
-        with memory_for(settings, model, 1, wait):
+        with memory_for(settings, model, wait):
             assert "another start has claimed" in said[0]
     finally:
         other.join(10)
@@ -187,7 +188,7 @@ def test_a_killed_start_claims_nothing(settings: Settings, model: Path, monkeypa
     other, _ = start_elsewhere(settings, model)
     other.kill()
     other.join(10)
-    with memory_for(settings, model, 1, quiet):
+    with memory_for(settings, model, quiet):
         pass
 
 
@@ -201,12 +202,12 @@ def test_names_that_somebody_holds_for_ever_do_not_hold_up_a_start_for_ever(
     (card,) = gpu.cards()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as turn:
         turn.bind(f"\0servebook-gpu-{card.uuid}")
-        with memory_for(settings, model, 1, quiet):
+        with memory_for(settings, model, quiet):
             pass
     said: list[str] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
         claim.bind(f"\0servebook-gpu-{card.uuid}-1-1-4096")
-        with pytest.raises(LaunchError, match="claimed by other starts"), memory_for(settings, model, 1, said.append):
+        with pytest.raises(LaunchError, match="claimed by other starts"), memory_for(settings, model, said.append):
             pass
     assert "another start has claimed" in said[0]
 
@@ -217,7 +218,7 @@ def test_a_socket_of_anybodys_with_a_name_of_any_bytes_stops_no_start(
     install(monkeypatch, FakeCard(8, 4))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(b"\0\xff")
-        with memory_for(settings, model, 1, quiet):
+        with memory_for(settings, model, quiet):
             pass
 
 
@@ -233,7 +234,7 @@ def test_a_second_try_counts_on_what_the_first_had_claimed(
     server = serve("vllm", spec=spec, settings=desk.settings, device="gpu", model=str(model))
     assert (desk.folder / "lost").exists()
     assert desk.status()["state"] == "ready"
-    with memory_for(server.settings, model, 1, quiet):
+    with memory_for(server.settings, model, quiet):
         """What it claimed for its start is free again: the engine has it by now."""
 
 
@@ -256,10 +257,28 @@ def test_cuda_visible_devices(visible: str | None, names: list[str], monkeypatch
     assert [card.name for card in gpu.cards()] == names
 
 
+def test_engines_of_one_process_count_each_other_on_a_cpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas as well as `serve_all`; what is there for two is not promised to three."""
+    cpu = load_settings(device="cpu")
+    needed = engine.needed_gib(cpu, model)
+    monkeypatch.setattr(memory, "available_gib", lambda: 2.5 * needed)
+    with (
+        memory_for(cpu, model, quiet),
+        memory_for(cpu, model, quiet),
+        pytest.raises(LaunchError, match="2 more that started with it") as refused,
+        memory_for(cpu, model, quiet),
+    ):
+        pass
+    told = f"about {needed:.1f} GiB of memory, and {needed / 2:.1f} GiB are available"
+    assert told in str(refused.value)
+    with memory_for(cpu, model, quiet), memory_for(cpu, model, quiet):  # the claims ended with their starts
+        pass
+
+
 @pytest.mark.usefixtures("enough_memory")
 def test_on_a_cpu_no_card_is_asked(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeCard(8, 0))
     cpu = load_settings(device="cpu")
     assert "--gpu-memory-utilization" not in engine.engine_argv(cpu, model)
-    with memory_for(cpu, model, 1, quiet):
+    with memory_for(cpu, model, quiet):
         pass

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from servebook.engine.gpu import GIB, cards
-from servebook.errors import LaunchError, ModelError
+from servebook.errors import ModelError
 from servebook.settings import Settings
 
 if TYPE_CHECKING:
@@ -284,19 +284,3 @@ def has_room(settings: Settings, model: Path, engines: int) -> bool:
     if settings.on_gpu and not any(card.free >= engines * gpu_gib(settings, model) * GIB for card in cards()[:1]):
         return False
     return available_gib() >= engines * needed_gib(settings, model)
-
-
-def require_memory(settings: Settings, model: Path, engines: int = 1) -> None:
-    """Refuse to start an engine that the kernel would kill; `engines` start at once, this one included.
-
-    Raises:
-        LaunchError: less memory is available than they need.
-    """
-    needed, available = engines * needed_gib(settings, model), available_gib()
-    if available < needed:
-        who = "The engine needs" if engines == 1 else f"{engines} engines need"
-        raise LaunchError(
-            f"{who} about {needed:.1f} GiB of memory, and {available:.1f} GiB are available.",
-            "End another server (`servebook status`, `servebook down NAME`), or choose a smaller model"
-            + (" or fewer replicas." if engines > 1 else "."),
-        )

@@ -59,7 +59,7 @@ def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
                         continue
                     display = starting.enter_context(progress(start.instance))
                     claim = starting.enter_context(ExitStack())
-                    one = begin(start, at, remote, display, claim, 1 + sum(not other.attached for other in begun))
+                    one = begin(start, at, remote, display, claim)
                     leases.callback(one.link.close)
                     begun.append(one)
                 for number, one in enumerate(begun):
@@ -69,7 +69,7 @@ def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
                         if not by_chance(one):
                             raise
                         one.claim.close()  # what it claimed is free again, and the next try is not refused for it
-                        begun[number] = one = begin(one.start, at, remote, one.display, one.claim, engines=1)
+                        begun[number] = one = begin(one.start, at, remote, one.display, one.claim)
                         leases.callback(one.link.close)
                         await_ready(one)
                     one.claim.close()
@@ -79,14 +79,11 @@ def keep(waves: list[list[Start]]) -> tuple[Description, dict[Files, Link]]:
     return kept[-1].there, {one.start.files: one.link for one in kept}
 
 
-def begin(
-    start: Start, needs: dict[str, Endpoints], remote: str, display: Progress, claim: ExitStack, engines: int
-) -> Kept:
+def begin(start: Start, needs: dict[str, Endpoints], remote: str, display: Progress, claim: ExitStack) -> Kept:
     """Take a lease on the server that is there, or on a new one; does not wait until it is ready.
 
     `remote` is the model's name where the engine is elsewhere: who stands before that needs no model here.
-    `engines` are those that start together, this one included: memory must be there for all, and what a GPU has is
-    held for this one until `claim` is closed.
+    The memory that its engine will take is held for it until `claim` is closed.
     """
     if remote and not find_server(start.spec.name).has_engine:
         model = Path(remote)
@@ -99,7 +96,7 @@ def begin(
         return Kept(start, *lease, attached=True, display=display, claim=claim)
     order["env"] |= start.spec.env(start.settings, display.phase)
     if start.spec.has_engine:
-        claim.enter_context(memory_for(start.settings, model, engines, display.phase))
+        claim.enter_context(memory_for(start.settings, model, display.phase))
     display.phase("importing")
     return Kept(start, *spawn(order), attached=False, display=display, claim=claim)
 

@@ -1,4 +1,4 @@
-"""Memory for engines that start: refused before the start where it is missing, and never promised twice on a GPU."""
+"""Memory for engines that start: refused before the start where it is missing, and never promised twice."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from threading import Lock
 
 import psutil
 
-from servebook.engine.arguments import gpu_gib, require_memory
+from servebook.engine.arguments import available_gib, gpu_gib, needed_gib
 from servebook.engine.gpu import GIB, Card, cards
 from servebook.errors import LaunchError
 from servebook.launch.processes import KEPT, claim_name, wait_until
@@ -25,24 +26,54 @@ CLAIM_SECONDS = 900.0
 """How long it waits for memory that others have claimed: three times what SERVEBOOK_START_TIMEOUT lets a start take,
 where nobody has raised it."""
 UNIX_SOCKETS = Path("/proc/net/unix")
+ELSE = (
+    "End another server (`servebook status`, `servebook down NAME`) or program, or choose a smaller model or fewer "
+    "replicas."
+)
 CLAIM = re.compile(r"@servebook-gpu-(?P<card>\S+)-(?P<pid>\d+)-(?P<number>\d+)-(?P<mib>\d+)$")
+_claimed: list[float] = []
+"""What each engine that this process starts will take of the machine's memory, in GiB."""
+_looking = Lock()
 
 
 @contextmanager
-def memory_for(settings: Settings, model: Path, engines: int, wait: Callable[[str], None]) -> Iterator[None]:
-    """Memory for an engine that starts within the block, the last of `engines` that start together.
+def memory_for(settings: Settings, model: Path, wait: Callable[[str], None]) -> Iterator[None]:
+    """Memory for an engine that starts within the block; it is claimed until the block ends, when the engine has it.
 
-    On a GPU it is claimed until the block ends; by then the engine has taken it. What other starts have claimed is not
-    free; where it would not suffice otherwise, this waits for them and says so to `wait`.
+    What others that start have claimed is not free: of the machine's memory this process's, of a GPU's everybody's.
+    Where the card's would suffice but for theirs, this waits for them and says so to `wait`.
 
     Raises:
         LaunchError: less is available than is needed, others have claimed it for too long, or there is no GPU.
     """
-    require_memory(settings, model, engines)
-    if not settings.on_gpu:
+    with _of_the_machine(needed_gib(settings, model)):
+        if not settings.on_gpu:
+            yield
+            return
+        with _of_a_gpu(gpu_gib(settings, model), wait):
+            yield
+
+
+@contextmanager
+def _of_the_machine(needed: float) -> Iterator[None]:
+    """Claim `needed` GiB, without which the kernel would kill the engine."""
+    with _looking:
+        free = available_gib() - sum(_claimed)
+        if free < needed:
+            raise LaunchError(
+                f"The engine needs about {needed:.1f} GiB of memory, and {max(0.0, free):.1f} GiB are available."
+                + _with_it(len(_claimed)),
+                ELSE,
+            )
+        _claimed.append(needed)
+    try:
         yield
-        return
-    needed = gpu_gib(settings, model)
+    finally:
+        _claimed.remove(needed)
+
+
+@contextmanager
+def _of_a_gpu(needed: float, wait: Callable[[str], None]) -> Iterator[None]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
 
         def claimed() -> bool:
@@ -80,13 +111,15 @@ def _claim(claim: socket.socket, needed: float) -> bool:
             return True
         if len(claims) > mine:
             return False
-    others = f" {mine} more that started with it will take theirs." if mine else ""
     raise LaunchError(
         f"The engine needs about {needed:.1f} GiB of GPU memory, and {max(0, free) / GIB:.1f} of "
-        f"{card.total / GIB:.1f} GiB are free on {card.name}.{others} {held_by(card)}".rstrip(),
-        "End another server (`servebook status`, `servebook down NAME`) or program, or choose a smaller model or fewer "
-        "replicas.",
+        f"{card.total / GIB:.1f} GiB are free on {card.name}.{_with_it(mine)} {held_by(card)}".rstrip(),
+        ELSE,
     )
+
+
+def _with_it(others: int) -> str:
+    return f" {others} more that started with it will take theirs." if others else ""
 
 
 @contextmanager
