@@ -27,7 +27,7 @@ from servebook.room.board import Attempt, Board, stuck_first, watch_key
 from servebook.room.keys import Roll, engine_key
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.room.usage import Usage
-from servebook.ways.limits import BODY_SECONDS, GIVEN_UP, KEEPALIVE_SECONDS, READER_SECONDS
+from servebook.ways.limits import BODY_SECONDS, GIVEN_UP, POOL_IDLE_SECONDS, READER_SECONDS
 
 log = logging.getLogger("servebook.room")
 
@@ -202,7 +202,7 @@ class Front:
 
     async def connections(self, _: web.Application) -> AsyncIterator[None]:
         """Hold the connections to vLLM. Its pool has no limit: the turnstile is the one place that says no."""
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=POOL_IDLE_SECONDS)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=2, sock_read=READ_SECONDS)
         trace = aiohttp.TraceConfig()
         # Before the connection, which is then not made: aiohttp would leave it open. And after, since another may have

@@ -19,8 +19,9 @@ BODY_SECONDS = 10.0
 """How long a request's body may take to come."""
 READER_SECONDS = 30.0
 """How long a caller may leave a full socket or stream unread before they count as gone."""
-KEEPALIVE_SECONDS = 3
-"""Shorter than the 5 that vLLM has by itself: a connection is never taken from the pool while vLLM closes it."""
+POOL_IDLE_SECONDS = 3
+"""How long an unused connection stays in a client's pool: less than the 5 s after which a vLLM or uvicorn of somebody
+else's closes it; ours wait `engine.arguments.KEEP_ALIVE_SECONDS`."""
 
 BOUNDS = {
     *("minItems", "maxItems", "minContains", "maxContains"),

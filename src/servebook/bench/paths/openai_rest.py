@@ -16,6 +16,7 @@ import orjson
 
 from servebook.bench.load import BenchError, Job, Message, Send
 from servebook.launch import Server
+from servebook.ways.limits import POOL_IDLE_SECONDS
 
 
 @asynccontextmanager
@@ -23,8 +24,8 @@ async def http_session(base_url: str, key: str | None) -> AsyncIterator[aiohttp.
     """A session without limits of its own: the load decides how many connections are open."""
     async with aiohttp.ClientSession(
         base_url,
-        # uvicorn closes a connection after 5 idle seconds, and a POST that meets that moment is lost.
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
+        # A POST that meets the moment in which the server closes the connection is lost.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=POOL_IDLE_SECONDS),
         timeout=aiohttp.ClientTimeout(total=600),
         headers={"Authorization": f"Bearer {key}"} if key else {},
     ) as session:

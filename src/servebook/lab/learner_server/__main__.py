@@ -52,8 +52,10 @@ def main() -> None:
     if hasattr(module, "app"):
         import uvicorn
 
-        # A caller who pauses must not meet the end of a connection, which uvicorn leaves open for 5 idle seconds.
-        uvicorn.run(module.app, port=port, log_level="warning", timeout_keep_alive=120)
+        from servebook.engine.arguments import KEEP_ALIVE_SECONDS
+
+        # A caller who pauses must not meet the end of a connection.
+        uvicorn.run(module.app, port=port, log_level="warning", timeout_keep_alive=KEEP_ALIVE_SECONDS)
     elif hasattr(module, "Servicer"):
         asyncio.run(serve_grpc(module, port))
     else:

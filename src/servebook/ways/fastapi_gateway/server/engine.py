@@ -12,7 +12,7 @@ import orjson
 
 from servebook.ways.fastapi_gateway.server.config import Config
 from servebook.ways.fastapi_gateway.server.errors import GatewayError
-from servebook.ways.limits import KEEPALIVE_SECONDS
+from servebook.ways.limits import POOL_IDLE_SECONDS
 
 log = logging.getLogger("servebook.ways.fastapi_gateway.server")
 
@@ -50,7 +50,7 @@ class Engine:
             # Of a packed answer a proxy between us and vLLM would pass nothing on before it has a block full.
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {config.key}"} if config.key else {}),
             # No limit of its own: `limits.Slots` is the one place that says no.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=POOL_IDLE_SECONDS),
         )
         return self
 
