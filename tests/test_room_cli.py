@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -21,8 +22,10 @@ from typer.testing import CliRunner, Result
 from servebook import launch
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError
+from servebook.lab import feedback
 from servebook.lab.manifest import load_labs
 from servebook.room import admin, cli, collect, grading
+from servebook.room.load import Checked, Outcome
 from servebook.settings import Settings, load_settings
 
 KEY = "the-instructors-key"
@@ -292,6 +295,16 @@ def test_every_command_stands_in_the_rooms_page() -> None:
     page = (ROOT / "docs" / "room.md").read_text()
     names = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
     assert [name for name in names if f"`servebook room {name}" not in page] == []
+
+
+def test_a_loads_waits_are_told_by_nearest_rank(room: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = feedback.Result(load_labs()[0].exercises[0], "passed")
+    waited = Outcome(2, 30, [Checked(passed, seconds) for seconds in range(20, 0, -1)])
+    monkeypatch.setattr("servebook.room.load.run", lambda *_: waited)
+    done = run("load", "--learners", "2")
+    assert done.exit_code == 0, done.exception
+    (row,) = re.findall("a check.*", done.output)
+    assert re.findall(r"\d+\.\d", row) == ["10.0", "19.0", "20.0", "20.0"]
 
 
 @pytest.mark.parametrize(("desk", "advice"), [("1", "File → Hub Control Panel"), ("", "Set SERVEBOOK_API_KEY")])
