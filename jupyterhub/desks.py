@@ -135,7 +135,7 @@ def refusal(code: int, words: str) -> HTTPError:
 
 
 def listeners(host: str, port: int) -> set[int]:
-    """As `servebook.launch.processes.listeners`, which this environment has not."""
+    """As `servebook.processes.listeners`, which this environment has not."""
     six = ":" in host
     places = set()
     for at in (host, "::" if six else "0.0.0.0"):

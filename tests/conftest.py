@@ -38,7 +38,7 @@ from desk import Desk  # noqa: E402
 
 from servebook import launch  # noqa: E402
 from servebook.lab.manifest import Lab  # noqa: E402
-from servebook.launch.processes import can_bind, free_port, marked, wait_until  # noqa: E402
+from servebook.processes import can_bind, free_port, marked, wait_until  # noqa: E402
 from servebook.settings import Settings, load_settings  # noqa: E402
 from servebook.workbook import gate  # noqa: E402
 from servebook.workbook.doctor import find_browser  # noqa: E402

@@ -19,7 +19,7 @@ import psutil
 from servebook import launch
 from servebook.launch.files import Files
 from servebook.launch.link import Link
-from servebook.launch.processes import POLL_SECONDS, marked, wait_until
+from servebook.processes import POLL_SECONDS, marked, wait_until
 from servebook.settings import Settings, load_settings
 
 TINY = Path(__file__).with_name("tiny_server.py")

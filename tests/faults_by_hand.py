@@ -29,8 +29,8 @@ from desk import eventually
 from servebook import launch
 from servebook.bench.resources import ProcessTree, is_engine
 from servebook.clients import CLIENTS
-from servebook.launch.processes import can_bind, free_port
 from servebook.launch.table import in_a_room
+from servebook.processes import can_bind, free_port
 from servebook.room.keys import Roll
 from servebook.room.limits import Limits
 from servebook.settings import load_settings

@@ -26,7 +26,7 @@ from playwright.sync_api import Locator, Page, expect, sync_playwright
 from servebook import launch
 from servebook.checkout import ROOT
 from servebook.launch.probes import http_ok
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 from servebook.room.admin import RoomAdmin
 from servebook.room.board import watch_key
 from servebook.settings import load_settings

@@ -16,7 +16,7 @@ from servebook.lab.dry_run import load as dry_run
 from servebook.lab.feedback import Result
 from servebook.lab.manifest import exercises
 from servebook.lab.shell import LabShell
-from servebook.launch.processes import die_with_parent
+from servebook.processes import die_with_parent
 
 ROOT = Path(__file__).parents[1]
 AT_ONCE = 3

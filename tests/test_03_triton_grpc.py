@@ -31,7 +31,7 @@ from servebook import launch
 from servebook.checkout import ROOT
 from servebook.launch import Server
 from servebook.launch.files import Files, read_log
-from servebook.launch.processes import KEPT, free_port, marked
+from servebook.processes import KEPT, free_port, marked
 from servebook.settings import load_settings
 from servebook.ways.client import Answer, Piece
 from servebook.ways.kserve.client import V2Client

@@ -38,7 +38,7 @@ from hypothesis import strategies as st
 
 from servebook import launch, serve
 from servebook.engine.quiet_compiler import TITLE
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 from servebook.protos.llm.v1 import llm_pb2 as pb
 from servebook.protos.llm.v1 import llm_pb2_grpc
 from servebook.settings import Settings

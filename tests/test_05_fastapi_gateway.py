@@ -35,7 +35,7 @@ from servebook import launch
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.launch.child import child_server
 from servebook.launch.probes import listens
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 from servebook.ways.fastapi_gateway import mistake
 from servebook.ways.fastapi_gateway.server.app import PAGE, create_app
 from servebook.ways.fastapi_gateway.server.chat import ChatRequest, chat, chat_events

@@ -22,7 +22,7 @@ from servebook.engine.rust_front import rust_front
 from servebook.errors import LaunchError
 from servebook.lab.taps.http import Exchange
 from servebook.launch import find_server
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 from servebook.protos.vllm import inference_pb2 as pb
 from servebook.settings import Settings, load_settings
 from servebook.ways.client import Answer, Piece

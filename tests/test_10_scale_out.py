@@ -21,7 +21,7 @@ from servebook import launch
 from servebook.bench.resources import is_engine
 from servebook.clients import CLIENTS
 from servebook.errors import LaunchError, ServebookError
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 from servebook.settings import Settings
 from servebook.ways.client import Answer
 from servebook.ways.metrics import metric

@@ -16,7 +16,7 @@ from servebook import launch
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import content_of, events_of
 from servebook.launch.child import child_server
-from servebook.launch.processes import free_port, wait_until
+from servebook.processes import free_port, wait_until
 from servebook.ways.metrics import metric
 
 pytestmark = [pytest.mark.browser, pytest.mark.lane("one")]

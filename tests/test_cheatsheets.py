@@ -18,7 +18,7 @@ import pytest
 
 from servebook.clients import CLIENTS
 from servebook.launch import Server
-from servebook.launch.processes import wait_until
+from servebook.processes import wait_until
 from servebook.workbook.cheatsheets import PAGES, Sheet, Snippet, load_sheets, pages, usual
 
 LEFT_SECONDS = 5

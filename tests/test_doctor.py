@@ -21,7 +21,7 @@ from servebook import cli, launch
 from servebook.engine.gpu import Card
 from servebook.engine.model import bundled_path, model_path
 from servebook.errors import LaunchError, ModelError
-from servebook.launch.processes import KEPT
+from servebook.processes import KEPT
 from servebook.settings import BUNDLED_MODEL, Settings, load_settings
 from servebook.workbook import doctor
 from servebook.workbook.doctor import Finding

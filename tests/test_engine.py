@@ -29,7 +29,7 @@ from servebook.engine import faster_cpu
 from servebook.engine.model import model_path
 from servebook.engine.quiet_compiler import BrokenOffError, ProcessCompiler, TooDear
 from servebook.launch import Server
-from servebook.launch.processes import is_tracker
+from servebook.processes import is_tracker
 from servebook.settings import Settings, load_settings
 from servebook.ways import limits
 from servebook.ways.limits import Limits

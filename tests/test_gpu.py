@@ -22,7 +22,7 @@ from servebook.engine.gpu import GIB
 from servebook.errors import LaunchError, ModelError
 from servebook.launch import find_server, memory, serve
 from servebook.launch.memory import memory_for
-from servebook.launch.processes import KEPT
+from servebook.processes import KEPT
 from servebook.settings import Settings, load_settings
 
 CARDS = {  # total as NVML has it, GiB; how many engines of the bundled model fit where nothing else is there

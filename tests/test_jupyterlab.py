@@ -20,7 +20,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from servebook import launch
 from servebook.launch.probes import http_ok
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 
 pytestmark = [pytest.mark.browser, pytest.mark.lane("one"), pytest.mark.timeout(600)]
 

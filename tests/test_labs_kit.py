@@ -48,7 +48,7 @@ from servebook.lab.handout.bundle import write_bundle
 from servebook.lab.manifest import Lab, find_exercise, load_labs
 from servebook.lab.record import Store
 from servebook.lab.shell import LabShell, exercise_of, read_notebook
-from servebook.launch.processes import free_port, marked
+from servebook.processes import free_port, marked
 from servebook.room import grading
 from servebook.settings import Settings, load_settings
 

@@ -45,8 +45,8 @@ from servebook.launch.keep import Kept, Phase, await_ready
 from servebook.launch.link import died, root_cause
 from servebook.launch.plan import Start
 from servebook.launch.probes import http_ok
-from servebook.launch.processes import free_port
 from servebook.launch.table import Endpoints
+from servebook.processes import free_port
 from servebook.settings import in_address, load_settings
 from servebook.ways.custom_grpc.certificates import make_certificates
 from servebook.ways.metrics import metric
@@ -55,7 +55,7 @@ SERVEBOOK = Path(sys.executable).with_name("servebook")
 KEY = "sk-not-for-other-eyes"
 WITHOUT_ENGINE = """
 import multiprocessing, time
-from servebook.launch.processes import die_with_parent
+from servebook.processes import die_with_parent
 from servebook.ways.custom_grpc.server import __main__ as server
 
 def core():

@@ -15,7 +15,7 @@ import requests
 from desk import TINY, Desk, eventually
 from websocket import create_connection
 
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "of-this-test"

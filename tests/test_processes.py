@@ -19,7 +19,7 @@ from servebook.launch.bound import bound
 from servebook.launch.child import Child, run_child
 from servebook.launch.link import STOP_SECONDS, Link
 from servebook.launch.probes import only_ours, others_listen
-from servebook.launch.processes import (
+from servebook.processes import (
     KEPT,
     can_bind,
     end,
@@ -136,7 +136,7 @@ def test_ports() -> None:
         assert not can_bind("127.0.0.1", port)
     assert can_bind("::1", free_port("::1"))
     assert 20_000 <= port < 30_000, "below what Linux gives to whoever connects"
-    given = f"from servebook.launch.processes import claim_name; print(claim_name('given-port-{port}'))"
+    given = f"from servebook.processes import claim_name; print(claim_name('given-port-{port}'))"
     said = subprocess.run([sys.executable, "-c", given], capture_output=True, text=True, check=True).stdout
     assert said == "None\n", "another program would get the same"
     with pytest.raises(OSError, match="assign"):

@@ -33,7 +33,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from servebook.checkout import ROOT
 from servebook.lab.manifest import find_exercise
 from servebook.launch import Server
-from servebook.launch.processes import can_bind, free_port, marked
+from servebook.processes import can_bind, free_port, marked
 from servebook.room import tls
 from servebook.room.hub import why_not_apart
 from servebook.settings import load_settings

@@ -46,8 +46,8 @@ from servebook.errors import LaunchError, ModelError, ServebookError
 from servebook.lab.manifest import load_labs
 from servebook.lab.record import Store
 from servebook.launch.files import Files
-from servebook.launch.processes import free_port
 from servebook.launch.table import SERVERS, Endpoints, find_server, rooms_engine
+from servebook.processes import free_port
 from servebook.room import admin, asking, cli, collect, desk, front, hub, load, tls
 from servebook.room.admin import instructors_key, instructors_settings, rooms_settings
 from servebook.room.asking import TOKENIZING

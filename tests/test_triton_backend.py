@@ -31,7 +31,7 @@ from servebook.errors import LaunchError
 from servebook.launch import SERVERS
 from servebook.launch.child import run_child
 from servebook.launch.probes import http_ok
-from servebook.launch.processes import free_port, wait_until
+from servebook.processes import free_port, wait_until
 from servebook.settings import Settings
 from servebook.ways.triton_grpc.backend.files import ModelFilesError, engine_words_as_json, read_engine_args, read_loras
 from servebook.ways.triton_grpc.backend.guardian import MARK, start_guardian

@@ -24,7 +24,7 @@ from servebook.bench.report import Row, Rows
 from servebook.bench.results import Machine, now, require_writable, this_machine
 from servebook.bench.stats import ServiceLevel, Summary, goodput, summarize
 from servebook.launch import Server
-from servebook.launch.processes import die_with_parent
+from servebook.processes import die_with_parent
 from servebook.whole import write_whole
 
 GAIN = 1.05

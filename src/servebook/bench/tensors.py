@@ -31,8 +31,8 @@ from tritonclient.utils import InferenceServerException, shared_memory
 from servebook.bench.load import BenchError
 from servebook.launch import Server, find_server, serve
 from servebook.launch.probes import http_ok
-from servebook.launch.processes import wait_until
 from servebook.launch.table import Endpoints
+from servebook.processes import wait_until
 from servebook.settings import Settings
 
 Array = npt.NDArray[np.float32]

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from servebook.launch.processes import die_with_parent
+from servebook.processes import die_with_parent
 from servebook.ways.limits import Limits
 
 if TYPE_CHECKING:

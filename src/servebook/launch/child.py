@@ -17,7 +17,7 @@ from servebook.environment import child_environment
 from servebook.errors import LaunchError
 from servebook.launch.bound import bound
 from servebook.launch.probes import http_ok
-from servebook.launch.processes import end, free_port, wait_until
+from servebook.processes import end, free_port, wait_until
 
 START_SECONDS = 60.0
 GRACE_SECONDS = 10.0

@@ -16,7 +16,7 @@ import psutil
 from servebook.engine.arguments import available_gib, gpu_gib, needed_gib
 from servebook.engine.gpu import GIB, Card, cards
 from servebook.errors import LaunchError
-from servebook.launch.processes import KEPT, claim_name, wait_until
+from servebook.processes import KEPT, claim_name, wait_until
 from servebook.settings import Settings
 
 POLL_SECONDS = 0.2

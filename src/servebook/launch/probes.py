@@ -9,7 +9,7 @@ from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.parse import urlsplit
 
-from servebook.launch.processes import listeners
+from servebook.processes import listeners
 
 PROBE_SECONDS = 2.0
 

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from servebook.launch.files import Files
-from servebook.launch.processes import (
+from servebook.processes import (
     KEPT,
     KILL_SECONDS,
     adopt_orphans,

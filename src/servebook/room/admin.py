@@ -20,8 +20,8 @@ from servebook.bearer import bearer
 from servebook.errors import ServebookError
 from servebook.launch.files import Files
 from servebook.launch.probes import only_ours
-from servebook.launch.processes import KEPT, environment_of
 from servebook.launch.states import describe
+from servebook.processes import KEPT, environment_of
 from servebook.room.board import watch_key
 from servebook.settings import LOOPBACK, Settings, load_settings, own_settings
 from servebook.whole import write_whole

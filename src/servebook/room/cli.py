@@ -22,9 +22,9 @@ from servebook.errors import LaunchError, ServebookError
 from servebook.lab.manifest import load_labs
 from servebook.launch.display import plain_console
 from servebook.launch.files import Files, visible
-from servebook.launch.processes import can_bind
 from servebook.launch.states import Status, describe
 from servebook.launch.table import rooms_engine
+from servebook.processes import can_bind
 from servebook.room import collect as hand_in
 from servebook.room.admin import (
     NOT_UP,

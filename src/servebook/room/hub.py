@@ -30,7 +30,7 @@ from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
 from servebook.lab.handout.confine import hub_cache
 from servebook.launch.probes import only_ours
-from servebook.launch.processes import adopt_orphans, children
+from servebook.processes import adopt_orphans, children
 from servebook.room.admin import join_code
 from servebook.room.desk import make_master
 from servebook.room.tls import prepare

@@ -27,7 +27,7 @@ from servebook.lab.feedback import Result
 from servebook.lab.handout.blanks import require_solutions
 from servebook.lab.manifest import Lab, load_labs
 from servebook.lab.shell import CellError, LabShell
-from servebook.launch.processes import die_with_asker
+from servebook.processes import die_with_asker
 from servebook.room.admin import RoomAdmin
 
 LABS = ("01_openai_rest", "02_sse_streaming")

@@ -43,8 +43,8 @@ from servebook.environment import (
 from servebook.errors import ServebookError
 from servebook.launch.link import OPEN_FILES
 from servebook.launch.memory import held_by
-from servebook.launch.processes import KEPT, can_bind
 from servebook.launch.supervisor import connect
+from servebook.processes import KEPT, can_bind
 from servebook.settings import BUNDLED_MODEL, RoomSettings, Settings, installed_vllm, load_settings, own_settings
 
 Level = Literal["OK", "WARN", "FAIL"]

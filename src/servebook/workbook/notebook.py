@@ -35,7 +35,7 @@ from pygments.util import ClassNotFound
 
 from servebook.checkout import ROOT
 from servebook.engine.gpu import cards
-from servebook.launch.processes import wait_until
+from servebook.processes import wait_until
 from servebook.settings import Settings, own_settings
 
 PACKAGES = {

@@ -26,7 +26,7 @@ from servebook.lab.taps.sse import events_of, text_of
 from servebook.launch import Server
 from servebook.launch.child import Child, run_child
 from servebook.launch.probes import listens
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 
 PATIENCE_SECONDS = 60.0
 """How long a caller waits for the beginning of an answer: a slow engine on a busy machine takes long over a crowd."""

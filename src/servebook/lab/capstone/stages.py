@@ -35,7 +35,7 @@ from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.learner_server.judge import GATHERED, last_error
 from servebook.lab.rest import key_of
 from servebook.lab.taps.http import Exchange
-from servebook.launch.processes import wait_until
+from servebook.processes import wait_until
 
 PROMPT = "The sea is"
 BACK_SECONDS = 30.0

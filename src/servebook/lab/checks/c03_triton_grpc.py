@@ -25,7 +25,7 @@ from servebook.lab.submission import Submission
 from servebook.lab.taps.grpc import Call, Lost
 from servebook.lab.taps.triton import Stream, TritonTap, is_final, text_of
 from servebook.launch import Server
-from servebook.launch.processes import wait_until
+from servebook.processes import wait_until
 from servebook.settings import TENSOR_MODEL_NAME
 from servebook.ways.metrics import metric
 from servebook.ways.triton_grpc.backend.declaration import FLAGS

@@ -29,7 +29,7 @@ from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Tap
 from servebook.lab.taps.sse import streamed_text
 from servebook.launch import Server
-from servebook.launch.processes import wait_until
+from servebook.processes import wait_until
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
 Field = descriptor_pb2.FieldDescriptorProto

@@ -22,7 +22,7 @@ from servebook.lab.submission import Submission
 from servebook.lab.taps.http import Exchange, Tap, answering, said
 from servebook.lab.taps.sse import streamed_text
 from servebook.launch import Server
-from servebook.launch.processes import wait_until
+from servebook.processes import wait_until
 
 ASK = {"message": "Name three colours.", "max_tokens": 11}
 SECONDS = 60

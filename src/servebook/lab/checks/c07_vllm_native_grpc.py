@@ -23,7 +23,7 @@ from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.rest import NOT_THAT_SERVER, PASS_ON
 from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.grpc import GRACE_SECONDS, Call, Filter, GrpcTap
-from servebook.launch.processes import wait_until
+from servebook.processes import wait_until
 from servebook.protos.vllm import inference_pb2 as text_pb
 from servebook.protos.vllm.inference_pb2_grpc import InferenceStub
 from servebook.ways.vllm_native_grpc.client import ENGINE, VllmGrpcClient

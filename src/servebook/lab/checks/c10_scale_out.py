@@ -21,7 +21,7 @@ from servebook.lab.submission import Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import events_of, streamed_text
 from servebook.launch import Server
-from servebook.launch.processes import wait_until
+from servebook.processes import wait_until
 from servebook.ways.metrics import metric
 from servebook.ways.scale_out.client import RouterClient
 

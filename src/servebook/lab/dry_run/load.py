@@ -27,7 +27,7 @@ from servebook.errors import LaunchError
 from servebook.lab.handout.landlock import as_told
 from servebook.lab.judge.process import hear
 from servebook.launch.child import Child, run_child
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 from servebook.ways.triton_grpc.backend.server import own_shared_memory, tritonserver_command, tritonserver_env
 
 LOAD_SECONDS = 30

@@ -39,7 +39,7 @@ from servebook.lab.feedback import Result
 from servebook.lab.handout import confine, landlock, provided
 from servebook.lab.handout.remarks import forget_remarks, remark
 from servebook.lab.judge.process import JudgeProcess
-from servebook.launch.processes import end
+from servebook.processes import end
 from servebook.settings import load_settings
 
 MARK = "NBGRADER_SUBMISSION"

@@ -16,7 +16,7 @@ from servebook.lab.submission import Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import content_of, events_of
 from servebook.launch import Server
-from servebook.launch.processes import wait_until
+from servebook.processes import wait_until
 
 LAST_ERROR = re.compile(r"^(\w+(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*)$", re.M)
 NEVER_AWAITED = re.compile(r"coroutine '(?:\w+\.)*(\w+)' was never awaited")

@@ -11,7 +11,7 @@ from types import TracebackType
 from servebook.errors import LaunchError
 from servebook.launch.child import Child, run_child
 from servebook.launch.probes import listens
-from servebook.launch.processes import free_port, wait_until
+from servebook.processes import free_port, wait_until
 
 IDLE_SECONDS = 6.0
 """How long it may wait, neither computing nor listening, before it is said never to start."""

@@ -22,7 +22,7 @@ import grpc
 from servebook.engine.arguments import engine_env, gpu_share, in_float32
 from servebook.engine.model import model_path
 from servebook.launch.child import Child, run_child
-from servebook.launch.processes import wait_until
+from servebook.processes import wait_until
 from servebook.settings import load_settings
 from servebook.ways.custom_grpc.client import GrpcClient
 

@@ -12,7 +12,7 @@ from servebook.engine.model import model_path
 from servebook.launch import Server
 from servebook.launch.child import run_child
 from servebook.launch.probes import http_ok
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 from servebook.settings import Settings
 
 

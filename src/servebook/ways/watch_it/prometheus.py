@@ -14,7 +14,7 @@ import yaml
 
 from servebook.launch.child import run_child
 from servebook.launch.probes import http_ok
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 from servebook.ways.watch_it.alarm import FOLDER, RULES, Rule
 
 CONFIG = FOLDER / "prometheus.yaml"

@@ -29,7 +29,7 @@ from prometheus_client import CollectorRegistry, Gauge, multiprocess
 
 from servebook.engine.arguments import engine_args
 from servebook.errors import LaunchError
-from servebook.launch.processes import die_with_asker
+from servebook.processes import die_with_asker
 from servebook.ways.custom_grpc.server.transport import show_metrics
 
 if TYPE_CHECKING:

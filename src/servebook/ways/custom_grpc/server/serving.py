@@ -17,7 +17,7 @@ import grpc
 import psutil
 
 from servebook.engine.arguments import engine_args
-from servebook.launch.processes import is_tracker
+from servebook.processes import is_tracker
 from servebook.settings import in_address
 from servebook.ways.custom_grpc.server import metrics
 from servebook.ways.custom_grpc.server.calls import Calls

@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
 from servebook.errors import LaunchError
-from servebook.launch.processes import can_bind
+from servebook.processes import can_bind
 from servebook.protos.llm.v1 import llm_pb2_grpc
 from servebook.settings import LOOPBACK, in_address
 from servebook.ways.custom_grpc.server.auth import KeyInterceptor

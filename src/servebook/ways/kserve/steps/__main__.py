@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 from servebook.settings import LOOPBACK, load_settings
 
 

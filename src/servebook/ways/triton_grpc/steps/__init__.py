@@ -14,7 +14,7 @@ from typing import Any
 
 from servebook.launch.child import run_child
 from servebook.launch.probes import http_ok
-from servebook.launch.processes import free_port
+from servebook.processes import free_port
 from servebook.settings import LOOPBACK
 from servebook.ways.triton_grpc.backend.server import own_shared_memory, tritonserver_command, tritonserver_env
 from servebook.ways.triton_grpc.client import TritonClient, infer_inputs

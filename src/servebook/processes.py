@@ -1,4 +1,4 @@
-"""Tools for processes and ports, with the standard library only: a supervisor uses them too."""
+"""Tools for processes and ports, with the standard library only: a supervisor and an engine use them too."""
 
 from __future__ import annotations
 
