@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from servebook.processes import die_with_parent
-from servebook.ways.limits import Limits
 
 if TYPE_CHECKING:
     from vllm.v1.structured_output import StructuredOutputManager
@@ -29,6 +28,8 @@ KEPT = 64
 """So many are remembered, those that are too dear among them. One takes 3 MB where it is large."""
 WAITING = 1024
 """Threads for requests that wait for theirs; vLLM's pool has one for two cores."""
+COMPILE_SECONDS = 10
+"""Of a core, for each; what takes longer is given up."""
 WALL_SECONDS = 60
 """Beside a busy engine, seconds of a core take long."""
 
@@ -58,7 +59,7 @@ class ProcessCompiler:
     (xgrammar 0.2.8).
     """
 
-    def __init__(self, vocabulary: TokenizerInfo, seconds: float = Limits.compile_seconds) -> None:
+    def __init__(self, vocabulary: TokenizerInfo, seconds: float = COMPILE_SECONDS) -> None:
         from vllm.utils.system_utils import set_process_title
         from xgrammar import GrammarCompiler, allocate_token_bitmask
 

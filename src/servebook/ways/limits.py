@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
+from servebook.engine.quiet_compiler import COMPILE_SECONDS
+
 BODY_SECONDS = 10.0
 """How long a request's body may take to come."""
 READER_SECONDS = 30.0
@@ -46,8 +48,8 @@ class Limits:
     of brackets, `properties` and `enum` values in all; a choice has `enum` options too. `repeats` is what the counted
     repetitions add up to: `maxLength: 100` and `[a-z]{1,100}` are 100 each, `([a-z]{10}){10}` is 100. A compiler
     writes them out: xgrammar takes 20 ms of a core for each unit of a `maxLength` up to 128 (measured, AMD EPYC).
-    What is dear in spite of all this is given up by the engine after `compile_seconds` of a core, and so is what
-    compiles soon and is dear for each token (`engine/quiet_compiler.py`).
+    What is dear in spite of all this is given up by the engine after COMPILE_SECONDS of a core, and so is what compiles
+    soon and is dear for each token (`engine/quiet_compiler.py`).
     """
 
     n: int = 16
@@ -63,10 +65,9 @@ class Limits:
     properties: int = 200
     enum: int = 500
     repeats: int = 256
-    compile_seconds: int = 10
 
 
-GIVEN_UP = f"takes more than {Limits.compile_seconds} s of a core to compile, or too long a token, or no token fits it"
+GIVEN_UP = f"takes more than {COMPILE_SECONDS} s of a core to compile, or too long a token, or no token fits it"
 """Of a constraint that the engine has given up, which does not say why."""
 
 
