@@ -24,6 +24,8 @@ from servebook.workbook.notebook import difference
 WAYS = ROOT / "src/servebook/ways"
 SHARED = {"v2"}
 """Folders of `ways/` that are no way: several ways stand on them."""
+ABOVE_ALL = "ways|lab|bench|room|workbook"
+"""What stands on `engine/` and `launch/`, as CONTRIBUTING.md draws it."""
 
 chapters = pytest.mark.parametrize("chapter", load_chapters(), ids=lambda chapter: chapter.stem)
 
@@ -91,21 +93,35 @@ def test_every_file_of_a_way_belongs_to_one_chapter() -> None:
     assert not loose
 
 
+def imported(path: Path) -> Iterator[str]:
+    """What a file imports, wherever in it: modules, and what it takes from them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
 def test_no_way_imports_another_or_the_machinery_above() -> None:
     """What is taught stands on its own: a way knows what ways share, and the engine below."""
     wrong = []
     for path in WAYS.rglob("*.py"):
         own = path.relative_to(WAYS).parts[0]
-        for node in ast.walk(ast.parse(path.read_text())):
-            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for name in named:
-                way = re.match(r"servebook\.ways\.(\w+)", name)
-                shared = way and (way[1] in SHARED or (WAYS / f"{way[1]}.py").is_file())
-                above = re.match(r"servebook\.(lab|bench|room|workbook)\b", name)
-                if above or (way and way[1] != own and not shared):
-                    wrong.append(f"{path.relative_to(WAYS)}: {name}")
+        for name in imported(path):
+            way = re.match(r"servebook\.ways\.(\w+)", name)
+            shared = way and (way[1] in SHARED or (WAYS / f"{way[1]}.py").is_file())
+            above = re.match(r"servebook\.(lab|bench|room|workbook)\b", name)
+            if above or (way and way[1] != own and not shared):
+                wrong.append(f"{path.relative_to(WAYS)}: {name}")
     assert not wrong
+
+
+@pytest.mark.parametrize(("below", "above"), [("engine", f"launch|{ABOVE_ALL}"), ("launch", ABOVE_ALL)])
+def test_what_serves_all_imports_nothing_above_it(below: str, above: str) -> None:
+    folder = ROOT / "src/servebook" / below
+    names = [(path.name, name) for path in folder.rglob("*.py") for name in imported(path)]
+    assert len(names) > 50
+    assert not [(path, name) for path, name in names if re.match(rf"servebook\.({above})\b", name)]
 
 
 def rungs() -> Iterator[Any]:

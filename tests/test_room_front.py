@@ -41,6 +41,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from servebook import launch
+from servebook.bearer import engine_key
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ModelError, ServebookError
 from servebook.lab.manifest import load_labs
@@ -53,7 +54,7 @@ from servebook.room.admin import instructors_key, instructors_settings, rooms_se
 from servebook.room.asking import TOKENIZING
 from servebook.room.board import Attempt, Board, stuck_first, watch_key
 from servebook.room.front import RELAYED, Front, Learner
-from servebook.room.keys import Roll, engine_key
+from servebook.room.keys import Roll
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.room.usage import Usage
 from servebook.settings import Settings, load_settings, own_settings

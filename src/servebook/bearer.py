@@ -1,7 +1,12 @@
-"""A key as `requests` shows it and nothing else: by itself it would put a password of `~/.netrc` in the key's place."""
+"""Keys: how `requests` shows one, and which one a room's own engine has.
+
+By itself `requests` would put a password of `~/.netrc` in the key's place.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,3 +23,8 @@ def bearer(key: str | None, scheme: str = "Bearer") -> Callable[[PreparedRequest
         return request
 
     return show
+
+
+def engine_key(instructors_key: str) -> str:
+    """The key of a room's own engine: whoever sees it there cannot go on to the front and the hub with it."""
+    return hmac.new(instructors_key.encode(), b"servebook room engine", hashlib.sha256).hexdigest()

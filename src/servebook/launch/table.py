@@ -13,11 +13,11 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from servebook.bearer import engine_key
 from servebook.engine.arguments import engine_argv
 from servebook.engine.rust_front import rust_front
 from servebook.errors import LaunchError
 from servebook.launch.probes import grpc_serving, http_ok, https_ok, listens, others_listen
-from servebook.room.keys import engine_key
 from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback, url_of
 from servebook.tls import require_tls
 

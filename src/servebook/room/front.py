@@ -20,11 +20,12 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import ValidationError
 
+from servebook.bearer import engine_key
 from servebook.launch.probes import only_ours
 from servebook.room import asking
 from servebook.room.asking import GENERATING, TOKENIZING, TOKENIZING_BYTES
 from servebook.room.board import Attempt, Board, stuck_first, watch_key
-from servebook.room.keys import Roll, engine_key
+from servebook.room.keys import Roll
 from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.room.usage import Usage
 from servebook.ways.limits import BODY_SECONDS, GIVEN_UP, POOL_IDLE_SECONDS, READER_SECONDS

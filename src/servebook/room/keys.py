@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import re
 import secrets
@@ -18,11 +17,6 @@ from servebook.whole import write_whole
 NAME = re.compile(r"[\w.@+-]{1,64}")
 KNOWN = TypeAdapter(dict[str, str | None])
 """What the file has: each learner's digest, null while it is revoked."""
-
-
-def engine_key(instructors_key: str) -> str:
-    """The key of a room's own engine: whoever sees it there cannot go on to the front and the hub with it."""
-    return hmac.new(instructors_key.encode(), b"servebook room engine", hashlib.sha256).hexdigest()
 
 
 def digest(key: str) -> str:
