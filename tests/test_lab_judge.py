@@ -21,6 +21,7 @@ from uuid import uuid4
 import pytest
 
 from servebook.checkout import ROOT
+from servebook.environment import JUDGE_APART
 from servebook.errors import LaunchError
 from servebook.lab.checks.c13_more_than_text import check_13_3
 from servebook.lab.dry_run import load
@@ -30,7 +31,7 @@ from servebook.lab.judge import __main__ as judging
 from servebook.lab.judge import process
 from servebook.lab.judge.__main__ import Judge, Names
 from servebook.lab.judge.learner import Session
-from servebook.lab.judge.process import APART, judged_apart
+from servebook.lab.judge.process import judged_apart
 from servebook.lab.judge.wire import Broken
 from servebook.lab.manifest import find_exercise
 from servebook.lab.submission import Submission
@@ -224,7 +225,7 @@ def test_a_model_json_that_holds_up_its_reader_is_told(monkeypatch: pytest.Monke
 @pytest.mark.lifetime
 def test_a_process_judges(monkeypatch: pytest.MonkeyPatch) -> None:
     """08.3 needs no server."""
-    monkeypatch.delenv(APART, raising=False)
+    monkeypatch.delenv(JUDGE_APART, raising=False)
     try:
         result = judged_apart("08.3", {"reading": lambda a, b, control: Equal("A is faster")})
         assert (result.state, result.got) == ("wrong", "A is faster")
@@ -372,4 +373,4 @@ def test_who_is_graded_cannot_look_into_the_judges_memory() -> None:
 
 def test_a_rooms_desks_ask_a_judge() -> None:
     for path in ("jupyterhub/jupyterhub_config.py", "kubernetes/jupyterhub/values.yaml"):
-        assert re.search(rf"{APART}\"?: \"1\"", (ROOT / path).read_text(encoding="utf-8")), path
+        assert re.search(rf"{JUDGE_APART}\"?: \"1\"", (ROOT / path).read_text(encoding="utf-8")), path

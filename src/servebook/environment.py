@@ -8,6 +8,8 @@ from pathlib import Path
 
 GIVEN = dict(os.environ)
 """This process's environment as it was given."""
+JUDGE_APART = "SERVEBOOK_JUDGE_APART"
+"""Set at the desks of a room, and nowhere else: `check` then asks a judge in a process apart."""
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 NO_PROXIES = ("no_proxy", "NO_PROXY", "no_grpc_proxy")

@@ -12,6 +12,7 @@ from typing import Any
 import requests
 
 from servebook.bearer import bearer
+from servebook.environment import JUDGE_APART
 from servebook.lab.capstone.contract import ID as CAPSTONE
 from servebook.lab.capstone.judge import judge_service
 from servebook.lab.feedback import NotPassed, NotYet, Result, StillOpen
@@ -40,7 +41,7 @@ def check(exercise_id: str) -> None:
         found = namespace.get("vllm")
         print(judge_service(vllm=found if isinstance(found, Server) else None).render())
         return
-    if process.APART in os.environ:
+    if JUDGE_APART in os.environ:
         result = process.judged_apart(exercise_id, namespace)
     else:
         result = evaluate(exercise_id, namespace)

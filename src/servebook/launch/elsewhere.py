@@ -6,11 +6,9 @@ import os
 from urllib.parse import urlsplit
 
 from servebook.bearer import bearer
+from servebook.environment import JUDGE_APART
 from servebook.errors import LaunchError
 from servebook.settings import Settings
-
-AT_A_DESK = "SERVEBOOK_JUDGE_APART"
-"""Set at the desks of a room, and nowhere else."""
 
 
 def ask_elsewhere(settings: Settings) -> tuple[str, dict[str, str]]:
@@ -43,7 +41,7 @@ def ask_elsewhere(settings: Settings) -> tuple[str, dict[str, str]]:
 
 def for_refused() -> str:
     """What to do about a key that does not count: a learner in a room was given it, others have set it."""
-    if AT_A_DESK not in os.environ:
+    if JUDGE_APART not in os.environ:
         return "Set SERVEBOOK_API_KEY to a key of that engine."
     return (
         "Your key was replaced or taken away: File → Hub Control Panel → Stop My Server, then Start My Server; "

@@ -34,6 +34,7 @@ from servebook.engine.gpu import GIB, Card, cards
 from servebook.engine.model import bundled_path, given_folder, given_model, is_prepared, sufficient_limit
 from servebook.environment import (
     GIVEN,
+    JUDGE_APART,
     LOOPBACK_NAMES,
     PROXIES,
     short_tmpdir,
@@ -346,7 +347,7 @@ def check_folder(variable: str, folder: Path) -> Finding:
 def check_environment(environment: Mapping[str, str], cache_dir: Path = Path("/tmp")) -> Finding:
     """Misspelt settings, what servers do not get or get otherwise, and a proxy before this very machine."""
     known = {f"SERVEBOOK_{name.upper()}" for name in Settings.model_fields}
-    known |= {KEPT, "SERVEBOOK_JUDGE_APART", "SERVEBOOK_SCRIPTED_RATE"}
+    known |= {KEPT, JUDGE_APART, "SERVEBOOK_SCRIPTED_RATE"}
     known |= {f"SERVEBOOK_ROOM_{name.upper()}" for name in RoomSettings.model_fields}
     unknown = sorted(name for name in environment if name.startswith("SERVEBOOK_") and name not in known)
     found = [

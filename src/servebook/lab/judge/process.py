@@ -20,10 +20,6 @@ from servebook.lab.judge.learner import Session
 from servebook.lab.manifest import find_exercise
 from servebook.launch.bound import bound
 
-APART = "SERVEBOOK_JUDGE_APART"
-"""Set in the environment of a room's learners: `check` then asks a judge instead of judging itself."""
-
-
 IMPORT_SECONDS = 120.0
 """How long a judge may take to listen: what checks need is imported first, perhaps beside much else."""
 VERDICT_SECONDS = 20.0
