@@ -83,8 +83,9 @@ class StreamWatch:
     """Holds the engine's streams back to see what a learner's server does with them; `hold` is for a `Tap`.
 
     The first stream waits at its fourth text until its reader has `first_read` something: it is `early` if that was
-    before the end; then `beside` may do something while it waits. A stream after `leaving` waits at its tenth text
-    for the server to let go. Where so many do not come, as a busy engine merges tokens, a stream waits at its end.
+    before the end; it then waits for `go_on`, which is set unless a check clears it to do something meanwhile. A stream
+    after `leaving` waits at its tenth text for the server to let go. Where so many do not come, as a busy engine merges
+    tokens, a stream waits at its end.
     """
 
     def __init__(self) -> None:
