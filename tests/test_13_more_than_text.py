@@ -15,7 +15,7 @@ import requests
 from servebook.errors import ModelError
 from servebook.launch import Server
 from servebook.settings import TENSOR_MODEL_NAME, load_settings
-from servebook.ways.more_than_text import adapter, carries
+from servebook.ways.more_than_text import adapter, carries, others
 from servebook.ways.more_than_text.carries import Cell
 from servebook.ways.vllm_native_grpc.client import VllmGrpcClient
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.lane("own"), pytest.mark.timeout(600)]
 def of_python(server: Server) -> dict[str, Cell]:
     with VllmGrpcClient(server.grpc) as client:
         tokenizer = client.tokenizer
-        return carries.of_python_grpc(client.channel, lambda text: tokenizer.encode(text).ids, tokenizer.decode)
+        return others.of_python_grpc(client.channel, lambda text: tokenizer.encode(text).ids, tokenizer.decode)
 
 
 def over_channel(ask: Callable[[grpc.Channel], dict[str, Cell]]) -> Callable[[Server], dict[str, Cell]]:
@@ -43,10 +43,10 @@ HERE: dict[str, tuple[Callable[[Server], dict[str, Cell]], set[str]]] = {
 """By fixture: how the ways that the notebook asks are asked, and what they carry as the workbook starts them."""
 
 OTHERS: dict[str, tuple[Callable[[Server], dict[str, Cell]], str]] = {
-    "triton": (lambda at: carries.of_triton(at.grpc, at.http), "Triton"),
-    "grpc": (over_channel(carries.of_own_grpc), "own gRPC"),
+    "triton": (lambda at: others.of_triton(at.grpc, at.http), "Triton"),
+    "grpc": (over_channel(others.of_own_grpc), "own gRPC"),
     "kserve": (lambda at: carries.over_http(at.url, model=TENSOR_MODEL_NAME, prefix="/openai"), "KServe"),
-    "vllm-rs": (over_channel(carries.of_rust_grpc), "Rust gRPC"),
+    "vllm-rs": (over_channel(others.of_rust_grpc), "Rust gRPC"),
     "vllm-grpc": (of_python, "token ids"),
 }
 """By server: how the other ways are asked, and their row in the table that is stored."""
@@ -105,7 +105,7 @@ def test_after_all_that_was_refused_the_engine_still_writes(vllm: Server) -> Non
     ],
 )
 def test_an_answer_is_held_to_the_schema(text: str, fits: bool) -> None:
-    assert carries._fits(text) is fits
+    assert carries.fits(text) is fits
 
 
 def test_the_table_has_a_row_for_each_way_and_a_column_for_each_feature() -> None:
