@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path as File
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -176,7 +176,7 @@ TINY = Plan(
 )
 
 
-async def test_an_interrupted_run_goes_on_where_it_was(vllm: Server, tmp_path: File) -> None:
+async def test_an_interrupted_run_goes_on_where_it_was(vllm: Server, tmp_path: Path) -> None:
     output = tmp_path / "run.json"
     said: list[str] = []
 
@@ -209,7 +209,7 @@ async def test_an_interrupted_run_goes_on_where_it_was(vllm: Server, tmp_path: F
     assert (shown.started, shown.done) == (results.started, results.done), "as often as the notebook is run"
 
 
-async def test_a_restless_control_stops_the_run(vllm: Server, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_restless_control_stops_the_run(vllm: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("servebook.bench.run.judge_control", lambda _: "void")
     with pytest.raises(BenchError, match="A/A control is off"):
         await start(TINY, vllm.settings, tmp_path / "run.json").all()

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from math import comb
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -42,7 +42,7 @@ from servebook.bench.arms import (
 from servebook.bench.cli import custom
 from servebook.bench.cost import Cost, fit
 from servebook.bench.load import BenchError, Job, Load, Message, Sample, ask, closed_loop, open_loop
-from servebook.bench.paths import PATHS, Path, find_path
+from servebook.bench.paths import PATHS, ServingPath, find_path
 from servebook.bench.paths.openai_rest import http_session
 from servebook.bench.protocol import rate_from
 from servebook.bench.resources import ProcessTree, engines_up
@@ -300,7 +300,7 @@ def test_a_second_turn_is_refused_where_requests_carry_none_before_anything_star
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("servebook.bench.run.start", lambda *_: pytest.fail("nothing is to be started"))
-    monkeypatch.setattr(Path, "serve", lambda *_: pytest.fail("nothing is to be started"))
+    monkeypatch.setattr(ServingPath, "serve", lambda *_: pytest.fail("nothing is to be started"))
     with pytest.raises(BenchError, match=f"{name} has no second turn.*\n.*sse-chat, rest-chat, gateway, gateway-whole"):
         next(jobs_for(find_path(name), Workload(turns=2), 1))
     for words in ([], ["--sweep"]):
@@ -319,12 +319,14 @@ def test_a_second_turn_is_refused_where_requests_carry_none_before_anything_star
     ],
 )
 async def test_the_control_has_the_turns_and_the_source_of_its_plan(
-    path: str, turns: int, scripted: bool, against: str, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+    path: str, turns: int, scripted: bool, against: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
     found = (await a_run()).control[0]
 
-    async def cell(self: Run, name: str, path: Path, reference: Path, callers: int, up: Any, arm: Any = None) -> Any:
+    async def cell(
+        self: Run, name: str, path: ServingPath, reference: ServingPath, callers: int, up: Any, arm: Any = None
+    ) -> Any:
         assert next(jobs_for(path, self.plan.workload_of(name), 1)).turns == turns
         seen.append(f"{path.name} on {up(path).name}")
         return found
@@ -447,7 +449,7 @@ def made_up(busy: float, alone: float = 0) -> Callable[..., Awaitable[Load]]:
     """
 
     async def load(
-        path: Path,
+        path: ServingPath,
         server: Server,
         wants: Workload,
         seeds: Any,
@@ -479,7 +481,7 @@ async def test_a_sweep_ends_past_the_knee_and_then_sends_at_fixed_rates(monkeypa
 
 
 async def test_a_sweep_that_is_stopped_has_left_its_points_and_touches_no_other_file(
-    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("servebook.bench.sweep.spread", made_up(busy=0.5))
     server, output = Server("x", "m", {}, load_settings()), tmp_path / "of" / "mine.json"
@@ -502,7 +504,7 @@ async def test_a_sweep_that_is_stopped_has_left_its_points_and_touches_no_other_
 
 @pytest.mark.parametrize(("words", "output"), [([], "sweep.json"), (["--output", "bench.json"], "bench.json")])
 def test_a_sweep_is_not_written_over_a_run(
-    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch, words: list[str], output: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], output: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     started: list[str] = []
@@ -515,15 +517,15 @@ def test_a_sweep_is_not_written_over_a_run(
 
     monkeypatch.setattr("servebook.bench.sweep.sweep", one_point)
     monkeypatch.setattr("servebook.bench.protocol.serve_scripted", lambda *_: Server("x", "m", {}, load_settings()))
-    FilePath("bench.json").write_text("a finished run")
+    Path("bench.json").write_text("a finished run")
     done = CliRunner().invoke(app, ["bench", "sse", "--sweep", "--scripted", *words])
-    assert FilePath("bench.json").read_text() == "a finished run"
+    assert Path("bench.json").read_text() == "a finished run"
     if output == "bench.json":
         assert isinstance(done.exception, BenchError)
         assert not started, "hours before there is something to write"
     else:
         assert done.exit_code == 0, done.output
-        assert Sweep.model_validate_json(FilePath(output).read_bytes()).knee.callers == 1
+        assert Sweep.model_validate_json(Path(output).read_bytes()).knee.callers == 1
 
 
 SUMMARY = summarize(Load([Sample(due=0, arrivals=[0.1, 0.2], output_tokens=5)], 1, 0.1))
@@ -562,7 +564,7 @@ async def test_a_busy_generator_gets_more_processes_or_ends_the_sweep(monkeypatc
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_each_path_is_compared_with_one_that_asks_for_the_same(path: Path) -> None:
+def test_each_path_is_compared_with_one_that_asks_for_the_same(path: ServingPath) -> None:
     against = find_path(path.against)
     assert against.instance in ("vllm", "gateway")
     assert against.chat == path.chat
@@ -694,7 +696,7 @@ async def test_a_control_is_judged_on_latency_and_a_run_on_its_generator() -> No
     assert "VOID" in report.control_line(results)
 
 
-def test_the_report_is_the_checkouts_from_any_folder(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_is_the_checkouts_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout, elsewhere = tmp_path / "checkout", tmp_path / "checkout/notebooks"
     elsewhere.mkdir(parents=True)
     monkeypatch.setattr("servebook.bench.cli.ROOT", checkout)
@@ -718,7 +720,7 @@ async def test_a_run_that_is_not_good_is_not_reported() -> None:
         report.markdown([])
 
 
-async def test_results_survive_the_way_to_disk_and_fit_their_schema(tmp_path: FilePath) -> None:
+async def test_results_survive_the_way_to_disk_and_fit_their_schema(tmp_path: Path) -> None:
     results = await a_run()
     results.save(tmp_path / "run.json")
     assert load_results(tmp_path / "run.json").engine[0].name == "grpc @1"
@@ -759,7 +761,7 @@ def test_each_step_has_the_rounds_that_the_plan_gives_it() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_file_of_another_custom_plan_is_not_continued(tmp_path: FilePath, change: dict[str, Any]) -> None:
+def test_a_file_of_another_custom_plan_is_not_continued(tmp_path: Path, change: dict[str, Any]) -> None:
     asked: dict[str, Any] = {"paths": ["grpc"], "loads": [1], "wants": Workload(), "scripted": False}
     settings, output = load_settings(), tmp_path / "bench.json"
     run = start(custom(**asked), settings, output)
@@ -771,7 +773,7 @@ def test_a_file_of_another_custom_plan_is_not_continued(tmp_path: FilePath, chan
         start(plan, settings, output)
 
 
-def test_neither_is_that_of_other_engine_arguments_nor_a_finished_one(tmp_path: FilePath) -> None:
+def test_neither_is_that_of_other_engine_arguments_nor_a_finished_one(tmp_path: Path) -> None:
     plain, output = load_settings(engine_args=""), tmp_path / "bench.json"
     run = start(QUICK, plain, output)
     with run.measured("control @8"):
@@ -784,9 +786,7 @@ def test_neither_is_that_of_other_engine_arguments_nor_a_finished_one(tmp_path: 
         start(QUICK, plain, output)
 
 
-def test_neither_is_one_at_another_rate_of_the_scripted_source(
-    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neither_is_one_at_another_rate_of_the_scripted_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "bench.json"
     monkeypatch.setattr("servebook.bench.results.SCRIPTED_RATE", 190.123456)
     run = start(QUICK, load_settings(), output)
@@ -812,7 +812,7 @@ async def test_the_guard_judges_by_its_own_rate_only(monkeypatch: pytest.MonkeyP
         await guard.measure(load_settings())
 
 
-def test_a_file_that_cannot_be_written_is_found_out_before_anything_is_measured(tmp_path: FilePath) -> None:
+def test_a_file_that_cannot_be_written_is_found_out_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "note").write_text("no folder")
     for refuse in (require_sweep, lambda output: start(QUICK, load_settings(), output)):
         with pytest.raises(BenchError, match=r"cannot be written: .*\n→ Name another file"):
@@ -896,7 +896,7 @@ def test_the_guard_is_red_only_where_a_whole_interval_is(low: float | None, high
     assert guard.judge(Estimate(value=2, low=low and 2 * low, high=high and 2 * high, pairs=6), stored=2) == verdict
 
 
-async def test_the_guard_compares_with_what_it_stored(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_guard_compares_with_what_it_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(guard.STORED.read_text()).keys() == set(guard.OURS)
     monkeypatch.setattr(guard, "STORED", tmp_path / "guard.json")
     found = (await a_run()).engine[0]
@@ -996,7 +996,7 @@ def test_an_option_with_an_effect_is_taken(words: str, monkeypatch: pytest.Monke
 )
 async def test_a_cross_check_that_fails_has_a_remedy(code: int, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def made(*words: str, **_: Any) -> Any:
-        result = FilePath(words[words.index("--result-dir") + 1]) / words[words.index("--result-filename") + 1]
+        result = Path(words[words.index("--result-dir") + 1]) / words[words.index("--result-filename") + 1]
         result.write_text('{"total_output_tokens": 3}')
         return Ended()
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from servebook.bench import workload
 from servebook.bench.load import BenchError, Job, Load, Send, ask, closed_loop, open_loop
-from servebook.bench.paths import PATHS, Path
+from servebook.bench.paths import PATHS, ServingPath
 from servebook.bench.resources import CpuSeconds, ProcessTree, engines_up
 from servebook.bench.stats import Estimate, Summary, difference, ratio, summarize
 from servebook.launch import Server
@@ -88,7 +88,7 @@ class Block(NamedTuple):
 class Arm:
     """A path to a server that is up, with its endless supply of fresh jobs."""
 
-    path: Path
+    path: ServingPath
     send: Send
     tree: ProcessTree
     jobs: Iterator[Job]
@@ -125,7 +125,7 @@ class Arm:
         )
 
 
-def require_turns(path: Path, wants: Workload) -> None:
+def require_turns(path: ServingPath, wants: Workload) -> None:
     """Refuse what would be found out only after servers have started.
 
     Raises:
@@ -136,7 +136,7 @@ def require_turns(path: Path, wants: Workload) -> None:
         raise BenchError(f"{path.name} has no second turn: a request carries none before it.", f"Choose from {able}.")
 
 
-def jobs_for(path: Path, wants: Workload, seed: int) -> Iterator[Job]:
+def jobs_for(path: ServingPath, wants: Workload, seed: int) -> Iterator[Job]:
     """Endless jobs for a path.
 
     Raises:
@@ -151,7 +151,7 @@ def jobs_for(path: Path, wants: Workload, seed: int) -> Iterator[Job]:
 
 @asynccontextmanager
 async def open_arm(
-    path: Path, server: Server, wants: Workload, seed: int, behind: Sequence[Server] = ()
+    path: ServingPath, server: Server, wants: Workload, seed: int, behind: Sequence[Server] = ()
 ) -> AsyncIterator[Arm]:
     """Connect to `server` over `path`; a first request shows that it answers. CPU of the servers `behind` it counts."""
     jobs = jobs_for(path, wants, seed)

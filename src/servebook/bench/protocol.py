@@ -12,7 +12,7 @@ from servebook.launch import Server, find_server, serve
 from servebook.settings import Settings
 
 if TYPE_CHECKING:
-    from servebook.bench.paths import Path
+    from servebook.bench.paths import ServingPath
 
 RATE_VARIABLE = "SERVEBOOK_SCRIPTED_RATE"
 DEFAULT_RATE = 20.0
@@ -44,7 +44,7 @@ SENTENCE = " The quick brown fox jumps over the lazy dog and runs along the rive
 EXECUTOR = "servebook.bench.scripted.ScriptedExecutor"
 
 
-def serve_scripted(path: Path, settings: Settings) -> Server:
+def serve_scripted(path: ServingPath, settings: Settings) -> Server:
     """Start a path's server, as an instance of its own, with the scripted source (`bench.scripted`) for a model; a
     server in front of vLLM gets such a vLLM.
 

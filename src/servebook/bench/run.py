@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path as File
+from pathlib import Path
 from time import monotonic
 
 from servebook import launch
@@ -18,7 +18,7 @@ from servebook.bench.arms import CONTROL_LIMIT, Comparison, Workload, compare, j
 from servebook.bench.cost import fit_cost
 from servebook.bench.crosscheck import cross_check
 from servebook.bench.load import MAX_CONCURRENCY, BenchError
-from servebook.bench.paths import Path, find_path
+from servebook.bench.paths import ServingPath, find_path
 from servebook.bench.protocol import SCRIPTED_RATE, serve_scripted
 from servebook.bench.results import Results, load_results, new_results, now, require_writable
 from servebook.bench.tensors import SERVERS, SIZES, tensor_costs
@@ -134,7 +134,7 @@ class Run:
     plan: Plan
     settings: Settings
     results: Results
-    output: File
+    output: Path
     force: bool = False
     say: Callable[[str], None] = print
     servers: dict[str, Server] = field(default_factory=dict)
@@ -228,7 +228,7 @@ class Run:
                 self.end(f"{server}-scripted")
         self.end("vllm-scripted")
 
-    async def protocol(self, path: Path) -> None:
+    async def protocol(self, path: ServingPath) -> None:
         """Bytes and CPU of one path."""
         wire = f"wire {path.name}"
         if path.name in self.plan.wire and not self.skip(wire):
@@ -260,10 +260,10 @@ class Run:
     async def compare(
         self,
         name: str,
-        path: Path,
-        against: Path,
+        path: ServingPath,
+        against: ServingPath,
         concurrency: int,
-        up: Callable[[Path], Server],
+        up: Callable[[ServingPath], Server],
         arm: Server | None = None,
     ) -> Comparison:
         """One cell on the servers that `up` gives; the CPU of those behind a gateway counts as its own."""
@@ -276,11 +276,11 @@ class Run:
         self.say(f"  tokens/s {found.tokens_per_s} · TTFT p50 {found.ttft_p50_ms.value:+.1f} ms")
         return found
 
-    def behind(self, path: Path, up: Callable[[Path], Server]) -> list[Server]:
+    def behind(self, path: ServingPath, up: Callable[[ServingPath], Server]) -> list[Server]:
         """The servers behind a path's own: their CPU counts with it."""
         return [] if find_server(path.server).has_engine else [up(find_path("sse"))]
 
-    def up(self, path: Path, instance: str = "") -> Server:
+    def up(self, path: ServingPath, instance: str = "") -> Server:
         """The path's server, attached to or started."""
 
         def serve() -> Server:
@@ -290,7 +290,7 @@ class Run:
 
         return self.keep(instance or path.instance, serve)
 
-    def up_scripted(self, path: Path) -> Server:
+    def up_scripted(self, path: ServingPath) -> Server:
         """The path's server around the scripted source."""
         if not find_server(path.server).has_engine:
             self.up_scripted(find_path("sse"))
@@ -348,7 +348,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-async def finished(plan: Plan, settings: Settings, output: File) -> Results:
+async def finished(plan: Plan, settings: Settings, output: Path) -> Results:
     """The run of this plan in `output`; made first, or to its end, where it is not there or not whole.
 
     Raises:
@@ -360,7 +360,7 @@ async def finished(plan: Plan, settings: Settings, output: File) -> Results:
     return await start(plan, settings, output).all()
 
 
-def start(plan: Plan, settings: Settings, output: File, force: bool = False) -> Run:
+def start(plan: Plan, settings: Settings, output: Path, force: bool = False) -> Run:
     """A new run, or the one in `output` where it left off.
 
     Raises:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
 from multiprocessing.synchronize import Barrier
-from pathlib import Path as File
+from pathlib import Path
 from threading import BrokenBarrierError
 
 import uvloop
@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from servebook.bench import workload
 from servebook.bench.arms import GENERATOR_LIMIT, WAVES, Workload, jobs_for
 from servebook.bench.load import MAX_CONCURRENCY, BenchError, Load, closed_loop, open_loop
-from servebook.bench.paths import Path, find_path
+from servebook.bench.paths import ServingPath, find_path
 from servebook.bench.report import Row, Rows
 from servebook.bench.results import Machine, now, require_writable, this_machine
 from servebook.bench.stats import ServiceLevel, Summary, goodput, summarize
@@ -74,13 +74,13 @@ class Sweep(BaseModel):
         """Whether more callers than at the knee were tried, and gained nothing."""
         return self.knee.callers < self.closed[-1].callers
 
-    def save(self, path: File) -> None:
+    def save(self, path: Path) -> None:
         """Write it whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, self.model_dump_json(indent=1) + "\n")
 
 
-def require_sweep(path: File) -> None:
+def require_sweep(path: Path) -> None:
     """Refuse to write a sweep over anything else, such as a run that took hours.
 
     Raises:
@@ -98,7 +98,7 @@ def require_sweep(path: File) -> None:
 
 
 async def sweep(
-    path: Path,
+    path: ServingPath,
     server: Server,
     wants: Workload,
     level: ServiceLevel,
@@ -165,7 +165,7 @@ async def sweep(
 
 
 async def spread(
-    path: Path,
+    path: ServingPath,
     server: Server,
     wants: Workload,
     seeds: Iterator[int],

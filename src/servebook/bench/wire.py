@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from servebook.bench import workload
 from servebook.bench.load import BenchError, ask
-from servebook.bench.paths import Path
+from servebook.bench.paths import ServingPath
 from servebook.launch import Server
 
 SHORT, LONG = 8, 40
@@ -64,7 +64,7 @@ async def counted(server: Server) -> AsyncIterator[tuple[Server, list[CountingPr
             listener.close()
 
 
-async def wire_cost(path: Path, server: Server) -> WireCost:
+async def wire_cost(path: ServingPath, server: Server) -> WireCost:
     """Measure one path; the first request, which opens the connection, is not counted.
 
     Of a stream a token is a message with text: one that holds several, as a busy server's may, would hide what the

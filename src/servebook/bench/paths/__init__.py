@@ -16,7 +16,7 @@ Open = Callable[[Server], AbstractAsyncContextManager[Send]]
 
 
 @dataclass(frozen=True)
-class Path:
+class ServingPath:
     """A way from a client to the engine.
 
     `against` names the path of vLLM's own server that it is compared with: the one that asks the engine for the
@@ -47,18 +47,18 @@ class Path:
 
 kserve_sse = partial(openai_rest.sse, prefix="/openai", model=TENSOR_MODEL_NAME)
 
-PATHS: dict[str, Path] = {
+PATHS: dict[str, ServingPath] = {
     path.name: path
     for path in (
-        Path("sse", "vLLM's OpenAI server: completion, SSE", "vllm", openai_rest.sse),
-        Path(
+        ServingPath("sse", "vLLM's OpenAI server: completion, SSE", "vllm", openai_rest.sse),
+        ServingPath(
             "rest",
             "vLLM's OpenAI server: completion, one JSON answer",
             "vllm",
             openai_rest.rest,
             streams=False,
         ),
-        Path(
+        ServingPath(
             "sse-chat",
             "vLLM's OpenAI server: chat, SSE",
             "vllm",
@@ -67,7 +67,7 @@ PATHS: dict[str, Path] = {
             chat=True,
             history=True,
         ),
-        Path(
+        ServingPath(
             "rest-chat",
             "vLLM's OpenAI server: chat, one JSON answer",
             "vllm",
@@ -77,17 +77,19 @@ PATHS: dict[str, Path] = {
             history=True,
             streams=False,
         ),
-        Path("triton", "Triton with the vLLM backend: ModelStreamInfer", "triton", v2.grpc_stream),
-        Path("grpc", "our llm.v1.LLMService: StreamGenerate", "grpc", custom_grpc.stream),
-        Path(
+        ServingPath("triton", "Triton with the vLLM backend: ModelStreamInfer", "triton", v2.grpc_stream),
+        ServingPath("grpc", "our llm.v1.LLMService: StreamGenerate", "grpc", custom_grpc.stream),
+        ServingPath(
             "grpc-fronts",
             "our llm.v1.LLMService with several fronts: StreamGenerate",
             "grpc",
             custom_grpc.spread,
             spec=custom_grpc.SEVERAL,
         ),
-        Path("grpc-unary", "our llm.v1.LLMService: Generate", "grpc", custom_grpc.unary, against="rest", streams=False),
-        Path(
+        ServingPath(
+            "grpc-unary", "our llm.v1.LLMService: Generate", "grpc", custom_grpc.unary, against="rest", streams=False
+        ),
+        ServingPath(
             "gateway",
             "our FastAPI gateway: /chat/stream",
             "gateway",
@@ -96,7 +98,7 @@ PATHS: dict[str, Path] = {
             chat=True,
             history=True,
         ),
-        Path(
+        ServingPath(
             "gateway-whole",
             "our FastAPI gateway: /chat",
             "gateway",
@@ -106,7 +108,7 @@ PATHS: dict[str, Path] = {
             history=True,
             streams=False,
         ),
-        Path(
+        ServingPath(
             "gateway-article",
             "the article's gateway, a blocking client in async def: /chat",
             "gateway",
@@ -117,17 +119,19 @@ PATHS: dict[str, Path] = {
             cannot=("temperature", "finish_reason", "usage"),
             spec=fastapi_gateway.ARTICLE,
         ),
-        Path("kserve-rest", "KServe: V2 over REST", "kserve", v2.rest, against="rest", streams=False),
-        Path("kserve-grpc", "KServe: V2 over gRPC", "kserve", v2.grpc_unary, against="rest", streams=False),
-        Path("kserve-sse", "KServe: its OpenAI route, SSE", "kserve", kserve_sse),
-        Path("vllm-grpc", "vLLM's own gRPC server: token ids", "vllm-grpc", vllm_native_grpc.stream, cannot=("text",)),
-        Path("rust-sse", "vLLM's Rust front end: completion, SSE", "vllm-rs", openai_rest.sse),
-        Path("rust-grpc", "vLLM's Rust front end: vllm.Inference", "vllm-rs", vllm_native_grpc.inference),
+        ServingPath("kserve-rest", "KServe: V2 over REST", "kserve", v2.rest, against="rest", streams=False),
+        ServingPath("kserve-grpc", "KServe: V2 over gRPC", "kserve", v2.grpc_unary, against="rest", streams=False),
+        ServingPath("kserve-sse", "KServe: its OpenAI route, SSE", "kserve", kserve_sse),
+        ServingPath(
+            "vllm-grpc", "vLLM's own gRPC server: token ids", "vllm-grpc", vllm_native_grpc.stream, cannot=("text",)
+        ),
+        ServingPath("rust-sse", "vLLM's Rust front end: completion, SSE", "vllm-rs", openai_rest.sse),
+        ServingPath("rust-grpc", "vLLM's Rust front end: vllm.Inference", "vllm-rs", vllm_native_grpc.inference),
     )
 }
 
 
-def find_path(name: str) -> Path:
+def find_path(name: str) -> ServingPath:
     """The path called `name`.
 
     Raises:
