@@ -109,15 +109,15 @@ def in_time(status: int, ask: Callable[[], Answer], seconds: float = BACK_SECOND
     """The first answer with this status; the last one where none came in so many seconds."""
     answers: list[Answer] = []
 
-    def right() -> bool:
+    def came() -> bool:
         answers.append(ask())
         return answers[-1].status == status
 
-    wait_until(right, seconds)
+    wait_until(came, seconds)
     return answers[-1]
 
 
-def right(bench: Bench) -> None:
+def own_text(bench: Bench) -> None:
     """The engine's own greedy text."""
     tokens = 12
     own = engines_own(bench, tokens)
@@ -304,15 +304,15 @@ def limits(bench: Bench) -> None:
     """What is beyond the limits is refused by name, and costs the engine nothing."""
     before = len(bench.asked())
     long = "sea " * (PROMPT_CHARACTERS // 4) + "s"
-    right = {"prompt": PROMPT, "max_tokens": 1}
+    fitting = {"prompt": PROMPT, "max_tokens": 1}
     for what, field, limit, body in (
-        (f"max_tokens = {MAX_TOKENS + 1}", "max_tokens", str(MAX_TOKENS), right | {"max_tokens": MAX_TOKENS + 1}),
-        ("max_tokens = 0", "max_tokens", "", right | {"max_tokens": 0}),
-        ('max_tokens = "many"', "max_tokens", "", right | {"max_tokens": "many"}),
+        (f"max_tokens = {MAX_TOKENS + 1}", "max_tokens", str(MAX_TOKENS), fitting | {"max_tokens": MAX_TOKENS + 1}),
+        ("max_tokens = 0", "max_tokens", "", fitting | {"max_tokens": 0}),
+        ('max_tokens = "many"', "max_tokens", "", fitting | {"max_tokens": "many"}),
         ("a body without max_tokens", "max_tokens", "", {"prompt": PROMPT}),
-        (f"a prompt of {len(long)} characters", "prompt", str(PROMPT_CHARACTERS), right | {"prompt": long}),
-        ("a prompt that is a number", "prompt", "", right | {"prompt": 5}),
-        ("an empty prompt", "prompt", "", right | {"prompt": ""}),
+        (f"a prompt of {len(long)} characters", "prompt", str(PROMPT_CHARACTERS), fitting | {"prompt": long}),
+        ("a prompt that is a number", "prompt", "", fitting | {"prompt": 5}),
+        ("an empty prompt", "prompt", "", fitting | {"prompt": ""}),
         ("a body without prompt", "prompt", "", {"max_tokens": 1}),
     ):
         try:
@@ -405,9 +405,9 @@ def refusals(bench: Bench) -> None:
             let_go.set()  # nobody has read a first piece so far
 
     with bench.gated(hold):
-        streams = at_once(CAPACITY, lambda number: bench.stream(PROMPT, 16))
+        held = at_once(CAPACITY, lambda number: bench.stream(PROMPT, 16))
         try:
-            for stream in streams:
+            for stream in held:
                 if isinstance(stream, NotYet):
                     raise stream
                 ok(stream, f"{CAPACITY} callers at once, as CAPACITY says")
@@ -415,7 +415,7 @@ def refusals(bench: Bench) -> None:
             require(not let_go.is_set(), "the first pieces before the engine has written more", "none so far", GATHERED)
             beyond = at_once(BEYOND, lambda number: bench.post(PROMPT, 1, seconds=HEARD_SECONDS))
         finally:
-            for stream in streams:
+            for stream in held:
                 if isinstance(stream, Stream):
                     stream.leave()
             let_go.set()
@@ -594,7 +594,12 @@ STAGES = tuple(
                 ready,
                 "What does your service do when nobody answers at ENGINE_URL? Chapter 05, section 8 (`/readyz`).",
             ),
-            ("The engine's own answer", 1, right, "Print the engine's JSON for one prompt. Chapter 01 has the call."),
+            (
+                "The engine's own answer",
+                1,
+                own_text,
+                "Print the engine's JSON for one prompt. Chapter 01 has the call.",
+            ),
             (
                 "Piece by piece",
                 2,

@@ -676,7 +676,7 @@ def text_tap(submission: Submission, filter: Filter | None = None) -> Iterator[t
 def asks_text(prompt: str, max_tokens: int | None = None) -> Callable[[Call], None]:
     """A judge of vllm.Inference's request: this text, greedy, and this limit where there is one."""
 
-    def judge(call: Call) -> None:
+    def look(call: Call) -> None:
         request = text_pb.GenerateRequest.FromString(call.requests[0]) if call.requests else text_pb.GenerateRequest()
         require(request.text == prompt, f"text {prompt!r}", f"text {request.text!r}", "send the prompt as it stands")
         temperature = request.temperature if request.HasField("temperature") else None
@@ -690,7 +690,7 @@ def asks_text(prompt: str, max_tokens: int | None = None) -> Callable[[Call], No
             "nothing sets a limit for you here: 0 or unset goes on to the end of the context",
         )
 
-    return judge
+    return look
 
 
 def check_07_6(submission: Submission) -> None:
