@@ -12,6 +12,9 @@ from pydantic import BaseModel, Field
 from servebook.bench.load import BenchError
 from servebook.engine.arguments import ENGINE_TITLES
 
+ENGINE_NAME = ENGINE_TITLES[0][:15]
+"""Linux keeps 15 characters of a process's name; psutil adds the rest where this user may read the command line."""
+
 
 class CpuSeconds(BaseModel):
     """CPU time spent, in seconds, user and system."""
@@ -118,4 +121,4 @@ def is_engine(process: psutil.Process) -> bool:
 
 def engines_up() -> int:
     """How many engines are in memory on this machine, whoever started them."""
-    return sum((process.info["name"] or "").startswith("VLLM::EngineCor") for process in psutil.process_iter(["name"]))
+    return sum((process.info["name"] or "").startswith(ENGINE_NAME) for process in psutil.process_iter(["name"]))
