@@ -20,7 +20,7 @@ from servebook.ways.fastapi_gateway.server.auth import KeyFirst
 from servebook.ways.fastapi_gateway.server.config import Config
 from servebook.ways.fastapi_gateway.server.engine import Engine
 from servebook.ways.fastapi_gateway.server.errors import GatewayError, add_error_handlers, body_refused, documented
-from servebook.ways.fastapi_gateway.server.limits import Slots
+from servebook.ways.fastapi_gateway.server.limits import Places
 from servebook.ways.fastapi_gateway.server.telemetry import Metrics, Telemetry
 
 PAGE = Path(__file__).with_name("page")
@@ -59,7 +59,7 @@ def create_app(config: Config) -> FastAPI:
         redoc_url=None,
     )
     app.state.config = config
-    app.state.slots = Slots(config.max_concurrent)
+    app.state.places = Places(config.max_concurrent)
     app.state.metrics = metrics = Metrics()
     app.include_router(chat.router)
     add_operations(app)

@@ -16,7 +16,7 @@ from servebook.ways.asgi import LINE_ENDS
 from servebook.ways.fastapi_gateway.server.auth import bearer
 from servebook.ways.fastapi_gateway.server.engine import Engine, EngineCall
 from servebook.ways.fastapi_gateway.server.errors import GatewayError, documented, error_body
-from servebook.ways.fastapi_gateway.server.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS, Slots
+from servebook.ways.fastapi_gateway.server.limits import HISTORY_TURNS, MAX_TOKENS, MESSAGE_CHARS, Places
 from servebook.ways.fastapi_gateway.server.telemetry import Metrics
 
 router = APIRouter(tags=["chat"])
@@ -80,9 +80,9 @@ class ChatResponse(BaseModel):
 
 async def engine_call(request: Request, _: Annotated[object, Depends(bearer)]) -> AsyncIterator[EngineCall]:
     """A place and a call to the engine, given back when the response is out or its caller gone."""
-    slots: Slots = request.app.state.slots
+    places: Places = request.app.state.places
     engine: Engine = request.app.state.engine
-    with slots.one():
+    with places.take():
         call = engine.call(request.state.request_id)
         try:
             yield call

@@ -49,7 +49,7 @@ class Engine:
             f"{config.upstream.rstrip('/')}/",
             # Of a packed answer a proxy between us and vLLM would pass nothing on before it has a block full.
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {config.key}"} if config.key else {}),
-            # No limit of its own: `limits.Slots` is the one place that says no.
+            # No limit of its own: `limits.Places` is the one place that says no.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=POOL_IDLE_SECONDS),
         )
         return self

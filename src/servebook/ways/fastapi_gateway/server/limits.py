@@ -14,7 +14,7 @@ MAX_TOKENS = 2_048
 """The longest answer that a caller may ask for, in tokens."""
 
 
-class Slots:
+class Places:
     """Admits at most `limit` requests at a time and refuses the rest at once: a queue would only hide the load."""
 
     def __init__(self, limit: int) -> None:
@@ -22,8 +22,8 @@ class Slots:
         self.taken = 0
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """Hold a slot.
+    def take(self) -> Iterator[None]:
+        """Hold a place.
 
         Raises:
             GatewayError: 503, all are taken.
