@@ -101,8 +101,7 @@ class Desk:
         link = Link.open(Files(self.folder, "vllm"))
         assert link
         with closing(link.connection):
-            credentials = link.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return psutil.Process(int.from_bytes(credentials[:4], sys.byteorder))
+            return psutil.Process(link.keeper)
 
     def family(self) -> list[psutil.Process]:
         """Every process of this person, but for the commands: supervisor, guardian, server and its descendants."""

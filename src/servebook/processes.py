@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import struct
 import sys
 import time
 from collections import deque
@@ -151,6 +152,13 @@ def claim_name(name: str) -> socket.socket | None:
         held.close()
         return None
     return held
+
+
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end of a Unix socket (`struct ucred`: pid, uid, gid)."""
+    layout = struct.Struct("3i")
+    pid, uid, _ = layout.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size))
+    return pid, uid
 
 
 def can_bind(host: str, port: int) -> bool:

@@ -17,6 +17,7 @@ from servebook.errors import LaunchError
 from servebook.launch import supervisor
 from servebook.launch.files import Files, read_log, visible
 from servebook.launch.supervisor import END_SECONDS, EX_IOERR, EX_TEMPFAIL, Description, Op, Order, files_of
+from servebook.processes import peer
 from servebook.settings import is_loopback
 
 SUPERVISOR_SECONDS = END_SECONDS + 7.0
@@ -61,8 +62,7 @@ class Link:
     @property
     def keeper(self) -> int:
         """The supervisor's process."""
-        credentials = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return int.from_bytes(credentials[:4], sys.byteorder)
+        return peer(self.connection)[0]
 
     def alive(self) -> bool:
         """Whether the supervisor still holds its end."""

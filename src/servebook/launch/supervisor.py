@@ -27,7 +27,6 @@ import selectors
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -47,6 +46,7 @@ from servebook.processes import (
     claim_name,
     die_with_parent,
     is_tracker,
+    peer,
     wait_until,
 )
 from servebook.whole import write_whole
@@ -133,8 +133,7 @@ def connect(path: Path) -> socket.socket | None:
     try:
         with short_path(path) as name:
             connection.connect(name)
-        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        if struct.unpack("3i", peer)[1] == os.getuid():
+        if peer(connection)[1] == os.getuid():
             return connection
     except OSError:
         pass

@@ -12,7 +12,6 @@ import os
 import queue
 import select
 import socket
-import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from servebook.lab.judge.wire import Failed, FarFunction, Wire
 from servebook.lab.manifest import find_exercise
 from servebook.lab.submission import NeedsAwait, waited
 from servebook.launch import SERVERS, serve
+from servebook.processes import peer
 
 KNOWN = {
     f"{kind.__module__}.{kind.__qualname__}": kind
@@ -58,8 +58,7 @@ class Judge(Wire):
 
     def __init__(self, connection: socket.socket) -> None:
         super().__init__(connection, self.use, trusting=False)
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        self.pid: int = struct.unpack("3i", credentials)[0]
+        self.pid = peer(connection)[0]
         self.raised: dict[int, BaseException] = {}
 
     def describe(self, error: BaseException) -> dict[str, Any]:
