@@ -35,6 +35,8 @@ def child_environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """A copy of this environment for a child, which imports nothing from the reader's folder and speaks UTF-8."""
     env = {name: value for name, value in given.items() if name not in unwelcome(given)}
     env |= {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
+    # vLLM's processes rename themselves, and that would write over their environment, with the mark that they are ours.
+    env["SPT_NOENV"] = "1"
     if short := short_tmpdir(given):
         env["TMPDIR"] = short
     return env

@@ -57,8 +57,7 @@ def run_child(
         OSError: there is no such program.
     """
     mark = f"_SERVEBOOK_CHILD_{uuid4().hex}=1"
-    # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
-    environment = child_environment() | (env or {}) | {"SPT_NOENV": "1"} | dict([mark.split("=")])
+    environment = child_environment() | (env or {}) | dict([mark.split("=")])
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             bound(words, environment, cwd),

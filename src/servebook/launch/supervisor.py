@@ -275,8 +275,7 @@ class Supervisor:
         """Start the server in a session of its own, so that a notebook's Interrupt does not reach it."""
         words = {f"{{{kind}}}": str(port) for kind, port in self.ports.items()}
         argv = [words.get(word, word) for word in self.order["argv"]]
-        # SPT_NOENV: vLLM's processes rename themselves, and that would write over their environment with the mark.
-        env = self.order["env"] | {KEPT: str(self.files.socket), "SPT_NOENV": "1"}
+        env = self.order["env"] | {KEPT: str(self.files.socket)}
         # Not TMPDIR: torch keeps there what it compiles, 150 MB and 6 s of a core, for the next server.
         env["VLLM_RPC_BASE_PATH"] = self.scratch
         return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
