@@ -210,9 +210,9 @@ def latencies(found: Iterable[Comparison]) -> Rows:
         rows.append(
             (
                 *_who(each)[::2],
-                *(_ms(side.ttft_ms) for side in (arm, reference)),
+                *(percentiles_ms(side.ttft_ms) for side in (arm, reference)),
                 interval(each.ttft_p50_ms, 1),
-                *(_ms(side.itl_ms) for side in (arm, reference)),
+                *(percentiles_ms(side.itl_ms) for side in (arm, reference)),
                 interval(each.itl_p50),
                 *(f"{side.p50:.1f} / {side.p99:.1f}" if side else "–" for side in (arm.tpot_ms, reference.tpot_ms)),
             )
@@ -230,7 +230,8 @@ def _requests(*sides: ArmResult) -> str:
     return " + ".join(str(side.summary.requests) for side in sides) + (f", {failed} failed" if failed else "")
 
 
-def _ms(found: Percentiles | None) -> str:
+def percentiles_ms(found: Percentiles | None) -> str:
+    """A cell of a table: p50, p90 and p99 in whole milliseconds."""
     return f"{found.p50:.0f} / {found.p90:.0f} / {found.p99:.0f}" if found else "–"
 
 

@@ -20,7 +20,7 @@ from servebook.bench import workload
 from servebook.bench.arms import GENERATOR_LIMIT, WAVES, Workload, jobs_for
 from servebook.bench.load import MAX_CONCURRENCY, BenchError, Load, closed_loop, open_loop
 from servebook.bench.paths import ServingPath, find_path
-from servebook.bench.report import Row, Rows
+from servebook.bench.report import Row, Rows, percentiles_ms
 from servebook.bench.results import Machine, now, require_writable, this_machine
 from servebook.bench.stats import ServiceLevel, Summary, goodput, summarize
 from servebook.launch import Server
@@ -249,17 +249,13 @@ def table(found: Sweep) -> Rows:
     rows: list[Row] = []
     for point in found.points:
         each = point.summary
-        latencies = [
-            f"{part.p50:.0f} / {part.p90:.0f} / {part.p99:.0f}" if part else "–"
-            for part in (each.ttft_ms, each.itl_ms, each.tpot_ms)
-        ]
         rows.append(
             (
                 f"{point.callers} callers" if point.rate is None else f"{point.rate:.1f}/s sent",
                 str(each.requests),
                 str(sum(each.failed.values())),
                 f"{each.tokens_per_s:.0f}",
-                *latencies,
+                *map(percentiles_ms, (each.ttft_ms, each.itl_ms, each.tpot_ms)),
                 f"{each.requests_per_s:.1f}",
                 f"{point.goodput:.1f}",
                 f"{100 * point.generator_share:.0f}"
