@@ -711,7 +711,7 @@ def test_a_full_disk_is_the_cause_that_is_told(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="No space left") as caught:
         supervisor.open_log(log)
     assert [each.read_text() for each in tmp_path.iterdir()] == ["of the run before"]
-    said = str(link.unusable(tmp_path, str(caught.value.strerror)))
+    said = str(link.unusable_folder(tmp_path, str(caught.value.strerror)))
     assert "cannot be used: No space left on device" in said
     assert "Free some disk space" in said
 

@@ -26,7 +26,7 @@ MESSAGE_A_TOKEN = 1.05
 """Tokens in a message, on average, that still count as one: a busy machine merges a few by itself."""
 
 
-class Verdict(NamedTuple):
+class Judged(NamedTuple):
     """One thing that a chapter asks of its server, and what a run says about it."""
 
     claim: str
@@ -43,17 +43,17 @@ class Claim:
     bound: float
     at_least: bool = True
 
-    def judge(self, results: Results) -> Verdict:
+    def judge(self, results: Results) -> Judged:
         """Met or missed where the whole interval says so; else undecided, or not measured."""
         found = self.read(results)
         wanted = f"{self.text} {'≥' if self.at_least else '≤'} {self.bound:g}"
         if found is None:
-            return Verdict(wanted, "–", "not measured")
+            return Judged(wanted, "–", "not measured")
         measured = f"{interval(found, 3)}, {found.pairs} pairs" if found.pairs else f"{found.value:.2f}, counted"
         if found.low is None or found.high is None or found.low < self.bound < found.high:
-            return Verdict(wanted, measured, "undecided")
+            return Judged(wanted, measured, "undecided")
         right = found.low >= self.bound if self.at_least else found.high <= self.bound
-        return Verdict(wanted, measured, "met" if right else "missed")
+        return Judged(wanted, measured, "met" if right else "missed")
 
 
 def cell(name: str, field: str, part: str = "engine") -> Callable[[Results], Estimate | None]:

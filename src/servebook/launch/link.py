@@ -138,7 +138,7 @@ def spawn(order: Order) -> Lease:
     try:
         files.make_folders()
     except OSError as error:
-        raise unusable(error.filename, str(error.strerror)) from None
+        raise unusable_folder(error.filename, str(error.strerror)) from None
     process = subprocess.Popen(
         [sys.executable, "-I", "-X", "utf8", "-m", supervisor.__name__],
         stdin=subprocess.PIPE,
@@ -156,7 +156,7 @@ def spawn(order: Order) -> Lease:
             if lease := attach(order):
                 return lease
             if code == EX_IOERR:
-                raise unusable(files.state_dir, said.read().decode(errors="replace").strip())
+                raise unusable_folder(files.state_dir, said.read().decode(errors="replace").strip())
             if code not in (None, EX_TEMPFAIL):  # TEMPFAIL: another start was first, and is about to listen
                 break
             time.sleep(0.02)
@@ -169,7 +169,7 @@ def spawn(order: Order) -> Lease:
     raise died(files)
 
 
-def unusable(folder: object, why: str) -> LaunchError:
+def unusable_folder(folder: object, why: str) -> LaunchError:
     elsewhere = "Set SERVEBOOK_STATE_DIR to a folder that you, and only you, can write to."
     return LaunchError(f"The state folder {folder} cannot be used: {why}.", remedy_for(why) or elsewhere)
 
