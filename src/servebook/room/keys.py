@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -24,13 +23,6 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One learner: the digest of the key that counts now, None while it is revoked."""
-
-    digest: str | None
-
-
 class Roll:
     """The learners of a room, in a file that only its owner can read; written whole or not at all.
 
@@ -43,15 +35,14 @@ class Roll:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            known = KNOWN.validate_json(path.read_bytes()) if path.exists() else {}
+            self.entries = KNOWN.validate_json(path.read_bytes()) if path.exists() else {}
         except (OSError, ValidationError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not what a room has written"
             raise ServebookError(
                 f"The learners' keys in {path} cannot be read: {why}.",
                 "Put back a copy; or remove it: then each desk has to be opened anew, and who was revoked may come in.",
             ) from None
-        self.entries = {name: Entry(kept) for name, kept in known.items()}
-        self._names = {entry.digest: name for name, entry in self.entries.items() if entry.digest}
+        self._names = {kept: name for name, kept in self.entries.items() if kept}
 
     def name_of(self, key: str) -> str | None:
         """Whose key this is, None if it is nobody's."""
@@ -59,8 +50,7 @@ class Roll:
 
     def revoked(self, name: str) -> bool:
         """Whether this learner had a key that was taken away."""
-        entry = self.entries.get(name)  # once: another thread may change them
-        return entry is not None and entry.digest is None
+        return self.entries.get(name, "") is None
 
     def issue(self, name: str) -> str:
         """A new key for this learner; an older one counts no more.
@@ -72,7 +62,7 @@ class Roll:
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot name a learner: use letters, digits and . _ @ + -")
         key = secrets.token_urlsafe(32)
-        self._set(name, Entry(digest(key)))
+        self._keep(self.entries | {name: digest(key)})
         return key
 
     def revoke(self, name: str) -> bool:
@@ -83,30 +73,26 @@ class Roll:
         """
         if name not in self.entries:
             return False
-        self._set(name, Entry(None))
+        self._keep(self.entries | {name: None})
         return True
 
     def forget(self, name: str) -> bool:
         """Strike a learner off; False where there is no such learner."""
         if name not in self.entries:
             return False
-        self._set(name, None)
+        self._keep({known: kept for known, kept in self.entries.items() if known != name})
         return True
 
-    def _set(self, name: str, entry: Entry | None) -> None:
+    def _keep(self, entries: dict[str, str | None]) -> None:
         """Written before it counts: what was said to a caller holds after a restart, too.
 
         Raises:
             OSError: it could not be written, and nothing has changed.
         """
-        entries = {known: kept for known, kept in self.entries.items() if known != name}
-        if entry:
-            entries[name] = entry
         self._save(entries)
         self.entries = entries
-        self._names = {kept.digest: known for known, kept in entries.items() if kept.digest}
+        self._names = {kept: name for name, kept in entries.items() if kept}
 
-    def _save(self, entries: dict[str, Entry]) -> None:
+    def _save(self, entries: dict[str, str | None]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        text = json.dumps({name: entry.digest for name, entry in entries.items()}, indent=1)
-        write_whole(self.path, text, 0o600)
+        write_whole(self.path, json.dumps(entries, indent=1), 0o600)
