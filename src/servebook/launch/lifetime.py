@@ -129,13 +129,13 @@ def serve_all(names: Iterable[str], start: Callable[[str], Server] = serve) -> d
     return {name: starting.result() for name, starting in begun.items()}
 
 
-def up(name: str, settings: Settings | None = None, **overrides: Any) -> Server:
+def up(name: str, **overrides: Any) -> Server:
     """Like `serve`, but the server stays when this process ends.
 
     Raises:
         LaunchError: as `serve`; and for "vllm" where SERVEBOOK_ENGINE_URL says that it runs elsewhere.
     """
-    start = Start(find_server(name), _merge(settings, overrides), name, owner="cli")
+    start = Start(find_server(name), load_settings(**overrides), name, owner="cli")
     if start.elsewhere:
         raise LaunchError(
             f"The engine runs elsewhere: SERVEBOOK_ENGINE_URL is {start.settings.engine_url}.",
