@@ -301,8 +301,13 @@ def unusable(folder: Path, error: OSError) -> ServebookError:
 
 def installed_vllm() -> str:
     """vLLM's version, such as "0.32.0", or "0.32.0+cpu" for its CPU build; "" where there is none."""
+    return installed("vllm")
+
+
+def installed(name: str) -> str:
+    """The version of a distribution that this environment has; "" where there is none."""
     try:
-        return version("vllm")
+        return version(name)
     except PackageNotFoundError:
         return ""
 

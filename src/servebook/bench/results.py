@@ -7,7 +7,6 @@ import os
 import platform
 import tempfile
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +20,8 @@ from servebook.bench.load import BenchError
 from servebook.bench.protocol import DEFAULT_RATE, SCRIPTED_RATE
 from servebook.bench.tensors import TensorCost
 from servebook.bench.wire import WireCost
+from servebook.engine.arguments import cpu_name
+from servebook.settings import installed
 from servebook.whole import write_whole
 
 STORED = Path(__file__).with_name("stored")
@@ -139,7 +140,7 @@ def stored() -> list[Results]:
 def this_machine(device: str) -> Machine:
     """CPU, cores that this process may use, memory, system."""
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         system=f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
@@ -152,22 +153,8 @@ def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {name: found for name in DISTRIBUTIONS if (found := installed(name))}
 
 
 def _rounded(value: object) -> object:

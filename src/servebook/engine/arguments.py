@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import sys
@@ -52,6 +53,15 @@ LARGE = 128 * 2**20
 """Bytes of unused memory in one piece that is a cache: what malloc keeps for each thread is half of it."""
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 """A processor with one of these computes in bfloat16. The others, most laptops among them, only emulate it."""
+
+
+def cpu_name() -> str:
+    """This machine's processor as the kernel calls it; its architecture where the kernel has no name for it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def cpu_flags() -> set[str]:

@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +45,15 @@ from servebook.launch.link import OPEN_FILES
 from servebook.launch.memory import held_by
 from servebook.launch.supervisor import connect
 from servebook.processes import KEPT, can_bind
-from servebook.settings import BUNDLED_MODEL, RoomSettings, Settings, installed_vllm, load_settings, own_settings
+from servebook.settings import (
+    BUNDLED_MODEL,
+    RoomSettings,
+    Settings,
+    installed,
+    installed_vllm,
+    load_settings,
+    own_settings,
+)
 
 Level = Literal["OK", "WARN", "FAIL"]
 
@@ -118,11 +125,11 @@ def check_python(running: tuple[int, int]) -> Finding:
     )
 
 
-def check_lock(lock: str | None, installed: Mapping[str, str | None]) -> Finding:
+def check_lock(lock: str | None, found: Mapping[str, str]) -> Finding:
     """Every package of the lock is installed in the version that it names."""
     if lock is None:
         return Finding("WARN", "lock", "this is no clone of the repository, so there is no lock to compare with")
-    wrong = [f"{name} {installed.get(name) or 'missing'}" for name, wanted in pins(lock) if installed[name] != wanted]
+    wrong = [f"{name} {found[name] or 'missing'}" for name, wanted in pins(lock) if found[name] != wanted]
     if not wrong:
         return Finding("OK", "lock", f"{len(pins(lock))} packages, as locked")
     more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
@@ -465,7 +472,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
         [
             *refused,
             check_python(sys.version_info[:2]),
-            check_lock(lock, {name: _installed(name) for name, _ in pins(lock or "")}),
+            check_lock(lock, {name: installed(name) for name, _ in pins(lock or "")}),
             check_glibc(platform.libc_ver()),
             check_libpython(_libpython()),
             check_cpu(cpu_flags(), len(os.sched_getaffinity(0)), settings.on_gpu, cpu_quota()),
@@ -512,13 +519,6 @@ def _runs(program: str) -> bool:
     with suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run([program, "--version"], capture_output=True, timeout=VERSION_SECONDS).returncode == 0
     return False
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _libpython() -> Path | None:

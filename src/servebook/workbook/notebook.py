@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import unified_diff
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,9 +33,10 @@ from pygments.lexers import PythonLexer, TextLexer, get_lexer_for_filename
 from pygments.util import ClassNotFound
 
 from servebook.checkout import ROOT
+from servebook.engine.arguments import cpu_name
 from servebook.engine.gpu import cards
 from servebook.processes import wait_until
-from servebook.settings import Settings, own_settings
+from servebook.settings import Settings, installed, own_settings
 
 PACKAGES = {
     "vLLM": "vllm",
@@ -352,11 +352,11 @@ def versions(settings: Settings | None = None) -> None:
     """Display a table of what runs here: the packages, the model, the device and the processor."""
     settings = settings or own_settings()
     rows = {"Python": platform.python_version()}
-    rows |= {label: _version(package) for label, package in PACKAGES.items()}
+    rows |= {label: installed(package) or "not installed" for label, package in PACKAGES.items()}
     rows |= {
         "model": f"{settings.model_name} ({settings.model})",
         "device": _device(settings),
-        "processor": f"{_cpu()}, {os.cpu_count()} cores",
+        "processor": f"{cpu_name()}, {os.cpu_count()} cores",
     }
     cells = "".join(
         f'<tr><th scope="row" style="text-align: left">{html.escape(name)}</th>'
@@ -418,23 +418,11 @@ def machine_card(write: Callable[[int], object], settings: Settings | None = Non
     settings = settings or own_settings()
     room = 3 * settings.max_model_len // 4  # of the context: a prompt of some words fits in as well
     pace = Pace(measure_pace(write).tokens_per_s, most=min(Pace.most, room))
-    device = _device(settings) if settings.on_gpu else f"cpu: {_cpu()}, {os.cpu_count()} cores"
+    device = _device(settings) if settings.on_gpu else f"cpu: {cpu_name()}, {os.cpu_count()} cores"
     text = f"{device} · {settings.model_name} · {pace.tokens_per_s:.0f} tokens/s for one caller"
     display({"text/html": f"<p><b>This machine</b> {html.escape(text)}</p>", "text/plain": text}, raw=True)
     return pace
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def _device(settings: Settings) -> str:
     return f"gpu: {', '.join(card.name for card in cards()[:1])}" if settings.on_gpu else "cpu"
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
