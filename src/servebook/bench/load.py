@@ -6,10 +6,10 @@ import asyncio
 import random
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter, process_time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from servebook.errors import ServebookError
 
@@ -166,7 +166,7 @@ async def open_loop(send: Send, jobs: Iterable[Job], rate: float, seed: int = 0)
         await asyncio.sleep(due - perf_counter())
         await _talk(send, job, load, due)
 
-    def calls(load: Load) -> Iterator[asyncio._CoroutineLike[None]]:
+    def calls(load: Load) -> Iterator[Coroutine[Any, Any, None]]:
         due = perf_counter()
         for job in jobs:
             yield later(load, job, due)
@@ -200,7 +200,7 @@ def _cause(error: Exception) -> str:
     return REQUEST_ID.sub("…", kind)[:CAUSE_CHARACTERS]
 
 
-async def _run(calls: Callable[[Load], Iterable[asyncio._CoroutineLike[None]]]) -> Load:
+async def _run(calls: Callable[[Load], Iterable[Coroutine[Any, Any, None]]]) -> Load:
     load, started, cpu = Load([]), perf_counter(), process_time()
     async with asyncio.TaskGroup() as group:
         for call in calls(load):

@@ -20,6 +20,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import grpc
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as v2_grpc
@@ -199,7 +200,7 @@ class GrpcTyped(Encoding):
     def __init__(self, server: Server) -> None:
         super().__init__(server)
         limits = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
-        self.channel = v2_grpc.grpc.insecure_channel(server.grpc, options=limits)
+        self.channel = grpc.insecure_channel(server.grpc, options=limits)
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
 
     def request(self, array: Array) -> service_pb2.ModelInferRequest:
