@@ -107,11 +107,7 @@ async def serve(options: argparse.Namespace, start: Callable[[], tuple[AsyncLLM,
         log.info("draining", extra={"fields": {"open_calls": calls.open}})
         health.say(serving=False)
         metrics.SERVING.set(0)
-        # New calls are refused from here on. The grace time ends with the last call: health watchers never end.
-        grace = asyncio.create_task(server.stop(options.grace))
-        drained = asyncio.create_task(calls.none_open.wait())
-        await asyncio.wait({grace, drained}, return_when=asyncio.FIRST_COMPLETED)
-        await server.stop(0)
+        await drain(server, calls, options.grace)
     finally:
         engine.shutdown()
     log.info("stopped")
@@ -147,6 +143,14 @@ async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health, calls: Ca
             await asyncio.wait_for(stop.wait(), WATCH_SECONDS)
         except TimeoutError:
             continue
+
+
+async def drain(server: grpc.aio.Server, calls: Calls, seconds: float) -> None:
+    """Refuse new calls, and wait `seconds` at most for the open ones: health watchers never end."""
+    grace = asyncio.create_task(server.stop(seconds))
+    none_open = asyncio.create_task(calls.none_open.wait())
+    await asyncio.wait({grace, none_open}, return_when=asyncio.FIRST_COMPLETED)
+    await server.stop(0)
 
 
 class JsonFormatter(logging.Formatter):
