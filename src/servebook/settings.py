@@ -64,8 +64,8 @@ SET_ELSEWHERE = {
     "set SERVEBOOK_SERVED_NAME": ("--served-model-name",),
     "write out here what the file says": ("--config",),  # it could say any of these
 }
-"""What says where a server listens, with which model and under which name, and what to do instead: among
-`engine_args`, which win, it would open a server without a key, and nobody would know where it is."""
+"""Options that `engine_args` may not have, by what to set instead. `engine_args` win over our own, so with these a
+server could listen somewhere unknown, or to the network without a key."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 

@@ -9,7 +9,9 @@ from servebook.errors import LaunchError
 
 
 def require_tls(cert: Path | None, key: Path | None, authority: Path | None, remedy: str) -> None:
-    """Look whether the TLS files fit, where there are any: PEM, an own certificate and its key, and whose others count.
+    """Check the TLS files, where any are given.
+
+    They are PEM: a certificate with its own key, and the authority whose client certificates are accepted.
 
     Raises:
         LaunchError: they cannot be used. The servers would find out only when the engine is loaded.

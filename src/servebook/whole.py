@@ -11,8 +11,8 @@ from pathlib import Path
 def write_whole(path: Path, content: bytes | str, mode: int = 0o666) -> None:
     """Write a file in one step: on a full disk, or when this process is killed, it stays as it was before.
 
-    Text is written as UTF-8. `mode` is what the umask takes from; an older file's mode is not kept. Where `path` is a
-    link, the file that it names is written.
+    Text is written as UTF-8. `mode` is reduced by the umask; an older file's mode is not kept. Where `path` is a link,
+    the file that it names is written.
 
     Raises:
         OSError: it cannot be written, and nothing has changed.

@@ -36,8 +36,9 @@ WALL_SECONDS = 60
 
 WALKED = 32
 WALK_SECONDS = 2
-"""For which tokens of what may come next; more than that and the engine's own steps would take long, for everybody.
-Dates, addresses, objects and arithmetic take 0.05 s for so many, `(.{1,30}[.,]?){1,8}` 8 s for one of them."""
+"""So many tokens that the grammar allows are tried one after the other, within so many seconds of a core. What takes
+longer would hold up every step of the engine. Dates, addresses, objects and arithmetic take 0.05 s for so many,
+`(.{1,30}[.,]?){1,8}` 8 s for one of them."""
 
 
 class TooDear(ValueError):

@@ -162,7 +162,7 @@ def find_hub(settings: Settings) -> Path:
 def keep(commands: dict[str, list[str]], env: dict[str, str], restarted: Callable[[str], bool]) -> None:
     """Run the commands until a signal comes; start again what ends by itself, then say so by `restarted(name)`.
 
-    Where that returns False, it is said again: between two times, who has ended meanwhile is started too.
+    Where `restarted` returns False it is called again later; commands that end meanwhile are started too.
 
     Raises:
         ServebookError: one ended right after its start with an error, or again and again in whatever way.

@@ -20,8 +20,8 @@ from servebook.ways.limits import BODY_SECONDS, READER_SECONDS
 LINE_ENDS = str.maketrans({"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 """Unicode's line ends, as JSON may write them: some clients cut server-sent events at them (`str.splitlines`)."""
 
-
 MOST_BEHIND = 64 * 1024
+"""Bytes taken from a client behind a request that waits; with more the connection is cut."""
 
 
 class CancelOnDisconnect:

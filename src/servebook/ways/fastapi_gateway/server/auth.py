@@ -20,8 +20,8 @@ bearer = HTTPBearer(auto_error=False, description="SERVEBOOK_API_KEY, where the 
 class KeyFirst:
     """ASGI middleware that answers 401 to a request for one of `routes` without the key, before its body is read.
 
-    No dependency of FastAPI's, which parses the body before it calls any. The routes say themselves what they take for
-    theirs: a comparison of paths may differ from that.
+    Not a FastAPI dependency: FastAPI parses the body before it calls any. The routes themselves are asked whether they
+    match, as a comparison of path strings could decide otherwise.
     """
 
     def __init__(self, app: ASGIApp, key: str, routes: Sequence[BaseRoute]) -> None:

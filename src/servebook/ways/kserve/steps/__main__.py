@@ -13,7 +13,8 @@ from servebook.settings import LOOPBACK, load_settings
 def main(upstream: str, key: str | None) -> None:
     """Import KServe once, which takes seconds, fork for each step, print their addresses, and end with the first."""
     sys.argv[1:] = []  # KServe's import parses it, too
-    sys.modules["vllm"] = None  # type: ignore[assignment]  # KServe would import it for a door that no step has
+    # KServe would import it for its OpenAI endpoints, which no step has.
+    sys.modules["vllm"] = None  # type: ignore[assignment]
 
     from servebook.ways.kserve.steps import step_0_blocking, step_1_await, step_2_errors, step_3_leave
 
