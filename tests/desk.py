@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,18 @@ def seconds_until(condition: Callable[[], Any], what: str, seconds: float = 60) 
     start = time.monotonic()
     eventually(condition, what, seconds, every=0.01)
     return time.monotonic() - start
+
+
+@contextmanager
+def spared(made: Callable[[], float], running: Callable[[], float], wanted: int) -> Iterator[None]:
+    """The engine lets go of what asks it for `wanted` tokens in this block: it makes less than half of them.
+
+    That it is idle at last would prove nothing: a fast one is done by then.
+    """
+    before = made()
+    yield
+    eventually(lambda: not running(), "an idle engine")
+    assert made() - before < wanted / 2
 
 
 def half_a_request(url: str, path: str, ask: dict[str, Any]) -> socket.socket:

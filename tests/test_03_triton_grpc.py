@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing, suppress
+from contextlib import AbstractContextManager, aclosing, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ import psutil
 import pytest
 import requests
 import tritonclient.grpc as triton_grpc
-from desk import eventually, seconds_until
+from desk import eventually, seconds_until, spared
 from tritonclient.utils import InferenceServerException
 
 from servebook import launch
-from servebook.checkout import ROOT
 from servebook.launch import Server
 from servebook.launch.files import Files, read_log
 from servebook.processes import KEPT, free_port, marked
@@ -36,7 +35,6 @@ from servebook.settings import load_settings
 from servebook.ways.client import Answer, Piece
 from servebook.ways.kserve.client import V2Client
 from servebook.ways.metrics import metric
-from servebook.ways.pace import Pace as ResponsePace
 from servebook.ways.triton_grpc import steps
 from servebook.ways.triton_grpc.aio_client import TritonAioClient
 from servebook.ways.triton_grpc.backend.server import tritonserver_command, tritonserver_env
@@ -356,27 +354,11 @@ async def test_32_streams_at_once(triton: Server) -> None:
         return [chunk async for chunk in client.stream(prompt, max_tokens=24, ignore_eos=True, temperature=0)]
 
     async with TritonAioClient(triton.grpc) as client:
-        start = time.monotonic()
         answers = await asyncio.gather(*(one(client, number) for number in range(32)))
-        seconds = time.monotonic() - start
     for chunks in answers:
         assert sum(chunk.tokens for chunk in chunks) == 24
         assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
-    if not load_settings().on_gpu:
-        # A response waits as long as its pace says, but for those at an answer's end: each has at most half of what was
-        # left before it, so that they are five of 24 tokens. With fewer streams open they come no faster in sum.
-        per_second = 32 / pace_on_shared_cores().hold_seconds(32, sent=1, left=24)
-        assert sum(map(len, answers)) <= seconds * per_second + 32 * (5 + 1)
     await until(lambda: running(triton) == 0, "no request is left running")
-
-
-def pace_on_shared_cores() -> ResponsePace:
-    """The backend's own, from its source: nobody but Triton can import that."""
-    source = (ROOT / "src/servebook/ways/triton_grpc/backend/engine.py").read_text()
-    [words] = re.findall(r"^PACE_ON_SHARED_CORES = (Pace\(.+\))$", source, re.MULTILINE)
-    pace = eval(words, {"Pace": ResponsePace, "os": os})
-    assert isinstance(pace, ResponsePace)
-    return pace
 
 
 async def seconds_per_step(client: TritonAioClient) -> float:
@@ -450,20 +432,24 @@ def patience(server: Server) -> float:
     return pace_of(server).seconds(LONG["max_tokens"] // 3, at_most=0.5)
 
 
+def spares_long(server: Server) -> AbstractContextManager[None]:
+    return spared(lambda: vllm_metric(server, "generation_tokens_total"), lambda: running(server), LONG["max_tokens"])
+
+
 def test_a_deadline_ends_the_request_on_both_sides(triton: Server) -> None:
-    with pytest.raises(InferenceServerException) as error:
-        list(TritonClient(triton.grpc).stream(PROMPT, timeout=patience(triton), **LONG))
+    seconds = patience(triton)
+    with spares_long(triton), pytest.raises(InferenceServerException) as error:
+        list(TritonClient(triton.grpc).stream(PROMPT, timeout=seconds, **LONG))
     assert error.value.status() == "StatusCode.DEADLINE_EXCEEDED"
-    eventually(lambda: running(triton) == 0, "the engine is free")
 
 
 async def test_a_deadline_in_asyncio(triton: Server) -> None:
     seconds = await asyncio.to_thread(patience, triton)
-    async with TritonAioClient(triton.grpc) as client:
-        with pytest.raises(InferenceServerException) as error:
-            await client.generate(PROMPT, timeout=seconds, **LONG)
+    with spares_long(triton):
+        async with TritonAioClient(triton.grpc) as client:
+            with pytest.raises(InferenceServerException) as error:
+                await client.generate(PROMPT, timeout=seconds, **LONG)
     assert error.value.status() == "StatusCode.DEADLINE_EXCEEDED"
-    await until(lambda: running(triton) == 0, "the engine is free")
 
 
 @pytest.mark.parametrize("client", [TritonClient, V2Client])

@@ -26,7 +26,7 @@ import grpc
 import psutil
 import pytest
 import requests
-from desk import eventually, seconds_until
+from desk import eventually, seconds_until, spared
 from google.protobuf import descriptor_pb2
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -202,9 +202,10 @@ def test_stop_strings_split_over_tokens_never_show(client: GrpcClient) -> None:
 
 
 def test_constraints_hold(client: GrpcClient) -> None:
-    schema = json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
+    schema = json.dumps({"enum": [{"n": 7}, {"n": 8}]})
     answer = client.generate("A JSON object:", max_tokens=60, temperature=0, sampling=pb.Sampling(json_schema=schema))
-    assert answer.finish_reason == "length" or isinstance(json.loads(answer.text)["n"], int)
+    assert answer.finish_reason == "stop"
+    assert json.loads(answer.text)["n"] in (7, 8)
     digits = client.generate("A year:", sampling=pb.Sampling(regex=r"(19|20)\d\d"))
     assert len(digits.text) == 4
     assert digits.text.isdecimal()
@@ -477,9 +478,10 @@ def test_bytes_that_are_no_message_hurt_nobody(client: GrpcClient, junk: bytes) 
     with suppress(grpc.RpcError):
         next(call)
         call.cancel()
-    # UNKNOWN is grpc.aio's own answer to bytes that its deserializer refuses.
-    possible = {"CANCELLED", "OK", "INVALID_ARGUMENT", "UNKNOWN"}
-    assert call.code().name in possible
+    if call.code() is grpc.StatusCode.UNKNOWN:  # grpc.aio's own answer to bytes that its deserializer refuses
+        assert "Error parsing message" in call.details(), junk
+    else:
+        assert call.code().name in {"CANCELLED", "OK", "INVALID_ARGUMENT"}, junk
     assert health_of(client.channel) == SERVING
 
 
@@ -494,7 +496,7 @@ def test_a_connection_that_speaks_no_http2_hurts_nobody(grpc_server: launch.Serv
 
 def test_unknown_method(client: GrpcClient) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        list(any_method(client.channel, "Nothing")(b"", timeout=10))
+        list(any_method(client.channel, "Nothing")(b"", timeout=60))
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -579,9 +581,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_dropped_connection_reaches_the_engine(grpc_server: launch.Server) -> None:
-    ended = subprocess.run([sys.executable, "-c", DROPPED, grpc_server.grpc], check=False, timeout=60)
-    assert ended.returncode == -signal.SIGKILL
-    eventually(lambda: is_idle(grpc_server), "idle", IDLE_SECONDS)
+    def made() -> float:
+        return figures(grpc_server, "vllm:generation_tokens_total")[0]
+
+    with spared(made, lambda: not is_idle(grpc_server), wanted=2000):  # the rest of the context
+        ended = subprocess.run([sys.executable, "-c", DROPPED, grpc_server.grpc], check=False, timeout=60)
+        assert ended.returncode == -signal.SIGKILL
 
 
 @pytest.mark.survives("a reader who does not read", "grpc", lost="nothing")
@@ -810,7 +815,7 @@ def test_one_that_starts_says_so(
         first = health.Check(health_pb2.HealthCheckRequest(), timeout=60, wait_for_ready=True)
         assert first.status == NOT_SERVING
         with pytest.raises(grpc.RpcError) as caught:
-            stub_on(channel).Generate(pb.GenerateRequest(prompt="x"), timeout=10, metadata=with_key)
+            stub_on(channel).Generate(pb.GenerateRequest(prompt="x"), timeout=60, metadata=with_key)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert detail(caught.value, error_details_pb2.ErrorInfo).reason == "ENGINE_STARTING"
         starting.result(timeout=settings.start_timeout)
@@ -835,7 +840,7 @@ def test_without_the_key_only_health_answers(guarded: launch.Server, certificate
             lambda: stranger.generate("x", max_tokens=1),
             lambda: next(stranger.stream("x", max_tokens=1)),
             lambda: ProtoReflectionDescriptorDatabase(stranger.channel).get_services(),
-            lambda: list(any_method(stranger.channel, "Nothing")(b"", timeout=10)),
+            lambda: list(any_method(stranger.channel, "Nothing")(b"", timeout=60)),
         ):
             with pytest.raises(grpc.RpcError) as caught:
                 ask()

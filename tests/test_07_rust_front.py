@@ -70,7 +70,7 @@ def running(server: launch.Server) -> int:
 def control(channel: grpc.Channel, method: str, message: bytes = b"") -> bytes:
     """A call of the other service, vllm.Control; most of its messages are empty."""
     call = channel.unary_unary(f"/vllm.Control/{method}", bytes, bytes)
-    return bytes(call(message, timeout=10))
+    return bytes(call(message, timeout=60))
 
 
 def refused(ask: Callable[[], object]) -> grpc.RpcError:
@@ -255,11 +255,11 @@ def test_bad_requests(
 
 @engine
 def test_no_prompt_and_no_sense(client: InferenceClient) -> None:
-    assert refused(lambda: client.stub.Generate(pb.GenerateRequest(), timeout=10)).code() is (
+    assert refused(lambda: client.stub.Generate(pb.GenerateRequest(), timeout=60)).code() is (
         grpc.StatusCode.INVALID_ARGUMENT
     )
     call = client.channel.unary_unary(f"/{SERVICE}/Generate", bytes, bytes)
-    assert refused(lambda: call(b"\xff\xff", timeout=10)).code() is grpc.StatusCode.INTERNAL
+    assert refused(lambda: call(b"\xff\xff", timeout=60)).code() is grpc.StatusCode.INTERNAL
 
 
 # What the server says of itself
@@ -271,12 +271,12 @@ def test_health_and_no_reflection(client: InferenceClient) -> None:
     assert refused(lambda: client.serving("llm.v1.LLMService")).code() is grpc.StatusCode.NOT_FOUND
     stub = reflection_pb2_grpc.ServerReflectionStub(client.channel)
     asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-    assert refused(lambda: list(stub.ServerReflectionInfo(asked, timeout=10))).code() is grpc.StatusCode.UNIMPLEMENTED
+    assert refused(lambda: list(stub.ServerReflectionInfo(asked, timeout=60))).code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 @engine
 def test_it_is_the_rust_front(vllm_rs: launch.Server) -> None:
-    models = requests.get(f"{vllm_rs.url}/v1/models", timeout=10).json()
+    models = requests.get(f"{vllm_rs.url}/v1/models", timeout=60).json()
     assert models["data"][0]["owned_by"] == "vllm-frontend-rs"
     assert front_of(vllm_rs).memory_info().rss < 300 * 2**20
 
@@ -331,7 +331,7 @@ def test_rest_asks_for_the_key_and_grpc_does_not(
     for key, status in ((None, 401), ("wrong", 401), (KEY, 200)):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         url = f"https://{guarded.http}/v1/models"
-        answer = requests.get(url, headers=headers, verify=str(certificates.ca), cert=own, timeout=10)
+        answer = requests.get(url, headers=headers, verify=str(certificates.ca), cert=own, timeout=60)
         assert answer.status_code == status
     assert friend.generate(PROMPT, max_tokens=1).tokens == 1
     assert friend.stub.Generate.with_call(request(PROMPT, max_tokens=1), timeout=60)[1].code() is grpc.StatusCode.OK
@@ -342,7 +342,7 @@ def test_rest_asks_for_the_key_and_grpc_does_not(
 @engine
 def test_tls_is_asked_for_on_both_ports(guarded: launch.Server, certificates: Certificates) -> None:
     with pytest.raises(requests.ConnectionError):
-        requests.get(f"https://{guarded.http}/health", verify=str(certificates.ca), timeout=10)
+        requests.get(f"https://{guarded.http}/health", verify=str(certificates.ca), timeout=60)
     without = grpc.ssl_channel_credentials(root_certificates=certificates.ca.read_bytes())
     for credentials in (None, without):
         with InferenceClient(guarded.grpc, credentials=credentials) as stranger:

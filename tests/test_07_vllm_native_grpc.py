@@ -166,7 +166,7 @@ def test_load_counts_running_requests(client: VllmGrpcClient) -> None:
 @engine
 def test_reflection_lists_the_services(client: VllmGrpcClient) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(client.channel)
-    (answer,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10)
+    (answer,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=60)
     assert {service.name for service in answer.list_services_response.service} >= {ENGINE, "grpc.health.v1.Health"}
 
 
@@ -200,7 +200,7 @@ def test_no_key_is_asked_for(vllm_grpc: launch.Server) -> None:
             request_serializer=pb.GetModelInfoRequest.SerializeToString,
             response_deserializer=pb.GetModelInfoResponse.FromString,
         )
-        wrong = call(pb.GetModelInfoRequest(), metadata=(("authorization", "Bearer wrong"),), timeout=10)
+        wrong = call(pb.GetModelInfoRequest(), metadata=(("authorization", "Bearer wrong"),), timeout=60)
     assert wrong.served_model_name == vllm_grpc.model
 
 

@@ -209,12 +209,12 @@ def test_replicas_compute_on_different_cores(settings: Settings, client: RouterC
 
 
 def test_a_stream_passes_as_it_comes(router: launch.Server, client: RouterClient) -> None:
-    body = {"model": router.model, "prompt": PROMPT, "max_tokens": 8, "ignore_eos": True, "stream": True}
+    body = {"model": router.model, "prompt": PROMPT, "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with requests.post(f"{router.url}/v1/completions", json=body, stream=True, timeout=60) as answer:
-        lines = [line for line in answer.iter_lines() if line]
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    assert len(lines) > 4
-    assert lines[-1] == b"data: [DONE]"
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert next(answer.iter_lines()).startswith(b"data: ")
+        assert sum(map(running, client.replicas())) == 1, "the engine writes on"
+    eventually(lambda: not any(map(running, client.replicas())), "idle replicas")
 
 
 def test_a_callers_mistake_is_not_tried_again(router: launch.Server, client: RouterClient) -> None:
@@ -222,21 +222,6 @@ def test_a_callers_mistake_is_not_tried_again(router: launch.Server, client: Rou
         assert complete(router, max_tokens=100_000).status_code == 400
 
     assert sum(sent_by(client, wrong)) == 1
-
-
-def test_cache_aware_keeps_a_prefix_at_one_replica(router: launch.Server, client: RouterClient) -> None:
-    cache_aware = launch.serve("router", instance="router-cache", router_policy="cache_aware")
-    hits = {}
-    for name, server in {"round_robin": router, "cache_aware": cache_aware}.items():
-        before = sum(metric(replica, "vllm:prefix_cache_hits_total") for replica in client.replicas())
-        for subject in "ABC":
-            document = f"{name}, document {subject}. " + f"{subject} is a letter. " * 60
-            for question in range(4):
-                assert complete(server, f"{document} Question {question}:").status_code == 200
-        hits[name] = sum(metric(replica, "vllm:prefix_cache_hits_total") for replica in client.replicas()) - before
-    cache_aware.stop()
-    # Of 4 questions, round robin finds 2 without the document in that replica's cache; cache-aware only the first.
-    assert hits["cache_aware"] > 1.3 * hits["round_robin"] > 0
 
 
 def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(
@@ -250,12 +235,12 @@ def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(
     with ThreadPoolExecutor() as pool:
         long = [pool.submit(complete, router, max_tokens=tokens, ignore_eos=True) for _ in range(4)]
         eventually(lambda: client.sent(leaving) == at + 2, "two long requests at each replica")
-        drained = pool.submit(client.drain, leaving)
+        drained = pool.submit(client.drain, leaving, 300)
         try:
             eventually(lambda: list(client.replicas()) == [kept], "one replica less")
             assert not any(each.done() for each in long)
             assert {complete(router).status_code for _ in range(4)} == {200}
-            drained.result(timeout=90)
+            drained.result(timeout=330)
             assert running(leaving) == 0, "the long ones have ended"
             assert [each.result(timeout=60).json()["usage"]["completion_tokens"] for each in long] == [tokens] * 4
             assert client.sent(leaving) == at + 2

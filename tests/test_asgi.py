@@ -7,12 +7,14 @@ import json
 import select
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
 import uvicorn
-from fastapi import BackgroundTasks, FastAPI, Request
+from fastapi import BackgroundTasks, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -25,6 +27,7 @@ H2C = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA
 WEBSOCKET = "Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"
 
 
+LARGE = 2**23
 ASKED, GONE = threading.Event(), threading.Event()
 """Whether a caller of /wait has come, and left."""
 
@@ -63,6 +66,10 @@ def port() -> Iterator[int]:
 
         return StreamingResponse(pieces(), media_type="text/event-stream")
 
+    @app.get("/large")
+    async def large() -> Response:
+        return Response(bytes(LARGE))
+
     @app.get("/wait")
     async def wait() -> None:
         ASKED.set()
@@ -99,7 +106,7 @@ def port() -> Iterator[int]:
         return left.pop()
 
     app.add_middleware(CancelOnDisconnect)
-    app.add_middleware(BodyLimit, limit=100, refuse=refuse, seconds=5)
+    app.add_middleware(BodyLimit, limit=100, refuse=refuse, seconds=60)
     app.add_middleware(HeadAsGet)
     server = uvicorn.Server(uvicorn.Config(app, port=0, http=Protocol, log_level="error"))
     listener = socket.create_server(("127.0.0.1", 0))
@@ -192,7 +199,7 @@ def test_offers_one_behind_the_other_are_not_read_without_end(port: int, caplog:
     assert not caplog.records
 
 
-@pytest.mark.parametrize("behind", [b"", b"GET /alive HTTP/1.1\r\nHost: x\r\n\r\n"])
+@pytest.mark.parametrize("behind", [b"", post(b"x"), LAST + bytes(200_000), post(bytes(250_000))])
 def test_who_leaves_is_noticed_also_with_another_request_behind(port: int, behind: bytes) -> None:
     ASKED.clear()
     GONE.clear()
@@ -203,7 +210,7 @@ def test_who_leaves_is_noticed_also_with_another_request_behind(port: int, behin
     assert GONE.wait(60)
 
 
-@pytest.mark.parametrize("begun", [b"", b"GET /alive HT", b"GET /alive HTTP/1.1\r\nHost: x\r\n\r\nGET /ali"])
+@pytest.mark.parametrize("begun", [b"GET /alive HT", b"GET /alive HTTP/1.1\r\nHost: x\r\n\r\nGET /ali"])
 def test_a_head_that_does_not_end_is_given_up(port: int, begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("servebook.ways.asgi.BODY_SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
@@ -212,13 +219,77 @@ def test_a_head_that_does_not_end_is_given_up(port: int, begun: bytes, monkeypat
             pass
 
 
-def test_what_nobody_reads_is_not_kept(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("servebook.ways.asgi.READER_SECONDS", -0.9)
+def test_a_head_that_is_too_long_is_refused(port: int) -> None:
+    """Piece by piece: what comes at once was read already."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        connection.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /alive HTTP/1.1\r\nHost: x\r\n")
+        with suppress(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(b"a: " + b"b" * 2**16 + b"\r\n")
+        with suppress(ConnectionResetError):  # what it had not read when it closed
+            assert connection.recv(4096).startswith(b"HTTP/1.1 400 Bad Request")
+            assert not connection.recv(4096)
+
+
+def test_a_connection_may_stand_by_before_its_first_request(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a pool do; and one whose answer came before the body that nobody wanted."""
+    monkeypatch.setattr("servebook.ways.asgi.BODY_SECONDS", 0.05)
+    early = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 105\r\n\r\n" + b"x" * 101
+    for before, then in ((b"", b""), (early, b"late"), (b"\r\n", b"\r\n")):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(before)
+            if before == early:
+                assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+            connection.sendall(then)
+            assert not select.select([connection], [], [], 0.3)[0], "it is not closed"
+            connection.sendall(b"GET /alive HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert b'{"status":"alive"}' in b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+def small_socket(port: int) -> socket.socket:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.settimeout(60)
+    connection.connect(("127.0.0.1", port))
+    return connection
+
+
+@pytest.mark.parametrize(("path", "kept"), [("/much", ""), ("/large", ""), ("/large", "Connection: close\r\n")])
+def test_what_nobody_reads_is_not_kept(port: int, path: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.ways.asgi.READER_SECONDS", 0.1)
+    with small_socket(port) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{kept}\r\n".encode())
         errors = select.poll()
         errors.register(connection, 0)
         assert errors.poll(60_000), "cut, though nothing was read"
+
+
+def test_who_reads_slowly_gets_everything(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes: there are many looks in between."""
+    monkeypatch.setattr("servebook.ways.asgi.READER_SECONDS", 0.5)
+    with small_socket(port) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        got, began = 0, time.monotonic()
+        while piece := connection.recv(LARGE // 50):
+            got += len(piece)
+            while time.monotonic() - began < 3 * got / LARGE:
+                time.sleep(0.005)  # at a pace: three seconds for the whole
+    assert got > LARGE
+
+
+def test_what_comes_behind_does_not_end_the_answer(port: int) -> None:
+    """However much it is."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
+        sending = threading.Thread(target=connection.sendall, args=(post(b"x" * 100_000) * 30,))
+        sending.start()
+        while sending.is_alive():
+            assert connection.recv(2**20)
+        sending.join()
+        after = 0
+        while after < 2**24:
+            after += len(piece := connection.recv(2**20))
+            assert piece
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])

@@ -50,9 +50,9 @@ FRONTS = 2
 LONG = pb.StreamGenerateRequest(prompt="Once", max_tokens=2000, sampling=pb.Sampling(ignore_eos=True))
 SHORT = pb.GenerateRequest(prompt="Once", max_tokens=5, sampling=pb.Sampling(ignore_eos=True))
 BACK_SECONDS = 3
-"""How soon another front serves in the place of one that died."""
-DEAD_SECONDS = 2
-"""How soon every caller knows that the engine is dead."""
+"""How soon another front serves in the place of one that died, of a core's time."""
+DEAD_SECONDS = 10
+"""Until every caller knows that the engine is dead: long before a call's own time is up, on any machine."""
 SLOW_TOKENS = 60
 """More than fit into the buffers of a connection that nobody reads."""
 IDLE_SECONDS = 60
@@ -126,7 +126,7 @@ def a_channel_to_each(
     for _ in range(40):
         before = connections(server)
         channel = stack.enter_context(own_channel(server, credentials))
-        grpc.channel_ready_future(channel).result(timeout=20)
+        grpc.channel_ready_future(channel).result(timeout=IDLE_SECONDS)
         [pid] = [pid for port, pid in connections(server).items() if port not in before]
         found.setdefault(pid, channel)
         if len(found) == FRONTS:
@@ -260,11 +260,9 @@ def test_a_killed_front_costs_its_own_streams_and_is_back_soon(started: tuple[la
         rest = pool.submit(list, kept)
         family = psutil.Process(server.pid).children(recursive=True)
         psutil.Process(doomed).kill()
-        # By the clock only what takes no core: the rest takes as long as other work on the machine lets it.
         eventually(
             lambda: [each for each in psutil.Process(server.pid).children(recursive=True) if each not in family],
             "another front begun",
-            BACK_SECONDS,
         )
         with pytest.raises(grpc.RpcError) as caught:
             list(lost)
@@ -417,7 +415,7 @@ def test_each_front_wants_the_key_and_a_certificate(
         for channel in a_channel_to_each(guarded, stack, credentials_of(certificates)).values():
             for metadata in ([], [("authorization", f"Bearer {KEY} ")]):
                 with pytest.raises(grpc.RpcError) as caught:
-                    stub_on(channel).Generate(SHORT, timeout=10, metadata=metadata)
+                    stub_on(channel).Generate(SHORT, timeout=60, metadata=metadata)
                 assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
             assert health_of(channel) == health_pb2.HealthCheckResponse.SERVING
             answer = stub_on(channel).Generate(SHORT, timeout=60, metadata=KEYED)

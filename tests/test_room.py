@@ -377,7 +377,7 @@ def test_what_forks_and_ends_all_the_time_does_not_outlive_its_desk() -> None:
         assert told.stdout == "True\n", told.stderr
         began = time.monotonic()
         assert forking.stdout.read() == ""  # its other end is closed once the last of them has ended
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 40  # of the minute after which it ends by itself
 
 
 def test_of_two_who_choose_one_name_at_once_one_gets_it(room: Room) -> None:

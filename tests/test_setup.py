@@ -795,7 +795,7 @@ X""",
                 os.killpg(script.pid, sig)
             else:
                 script.send_signal(sig)
-            code = script.wait(timeout=20)
+            code = script.wait(timeout=60)
             lines = [line.split() for line in notes.read_text().splitlines()]
         finally:
             with suppress(ProcessLookupError):

@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 from httptools import HttpRequestParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from servebook.ways.limits import BODY_SECONDS, READER_SECONDS
@@ -20,8 +21,8 @@ from servebook.ways.limits import BODY_SECONDS, READER_SECONDS
 LINE_ENDS = str.maketrans({"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 """Unicode's line ends, as JSON may write them: some clients cut server-sent events at them (`str.splitlines`)."""
 
-MOST_BEHIND = 64 * 1024
-"""Bytes taken from a client behind a request that waits; with more the connection is cut."""
+MOST_HEAD = 64 * 1024
+"""Bytes of a request's head, beyond those that come with its first: the parser copies a long one again and again."""
 
 
 class CancelOnDisconnect:
@@ -144,74 +145,112 @@ class Protocol(HttpToolsProtocol):
     answer as ever; uvicorn takes the body for the other protocol's and loses it (its issue 2722).
     nginx speaks HTTP/1.0 upstream by default, which knows no chunks: there the end of the connection ends a body.
 
-    A head has BODY_SECONDS to arrive, and what was sent a little longer than READER_SECONDS to be read: then the
-    connection is cut, which uvicorn would keep for as long as its buffer is not empty. Of the requests that come before
-    an answer (pipelining) one waits, and what comes behind that is not read: the connection ends with its answer, and
-    the client asks again on another. uvicorn would stop reading at the first, and not see who leaves.
+    A head has MOST_HEAD bytes and BODY_SECONDS from its first one. What is sent may be read as slowly as its reader
+    likes, but the connection is cut when nothing of it was taken for READER_SECONDS: uvicorn would keep it for as long
+    as its buffer is not empty. Of the requests that come before an answer (pipelining) a small one waits, and what else
+    comes is dropped: the connection ends with its answer, and the client asks again on another. uvicorn would stop
+    reading at the first, and not see who leaves.
     """
 
-    head: asyncio.TimerHandle | None = None
-    unread: asyncio.TimerHandle | None = None
+    quiet: asyncio.TimerHandle | None = None
+    """Until somebody has to ask, or to ask on."""
+    head: int | None = None
+    """Bytes of the head that is on its way, without those that came with its first."""
+    look: asyncio.TimerHandle | None = None
+    taken: int | None = None
+    """Bytes that the reader had taken at the last look, where something waited."""
     answered: RequestResponseCycle | None = None
     """The request that has its answer made now, or had one last."""
-    behind = 0
-    """Bytes that came behind a request that waits."""
+    full = False
+    """Whether what comes is dropped."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.expect_head()
+        self.expect(self.timeout_keep_alive)
+        self.look_at_the_reader()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in filter(None, (self.head, self.unread)):
+        for timer in filter(None, (self.quiet, self.look)):
             timer.cancel()
         if self.answered and not self.answered.response_complete:
             self.answered.disconnected = True
             self.answered.message_event.set()
         super().connection_lost(exc)
 
-    def expect_head(self) -> None:
-        """Hang up unless a request's head is here in time."""
-        if self.head:
-            self.head.cancel()
-        self.head = self.loop.call_later(BODY_SECONDS, self.transport.close)
+    def expect(self, seconds: float) -> None:
+        """Hang up unless a request's head begins, or is whole, in time."""
+        if self.quiet:
+            self.quiet.cancel()
+        self.quiet = self.loop.call_later(seconds, self.hang_up)
+
+    @property
+    def answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def hang_up(self) -> None:
+        if self.answering:
+            self.drop_the_rest()
+        else:
+            self.transport.close()
+
+    def drop_the_rest(self) -> None:
+        """Read on, to see who leaves, but end the connection with the answer that is being made."""
+        self.full = True
+        self.cycle.keep_alive = False
+
+    def look_at_the_reader(self) -> None:
+        """Cut the connection if something waits for its reader, and nothing was taken since the last look.
+
+        With a reset: else the kernel keeps for minutes what nobody reads.
+        """
+        connection = self.transport.get_extra_info("socket")
+        waits = self.transport.get_write_buffer_size() > 0
+        taken = bytes_acked(connection) if waits else None
+        if waits and taken == self.taken:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
+            return
+        self.taken = taken
+        self.look = self.loop.call_later(READER_SECONDS, self.look_at_the_reader)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self.answered = cycle
         super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
-        if self.behind:
-            self.behind += len(data)
-            if self.behind > MOST_BEHIND:
-                self.transport.abort()
+        if self.full:
             return
-        if self.cycle and self.cycle.response_complete and not self.head:
-            self.expect_head()
+        if self.head is not None:
+            self.head += len(data)
+            if self.head > MOST_HEAD:
+                if self.answering:
+                    self.drop_the_rest()
+                else:
+                    self.send_400_response(f"The request's head is longer than {MOST_HEAD} bytes.")
+                return
         self.received = data
         super().data_received(data)
+        if not self.quiet and not self.answering:
+            self.expect(self.timeout_keep_alive)  # which uvicorn's own timer, ended by any byte, would not
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self.unread = self.loop.call_later(READER_SECONDS + 1, self.cut)
-
-    def cut(self) -> None:
-        """End the connection with a reset: else the kernel keeps for minutes what nobody reads."""
-        connection = self.transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.transport.abort()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.unread:
-            self.unread.cancel()
-            self.unread = None
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if not self.full:
+            self.head = 0
+            self.expect(BODY_SECONDS)
 
     def on_body(self, body: bytes) -> None:
-        if not self.behind:
-            super().on_body(body)
+        if self.full:
+            return
+        if self.pipeline and len(self.cycle.body) + len(body) > HIGH_WATER_LIMIT:
+            self.pipeline.clear()
+            self.cycle = self.answered  # type: ignore[assignment]
+            self.drop_the_rest()
+            return
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self.behind:
+        if not self.full:
             super().on_message_complete()
 
     def _should_upgrade(self) -> bool:
@@ -221,7 +260,7 @@ class Protocol(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         """Read the request again, without the offer."""
-        if self.behind:
+        if self.full:
             return
         upgrade: Any = sys.exception()  # its argument says where in the data the head ends
         rest = self.received[upgrade.args[0] :]
@@ -238,17 +277,25 @@ class Protocol(HttpToolsProtocol):
         )
 
     def on_headers_complete(self) -> None:
-        if self.head:
-            self.head.cancel()
-            self.head = None
+        self.head = None
+        if self.quiet:
+            self.quiet.cancel()
+            self.quiet = None
+        if self.full:
+            return
         if self.pipeline:
-            self.behind, self.cycle.keep_alive = 1, False
+            self.drop_the_rest()
             return
         super().on_headers_complete()
         if self.pipeline:
             self.flow.resume_reading()
         if self.scope["http_version"] == "1.0" and self.cycle:
             self.cycle.send = partial(until_the_end, self.cycle)  # type: ignore[method-assign]
+
+
+def bytes_acked(connection: socket.socket) -> int:
+    """Bytes of a TCP connection that have arrived at its other end: `tcp_info.tcpi_bytes_acked`, a u64 at byte 120."""
+    return int.from_bytes(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)[120:], sys.byteorder)
 
 
 async def until_the_end(cycle: RequestResponseCycle, message: Any) -> None:
