@@ -21,7 +21,7 @@ from servebook.launch.supervisor import Description
 from servebook.launch.table import ENGINE_PHASES, Endpoints, find_server
 
 POLL_SECONDS = 0.1
-GIVEN_UP: ContextVar[Event | None] = ContextVar("given up", default=None)
+ABANDONED: ContextVar[Event | None] = ContextVar("abandoned", default=None)
 """Set where nobody waits any more for what this thread starts."""
 BROKEN_SECONDS = 30.0
 """How long a server that was ready, and is not, may take to come back: longer than a busy one needs to answer."""
@@ -85,13 +85,13 @@ def begin(start: Start, needs: dict[str, Endpoints], remote: str, display: Progr
     `remote` is the model's name where the engine is elsewhere: who stands before that needs no model here.
     The memory that its engine will take is held for it until `claim` is closed.
     """
-    if remote and not find_server(start.spec.name).has_engine:
-        model = Path(remote)
+    ahead = "" if find_server(start.spec.name).has_engine else remote
+    if ahead:
+        model = Path(ahead)
     else:
-        remote = ""
         display.phase("looking for the model")
         model = model_path(start.settings)
-    order = start.order(model, needs, remote)
+    order = start.order(model, needs, ahead)
     if lease := attach(order):
         return Kept(start, *lease, attached=True, display=display, claim=claim)
     order["env"] |= start.spec.env(start.settings, display.phase)
@@ -112,9 +112,9 @@ def await_ready(kept: Kept) -> None:
     patience = BROKEN_SECONDS if was_ready else start.settings.start_timeout
     deadline = time.monotonic() + patience
     phase = Phase(start.files.log)
-    given_up = GIVEN_UP.get()
+    abandoned = ABANDONED.get()
     while not start.spec.answers(there["endpoints"]):
-        if given_up and given_up.is_set():
+        if abandoned and abandoned.is_set():
             raise LaunchError(f"{name} was given up.", "Start it again.")
         if not kept.link.alive():
             raise died(start.files)

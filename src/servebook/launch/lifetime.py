@@ -15,7 +15,7 @@ from typing import Any
 from servebook.errors import LaunchError
 from servebook.launch.elsewhere import ask_elsewhere
 from servebook.launch.files import TAIL_LINES, Files, tail
-from servebook.launch.keep import GIVEN_UP, keep
+from servebook.launch.keep import ABANDONED, keep
 from servebook.launch.link import STOP_SECONDS, Link
 from servebook.launch.plan import Start, plan
 from servebook.launch.supervisor import Description
@@ -113,10 +113,10 @@ def serve_all(names: Iterable[str], start: Callable[[str], Server] = serve) -> d
         LaunchError: one of them cannot start; the others stay up for as long as this process.
         ModelError: as `serve`.
     """
-    given_up = Event()
+    abandoned = Event()
 
     def one(name: str) -> Server:
-        GIVEN_UP.set(given_up)
+        ABANDONED.set(abandoned)
         return start(name)
 
     with ThreadPoolExecutor() as starts:
@@ -124,7 +124,7 @@ def serve_all(names: Iterable[str], start: Callable[[str], Server] = serve) -> d
         try:
             wait(begun.values())
         except BaseException:
-            given_up.set()
+            abandoned.set()
             raise
     return {name: starting.result() for name, starting in begun.items()}
 
