@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import socket
 import sys
+from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from threading import Event
 
 import pytest
 from desk import TINY, Desk
@@ -20,8 +23,10 @@ from servebook.engine import arguments as engine
 from servebook.engine import gpu
 from servebook.engine.gpu import GIB
 from servebook.errors import LaunchError, ModelError
-from servebook.launch import find_server, memory, serve
+from servebook.launch import find_server, keep, memory, serve
+from servebook.launch.display import Progress
 from servebook.launch.memory import memory_for
+from servebook.launch.plan import Start
 from servebook.processes import KEPT
 from servebook.settings import Settings, load_settings
 
@@ -181,6 +186,29 @@ def test_two_starts_do_not_count_on_the_same_memory(
     finally:
         other.join(10)
     assert other.exitcode == 0
+
+
+def test_a_start_that_nobody_waits_for_any_more_does_not_wait_for_memory(
+    settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, FakeCard(8, 4))
+    monkeypatch.setattr(memory, "CLAIM_SECONDS", 60.0)
+    (model / "config.json").write_text("{}")
+    abandoned = Event()
+
+    class Display(Progress):
+        def show(self, text: str, final: bool = False) -> None:
+            if "another start has claimed" in text:
+                abandoned.set()
+
+    monkeypatch.setattr(keep, "ABANDONED", ContextVar("abandoned", default=abandoned))
+    theirs = settings.model_copy(update={"model": str(model), "state_dir": model / "state"})
+    start = Start(find_server("vllm"), theirs, "vllm", owner="kernel")
+    (card,) = gpu.cards()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, ExitStack() as claim:
+        other.bind(f"\0servebook-gpu-{card.uuid}-1-1-4096")
+        with pytest.raises(LaunchError, match="given up"):
+            keep.begin(start, {}, "", Display("vllm"), claim)
 
 
 def test_a_killed_start_claims_nothing(settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -18,9 +19,11 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from queue import Empty
+from threading import Event, Thread
 from typing import Any
 
 import psutil
@@ -39,7 +42,7 @@ from servebook.bench.resources import is_engine
 from servebook.engine import faster_cpu
 from servebook.engine.arguments import promised_bytes
 from servebook.errors import LaunchError, ModelError
-from servebook.launch import display, find_server, lifetime, link, supervisor
+from servebook.launch import display, find_server, keep, lifetime, link, supervisor
 from servebook.launch.files import Files, read_log, tail, visible
 from servebook.launch.keep import Kept, Phase, await_ready
 from servebook.launch.link import died, root_cause
@@ -335,6 +338,58 @@ def test_an_interrupt_ends_all_that_start_side_by_side(desk: Desk) -> None:
     desk.nothing_left()
 
 
+def test_an_interrupt_is_heard_whatever_a_start_waits_for() -> None:
+    """A download, for example, which does not hear of it."""
+    begun, come, over = Event(), Event(), Event()
+
+    def start(_: str) -> Any:
+        begun.set()
+        come.wait(60)
+        over.set()
+
+    def press() -> None:
+        begun.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    presses = Thread(target=press)
+    presses.start()
+    with pytest.raises(KeyboardInterrupt):
+        launch.serve_all(["vllm"], start)
+    assert not over.is_set(), "the download has come by now"
+    come.set()
+    presses.join()
+
+
+def test_a_start_that_nobody_waits_for_leaves_no_keeper_and_takes_no_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while what is left of the server before still ends, nor when one is there at last."""
+    begun: list[subprocess.Popen[bytes]] = []
+
+    class Noted(subprocess.Popen[bytes]):
+        def __init__(self, *words: Any, **more: Any) -> None:
+            super().__init__(*words, **more)
+            begun.append(self)
+
+    def nobody_waits(_: str) -> None:
+        raise LaunchError("vllm was given up.")
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    order: Any = {"name": "vllm", "state_dir": str(tmp_path)}
+    files = Files(tmp_path, "vllm")
+    files.make_folders()
+    with files.socket.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(LaunchError, match="given up"):
+            link.spawn(order, nobody_waits)
+    assert begun[0].wait(60) == -signal.SIGKILL
+    abandoned = Event()
+    abandoned.set()
+    monkeypatch.setattr(keep, "ABANDONED", ContextVar("abandoned", default=abandoned))
+    with socket.socket() as connection, pytest.raises(LaunchError, match="given up"):
+        await_ready(kept(connection, tmp_path))
+
+
 def test_kernel_killed_while_the_server_starts(desk: Desk) -> None:
     kernel = desk.start(TINY, "kernel", engine_args="--delay 600")
     eventually(lambda: len(desk.family()) == 5, "the whole family")
@@ -573,15 +628,20 @@ def test_an_ipv6_address(desk: Desk) -> None:
     assert {at for at, _ in listening(entry["pid"])} == {"::1"}
 
 
+def kept(connection: socket.socket, state_dir: Path, **endpoints: str) -> Kept:
+    """A server that says that it is ready, with a keeper at the other end of `connection`."""
+    spec = replace(find_server("vllm"), ready=lambda _: True)
+    start = Start(spec, load_settings(state_dir=state_dir), "vllm", owner="kernel")
+    there: Any = {"was_ready": False, "endpoints": endpoints, "preferred": {}}
+    shown = display.progress("vllm")
+    return Kept(start, link.Link(connection), there, attached=False, display=shown, claim=ExitStack())
+
+
 def test_a_server_that_ends_in_the_moment_of_ready_is_not_said_to_be_ready(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     theirs.close()
-    spec = replace(find_server("vllm"), ready=lambda _: True)
-    start = Start(spec, load_settings(state_dir=tmp_path), "vllm", owner="kernel")
-    there: Any = {"was_ready": False, "endpoints": {}, "preferred": {}}
-    kept = Kept(start, link.Link(ours), there, attached=False, display=display.progress("vllm"), claim=ExitStack())
     with pytest.raises(LaunchError, match="vllm ended before it was ready"):
-        await_ready(kept)
+        await_ready(kept(ours, tmp_path))
 
 
 def test_a_lease_is_not_a_forks(tmp_path: Path) -> None:

@@ -85,20 +85,30 @@ def begin(start: Start, needs: dict[str, Endpoints], remote: str, display: Progr
     `remote` is the model's name where the engine is elsewhere: who stands before that needs no model here.
     The memory that its engine will take is held for it until `claim` is closed.
     """
+
+    def say(phase: str) -> None:
+        require_wanted(start.instance)
+        display.phase(phase)
+
     ahead = "" if find_server(start.spec.name).has_engine else remote
     if ahead:
         model = Path(ahead)
     else:
-        display.phase("looking for the model")
+        say("looking for the model")
         model = model_path(start.settings)
     order = start.order(model, needs, ahead)
     if lease := attach(order):
         return Kept(start, *lease, attached=True, display=display, claim=claim)
-    order["env"] |= start.spec.env(start.settings, display.phase)
+    order["env"] |= start.spec.env(start.settings, say)
     if start.spec.has_engine:
-        claim.enter_context(memory_for(start.settings, model, display.phase))
-    display.phase("importing")
-    return Kept(start, *spawn(order), attached=False, display=display, claim=claim)
+        claim.enter_context(memory_for(start.settings, model, say))
+    return Kept(start, *spawn(order, say), attached=False, display=display, claim=claim)
+
+
+def require_wanted(name: str) -> None:
+    """Raise LaunchError where nobody waits for `name` any more. Each wait of a start looks, and whoever took long."""
+    if (abandoned := ABANDONED.get()) and abandoned.is_set():
+        raise LaunchError(f"{name} was given up.", "Start it again.")
 
 
 def await_ready(kept: Kept) -> None:
@@ -112,10 +122,10 @@ def await_ready(kept: Kept) -> None:
     patience = BROKEN_SECONDS if was_ready else start.settings.start_timeout
     deadline = time.monotonic() + patience
     phase = Phase(start.files.log)
-    abandoned = ABANDONED.get()
-    while not start.spec.answers(there["endpoints"]):
-        if abandoned and abandoned.is_set():
-            raise LaunchError(f"{name} was given up.", "Start it again.")
+    while True:
+        require_wanted(name)
+        if start.spec.answers(there["endpoints"]):
+            break
         if not kept.link.alive():
             raise died(start.files)
         if time.monotonic() > deadline:

@@ -119,13 +119,15 @@ def serve_all(names: Iterable[str], start: Callable[[str], Server] = serve) -> d
         ABANDONED.set(abandoned)
         return start(name)
 
-    with ThreadPoolExecutor() as starts:
+    starts = ThreadPoolExecutor()
+    try:
         begun = {name: starts.submit(one, name) for name in names}
-        try:
-            wait(begun.values())
-        except BaseException:
-            abandoned.set()
-            raise
+        wait(begun.values())
+    except BaseException:
+        abandoned.set()
+        raise
+    finally:
+        starts.shutdown(wait=False, cancel_futures=True)  # one may be at a download, which does not hear of it
     return {name: starting.result() for name, starting in begun.items()}
 
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from servebook.errors import LaunchError
@@ -123,8 +124,10 @@ def serves(there: Description, order: Order) -> bool:
     )
 
 
-def spawn(order: Order) -> Lease:
+def spawn(order: Order, wait: Callable[[str], None]) -> Lease:
     """A lease on a new server, or on that of another start that was first.
+
+    At each look for it this says so to `wait`, which may raise; whatever is raised, nothing that this started goes on.
 
     Raises:
         LaunchError: there can be no supervisor, or its server ended at once.
@@ -150,23 +153,28 @@ def spawn(order: Order) -> Lease:
     with suppress(BrokenPipeError), process.stdin as pipe:
         pipe.write(json.dumps(order).encode())
     deadline = time.monotonic() + SUPERVISOR_SECONDS
-    with process.stderr as said:
-        while time.monotonic() < deadline:
-            code = process.poll()
-            if lease := attach(order):
-                return lease
-            if code == EX_IOERR:
-                raise unusable_folder(files.state_dir, said.read().decode(errors="replace").strip())
-            if code not in (None, EX_TEMPFAIL):  # TEMPFAIL: another start was first, and is about to listen
-                break
-            time.sleep(0.02)
-    if code == EX_TEMPFAIL:
-        raise LaunchError(
-            f"{files.instance} is kept by a process that cannot be reached from here: one in another container, or on "
-            "another machine, with the same state folder.",
-            "Set SERVEBOOK_STATE_DIR to a folder of this machine's own.",
-        )
-    raise died(files)
+    try:
+        with process.stderr as said:
+            while time.monotonic() < deadline:
+                code = process.poll()
+                if lease := attach(order):
+                    return lease
+                if code == EX_IOERR:
+                    raise unusable_folder(files.state_dir, said.read().decode(errors="replace").strip())
+                if code not in (None, EX_TEMPFAIL):  # TEMPFAIL: another start was first, and is about to listen
+                    break
+                wait("importing")
+                time.sleep(0.02)
+        if code == EX_TEMPFAIL:
+            raise LaunchError(
+                f"{files.instance} is kept by a process that cannot be reached from here: one in another container, or "
+                "on another machine, with the same state folder.",
+                "Set SERVEBOOK_STATE_DIR to a folder of this machine's own.",
+            )
+        raise died(files)
+    except BaseException:
+        process.kill()  # without a lease it would wait for one, or for what is left of the server before
+        raise
 
 
 def unusable_folder(folder: object, why: str) -> LaunchError:
