@@ -169,6 +169,26 @@ def test_who_listens(host: str, address: str, other: str, monkeypatch: pytest.Mo
     assert not only_ours(f"http://{in_address(address)}:{port}/path")
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to act as another user")
+def test_who_listens_by_ipv6_only_takes_nothing_from_who_listens_by_ipv4() -> None:
+    theirs = (
+        "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_INET6); "
+        "s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1); s.bind(('::', int(sys.argv[1]))); s.listen(); "
+        "print('listens', flush=True); sys.stdin.read()"
+    )
+    with socket.create_server(("0.0.0.0", 0)) as ours:
+        port = ours.getsockname()[1]
+        with subprocess.Popen(
+            [sys.executable, "-c", theirs, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as other:
+            assert other.stdout
+            assert other.stdout.readline() == b"listens\n"
+            assert listeners("127.0.0.1", port) == {os.getuid()}
+            assert not others_listen(f"127.0.0.1:{port}")
+            assert others_listen(f"[::1]:{port}")
+            other.communicate()
+
+
 def test_the_environment_of_a_process() -> None:
     with subprocess.Popen(["sleep", "600"], env={"A": "b=c"}) as child:
         assert wait_until(lambda: environment_of(child.pid) == {"A": "b=c"}, 10)

@@ -182,7 +182,8 @@ def listeners(address: str, port: int) -> set[int]:
     """The users, by number, whose programs take connections to `address`:`port` of this machine, IPv4 or IPv6.
 
     As /proc/net/tcp has it: `sl local_address rem_address st tx:rx tr:when retrnsmt uid …`, where 0A is LISTEN. Who
-    listens at the address itself takes them before those who listen at any, of whom an IPv6 one may take IPv4, too.
+    listens at the address itself takes them before those who listen at any, and of these, for IPv4, one of IPv4 before
+    one of IPv6. (That takes none where it was told so, by IPV6_V6ONLY, which is not in there.)
 
     Raises:
         OSError: the kernel does not say, or `address` is none.
@@ -192,7 +193,8 @@ def listeners(address: str, port: int) -> set[int]:
     else:
         found = [
             _listening(address, port) | _listening(f"::ffff:{address}", port),
-            _listening("0.0.0.0", port) | _listening("::", port),
+            _listening("0.0.0.0", port),
+            _listening("::", port),
         ]
     return next(filter(None, found), set())
 
