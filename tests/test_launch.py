@@ -360,10 +360,8 @@ def test_an_interrupt_is_heard_whatever_a_start_waits_for() -> None:
     presses.join()
 
 
-def test_a_start_that_nobody_waits_for_leaves_no_keeper_and_takes_no_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither while what is left of the server before still ends, nor when one is there at last."""
+def keepers(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Those that this process begins from now on."""
     begun: list[subprocess.Popen[bytes]] = []
 
     class Noted(subprocess.Popen[bytes]):
@@ -371,10 +369,20 @@ def test_a_start_that_nobody_waits_for_leaves_no_keeper_and_takes_no_server(
             super().__init__(*words, **more)
             begun.append(self)
 
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    return begun
+
+
+@pytest.mark.lifetime
+def test_a_start_that_nobody_waits_for_leaves_no_keeper_and_takes_no_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while what is left of the server before still ends, nor when one is there at last."""
+
     def nobody_waits(_: str) -> None:
         raise LaunchError("vllm was given up.")
 
-    monkeypatch.setattr(subprocess, "Popen", Noted)
+    begun = keepers(monkeypatch)
     order: Any = {"name": "vllm", "state_dir": str(tmp_path)}
     files = Files(tmp_path, "vllm")
     files.make_folders()
@@ -388,6 +396,37 @@ def test_a_start_that_nobody_waits_for_leaves_no_keeper_and_takes_no_server(
     monkeypatch.setattr(keep, "ABANDONED", ContextVar("abandoned", default=abandoned))
     with socket.socket() as connection, pytest.raises(LaunchError, match="given up"):
         await_ready(kept(connection, tmp_path))
+
+
+@pytest.mark.lifetime
+def test_a_server_that_another_start_began_and_that_has_ended_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keeper of the second start has seen it, and the second start has not."""
+    files = Files(tmp_path, "vllm")
+    files.make_folders()
+    begun, attach = keepers(monkeypatch), link.attach
+    first, lock = socket.socket(socket.AF_UNIX), files.socket.with_suffix(".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with supervisor.short_path(files.socket) as name:
+        first.bind(name)
+    first.listen()
+
+    def too_late(order: supervisor.Order) -> link.Lease | None:
+        if begun[0].poll() is None:
+            return None
+        lock.close()
+        first.close()
+        return attach(order)
+
+    monkeypatch.setattr(link, "attach", too_late)
+    spec = replace(find_server("vllm"), argv=lambda *_: ["sleep", "600"])
+    order = Start(spec, load_settings(state_dir=tmp_path), "vllm", owner="kernel").order(tmp_path, {})
+    lease, there = link.spawn(order, lambda _: None)
+    assert begun[0].wait() == supervisor.EX_TEMPFAIL
+    assert psutil.Process(there["pid"]).name() == "sleep"
+    lease.ask("stop")
+    assert lease.wait_closed(60)
 
 
 def test_kernel_killed_while_the_server_starts(desk: Desk) -> None:

@@ -161,6 +161,8 @@ def spawn(order: Order, wait: Callable[[str], None]) -> Lease:
                     return lease
                 if code == EX_IOERR:
                     raise unusable_folder(files.state_dir, said.read().decode(errors="replace").strip())
+                if code == EX_TEMPFAIL and not supervisor.is_kept(files.socket):
+                    return spawn(order, wait)  # what the other start had begun has ended meanwhile
                 if code not in (None, EX_TEMPFAIL):  # TEMPFAIL: another start was first, and is about to listen
                     break
                 wait("importing")

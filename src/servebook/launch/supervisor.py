@@ -169,6 +169,16 @@ def claim(path: Path) -> socket.socket | None:
     return listener
 
 
+def is_kept(path: Path) -> bool:
+    """Whether a process has the lock beside the socket, which a start has found taken; it may be out of reach."""
+    with path.with_suffix(".lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def choose_port(host: str, preferred: int, others: set[int]) -> tuple[int, socket.socket]:
     """Return `preferred`, or the first free port after it that is none of `others`, and its claim.
 
