@@ -218,10 +218,8 @@ def test_what_the_package_offers_is_there_when_it_is_asked_for() -> None:
 class Silent:
     """In place of a link to a keeper that does not answer: the time passes that it is given."""
 
-    keeper = 4711
-
-    def __init__(self, clock: list[float]) -> None:
-        self.clock = clock
+    def __init__(self, clock: list[float], keeper: int) -> None:
+        self.clock, self.keeper = clock, keeper
 
     def ask(self, _: str) -> None:
         self.clock[0] += STOP_SECONDS
@@ -231,12 +229,14 @@ class Silent:
         return False
 
 
+@pytest.mark.parametrize(("keeper", "remedy"), [(4711, "kill -9 4711"), (0, "in the one where it was started")])
 def test_a_keeper_that_does_not_answer_is_waited_for_as_long_as_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keeper: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One of another container has no number here, and `kill -9 0` would end who types it."""
     clock = [0.0]
-    monkeypatch.setattr(Link, "open", lambda _: Silent(clock))
+    monkeypatch.setattr(Link, "open", lambda _: Silent(clock, keeper))
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with pytest.raises(LaunchError, match=r"does not end(.|\n)*kill -9 4711"):
+    with pytest.raises(LaunchError, match=rf"does not end(.|\n)*{remedy}"):
         lifetime.down("vllm", load_settings(state_dir=tmp_path))
     assert clock[0] == pytest.approx(STOP_SECONDS, abs=1)

@@ -171,7 +171,9 @@ def down(instance: str, settings: Settings | None = None) -> bool:
     if not link.wait_closed(max(0.1, deadline - time.monotonic())):
         raise LaunchError(
             f"{instance} does not end.",
-            f"`kill -9 {link.keeper}` ends the process that keeps it, and with that all of it.",
+            f"`kill -9 {link.keeper}` ends the process that keeps it, and with that all of it."
+            if link.keeper
+            else "It is kept in another container: end it in the one where it was started.",
         )
     with suppress(OSError):
         files.record.unlink()  # written meanwhile where the server had just died by itself

@@ -62,7 +62,7 @@ class Link:
 
     @property
     def keeper(self) -> int:
-        """The supervisor's process."""
+        """The supervisor's process; 0 where that is one of another container, which has no number here."""
         return peer(self.connection)[0]
 
     def alive(self) -> bool:
