@@ -670,7 +670,7 @@ def test_an_ipv6_address(desk: Desk) -> None:
 def kept(connection: socket.socket, state_dir: Path, **endpoints: str) -> Kept:
     """A server that says that it is ready, with a keeper at the other end of `connection`."""
     spec = replace(find_server("vllm"), ready=lambda _: True)
-    start = Start(spec, load_settings(state_dir=state_dir), "vllm", owner="kernel")
+    start = Start(spec, load_settings(state_dir=state_dir, start_timeout=60), "vllm", owner="kernel")
     there: Any = {"was_ready": False, "endpoints": endpoints, "preferred": {}}
     shown = display.progress("vllm")
     return Kept(start, link.Link(connection), there, attached=False, display=shown, claim=ExitStack())
@@ -681,6 +681,19 @@ def test_a_server_that_ends_in_the_moment_of_ready_is_not_said_to_be_ready(tmp_p
     theirs.close()
     with pytest.raises(LaunchError, match="vllm ended before it was ready"):
         await_ready(kept(ours, tmp_path))
+
+
+def test_a_port_that_another_user_has_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for, as if the server were slow."""
+    monkeypatch.setattr(keep, "others_listen", lambda address: address == "127.0.0.1:8001")
+    monkeypatch.setattr("servebook.launch.table.others_listen", lambda address: address == "127.0.0.1:8001")
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        theirs,
+        pytest.raises(LaunchError, match=r"listens at 127\.0\.0\.1:8001, where vllm(.|\n)*servebook down"),
+    ):
+        await_ready(kept(ours, tmp_path, grpc="127.0.0.1:8000", http="127.0.0.1:8001"))
 
 
 def test_a_lease_is_not_a_forks(tmp_path: Path) -> None:

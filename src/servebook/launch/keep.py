@@ -17,6 +17,7 @@ from servebook.launch.files import Files, read_log
 from servebook.launch.link import Link, attach, died, spawn
 from servebook.launch.memory import memory_for
 from servebook.launch.plan import Start
+from servebook.launch.probes import others_listen
 from servebook.launch.supervisor import Description
 from servebook.launch.table import ENGINE_PHASES, Endpoints, find_server
 
@@ -115,19 +116,26 @@ def await_ready(kept: Kept) -> None:
     """Wait until the server answers, and say so on the display.
 
     Raises:
-        LaunchError: it ended, or does not answer in time; the message has the end of its log.
+        LaunchError: it ended, or does not answer in time (the message has the end of its log); or another user has one
+            of its ports.
     """
     start, there, display = kept.start, kept.there, kept.display
+    at = there["endpoints"]
     name, was_ready = start.instance, there["was_ready"]
     patience = BROKEN_SECONDS if was_ready else start.settings.start_timeout
     deadline = time.monotonic() + patience
     phase = Phase(start.files.log)
     while True:
         require_wanted(name)
-        if start.spec.answers(there["endpoints"]):
+        if start.spec.answers(at):
             break
         if not kept.link.alive():
             raise died(start.files)
+        if (theirs := list(filter(others_listen, at.values()))) and start.spec.ready(at):
+            raise LaunchError(
+                f"Another user's program listens at {' and '.join(theirs)}, where {name} should.",
+                f"`servebook down {name}`, then start it again: it takes the next free port.",
+            )
         if time.monotonic() > deadline:
             late = "was ready and is not any more" if was_ready else f"was not ready within {patience:.0f} s"
             raise LaunchError(
@@ -140,10 +148,8 @@ def await_ready(kept: Kept) -> None:
         time.sleep(POLL_SECONDS)
     if kept.link.ask("ready") is None:  # it was ended in this moment
         raise died(start.files)
-    where = ", ".join(f"{kind} {address}" for kind, address in there["endpoints"].items())
-    moved = [
-        str(port) for kind, port in there["preferred"].items() if not there["endpoints"][kind].endswith(f":{port}")
-    ]
+    where = ", ".join(f"{kind} {address}" for kind, address in at.items())
+    moved = [str(port) for kind, port in there["preferred"].items() if not at[kind].endswith(f":{port}")]
     is_taken = "; port {} was taken" if len(moved) == 1 else "; ports {} were taken"
     taken = is_taken.format(", ".join(moved)) if moved else ""
     display.done(f"{'attached to' if kept.attached else 'ready'}: {where} ({display.elapsed}){taken}")
