@@ -338,6 +338,25 @@ async def test_the_control_has_the_turns_and_the_source_of_its_plan(
     assert seen == [against]
 
 
+async def test_an_undecided_control_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two pairs, however far off; with a second engine it ends the run, too."""
+    found = (await a_run(slower=3.0)).control[0]
+
+    async def cell(*_: Any) -> Any:
+        return found
+
+    monkeypatch.setattr(Run, "compare", cell)
+    monkeypatch.setattr(Run, "keep", lambda self, name, serve: Server(name, "m", {}, self.settings))
+    said: list[str] = []
+    plan = custom(["grpc"], [1], Workload(), scripted=False)
+    run = start(plan, load_settings(), tmp_path / "bench.json")
+    run.say = said.append
+    await run.controls()
+    assert "do not tell a difference of that size from chance" in said[-1]
+    with pytest.raises(BenchError, match="marked as undecided"):
+        await start(replace(plan, own_control=True), load_settings(), tmp_path / "own.json").controls()
+
+
 def test_goodput_counts_what_kept_the_service_level() -> None:
     def sample(ttft: float, tpot: float) -> Sample:
         return Sample(due=0, arrivals=[ttft, ttft + tpot * 4], output_tokens=5)
@@ -687,7 +706,9 @@ async def test_a_control_is_judged_on_latency_and_a_run_on_its_generator() -> No
     assert "VOID" in report.control_line(results), "a generator above its limit measures itself"
     results = await a_run()
     found = results.control[0].ttft_p50 = Estimate(value=1.04, pairs=2)
-    assert "undecided" in report.control_line(results), "tokens/s are the same, and the first of them comes 4 % later"
+    assert "undecided: more pairs" in report.control_line(results), (
+        "tokens/s are the same, and the first of them comes 4 % later"
+    )
     found.low, found.high = 1.02, 1.06
     assert judge_control(results.control[0]) == "undecided", "it may be 2 %"
     found.low = 1.035

@@ -222,8 +222,8 @@ Verdict = Literal["good", "undecided", "void"]
 def judge_control(control: Comparison) -> Verdict:
     """What an A/A control says of its run.
 
-    "good" within CONTROL_LIMIT; beyond it "void" if an interval is, whole, and else "undecided": so few pairs show what
-    a restless machine does, and not whether it favours one side. Windows of 2 pairs out of good runs are off by more
+    "good" within CONTROL_LIMIT; beyond it "void" if an interval is, whole, and else "undecided": such pairs show what a
+    restless machine does, and not whether it favours one side. Windows of 2 pairs out of good runs are off by more
     than the limit every second time, of 6 pairs every third.
     """
     if off_by(control) <= CONTROL_LIMIT:

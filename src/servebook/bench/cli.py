@@ -71,7 +71,7 @@ def bench(
     scripted: Annotated[bool, typer.Option(help="The scripted token source instead of a model.")] = False,
     guard: Annotated[bool, typer.Option(help="Three minutes: has a change made a front dearer in CPU?")] = False,
     store: Annotated[bool, typer.Option(help="With --guard: these ratios are the right ones from now on.")] = False,
-    force: Annotated[bool, typer.Option(help="Go on when the control is off; the results are marked as void.")] = False,
+    force: Annotated[bool, typer.Option(help="Go on when the control is off; the results say so.")] = False,
     as_report: Annotated[bool, typer.Option("--report", help="Write BENCHMARKS.md from the stored results.")] = False,
     schema: Annotated[bool, typer.Option(help="Print the JSON schema of the result file.")] = False,
 ) -> None:

@@ -384,7 +384,7 @@ def control_line(run: Results) -> str:
     """One line on whether a run may be believed."""
     worst = max((off_by(control) for control in run.control), default=float("nan"))
     busiest = max((each.generator_share for each in run.sides), default=float("nan"))
-    state = {"good": "good", "undecided": "undecided: too few pairs to tell", "void": "VOID"}[run.verdict]
+    state = {"good": "good", "undecided": "undecided: more pairs would tell", "void": "VOID"}[run.verdict]
     return (
         f"A/A control off by {worst:.1%} at most, in tokens/s, TTFT or ITL (limit {CONTROL_LIMIT:.0%}); generator at "
         f"{busiest:.0%} of a core (limit {GENERATOR_LIMIT:.0%}): the run is {state}."

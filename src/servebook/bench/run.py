@@ -179,15 +179,15 @@ class Run:
                 verdict = judge_control(found)
                 if verdict == "undecided" and not own:
                     self.say(
-                        f"  The control is off by {off_by(found):.1%}: of differences as small as that, so few pairs "
-                        "say nothing. More --rounds do."
+                        f"  The control is off by {off_by(found):.1%}: these pairs do not tell a difference of that "
+                        "size from chance. More --rounds do."
                     )
                 elif verdict != "good" and not self.force:
                     raise BenchError(
                         f"The A/A control is off by {off_by(found):.1%}: the same server against itself must be within "
                         f"{CONTROL_LIMIT:.0%}. Nothing measured now would be worth much.",
                         "End what else runs on this machine and start again; or --force, and the results are marked "
-                        "as void.",
+                        f"as {verdict}.",
                     )
                 self.results.control.append(found)
         self.end("vllm-control")
