@@ -202,6 +202,28 @@ async def test_a_refused_caller_pauses_and_one_cause_is_counted_as_one() -> None
     assert len(load.samples) > load.failed.total()
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("no 5fd8a1c2-12ab-4e7f-9a55-00c0ffee4711, nor cmpl-0123456789abcdef-0", "no …, nor …"),
+        ("12345678 bytes of facade00", "12345678 bytes of facade00"),
+        ("x" * 200_000, "x" * 200),
+    ],
+    ids=["ids", "numbers and words", "a long word"],
+)
+@pytest.mark.timeout(60)
+async def test_a_cause_has_no_ids_and_an_end(said: str, kept: str) -> None:
+    """It is looked through while others are measured: of a long word that must not take minutes."""
+
+    async def broken(job: Job) -> AsyncIterator[Message]:
+        raise BenchError(said)
+        yield Message("")  # type: ignore[unreachable]
+
+    with pytest.raises(BenchError) as caught:
+        await closed_loop(broken, [Job("a", 1)], 1)
+    assert str(caught.value).startswith(f"Every request failed: {f'BenchError: {kept}'[:200]} (1 times)")
+
+
 async def test_an_error_over_grpc_says_what_the_server_said() -> None:
     async def refused(job: Job) -> AsyncIterator[Message]:
         raise grpc.aio.AioRpcError(

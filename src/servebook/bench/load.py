@@ -190,14 +190,15 @@ async def _talk(send: Send, job: Job, load: Load, due: float | None = None) -> N
         job, due = job.next_turn(sample.text), None
 
 
-REQUEST_ID = re.compile(r"[\w-]*[0-9a-f]{8,}[\w-]*")
+REQUEST_ID = re.compile(r"(?<![\w-])[\w-]*[0-9a-f]{12}[\w-]*")
+"""A word with as many hexadecimal digits in a row as a UUID ends with."""
 
 
 def _cause(error: Exception) -> str:
     """What tells one kind of failure from another, without the ids of requests, which would make each its own kind."""
     code, details = getattr(error, "code", None), getattr(error, "details", None)
     kind = f"{code().name}: {details()}" if callable(code) and callable(details) else f"{type(error).__name__}: {error}"
-    return REQUEST_ID.sub("…", kind)[:CAUSE_CHARACTERS]
+    return REQUEST_ID.sub("…", kind[: 5 * CAUSE_CHARACTERS])[:CAUSE_CHARACTERS]
 
 
 async def _run(calls: Callable[[Load], Iterable[Coroutine[Any, Any, None]]]) -> Load:
