@@ -690,15 +690,15 @@ def deaf_watcher(port: int) -> socket.socket:
 
 
 async def test_no_watcher_of_health_keeps_it_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not one who does not read, nor one who leaves; and there is an end to how many there may be."""
-    monkeypatch.setattr(health_service, "MAX_WATCHERS", 3)
+    """Not one who does not read, nor one who leaves, nor one who wants many."""
+    monkeypatch.setattr(health_service, "MAX_WATCHERS", 2)
     health, server = Health(), grpc.aio.server()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
         with deaf_watcher(port):
-            await asyncio.to_thread(eventually, lambda: health.watchers == 1, "the deaf one")
+            await asyncio.to_thread(eventually, lambda: health.watchers.total() == 1, "the deaf one")
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
                 watch = health_pb2_grpc.HealthStub(channel).Watch
                 leaves, stays = (watch(health_pb2.HealthCheckRequest(service=name), timeout=60) for name in ("", "x"))
@@ -707,8 +707,13 @@ async def test_no_watcher_of_health_keeps_it_from_the_others(monkeypatch: pytest
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await watch(health_pb2.HealthCheckRequest(), timeout=60).read()
                 assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                apart = [("grpc.use_local_subchannel_pool", 1)]  # else it would be the same connection
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", apart) as another_client:
+                    watching = health_pb2_grpc.HealthStub(another_client).Watch(health_pb2.HealthCheckRequest())
+                    assert (await watching.read()).status == NOT_SERVING
+                await asyncio.to_thread(eventually, lambda: health.watchers.total() == 3, "it has left")
                 leaves.cancel()
-                await asyncio.to_thread(eventually, lambda: health.watchers == 2, "one less")
+                await asyncio.to_thread(eventually, lambda: health.watchers.total() == 2, "one less")
                 another = watch(health_pb2.HealthCheckRequest(), timeout=60)
                 assert (await another.read()).status == NOT_SERVING
                 health.say(serving=True)

@@ -34,7 +34,7 @@ WALL_SECONDS = 60
 """Beside a busy engine, seconds of a core take long."""
 
 
-WALKED = 32
+WALKED = 256
 WALK_SECONDS = 2
 """So many tokens that the grammar allows are tried one after the other, within so many seconds of a core. What takes
 longer would hold up every step of the engine. Dates, addresses, objects and arithmetic take 0.05 s for so many,
@@ -154,7 +154,7 @@ class ProcessCompiler:
             os._exit(status)
 
     def _walk(self, compiled: CompiledGrammar) -> None:
-        """Let tokens follow that are allowed, drawn the same way each time."""
+        """Let tokens follow that are allowed, drawn the same way each time; what must follow is passed over."""
         import numpy as np
         from xgrammar import GrammarMatcher
 
@@ -163,6 +163,8 @@ class ProcessCompiler:
         for _ in range(WALKED):
             if matcher.is_terminated():
                 return
+            if certain := matcher.find_jump_forward_string():
+                matcher.accept_string(certain)
             matcher.fill_next_token_bitmask(self.mask)
             allowed = np.flatnonzero(np.unpackbits(bits[0], bitorder="little")[: self.vocabulary.vocab_size])
             if not allowed.size or not matcher.accept_token(int(draw.choice(allowed))):

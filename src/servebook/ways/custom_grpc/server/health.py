@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 import grpc
@@ -14,7 +15,8 @@ from servebook.ways.limits import READER_SECONDS
 SERVICE = llm_pb2.DESCRIPTOR.services_by_name["LLMService"].full_name
 NAMES = ("", SERVICE)
 """The whole server, and the service by name: one state for both."""
-MAX_WATCHERS = 100
+MAX_WATCHERS = 10
+"""Of one connection; a client needs one. A bound for all together would be somebody's means to shut the others out."""
 Answer = health_pb2.HealthCheckResponse
 
 
@@ -28,7 +30,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     def __init__(self) -> None:
         self.state = Answer.NOT_SERVING
         self.changed = asyncio.Event()
-        self.watchers = 0
+        self.watchers: Counter[str] = Counter()
+        """By connection: `ipv4:127.0.0.1:40312`."""
 
     def say(self, serving: bool) -> None:
         """Tell whoever asks or watches."""
@@ -42,9 +45,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return Answer(status=self.state)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
-        if self.watchers >= MAX_WATCHERS:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHERS} watch this server already.")
-        self.watchers += 1
+        peer = context.peer()
+        if self.watchers[peer] >= MAX_WATCHERS:
+            reason = f"{MAX_WATCHERS} calls of this connection watch already."
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        self.watchers[peer] += 1
         try:
             told = None
             while True:
@@ -58,4 +63,5 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"Nobody has read this for {READER_SECONDS:g} s.")
         finally:
-            self.watchers -= 1
+            self.watchers[peer] -= 1
+            self.watchers += Counter()  # without those that have none left

@@ -23,6 +23,8 @@ MAX_MESSAGE_BYTES = 4 * 2**20
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # More wait at the client. Answers that nobody reads, of health to callers without a key too, stay until it leaves.
+    ("grpc.max_concurrent_streams", 1024),
     # Notice a client that vanished without a word (a dropped network) within 30 s.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
