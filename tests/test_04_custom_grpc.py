@@ -129,7 +129,6 @@ async def aio(grpc_server: launch.Server) -> AsyncIterator[GrpcAioClient]:
 # What it answers
 
 
-@pytest.mark.lane("own")
 def test_notebook(run_notebook: Callable[[str], None]) -> None:
     run_notebook("04_custom_grpc")
 

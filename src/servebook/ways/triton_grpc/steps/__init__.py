@@ -54,6 +54,7 @@ def ladder(upstream: str) -> Iterator[str]:
             name="the ladder",
             env=tritonserver_env(),
             seconds=START_SECONDS,
+            grace=0,  # Triton would wait for the request that step 2 never answers
         ):
             yield f"{LOOPBACK}:{grpc}"
 
