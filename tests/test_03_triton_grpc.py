@@ -495,11 +495,21 @@ def test_vllms_metrics_on_tritons_port(triton: Server) -> None:
     }
 
 
-def test_triton_counts_requests_and_cancels(triton: Server) -> None:
-    with triton_grpc.InferenceServerClient(triton.grpc) as client:
-        (stats,) = client.get_inference_statistics(MODEL).model_stats
-    assert stats.inference_count > 0
-    assert stats.inference_stats.success.count > 0
+async def test_triton_counts_each_request_and_one_that_was_cancelled_as_well(triton: Server) -> None:
+    """Both as a success: to Triton a request is one when the backend has taken it."""
+
+    def counts() -> tuple[int, int]:
+        with triton_grpc.InferenceServerClient(triton.grpc) as client:
+            (stats,) = client.get_inference_statistics(MODEL).model_stats
+        return stats.inference_count, stats.inference_stats.success.count
+
+    count, success = counts()
+    async with TritonAioClient(triton.grpc) as client:
+        await client.generate(PROMPT, **GREEDY)
+        async with aclosing(client.stream(PROMPT, **LONG)) as stream:
+            await anext(stream)
+    await until(lambda: counts() == (count + 2, success + 2), "both counted")
+    await until(lambda: running(triton) == 0, "the engine is free")
 
 
 def test_only_this_machine_can_connect_and_nobody_can_load_models(triton: Server) -> None:
