@@ -135,7 +135,10 @@ def refusal(code: int, words: str) -> HTTPError:
 
 
 def listeners(host: str, port: int) -> set[int]:
-    """As `servebook.processes.listeners`, which this environment has not."""
+    """The users whose programs listen at `host`:`port`, or there at any address: more than get its connections.
+
+    `servebook.processes.listeners`, which this environment has not, tells them apart.
+    """
     six = ":" in host
     places = set()
     for at in (host, "::" if six else "0.0.0.0"):

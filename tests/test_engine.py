@@ -281,8 +281,14 @@ BEHIND = "(.{1,30}[.,]?){1,6}"
 
 @pytest.mark.parametrize(
     "regex",
-    ["(.{0,16}.{0,16}){0,8}", "(.{1,30}[.,]?){1,8}", "qzxjkvw" * 57 + BEHIND, "[ab]" * 120 + BEHIND],
-    ids=["ambiguous", "a few words", "behind what is certain", "behind what is cheap"],
+    [
+        "(.{0,16}.{0,16}){0,8}",
+        "(.{1,30}[.,]?){1,8}",
+        "qzxjkvw" * 57 + BEHIND,
+        "qzxjkvw" * 57 + "(é|è)" + BEHIND,
+        "[ab]" * 120 + BEHIND,
+    ],
+    ids=["ambiguous", "a few words", "behind what is certain", "behind half a character", "behind what is cheap"],
 )
 def test_what_would_be_dear_for_each_token_is_given_up(regex: str, compiler: ProcessCompiler) -> None:
     """It is short, within every limit, and compiled in no time; the engine would stand still at each token."""

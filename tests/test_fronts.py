@@ -51,7 +51,7 @@ LONG = pb.StreamGenerateRequest(prompt="Once", max_tokens=2000, sampling=pb.Samp
 SHORT = pb.GenerateRequest(prompt="Once", max_tokens=5, sampling=pb.Sampling(ignore_eos=True))
 BACK_SECONDS = 3
 """How soon another front serves in the place of one that died, of a core's time."""
-DEAD_SECONDS = 10
+DEAD_SECONDS = 40
 """Until every caller knows that the engine is dead: long before a call's own time is up, on any machine."""
 SLOW_TOKENS = 60
 """More than fit into the buffers of a connection that nobody reads."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import replace
@@ -13,6 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 from desk import TINY, Desk
@@ -266,6 +269,23 @@ def test_a_second_try_counts_on_what_the_first_had_claimed(
         """What it claimed for its start is free again: the engine has it by now."""
 
 
+@pytest.mark.lifetime
+def test_of_two_who_want_one_server_the_second_claims_nothing(
+    desk: Desk, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `serve_all` of a gateway and its engine: there is memory for one, and then no more."""
+    (model / "config.json").write_text("{}")
+    words = [sys.executable, str(TINY), "server", "--host", "127.0.0.1"]
+    spec = replace(find_server("vllm"), env=lambda *_: {}, argv=lambda *_: [*words, "--port", "{http}"])
+    needed = engine.needed_gib(load_settings(device="cpu"), model)
+    looks = iter([1.2])
+    monkeypatch.setattr(memory, "available_gib", lambda: next(looks, 0.4) * needed)
+    with ThreadPoolExecutor(2) as pool:
+        asked: dict[str, Any] = {"spec": spec, "settings": desk.settings, "device": "cpu", "model": str(model)}
+        both = [pool.submit(serve, "vllm", **asked) for _ in range(2)]
+        assert len({each.result(timeout=60).pid for each in both}) == 1
+
+
 @pytest.mark.parametrize(
     ("visible", "names"),
     [
@@ -301,6 +321,30 @@ def test_engines_of_one_process_count_each_other_on_a_cpu(model: Path, monkeypat
     assert told in str(refused.value)
     with memory_for(cpu, model, quiet), memory_for(cpu, model, quiet):  # the claims ended with their starts
         pass
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_of_threads_that_start_at_once_one_waits_for_the_others_memory(
+    device: str, enough_memory: None, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `serve_all` on a small machine: the first engine may need less than it claims while it starts."""
+    install(monkeypatch, FakeCard(8, 4))
+    here = load_settings(device=device, kv_cache_gib=1)
+    if device == "cpu":
+        monkeypatch.setattr(memory, "available_gib", lambda: 1.5 * engine.needed_gib(here, model))
+    said, may_end = queue.SimpleQueue[str](), Event()
+
+    def second() -> None:
+        with memory_for(here, model, said.put):
+            assert may_end.is_set(), "not before the first has ended its claim"
+
+    with ThreadPoolExecutor(1) as pool, ExitStack() as first:
+        first.enter_context(memory_for(here, model, quiet))
+        waiting = pool.submit(second)
+        assert "another start has claimed" in said.get(timeout=60)
+        may_end.set()
+        first.close()
+        waiting.result(timeout=60)
 
 
 @pytest.mark.usefixtures("enough_memory")

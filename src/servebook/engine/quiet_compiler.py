@@ -131,7 +131,7 @@ class ProcessCompiler:
         if status < 0:
             raise BrokenOffError(f"its compiler was ended by {signal.Signals(-status).name}")
         if status:
-            raise ValueError(wrong)
+            raise ValueError(wrong.removeprefix("compiled"))
 
     def _be_the_child(self, writing: int, method: str, args: Any, options: Any) -> NoReturn:
         status = 1
@@ -146,8 +146,8 @@ class ProcessCompiler:
                     pipe.write("compiled")
                     pipe.flush()
                     signal.setitimer(signal.ITIMER_PROF, WALK_SECONDS)
-                    status = 0
                     self._walk(compiled)
+                    status = 0
                 except Exception as error:
                     pipe.write(str(error))
         finally:
@@ -163,7 +163,11 @@ class ProcessCompiler:
         for _ in range(WALKED):
             if matcher.is_terminated():
                 return
-            if certain := matcher.find_jump_forward_string():
+            try:
+                certain: str | bytes = matcher.find_jump_forward_string()
+            except UnicodeDecodeError as error:  # it ends within a character
+                certain = error.object
+            if certain:
                 matcher.accept_string(certain)
             matcher.fill_next_token_bitmask(self.mask)
             allowed = np.flatnonzero(np.unpackbits(bits[0], bitorder="little")[: self.vocabulary.vocab_size])

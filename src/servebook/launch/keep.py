@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 
 from servebook.engine.model import model_path
 from servebook.errors import LaunchError
@@ -26,6 +27,8 @@ ABANDONED: ContextVar[Event | None] = ContextVar("abandoned", default=None)
 """Set where nobody waits any more for what this thread starts."""
 BROKEN_SECONDS = 30.0
 """How long a server that was ready, and is not, may take to come back: longer than a busy one needs to answer."""
+_turns: defaultdict[Files, Lock] = defaultdict(Lock)
+"""Of two threads that want one server the second finds what the first has begun, and claims no memory for another."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,13 @@ def begin(start: Start, needs: dict[str, Endpoints], remote: str, display: Progr
         say("looking for the model")
         model = model_path(start.settings)
     order = start.order(model, needs, ahead)
-    if lease := attach(order):
-        return Kept(start, *lease, attached=True, display=display, claim=claim)
-    order["env"] |= start.spec.env(start.settings, say)
-    if start.spec.has_engine:
-        claim.enter_context(memory_for(start.settings, model, say))
-    return Kept(start, *spawn(order, say), attached=False, display=display, claim=claim)
+    with _turns[start.files]:
+        if lease := attach(order):
+            return Kept(start, *lease, attached=True, display=display, claim=claim)
+        order["env"] |= start.spec.env(start.settings, say)
+        if start.spec.has_engine:
+            claim.enter_context(memory_for(start.settings, model, say))
+        return Kept(start, *spawn(order, say), attached=False, display=display, claim=claim)
 
 
 def require_wanted(name: str) -> None:

@@ -127,7 +127,7 @@ def serve_all(names: Iterable[str], start: Callable[[str], Server] = serve) -> d
         abandoned.set()
         raise
     finally:
-        starts.shutdown(wait=False, cancel_futures=True)  # one may be at a download, which does not hear of it
+        starts.shutdown(wait=False, cancel_futures=True)  # one may be at a download, which hears of it late
     return {name: starting.result() for name, starting in begun.items()}
 
 

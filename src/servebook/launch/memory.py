@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_native_id
 
 import psutil
 
@@ -30,23 +30,24 @@ ELSE = (
     "End another server (`servebook status`, `servebook down NAME`) or program, or choose a smaller model or fewer "
     "replicas."
 )
-CLAIM = re.compile(r"@servebook-gpu-(?P<card>\S+)-(?P<pid>\d+)-(?P<number>\d+)-(?P<mib>\d+)$")
-_claimed: list[float] = []
-"""What each engine that this process starts will take of the machine's memory, in GiB."""
+CLAIM = re.compile(r"@servebook-gpu-(?P<card>\S+)-(?P<thread>\d+)-(?P<number>\d+)-(?P<mib>\d+)$")
+_claimed: list[tuple[int, float]] = []
+"""For each engine that this process starts: its thread, and what it will take of the machine's memory, in GiB."""
 _looking = Lock()
+os.register_at_fork(after_in_child=_claimed.clear)
 
 
 @contextmanager
 def memory_for(settings: Settings, model: Path, wait: Callable[[str], None]) -> Iterator[None]:
     """Memory for an engine that starts within the block; it is claimed until the block ends, when the engine has it.
 
-    What others that start have claimed is not free: of the machine's memory this process's, of a GPU's everybody's.
-    Where the card's would suffice but for theirs, this waits for them and says so to `wait`.
+    What others that start have claimed is not free: of the machine's memory this process's, of a GPU's everybody's. If
+    there are such, this waits for them and says so to `wait`; not if this thread has claims, as they could wait for it.
 
     Raises:
         LaunchError: less is available than is needed, others have claimed it for too long, or there is no GPU.
     """
-    with _of_the_machine(needed_gib(settings, model)):
+    with _of_the_machine(needed_gib(settings, model), wait):
         if not settings.on_gpu:
             yield
             return
@@ -55,21 +56,35 @@ def memory_for(settings: Settings, model: Path, wait: Callable[[str], None]) -> 
 
 
 @contextmanager
-def _of_the_machine(needed: float) -> Iterator[None]:
+def _of_the_machine(needed: float, wait: Callable[[str], None]) -> Iterator[None]:
     """Claim `needed` GiB, without which the kernel would kill the engine."""
-    with _looking:
-        free = available_gib() - sum(_claimed)
-        if free < needed:
-            raise LaunchError(
-                f"The engine needs about {needed:.1f} GiB of memory, and {max(0.0, free):.1f} GiB are available."
-                + _with_it(len(_claimed)),
-                ELSE,
-            )
-        _claimed.append(needed)
+    claim = get_native_id(), needed
+
+    def claimed() -> bool:
+        with _looking:
+            free = available_gib() - sum(gib for _, gib in _claimed)
+            mine = sum(thread == get_native_id() for thread, _ in _claimed)
+            if free >= needed:
+                _claimed.append(claim)
+                return True
+            if mine or not _claimed:
+                raise LaunchError(
+                    f"The engine needs about {needed:.1f} GiB of memory, and {max(0.0, free):.1f} GiB are available."
+                    f"{_with_it(mine)}",
+                    ELSE,
+                )
+        wait("waiting for memory that another start has claimed")
+        return False
+
+    if not wait_until(claimed, CLAIM_SECONDS, POLL_SECONDS):
+        raise LaunchError(
+            f"Other starts of this process claim memory for {CLAIM_SECONDS / 60:.0f} minutes by now.", ELSE
+        )
     try:
         yield
     finally:
-        _claimed.remove(needed)
+        with _looking:
+            _claimed.remove(claim)
 
 
 @contextmanager
@@ -105,11 +120,11 @@ def _claim(claim: socket.socket, needed: float) -> bool:
         card = cards()[0]
         claims = _claims(card)
         free = card.free - sum(claimed for _, claimed in claims)
-        mine = sum(pid == os.getpid() for pid, _ in claims)
+        mine = sum(thread == get_native_id() for thread, _ in claims)
         if free >= needed * GIB:
-            claim.bind(f"\0servebook-gpu-{card.uuid}-{os.getpid()}-{time.monotonic_ns()}-{needed * 1024:.0f}")
+            claim.bind(f"\0servebook-gpu-{card.uuid}-{get_native_id()}-{time.monotonic_ns()}-{needed * 1024:.0f}")
             return True
-        if len(claims) > mine:
+        if claims and not mine:
             return False
     raise LaunchError(
         f"The engine needs about {needed:.1f} GiB of GPU memory, and {max(0, free) / GIB:.1f} of "
@@ -131,10 +146,12 @@ def _one_at_a_time(card: Card) -> Iterator[None]:
 
 
 def _claims(card: Card) -> list[tuple[int, int]]:
-    """Process and bytes of every claim on `card`."""
+    """Thread and bytes of every claim on `card`."""
     sockets = UNIX_SOCKETS.read_text(encoding="utf-8", errors="replace")  # any user's, of any bytes
     matches = map(CLAIM.search, sockets.splitlines())
-    return [(int(match["pid"]), int(match["mib"]) * 2**20) for match in matches if match and match["card"] == card.uuid]
+    return [
+        (int(match["thread"]), int(match["mib"]) * 2**20) for match in matches if match and match["card"] == card.uuid
+    ]
 
 
 def held_by(card: Card) -> str:

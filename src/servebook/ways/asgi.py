@@ -145,9 +145,9 @@ class Protocol(HttpToolsProtocol):
     answer as ever; uvicorn takes the body for the other protocol's and loses it (its issue 2722).
     nginx speaks HTTP/1.0 upstream by default, which knows no chunks: there the end of the connection ends a body.
 
-    A head has MOST_HEAD bytes and BODY_SECONDS from its first one. What is sent may be read as slowly as its reader
-    likes, but the connection is cut when nothing of it was taken for READER_SECONDS: uvicorn would keep it for as long
-    as its buffer is not empty. Of the requests that come before an answer (pipelining) a small one waits, and what else
+    A head has MOST_HEAD bytes and BODY_SECONDS from its first one. What is sent may be read slowly, but the
+    connection is cut when nothing of it was taken for READER_SECONDS: uvicorn would keep it for as long as its buffer
+    is not empty. Of the requests that come before an answer (pipelining) a small one waits, and what else
     comes is dropped: the connection ends with its answer, and the client asks again on another. uvicorn would stop
     reading at the first, and not see who leaves.
     """
@@ -158,7 +158,7 @@ class Protocol(HttpToolsProtocol):
     """Bytes of the head that is on its way, without those that came with its first."""
     look: asyncio.TimerHandle | None = None
     taken: int | None = None
-    """Bytes that the reader had taken at the last look, where something waited."""
+    """Bytes that the reader had taken at the last look, where something waited; or, negative, those that waited."""
     answered: RequestResponseCycle | None = None
     """The request that has its answer made now, or had one last."""
     full = False
@@ -205,7 +205,7 @@ class Protocol(HttpToolsProtocol):
         """
         connection = self.transport.get_extra_info("socket")
         waits = self.transport.get_write_buffer_size() > 0
-        taken = bytes_acked(connection) if waits else None
+        taken = (bytes_acked(connection) or -self.transport.get_write_buffer_size()) if waits else None
         if waits and taken == self.taken:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
@@ -221,13 +221,13 @@ class Protocol(HttpToolsProtocol):
         if self.full:
             return
         if self.head is not None:
-            self.head += len(data)
             if self.head > MOST_HEAD:
                 if self.answering:
                     self.drop_the_rest()
                 else:
                     self.send_400_response(f"The request's head is longer than {MOST_HEAD} bytes.")
                 return
+            self.head += len(data)  # which may hold the head's end: looked at when more comes
         self.received = data
         super().data_received(data)
         if not self.quiet and not self.answering:
@@ -294,8 +294,14 @@ class Protocol(HttpToolsProtocol):
 
 
 def bytes_acked(connection: socket.socket) -> int:
-    """Bytes of a TCP connection that have arrived at its other end: `tcp_info.tcpi_bytes_acked`, a u64 at byte 120."""
-    return int.from_bytes(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)[120:], sys.byteorder)
+    """Bytes of a TCP connection that have arrived at its other end: `tcp_info.tcpi_bytes_acked`, a u64 at byte 120.
+
+    0 where the kernel does not say, as in some sandboxes.
+    """
+    try:
+        return int.from_bytes(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)[120:], sys.byteorder)
+    except OSError:
+        return 0
 
 
 async def until_the_end(cycle: RequestResponseCycle, message: Any) -> None:
