@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from desk import eventually
 from typer.testing import CliRunner
 
 from servebook.checkout import ROOT
@@ -42,7 +43,7 @@ def test_a_right_service_has_all_points(folder: Path, vllm: Server) -> None:
     verdict = judge_service(folder, vllm)
     assert verdict.passed, verdict.render()
     assert verdict.points == sum(stage.points for stage in STAGES)
-    assert metric(vllm.url, "vllm:num_requests_running") == 0
+    eventually(lambda: metric(vllm.url, "vllm:num_requests_running") == 0, "an idle engine")
 
 
 @pytest.mark.parametrize("wrong", [pytest.param(each, id=each["name"].replace(" ", "_")) for each in WRONG])
