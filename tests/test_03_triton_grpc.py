@@ -9,7 +9,6 @@ import queue
 import random
 import re
 import signal
-import statistics
 import subprocess
 import threading
 import time
@@ -361,25 +360,20 @@ async def test_32_streams_at_once(triton: Server) -> None:
     await until(lambda: running(triton) == 0, "no request is left running")
 
 
-async def seconds_per_step(client: TritonAioClient) -> float:
-    """What one step of the engine takes now: a cancel waits for the step under way and shows in the next."""
-    start = time.monotonic()
-    answer = await client.generate(PROMPT, max_tokens=8, ignore_eos=True)
-    return (time.monotonic() - start) / answer.tokens
-
-
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_cancel_reaches_the_engine_within_200_ms(triton: Server, stream: bool) -> None:
-    """Seen in the engine's own count, whether or not a response was ever sent; median of five."""
-    took = []
+async def test_a_cancel_reaches_the_engine_at_once(triton: Server, stream: bool) -> None:
+    """Seen in the engine's own counts, whether or not a response was ever sent: of 1,500 tokens it writes a few more.
+
+    Not by a clock, which goes on when a busy machine stands still.
+    """
     async with TritonAioClient(triton.grpc) as client:
-        step = await seconds_per_step(client)
-        for _ in range(5):
+        for _ in range(3):
             task = asyncio.create_task(use(client, stream))
             await until(lambda: running(triton) == 1, "the request runs")
+            before = vllm_metric(triton, "generation_tokens_total")
             task.cancel()
-            took.append(await until(lambda: running(triton) == 0, "the engine is free"))
-    assert statistics.median(took) < 0.2 + 2 * step, (took, step)
+            await until(lambda: running(triton) == 0, "the engine is free")
+            assert vllm_metric(triton, "generation_tokens_total") - before < 50
 
 
 async def test_a_cancel_before_the_first_token(triton: Server) -> None:

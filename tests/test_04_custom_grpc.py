@@ -12,13 +12,10 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +23,7 @@ import grpc
 import psutil
 import pytest
 import requests
-from desk import eventually, seconds_until, spared
+from desk import eventually, spared
 from google.protobuf import descriptor_pb2
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -59,12 +56,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 FOREVER = pb.Sampling(ignore_eos=True)
 KOREAN = "안녕하세요 세계 👋🏽 잘 지내요?"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-ABORT_SECONDS = 0.2
-"""How soon after its end a call must have been aborted."""
+SOON_TOKENS = 50
+"""What the engine may still write for a call that has ended, of some 2,000 that its context has place for; on a quiet
+machine it writes three or four. A clock would go on where a busy one stands still."""
 IDLE_SECONDS = 60
 """How long a busy machine may take where the speed is not what is tested."""
-ENGINE_STEPS = 3
-"""The engine takes an abort up between two steps, and tells after the next: 35 ms each on a quiet machine."""
 
 
 def figures(server: launch.Server, *names: str) -> list[float]:
@@ -529,44 +525,41 @@ async def test_a_cancel_before_the_first_token_counts_too(aio: GrpcAioClient, gr
     await asyncio.to_thread(eventually, lambda: is_idle(grpc_server), "the engine idle", IDLE_SECONDS)
 
 
-class Endless:
-    """An endless stream that has begun, and how fast it is."""
+def endless(client: GrpcClient, seconds: float) -> Any:
+    """A stream that has begun, and goes on to the end of the context."""
+    call = stub_on(client.channel).StreamGenerate(
+        pb.StreamGenerateRequest(prompt="Once", sampling=FOREVER), timeout=seconds
+    )
+    next(call)
+    return call
 
-    def __init__(self, client: GrpcClient, seconds: float) -> None:
-        request = pb.StreamGenerateRequest(prompt="Once", sampling=FOREVER)
-        self.call = stub_on(client.channel).StreamGenerate(request, timeout=seconds)
-        arrivals = [(next(self.call), time.monotonic())[1] for _ in range(3)]
-        self.step = max(later - earlier for earlier, later in pairwise(arrivals))
 
-    def ended_in(self, server: launch.Server) -> tuple[float, float]:
-        """Seconds until the server has no call, and until its engine has none, less the steps that it was in."""
-        ours = seconds_until(lambda: open_calls(server) == 0, "no call in the server", IDLE_SECONDS)
-        theirs = seconds_until(lambda: is_idle(server), "no request in the engine", IDLE_SECONDS)
-        return ours, ours + theirs - ENGINE_STEPS * self.step
+def written(server: launch.Server) -> float:
+    """Tokens that the engine has written for anybody."""
+    return figures(server, "vllm:generation_tokens_total")[0]
+
+
+def written_for_nobody(server: launch.Server) -> float:
+    """Tokens that the engine writes from now on until neither it nor the server has a call."""
+    before = written(server)
+    eventually(lambda: is_idle(server), "no call in server and engine", IDLE_SECONDS)
+    return written(server) - before
 
 
 def test_a_cancel_reaches_the_engine_at_once(client: GrpcClient, grpc_server: launch.Server) -> None:
-    times = []
-    for _ in range(5):
-        endless = Endless(client, seconds=60)
-        endless.call.cancel()
-        times.append(max(endless.ended_in(grpc_server)))
-    assert median(times) < ABORT_SECONDS, times
+    for _ in range(3):
+        endless(client, seconds=60).cancel()
+        assert written_for_nobody(grpc_server) < SOON_TOKENS
 
 
 def test_a_deadline_reaches_the_engine_at_once(client: GrpcClient, grpc_server: launch.Server) -> None:
-    # The answer goes on to the end of the context, some 2,000 tokens: no engine is there after 500. A busy one
-    # takes seconds for the first.
+    # No engine is at the end of its context after 500 tokens. A busy one takes seconds for the first.
     pace = measure_pace(lambda n: client.generate("Once", max_tokens=n, sampling=FOREVER))
-    seconds = pace.seconds(500, at_most=5)
-    times = []
-    for _ in range(3):
-        endless = Endless(client, seconds)
-        with pytest.raises(grpc.RpcError) as caught:
-            list(endless.call)
-        times.append(max(endless.ended_in(grpc_server)))
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert median(times) < ABORT_SECONDS, times
+    call = endless(client, pace.seconds(500, at_most=5))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call)
+    assert written_for_nobody(grpc_server) < SOON_TOKENS
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 DROPPED = """
@@ -580,10 +573,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_dropped_connection_reaches_the_engine(grpc_server: launch.Server) -> None:
-    def made() -> float:
-        return figures(grpc_server, "vllm:generation_tokens_total")[0]
-
-    with spared(made, lambda: not is_idle(grpc_server), wanted=2000):  # the rest of the context
+    with spared(lambda: written(grpc_server), lambda: not is_idle(grpc_server), wanted=2000):  # the rest of the context
         ended = subprocess.run([sys.executable, "-c", DROPPED, grpc_server.grpc], check=False, timeout=60)
         assert ended.returncode == -signal.SIGKILL
 

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -368,32 +367,17 @@ def test_documentation_has_examples_and_needs_no_other_host(gateway: launch.Serv
 # Callers who leave
 
 
-def seconds_to_let_go(url: str, path: str, ask: dict[str, Any], engine: str) -> float:
-    """From the moment that a caller hangs up to an idle engine."""
-    eventually(lambda: running(engine) == 0, "the engine is idle")
-    caller = half_a_request(url, path, ask)
-    eventually(lambda: metric(engine, "vllm:num_requests_running") == 1, "the engine has the request")
-    left = time.monotonic()
-    caller.close()
-    eventually(lambda: running(engine) == 0, "the engine let go")
-    return time.monotonic() - left
-
-
 @pytest.mark.parametrize("path", ["/chat", "/chat/stream"])
-def test_a_disconnect_aborts_in_the_engine_within_200_ms(
-    gateway: launch.Server, vllm: launch.Server, path: str
-) -> None:
-    """Beyond what the engine itself takes to let go of a caller of its own: it does so between two steps.
-
-    By turns, so that both meet the same machine; medians of five.
-    """
-    messages = [{"role": "user", "content": STORY["message"]}]
-    ask = {"messages": messages, "max_tokens": 1500, "temperature": 0, "stream": path == "/chat/stream"}
-    direct, ours = [], []
-    for _ in range(5):
-        direct.append(seconds_to_let_go(vllm.url, "/v1/chat/completions", ask, vllm.url))
-        ours.append(seconds_to_let_go(gateway.url, path, STORY, vllm.url))
-    assert statistics.median(ours) - statistics.median(direct) < 0.2, (direct, ours)
+def test_a_disconnect_aborts_in_the_engine_at_once(gateway: launch.Server, vllm: launch.Server, path: str) -> None:
+    """Of 1,500 tokens it writes a few more. Not by a clock, which goes on when a busy machine stands still."""
+    for _ in range(3):
+        eventually(lambda: running(vllm.url) == 0, "the engine is idle")
+        caller = half_a_request(gateway.url, path, STORY)
+        eventually(lambda: metric(vllm.url, "vllm:num_requests_running") == 1, "the engine has the request")
+        before = metric(vllm.url, "vllm:generation_tokens_total")
+        caller.close()
+        eventually(lambda: running(vllm.url) == 0, "the engine let go")
+        assert metric(vllm.url, "vllm:generation_tokens_total") - before < 50
 
 
 # Units: the application without a socket
