@@ -798,8 +798,8 @@ def check_07_7(submission: Submission) -> None:
                 otherwise="return the text of the first output, as it is: a label, whole",
             )
             require(
-                call.timeout is not None and call.timeout < 31,  # on the wire it is rounded up
-                "a deadline of at most 30 seconds",
+                call.timeout is not None and call.timeout < 61,  # on the wire it is rounded up
+                "a deadline of at most 60 seconds",
                 "none" if call.timeout is None else f"{call.timeout:.0f} seconds",
-                "gRPC has no deadline by itself: give the call timeout=30",
+                "gRPC has no deadline by itself: give the call timeout=60",
             )
