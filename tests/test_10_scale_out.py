@@ -93,7 +93,7 @@ def test_another_number_of_replicas_is_not_silently_ignored(desk: Desk) -> None:
 
 def test_more_replicas_than_cores(desk: Desk) -> None:
     cores = len(os.sched_getaffinity(0))
-    text = desk.run("up", "router", "--replicas", str(cores + 1), expect=1, device="cpu")
+    text = desk.run("up", "router", expect=1, device="cpu", replicas=str(cores + 1))
     assert f"{cores + 1} replicas need {cores + 1} cores, one each, and {cores} can be used here" in text
     assert f"--replicas {cores}" in text
     assert desk.family() == []
@@ -101,7 +101,11 @@ def test_more_replicas_than_cores(desk: Desk) -> None:
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["router", "--replicas", "0"], "or equal to 1"), (["vllm", "--replicas", "2"], "--replicas is for `router`")],
+    [
+        (["router", "--replicas", "0"], "or equal to 1"),
+        (["router", "--replicas", "65"], "or equal to 64"),
+        (["vllm", "--replicas", "2"], "--replicas is for `router`"),
+    ],
 )
 def test_replicas_that_make_no_sense(desk: Desk, words: list[str], says: str) -> None:
     assert says in desk.run("up", *words, expect=2)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from itertools import islice
 from math import comb
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,7 +48,7 @@ from servebook.bench.paths.openai_rest import http_session
 from servebook.bench.protocol import rate_from
 from servebook.bench.resources import ProcessTree, engines_up
 from servebook.bench.results import Results, load_results, new_results, now, stored
-from servebook.bench.run import FULL, QUICK, Run, start
+from servebook.bench.run import FULL, QUICK, Run, finished, start
 from servebook.bench.stats import Estimate, ServiceLevel, difference, goodput, outer_rank, percentiles, ratio, summarize
 from servebook.bench.sweep import Sweep, require_sweep, spread, sweep, table
 from servebook.bench.wire import WireCost, counted, wire_cost
@@ -360,6 +361,37 @@ async def test_the_control_has_the_turns_and_the_source_of_its_plan(
     assert seen == [against]
 
 
+async def test_a_second_run_sends_none_of_the_firsts_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that stays up has those in its prefix cache."""
+    drawn: list[int] = []
+    found = (await a_run()).control[0]
+
+    @asynccontextmanager
+    async def opened(path: ServingPath, server: Server, wants: Workload, seed: int, behind: Any) -> AsyncIterator[None]:
+        drawn.append(seed)
+        yield
+
+    async def compared(*_: Any) -> Any:
+        return found
+
+    one_load = made_up(busy=0.5)
+
+    async def load(path: Any, server: Any, wants: Any, seeds: Any, *more: Any) -> Load:
+        drawn.append(next(seeds))
+        return await one_load(path, server, wants, seeds, *more)
+
+    monkeypatch.setattr("servebook.bench.run.open_arm", opened)
+    monkeypatch.setattr("servebook.bench.run.compare", compared)
+    monkeypatch.setattr("servebook.bench.sweep.spread", load)
+    sse, server = find_path("sse"), Server("x", "m", {}, load_settings())
+    for _ in range(2):
+        run = start(QUICK, load_settings(), tmp_path / "bench.json")
+        for name in ("control @8", "rest @8"):
+            await run.compare(name, sse, sse, 8, lambda _: server)
+        await sweep(sse, server, Workload(), ServiceLevel(), most=2)
+    assert len(set(drawn)) == len(drawn) == 2 * (4 + 6), "no two arms of a run have one, either"
+
+
 async def test_an_undecided_control_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two pairs, however far off; with a second engine it ends the run, too."""
     found = (await a_run(slower=3.0)).control[0]
@@ -417,12 +449,13 @@ async def test_a_slower_arm_is_seen_and_would_void_a_control() -> None:
 
 def test_prompts_do_not_repeat_and_are_the_same_for_the_same_seed() -> None:
     for make in (workload.completions, workload.chats):
-        jobs = workload.take(make(40, 8, seed=1), 64)
-        other = workload.take(make(40, 8, seed=2), 64)
+        one, two = islice(workload.seeds(), 2)
+        jobs = workload.take(make(40, 8, one), 64)
+        other = workload.take(make(40, 8, two), 64)
         firsts = [job.prompt.partition(":")[0] for job in jobs + other]
         assert len(set(firsts)) == 128, "a prefix cache keeps blocks of 16 tokens: they differ before that"
         assert max(map(len, firsts)) < 16
-        assert jobs == workload.take(make(40, 8, seed=1), 64)
+        assert jobs == workload.take(make(40, 8, one), 64)
         assert [job.max_tokens for job in jobs] == [job.max_tokens for job in other], "the same work for both arms"
         assert {job.max_tokens for job in jobs} == set(range(4, 13)), "8 on average, and not all at once at the end"
 
@@ -558,6 +591,7 @@ def test_a_sweep_is_not_written_over_a_run(
 
     monkeypatch.setattr("servebook.bench.sweep.sweep", one_point)
     monkeypatch.setattr("servebook.bench.protocol.serve_scripted", lambda *_: Server("x", "m", {}, load_settings()))
+    monkeypatch.setattr(Server, "stop", lambda _: pytest.fail("another run may use it"))
     Path("bench.json").write_text("a finished run")
     done = CliRunner().invoke(app, ["bench", "sse", "--sweep", "--scripted", *words])
     assert Path("bench.json").read_text() == "a finished run"
@@ -591,7 +625,7 @@ def test_a_rate_of_the_scripted_source_that_is_none_is_named(given: str) -> None
 async def test_a_busy_generator_gets_more_processes_or_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("servebook.bench.sweep.spread", made_up(busy=0.9))
     server = Server("x", "m", {}, load_settings())
-    monkeypatch.setattr("servebook.bench.sweep.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("servebook.bench.results.os.sched_getaffinity", lambda _: {0, 2})
     with pytest.raises(BenchError, match="90% of a core in each of 1 processes"):
         await sweep(find_path("sse"), server, Workload(), ServiceLevel(), most=4)  # one caller cannot be shared out
     monkeypatch.setattr("servebook.bench.sweep.spread", made_up(busy=0.9, alone=0.5))
@@ -599,7 +633,7 @@ async def test_a_busy_generator_gets_more_processes_or_ends_the_sweep(monkeypatc
     shares = [(point.processes, round(point.generator_share, 2)) for point in found.points]
     assert shares[0] == (1, 0.5)
     assert set(shares[1:]) == {(2, 0.45)}
-    monkeypatch.setattr("servebook.bench.sweep.os.cpu_count", lambda: 1)
+    monkeypatch.setattr("servebook.bench.results.os.sched_getaffinity", lambda _: {2})
     with pytest.raises(BenchError, match="90% of a core in each of 1 processes"):
         await sweep(find_path("sse"), server, Workload(), ServiceLevel(), most=4)
 
@@ -637,8 +671,8 @@ async def measured(slower: float) -> Results:
             part.value = 1.01
     wants = Workload(max_tokens=8, block_seconds=0.05, rounds=3)
     results.engine = [await compare("grpc @1", arm(Source(0.002)), arm(Source(0.02)), 1, wants)]
-    results.wire = [WireCost(path="sse", bytes_per_token=250, bytes_per_request=700)]
-    results.wire += [WireCost(path="grpc", bytes_per_token=40, bytes_per_request=200)]
+    results.wire = [WireCost(path="sse", bytes_per_token=250)]
+    results.wire += [WireCost(path="grpc", bytes_per_token=40)]
     return results
 
 
@@ -829,6 +863,17 @@ def test_neither_is_that_of_other_engine_arguments_nor_a_finished_one(tmp_path: 
         start(QUICK, plain, output)
 
 
+@pytest.mark.parametrize("other", [{"served_name": "another"}, {"device": "gpu"}], ids=["model", "machine"])
+async def test_a_finished_run_is_shown_of_this_model_and_machine_only(tmp_path: Path, other: dict[str, str]) -> None:
+    settings, output = load_settings(device="cpu", served_name="one"), tmp_path / "bench.json"
+    run = start(QUICK, settings, output)
+    run.results.finished = now()
+    run.results.save(output)
+    assert (await finished(QUICK, settings, output)).finished == run.results.finished
+    with pytest.raises(BenchError, match=r"holds a run (with model 'one'|of another machine).*\n.*remove this one"):
+        await finished(QUICK, settings.model_copy(update=other), output)
+
+
 def test_neither_is_one_at_another_rate_of_the_scripted_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "bench.json"
     monkeypatch.setattr("servebook.bench.results.SCRIPTED_RATE", 190.123456)
@@ -1002,6 +1047,11 @@ def test_the_command_line_knows_its_ways() -> None:
         ("--report --guard", "--guard takes no --report"),
         ("grpc --rate nan", "Invalid value for '--rate'"),
         ("grpc --rate inf", "less than or equal to 10000"),
+        ("grpc --prompt-tokens 1000001", "less than or equal to 1000000"),
+        ("grpc --max-tokens 1000001", "less than or equal to 1000000"),
+        ("grpc --shared-prefix 1000001", "less than or equal to 1000000"),
+        ("grpc --rounds 1001", "less than or equal to 1000"),
+        ("grpc --turns 1001", "less than or equal to 1000"),
         ("sse --sweep --ttft-ms 0", "greater than or equal to 0.01"),
         ("sse --sweep --tpot-ms inf", "less than or equal to 3600000"),
     ],
@@ -1061,7 +1111,7 @@ async def test_a_cross_check_that_fails_has_a_remedy(code: int, problem: str, mo
     monkeypatch.setattr(crosscheck, "find_path", lambda _: replace(find_path("sse"), open=here))
     monkeypatch.setattr(workload, "completions", lambda *_, **__: iter([Job("Once", 4)] * 4))
     with pytest.raises(BenchError, match=problem) as failed:
-        await crosscheck.cross_check(Server("vllm", "m", {"http": "x"}, load_settings()), Workload(), 1, 1)
+        await crosscheck.cross_check(Server("vllm", "m", {"http": "x"}, load_settings()), Workload(), 1, 1, 7)
     assert "servebook logs" in failed.value.remedy
 
 

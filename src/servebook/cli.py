@@ -58,7 +58,7 @@ def doctor(
 def up(
     names: Annotated[list[str], typer.Argument(metavar="NAME…")],
     replicas: Annotated[
-        int | None, typer.Option(min=1, help="How many engines stand behind `router`.", show_default="2")
+        int | None, typer.Option(min=1, max=64, help="How many engines stand behind `router`.", show_default="2")
     ] = None,
     fronts: Annotated[
         int | None, typer.Option(min=1, max=64, help="How many processes of `grpc` share an engine.", show_default="1")

@@ -37,12 +37,18 @@ WAVES = 3
 class Workload(BaseModel):
     """What one request asks for, and how long a block lasts."""
 
-    prompt_tokens: int = Field(default=40, ge=10, description="About; the exact number is the server's.")
-    max_tokens: int = Field(default=48, ge=2, description="Of an answer, on average.")
+    prompt_tokens: int = Field(default=40, ge=10, le=1_000_000, description="About; the exact number is the server's.")
+    max_tokens: int = Field(default=48, ge=2, le=1_000_000, description="Of an answer, on average.")
     block_seconds: float = Field(default=3.0, gt=0, description="Aimed at, by the number of requests in a block.")
-    rounds: int = Field(default=3, ge=1, description="Of four blocks each: two pairs; three rounds give an interval.")
-    shared_prefix_tokens: int = Field(default=0, ge=0, description="Before every prompt, the same: a system prompt.")
-    turns: int = Field(default=1, ge=1, description="Of a chat: each but the first has those before it in its prompt.")
+    rounds: int = Field(
+        default=3, ge=1, le=1000, description="Of four blocks each: two pairs; three rounds give an interval."
+    )
+    shared_prefix_tokens: int = Field(
+        default=0, ge=0, le=1_000_000, description="Before every prompt, the same: a system prompt."
+    )
+    turns: int = Field(
+        default=1, ge=1, le=1000, description="Of a chat: each but the first has those before it in its prompt."
+    )
     rate: float | None = Field(default=None, gt=0, description="Open loop: requests a second, at random times.")
 
 

@@ -56,11 +56,11 @@ def bench(
     rate: Annotated[
         float | None, typer.Option(min=0.01, max=10_000, help="Open loop: requests a second, not callers.")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=10)] = 40,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 48,
-    rounds: Annotated[int, typer.Option(min=1, help="Of four interleaved blocks.")] = 3,
-    shared_prefix: Annotated[int, typer.Option(min=0, help="Tokens that every prompt begins with.")] = 0,
-    turns: Annotated[int, typer.Option(min=1, help="Of each chat.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=10, max=1_000_000)] = 40,
+    max_tokens: Annotated[int, typer.Option(min=2, max=1_000_000, help="Length of each answer.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Of four interleaved blocks.")] = 3,
+    shared_prefix: Annotated[int, typer.Option(min=0, max=1_000_000, help="Tokens that every prompt begins with.")] = 0,
+    turns: Annotated[int, typer.Option(min=1, max=1000, help="Of each chat.")] = 1,
     to_saturation: Annotated[bool, typer.Option("--sweep", help="One PATH: more callers until no more helps.")] = False,
     ttft_ms: Annotated[
         float, typer.Option(min=0.01, max=HOUR_MS, help="--sweep: a good request's first text comes within.")
@@ -175,9 +175,6 @@ def saturate(paths: list[str], wants: Workload, level: ServiceLevel, most: int, 
     except KeyboardInterrupt:
         console.print(f"Stopped. The points above are in {output}." if kept else "Stopped before the first point.")
         raise
-    finally:
-        if scripted:
-            server.stop()
     show_table(table(found), f"{path.name} to saturation: {'the scripted source' if scripted else settings.model_name}")
     end = "" if found.saturated else ", the most that were tried: more may give more"
     console.print(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from zlib import crc32
-
 import numpy as np
 from pydantic import BaseModel, Field
 
+from servebook.bench import workload
 from servebook.bench.arms import Arm, Workload, jobs_for
 
 LENGTHS = (8, 16, 32, 64)
@@ -65,9 +64,10 @@ async def fit_cost(arm: Arm, callers: int, rounds: int = 4) -> Cost:
     tokens: list[int] = []
     seconds: list[float] = []
     spent = np.zeros(len(arm.tree.front))
+    seeds = workload.seeds()
     await arm.warm_up(callers)
-    for number, length in enumerate(LENGTHS * rounds, start=1):
-        arm.jobs = jobs_for(arm.path, Workload(max_tokens=length), crc32(f"{arm.path.name} {number}".encode()))
+    for length in LENGTHS * rounds:
+        arm.jobs = jobs_for(arm.path, Workload(max_tokens=length), next(seeds))
         before = np.array(arm.tree.by_process())
         load = (await arm.block(callers, callers, None, 0)).load
         took = np.array(arm.tree.by_process()) - before

@@ -15,7 +15,7 @@ from servebook.errors import ServebookError
 
 MAX_CONCURRENCY = 512
 DEADLINE_SECONDS = 600
-"""Of one request over gRPC: far beyond any that a run sends, so that what hangs ends the run and not the night."""
+"""Of one request: far beyond any that a run sends, so that what hangs ends the run and not the night."""
 
 REFUSED_SECONDS = 0.1
 """How long a caller pauses who was refused; asking again at once, a few would use up the jobs of all."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from time import monotonic
 
 from servebook import launch
+from servebook.bench import workload
 from servebook.bench.arms import CONTROL_LIMIT, Comparison, Workload, compare, judge_control, off_by, open_arm
 from servebook.bench.cost import fit_cost
 from servebook.bench.crosscheck import cross_check
@@ -85,6 +86,8 @@ def cells(path: str, *concurrencies: int) -> tuple[Cell, ...]:
 SCRIPTED_CALLERS = max(1, min(MAX_CONCURRENCY, round(500 / SCRIPTED_RATE)))
 """About 500 tokens a second through one server process."""
 
+OTHER_FILE = "Name another file with --output, or remove this one."
+
 CHECKED = 32
 """Requests of a cross-check, at least; six for each caller where that is more."""
 
@@ -137,6 +140,7 @@ class Run:
     output: Path
     force: bool = False
     say: Callable[[str], None] = print
+    seeds: Iterator[int] = field(default_factory=workload.seeds)
     servers: dict[str, Server] = field(default_factory=dict)
     ours: set[str] = field(default_factory=set)
     step: int = 0
@@ -145,7 +149,7 @@ class Run:
         """Make every step that is not done yet. After each the file is whole: stop and resume whenever you like.
 
         Raises:
-            BenchError: the control is off, and `force` was not asked for; or a request failed.
+            BenchError: the control is off, and `force` was not asked for; or every request of a block failed.
             LaunchError: a server cannot start.
         """
         try:
@@ -211,7 +215,7 @@ class Run:
                 server_there = self.up(find_path("sse"))
                 with self.measured(name):
                     requests = max(CHECKED, 6 * concurrency)
-                    found = await cross_check(server_there, self.plan.workload, concurrency, requests)
+                    found = await cross_check(server_there, self.plan.workload, concurrency, requests, next(self.seeds))
                     self.results.cross_check.append(found)
                     self.say(f"  ours / vllm bench serve: {found.tokens_per_s_ratio:.3f} tokens/s")
         self.end("gateway")
@@ -237,7 +241,8 @@ class Run:
                 self.results.wire.append(found)
                 self.say(f"  {found.bytes_per_token:.0f} bytes a token")
                 behind = self.behind(path, self.up_scripted)
-                async with open_arm(path, self.up_scripted(path), self.plan.workload, 1000 * self.step, behind) as arm:
+                wants, seed = self.plan.workload, next(self.seeds)
+                async with open_arm(path, self.up_scripted(path), wants, seed, behind) as arm:
                     self.results.costs.append(await fit_cost(arm, SCRIPTED_CALLERS))
                 self.say(f"  {self.results.costs[-1]}")
         for _, concurrency in (cell for cell in self.plan.protocol if cell[0] == path.name):
@@ -267,10 +272,10 @@ class Run:
         arm: Server | None = None,
     ) -> Comparison:
         """One cell on the servers that `up` gives; the CPU of those behind a gateway counts as its own."""
-        wants, seed = self.plan.workload_of(name), 1000 * self.step
+        wants = self.plan.workload_of(name)
         async with (
-            open_arm(path, arm or up(path), wants, seed, self.behind(path, up)) as one,
-            open_arm(against, up(against), wants, seed + 1, self.behind(against, up)) as other,
+            open_arm(path, arm or up(path), wants, next(self.seeds), self.behind(path, up)) as one,
+            open_arm(against, up(against), wants, next(self.seeds), self.behind(against, up)) as other,
         ):
             found = await compare(name, one, other, concurrency, wants, self.on_block)
         self.say(f"  tokens/s {found.tokens_per_s} · TTFT p50 {found.ttft_p50_ms.value:+.1f} ms")
@@ -352,10 +357,11 @@ async def finished(plan: Plan, settings: Settings, output: Path) -> Results:
     """The run of this plan in `output`; made first, or to its end, where it is not there or not whole.
 
     Raises:
-        BenchError: as `start`, but for a run that has finished.
+        BenchError: as `start`, but for a run of the same that has finished.
     """
     there = load_results(output) if await asyncio.to_thread(output.exists) else None
-    if there and there.finished and there.plan == plan.name:
+    if there and there.finished:
+        require_same(there, empty_results(plan, settings), output)
         return there
     return await start(plan, settings, output).all()
 
@@ -367,19 +373,31 @@ def start(plan: Plan, settings: Settings, output: Path, force: bool = False) -> 
         BenchError: `output` cannot be written, or holds a finished run, or one of another plan or machine.
     """
     require_writable(output)
-    fresh = new_results(
-        plan.name, settings.model_name, "gpu" if settings.on_gpu else "cpu", engine_args=settings.engine_args
-    )
-    if not output.exists():
-        return Run(plan, settings, fresh, output, force)
-    results = load_results(output)
-    remedy = "Name another file with --output, or remove this one."
-    if results.finished:
-        raise BenchError(f"{output} holds a finished run.", remedy)
-    for what in ("plan", "model", "engine_args", "scripted_rate"):
-        there, here = getattr(results, what), getattr(fresh, what)
-        if there != here:
-            raise BenchError(f"{output} holds a run with {what} {there!r}, and this one has {here!r}.", remedy)
-    if (results.machine, results.versions) != (fresh.machine, fresh.versions):
-        raise BenchError(f"{output} holds a run of another machine, or of other versions.", remedy)
+    results = empty_results(plan, settings)
+    if output.exists():
+        there = load_results(output)
+        if there.finished:
+            raise BenchError(f"{output} holds a finished run.", OTHER_FILE)
+        require_same(there, results, output)
+        results = there
     return Run(plan, settings, results, output, force)
+
+
+def empty_results(plan: Plan, settings: Settings) -> Results:
+    """What a run of this plan begins with, on this machine."""
+    device = "gpu" if settings.on_gpu else "cpu"
+    return new_results(plan.name, settings.model_name, device, engine_args=settings.engine_args)
+
+
+def require_same(kept: Results, new: Results, output: Path) -> None:
+    """Require the run `kept` in `output` to be one of what `new` is for.
+
+    Raises:
+        BenchError: it is of another plan, model or machine.
+    """
+    for what in ("plan", "model", "engine_args", "scripted_rate"):
+        there, here = getattr(kept, what), getattr(new, what)
+        if there != here:
+            raise BenchError(f"{output} holds a run with {what} {there!r}, and this one has {here!r}.", OTHER_FILE)
+    if (kept.machine, kept.versions) != (new.machine, new.versions):
+        raise BenchError(f"{output} holds a run of another machine, or of other versions.", OTHER_FILE)

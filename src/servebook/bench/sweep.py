@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -121,7 +120,7 @@ async def sweep(
         workload=wants,
         level=level,
     )
-    seeds, callers, processes, flat = iter(range(1, 1_000_000)), 1, 1, 0
+    seeds, callers, processes, flat = workload.seeds(), 1, 1, 0
 
     async def measure(callers: int, rate: float | None, requests: int) -> Point:
         nonlocal processes
@@ -131,7 +130,7 @@ async def sweep(
             share = load.cpu / load.seconds / parts
             if share <= GENERATOR_LIMIT:
                 break
-            if 2 * processes > (os.cpu_count() or 1) or parts < processes:
+            if 2 * processes > found.machine.cores or parts < processes:
                 raise BenchError(
                     f"The load generator takes {share:.0%} of a core in each of {parts} processes: it would "
                     "measure itself.",

@@ -19,11 +19,10 @@ SHORT, LONG = 8, 40
 
 
 class WireCost(BaseModel):
-    """What one path puts on the wire, both directions together, on a connection that is open already."""
+    """What one path puts on the wire, both directions together."""
 
     path: str
     bytes_per_token: float = Field(description="Slope between an answer of 8 tokens and one of 40.")
-    bytes_per_request: float = Field(description="What an answer of no tokens would take, by the same line.")
 
 
 class CountingProxy:
@@ -88,5 +87,4 @@ async def wire_cost(path: ServingPath, server: Server) -> WireCost:
             f"{path.name}: {LONG} tokens came in {long} messages, and {SHORT} in {short}.",
             "Measure it while nothing else runs, or with a slower source.",
         )
-    per_token = (many - few) / (long - short)
-    return WireCost(path=path.name, bytes_per_token=per_token, bytes_per_request=few - short * per_token)
+    return WireCost(path=path.name, bytes_per_token=(many - few) / (long - short))

@@ -20,13 +20,22 @@ TOKENS_PER_MARK = 9
 CHAT_TEMPLATE_TOKENS = 30
 
 
+def seeds() -> Iterator[int]:
+    """Endless seeds for the arms of one run, no two alike.
+
+    They begin somewhere else each time: a server that stays up has the prompts of earlier runs in its prefix cache. Six
+    digits, each a token, leave a mark short of a block.
+    """
+    return itertools.count(random.randrange(100_000, 900_000))
+
+
 def completions(prompt_tokens: int, max_tokens: int, seed: int = 0) -> Iterator[Job]:
     """Endless jobs for text completion, of about `prompt_tokens` tokens with SmolLM2's tokenizer.
 
     The prompt counts ("1417, 1419, 1421,") and a language model goes on counting: the answer does not end
     early, without asking for `ignore_eos`, which not every path can carry. Each prompt begins with a mark of its
-    own, made of `seed` and its number: within a run, in which no two arms have the same seed, not even the first
-    block of 16 tokens is ever found in a prefix cache.
+    own, made of `seed` and its number: with seeds from `seeds`, not even the first block of 16 tokens is ever found in
+    a prefix cache.
 
     Answers have `max_tokens` on average, from half of it to half more: of equal length, callers that began together
     would end together, and each wave of new prompts would hit the engine at once. `seed` draws the prompts only: the

@@ -14,19 +14,19 @@ from typing import Any
 import aiohttp
 import orjson
 
-from servebook.bench.load import BenchError, Job, Message, Send
+from servebook.bench.load import DEADLINE_SECONDS, BenchError, Job, Message, Send
 from servebook.launch import Server
 from servebook.ways.limits import POOL_IDLE_SECONDS
 
 
 @asynccontextmanager
 async def http_session(base_url: str, key: str | None) -> AsyncIterator[aiohttp.ClientSession]:
-    """A session without limits of its own: the load decides how many connections are open."""
+    """A session in which the load decides how many connections are open."""
     async with aiohttp.ClientSession(
         base_url,
         # A POST that meets the moment in which the server closes the connection is lost.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=POOL_IDLE_SECONDS),
-        timeout=aiohttp.ClientTimeout(total=600),
+        timeout=aiohttp.ClientTimeout(total=DEADLINE_SECONDS),
         headers={"Authorization": f"Bearer {key}"} if key else {},
     ) as session:
         yield session
