@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from desk import eventually
@@ -18,10 +20,12 @@ from servebook.cli import app
 from servebook.errors import ServebookError
 from servebook.lab import check
 from servebook.lab.capstone import judge
-from servebook.lab.capstone.bench import Bench
+from servebook.lab.capstone.bench import Bench, Stream
 from servebook.lab.capstone.contract import begin, command_of
 from servebook.lab.capstone.judge import judge_service
 from servebook.lab.capstone.stages import STAGES
+from servebook.lab.feedback import NotYet
+from servebook.lab.taps.http import Exchange
 from servebook.launch import Server
 from servebook.ways.metrics import metric
 
@@ -148,6 +152,37 @@ def test_what_cannot_start_is_told_why(
     Path("capstone/service.py").write_text("import nothing_of_that_name")
     check("14")
     assert "got           ModuleNotFoundError: No module named 'nothing_of_that_name'" in capsys.readouterr().out
+
+
+def stream_of(data: Iterable[bytes]) -> Stream:
+    """A service's stream that comes so."""
+    return Stream(Mock(status_code=200, headers={}, iter_content=lambda _: iter(data)))
+
+
+def test_a_stream_that_pings_for_ever_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.lab.capstone.bench.STREAM_SECONDS", 0.2)
+    stream = stream_of(chain([b'data: {"text": " sea"}\n\n'], repeat(b": ping\n\n", 10**6)))
+    assert stream.piece() == " sea"
+    with pytest.raises(NotYet, match="keeps its caller waiting") as told:
+        stream.rest()
+    assert told.value.expected == "a stream that ends"
+
+
+def test_nothing_comes_after_done() -> None:
+    stream = stream_of([b'data: {"text": " blue"}\r\n\r\n', b"data: [DONE]\n", b"\n"])
+    stream.rest()
+    assert (stream.text, stream.done) == (" blue", True)
+    stream = stream_of([b'data: {"text": " blue"}\n\ndata: [DONE]\n\ndata: {"text": " sky"}'])
+    with pytest.raises(NotYet, match="send it when all the text is out"):
+        stream.rest()
+
+
+def test_what_is_under_way_counts_as_at_work() -> None:
+    def asked(started: float, ended: float | None) -> Exchange:
+        return Exchange("POST", "/v1/completions", {}, None, started, ended=ended)
+
+    made = [asked(1, 2), asked(2, 5), asked(3, None), asked(4, None)]
+    assert Bench.most_at_once(made) == 3
 
 
 def test_each_stage_has_its_hint_and_points() -> None:

@@ -7,14 +7,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain, repeat
+from pathlib import Path
 
 import pytest
 from desk import eventually
 
 from servebook.lab import submission
 from servebook.lab.feedback import NotYet
+from servebook.lab.learner_server.judge import written
 from servebook.lab.manifest import find_exercise
 from servebook.lab.submission import Submission, waited_for_a_core
 
@@ -42,6 +45,30 @@ def test_a_server_at_work_is_waited_for(learner: Submission, monkeypatch: pytest
         return not finished.is_set()
 
     assert learner.run(finished.wait, busy=busy) is True
+
+
+@pytest.mark.parametrize("waits", [[0.0, 1000.0], range(1000)], ids=["for a while", "all the time"])
+def test_waits_of_several_threads_at_once_hold_off_no_end(
+    learner: Submission, monkeypatch: pytest.MonkeyPatch, waits: Iterable[float]
+) -> None:
+    """More seconds than went by: no credit for later, and none beyond the limit."""
+    seconds = chain(waits, repeat(1000.0))
+    monkeypatch.setattr(learner, "waited", lambda _: next(seconds))
+    monkeypatch.setattr(submission, "IDLE_SECONDS", 1)
+    monkeypatch.setattr(submission, "LIMIT_SECONDS", 3)
+    with pytest.raises(NotYet) as told:
+        learner.run(lambda: threading.Event().wait(10))
+    assert told.value.expected == "an end"
+
+
+def test_a_file_that_is_no_utf_8_is_told_so(
+    learner: Submission, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("service.py").write_bytes('name = "Zoë"\n'.encode("latin-1"))
+    with pytest.raises(NotYet, match="run the cell that writes it once more") as told:
+        written(learner, "service.py")
+    assert told.value.expected == "service.py in UTF-8"
 
 
 @pytest.fixture

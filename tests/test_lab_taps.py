@@ -261,6 +261,40 @@ def test_an_answer_is_framed_as_the_server_does_it(framing: str, version: str) -
     assert (body == b"hello") is not in_chunks
 
 
+def said_to(url: str, request: bytes) -> bytes:
+    """What a server says to these bytes, until it hangs up."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as caller:
+        caller.sendall(request)
+        return caller.makefile("rb").read()
+
+
+def test_a_body_in_chunks_is_read_and_goes_on() -> None:
+    """requests sends so what it gets from a generator."""
+    with (
+        server_that_says(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") as address,
+        Tap(f"http://{address}") as behind,
+        Tap(behind.url) as tap,
+    ):
+        assert requests.post(tap.url, data=iter([b'{"prompt": ', b'"sea"}']), timeout=10).ok
+    assert tap.exchanges[0].body == behind.exchanges[0].body == {"prompt": "sea"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"Content-Length: many\r\n\r\n",
+        b"Content-Length: -1\r\n\r\n",
+        b"Content-Length: 99999999999\r\n\r\n",
+        *(b"Transfer-Encoding: chunked\r\n\r\n" + chunks for chunks in (b"many\r\n", b"-1\r\n", b"1\r\nsea\r\n")),
+        b"Transfer-Encoding: chunked\r\n\r\nfffffffff\r\n",
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused(body: bytes) -> None:
+    with Tap("http://127.0.0.1:9") as tap:
+        assert said_to(tap.url, b"POST / HTTP/1.1\r\nHost: lab\r\n" + body).startswith(b"HTTP/1.1 400 ")
+    assert not tap.exchanges
+
+
 def asked_as(name: str) -> Call:
     return Call("Generate", requests=[pb.GenerateRequest(request_id=name).SerializeToString()])
 

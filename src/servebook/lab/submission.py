@@ -201,12 +201,14 @@ class Submission:
         thread = threading.Thread(target=target, name=f"lab {self.exercise.id}", daemon=True)
         thread.start()
         started, idle = time.monotonic(), 0.0
-        while thread.is_alive() and idle < IDLE_SECONDS:
+        while thread.is_alive() and idle < IDLE_SECONDS and time.monotonic() - started < LIMIT_SECONDS:
             looked, had_waited = time.monotonic(), self.waited(thread)
             thread.join(0.1)
-            # No more than a look should take: this process may have stood still, too.
-            idle += min(time.monotonic() - looked - (self.waited(thread) - had_waited), 0.3)
-            if busy() and time.monotonic() - started < LIMIT_SECONDS:
+            spent = time.monotonic() - looked - (self.waited(thread) - had_waited)
+            # No less than nothing: several threads may wait for cores at once, and have no time to their credit for it.
+            # And no more than a look should take: this process may have stood still, too.
+            idle += min(max(spent, 0.0), 0.3)
+            if busy():
                 idle = 0.0
         if over_time := thread.is_alive():
             if abort := getattr(self.namespace, "abort", None):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,6 +32,8 @@ from servebook.processes import free_port
 
 PATIENCE_SECONDS = 60.0
 """How long a caller waits for the beginning of an answer: a slow engine on a busy machine takes long over a crowd."""
+STREAM_SECONDS = 120.0
+"""How long a whole stream may take: one that is kept open by pings would else never end."""
 LISTEN_SECONDS = 60.0
 
 Gate = Callable[[Exchange, int], None]
@@ -60,14 +64,27 @@ class Stream:
         self.response = response
         self.status = response.status_code
         self.kind = response.headers.get("Content-Type", "")
-        self.lines = response.iter_lines(chunk_size=1)
-        self.text, self.pieces, self.done, self.ended = "", 0, False, False
+        self.lines = self._lines(time.monotonic() + STREAM_SECONDS)
+        self.text, self.done, self.ended = "", False, False
+
+    def _lines(self, deadline: float) -> Iterator[bytes]:
+        rest = b""
+        for data in self.response.iter_content(1):  # no more at once: it would wait for that
+            if time.monotonic() > deadline:
+                raise NotYet(
+                    "a stream that ends",
+                    f"none, {STREAM_SECONDS:.0f} s after it began",
+                    "who keeps it open, by comments (`: ping`) perhaps, keeps its caller waiting: end it after [DONE]",
+                )
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
+        yield rest
 
     def piece(self) -> str | None:
         """The text of the next event; an error has none, nor has the end, after which the stream has `ended`.
 
         Raises:
-            NotYet: it is none that the brief knows.
+            NotYet: it is none that the brief knows, or comes after the last one; or the stream does not end.
         """
         try:
             for line in self.lines:
@@ -77,10 +94,15 @@ class Stream:
                 if data == b"[DONE]":
                     self.done = True
                     continue
+                if self.done:
+                    raise NotYet(
+                        "data: [DONE] as the last event",
+                        f"{line.decode(errors='replace')[:200]} after it",
+                        "callers read no further than [DONE]: send it when all the text is out",
+                    )
                 event = json.loads(data)
                 if isinstance(event, dict) and isinstance(event.get("text"), str):
                     self.text += event["text"]
-                    self.pieces += 1
                     return str(event["text"])
                 if isinstance(event, dict) and "error" in event:
                     return None
@@ -203,7 +225,7 @@ class Bench:
     @staticmethod
     def most_at_once(made: list[Exchange]) -> int:
         """How many of these were under way together at most."""
-        ends = [(each.started, 1) for each in made] + [(each.ended or each.left or 0, -1) for each in made]
+        ends = [(each.started, 1) for each in made] + [(each.ended or each.left or math.inf, -1) for each in made]
         return max(accumulate(step for _, step in sorted(ends)), default=0)
 
     def call(self, method: str, path: str, seconds: float = PATIENCE_SECONDS, **how: Any) -> requests.Response:

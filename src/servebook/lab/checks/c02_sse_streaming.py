@@ -291,11 +291,11 @@ def check_02_3(submission: Submission) -> None:
         require("text" in exchange.marks, "an answer with text", "none", keep)
         first = exchange.marks["text"] - asked_at[0]
         whole = (exchange.ended or time.monotonic()) - asked_at[0]
-        right = f"({first:.2f}, {whole:.2f}) seconds, give or take {TOLERANCE}"
         try:
             ttft, total = (float(value) for value in got)
         except (TypeError, ValueError):
-            raise NotYet(right, got, "return two numbers: seconds to the first token, seconds in all") from None
+            two = "return two numbers: seconds to the first token, seconds in all"
+            raise NotYet(_seconds(first, whole), got, two) from None
         lag = exchange.started - asked_at[0]  # somewhere in between the learner's clock was taken
 
         def fits(got: float, right: float, lag: float = lag) -> bool:
@@ -309,7 +309,19 @@ def check_02_3(submission: Submission) -> None:
             raise ServebookError(
                 "This machine is too busy to judge times on it.", "End what else runs, then check again."
             )
-    shown = f"({ttft:.2f}, {total:.2f})"
+    _judge_times(exchange, asked_at[0], (first, whole), (ttft, total), fits)
+
+
+def _judge_times(
+    exchange: Exchange,
+    asked_at: float,
+    right: tuple[float, float],
+    got: tuple[float, float],
+    fits: Callable[[float, float], bool],
+) -> None:
+    """Judge both times, to the first token and in all; `fits` says whether one is near enough to the right one."""
+    (first, whole), (ttft, total) = right, got
+    expected, shown = _seconds(first, whole), f"({ttft:.2f}, {total:.2f})"
     begun = exchange.marks["first"]
     late = "the clock started too late: create() returns only when the answer begins, so start it before the call"
     judge(
@@ -319,17 +331,17 @@ def check_02_3(submission: Submission) -> None:
         (_near(ttft, whole) and _near(total, first), "the two times are the wrong way round"),
         (_near(ttft, whole), "the first time was taken at the end, or the list was gathered first"),
         (
-            _near(ttft, begun - asked_at[0]),
+            _near(ttft, begun - asked_at),
             "the first event carries the role and no text yet: wait for one with content",
         ),
         (_near(ttft, exchange.marks["text"] - begun), late),
         (
-            exchange.marks.get("more", math.inf) - TOLERANCE < asked_at[0] + ttft < exchange.marks["last"] + TOLERANCE,
+            exchange.marks.get("more", math.inf) - TOLERANCE < asked_at + ttft < exchange.marks["last"] + TOLERANCE,
             "that is a later text: keep the first one's time",
         ),
         otherwise="take the clock before the call, and at the first text",
         fits=fits,
-        expected=right,
+        expected=expected,
         shown=shown,
     )
     judge(
@@ -340,9 +352,14 @@ def check_02_3(submission: Submission) -> None:
         (_near(total, first), "the total ends when the stream has ended: read it to its end"),
         otherwise="the total ends when the stream has ended, and begins where the first time begins",
         fits=fits,
-        expected=right,
+        expected=expected,
         shown=shown,
     )
+
+
+def _seconds(first: float, whole: float) -> str:
+    """What is expected of the two times, in words."""
+    return f"({first:.2f}, {whole:.2f}) seconds, give or take {TOLERANCE}"
 
 
 def _near(got: float, right: float) -> bool:

@@ -40,7 +40,11 @@ WRAPPERS = {f".google.protobuf.{name}Value" for name in ("Int32", "Int64", "UInt
 """Messages of the standard library that hold one whole number, and know whether it was given."""
 SECONDS = 60
 """For one call; the engine of a full room is slow."""
+BESIDE_SECONDS = 10
+"""How long a second call may take to the engine, while a first one waits for it."""
 FROM_ENGINE = "the text does not come from the engine"
+ANEW = "number the messages of each stream from 0: count in the handler, not in the class"
+WHY = 'the engine says why: "length" or "stop" in the finish_reason of its last chunk'
 
 
 def compiled(proto: Path) -> descriptor_pb2.FileDescriptorProto:
@@ -240,12 +244,11 @@ def check_04_2(submission: Submission) -> None:
             shown[-3:] if not any(finished[:-1]) else shown,
             "is_finished says that nothing comes any more" if any(finished) else unfinished,
         )
-        why = 'the engine says why: "length" or "stop" in the finish_reason of its last chunk'
         require(
             messages[-1].finish_reason == llm_pb2.FINISH_REASON_LENGTH,
             "finish_reason FINISH_REASON_LENGTH in the last message (max_tokens ended it)",
             messages[-1].finish_reason,
-            why,
+            WHY,
         )
         require(
             not any(message.finish_reason for message in messages[:-1]),
@@ -255,43 +258,49 @@ def check_04_2(submission: Submission) -> None:
         )
         numbers = [message.sequence for message in messages]
         right = list(range(len(messages)))
-        anew = "number the messages of each stream from 0: count in the handler, not in the class"
-        require(numbers == right, "sequence 0, 1, 2 … without gaps", numbers, anew)
+        require(numbers == right, "sequence 0, 1, 2 … without gaps", numbers, ANEW)
         early = "the first message while the engine is still writing"
         require(watch.early.is_set(), early, "the first message only after the last token", GATHERED)
         require(
             beside,
             "a second call served while the first one waits for the engine",
-            "it had not reached the engine within 4 s",
+            f"it had not reached the engine within {BESIDE_SECONDS} s",
             "the engine's stream blocks the event loop: read it with the asynchronous client and `async for`",
         )
-        try:
-            tap.more = {"temperature": 0, "stop": [" "]}  # ends with the first word
-            others = list(stub.StreamGenerate(request, timeout=SECONDS))
-            require(bool(others), "a second stream like the first", "it ends without a message", USED_UP)
-            numbers, last = [message.sequence for message in others], others[-1]
-            require(numbers == list(range(len(others))), "sequence 0, 1, 2 … in a second stream too", numbers, anew)
-            stopped = last.finish_reason == llm_pb2.FINISH_REASON_STOP
-            require(stopped, "FINISH_REASON_STOP where the engine says stop", last.finish_reason, why)
-            either = "a stream also ends where the engine says stop, before max_tokens: that message is the last"
-            require(last.is_finished, "is_finished in the last message, where the engine says stop", last, either)
-            tap.more = RELIABLE
-            watch.leaving.set()
-            call = stub.StreamGenerate(
-                llm_pb2.StreamGenerateRequest(prompt="One, two, three, four,", max_tokens=60), timeout=SECONDS
-            )
-            first = next(iter(call), None)
-        except grpc.RpcError as error:
-            raise failed(error, "StreamGenerate") from None
-        require(first is not None, "a second stream like the first", "it ends without a message", USED_UP)
-        call.cancel()  # type: ignore[no-untyped-call]
-        tap.settle()
-        require(
-            tap.exchanges[-1].left is not None,
-            "the engine's stream closed when the call is cancelled",
-            f"{len(tap.exchanges[-1].events())} events, all read from the engine for nobody",
-            "the handler's end must end the engine's stream too: read it in the handler itself, in an `async with`",
+        _judge_later_streams(stub, tap, watch, request)
+
+
+def _judge_later_streams(
+    stub: llm_pb2_grpc.LLMServiceStub, tap: Tap, watch: StreamWatch, request: llm_pb2.StreamGenerateRequest
+) -> None:
+    """A second stream, which ends where the engine says stop, and a third, whose caller cancels it."""
+    try:
+        tap.more = {"temperature": 0, "stop": [" "]}  # ends with the first word
+        others = list(stub.StreamGenerate(request, timeout=SECONDS))
+        require(bool(others), "a second stream like the first", "it ends without a message", USED_UP)
+        numbers, last = [message.sequence for message in others], others[-1]
+        require(numbers == list(range(len(others))), "sequence 0, 1, 2 … in a second stream too", numbers, ANEW)
+        stopped = last.finish_reason == llm_pb2.FINISH_REASON_STOP
+        require(stopped, "FINISH_REASON_STOP where the engine says stop", last.finish_reason, WHY)
+        either = "a stream also ends where the engine says stop, before max_tokens: that message is the last"
+        require(last.is_finished, "is_finished in the last message, where the engine says stop", last, either)
+        tap.more = RELIABLE
+        watch.leaving.set()
+        call = stub.StreamGenerate(
+            llm_pb2.StreamGenerateRequest(prompt="One, two, three, four,", max_tokens=60), timeout=SECONDS
         )
+        first = next(iter(call), None)
+    except grpc.RpcError as error:
+        raise failed(error, "StreamGenerate") from None
+    require(first is not None, "a second stream like the first", "it ends without a message", USED_UP)
+    call.cancel()  # type: ignore[no-untyped-call]
+    tap.settle()
+    require(
+        tap.exchanges[-1].left is not None,
+        "the engine's stream closed when the call is cancelled",
+        f"{len(tap.exchanges[-1].events())} events, all read from the engine for nobody",
+        "the handler's end must end the engine's stream too: read it in the handler itself, in an `async with`",
+    )
 
 
 def _taken(stub: llm_pb2_grpc.LLMServiceStub, tap: Tap) -> bool:
@@ -299,7 +308,7 @@ def _taken(stub: llm_pb2_grpc.LLMServiceStub, tap: Tap) -> bool:
     before = len(tap.exchanges)
     call: Any = stub.StreamGenerate(llm_pb2.StreamGenerateRequest(prompt="Hello", max_tokens=2), timeout=SECONDS)
     try:
-        return wait_until(lambda: len(tap.exchanges) > before or call.done(), 10)
+        return wait_until(lambda: len(tap.exchanges) > before or call.done(), BESIDE_SECONDS)
     finally:
         call.cancel()
 

@@ -158,7 +158,36 @@ def check_08_2(submission: Submission) -> None:
         causes: Causes = {TooMany: endless, TimeoutError: endless}
         got = submission.call(take_turns, path("A"), path("B"), rounds, causes=causes, busy=tap.busy)
     begun.append(time.perf_counter())
-    calls, wanted = "".join(order), f"A and B once each to warm up, then {rounds} rounds of A B B A"
+    _judge_order("".join(order), rounds)
+    try:
+        seconds = {name: [float(value) for value in values] for name, values in zip("AB", got, strict=True)}
+    except (TypeError, ValueError):
+        raise NotYet("two lists of seconds", got, "return the seconds of A, and those of B") from None
+    # Of each call: what it took at least, and the time from the call before it to the one after it.
+    spans = [(ended[i] - begun[i], begun[i + 1] - ended[i - 1]) for i in range(2, len(ended))]
+    right = {name: [span for each, span in zip(order[2:], spans, strict=True) if each == name] for name in "AB"}
+    judge(
+        right,
+        seconds,
+        (
+            [len(values) for values in seconds.values()] == [2 * rounds + 1] * 2,
+            "the warm-up is among them: forget what it took",
+        ),
+        (
+            _within(seconds["A"], right["B"]) and _within(seconds["B"], right["A"]),
+            "the two lists are the wrong way round, or one call's time went to the other path",
+        ),
+        (_within([value / 1000 for value in seconds["A"]], right["A"]), "these are milliseconds"),
+        otherwise="measure each call from just before to just after it, in seconds",
+        expected={name: [round(least, 3) for least, _ in values] for name, values in right.items()},
+        shown={name: [round(value, 3) for value in values] for name, values in seconds.items()},
+        fits=lambda got, right: all(_within(got[name], right[name]) for name in "AB"),
+    )
+
+
+def _judge_order(calls: str, rounds: int) -> None:
+    """Judge in which order the two paths, A and B, were called."""
+    wanted = f"A and B once each to warm up, then {rounds} rounds of A B B A"
     measured = calls[2:]
     judge(
         2 + 4 * rounds,
@@ -184,30 +213,6 @@ def check_08_2(submission: Submission) -> None:
         wanted,
         f"{calls[:2]} {measured}",
         "in A B A B the second is always the later one: turn every other pair round",
-    )
-    try:
-        seconds = {name: [float(value) for value in values] for name, values in zip("AB", got, strict=True)}
-    except (TypeError, ValueError):
-        raise NotYet("two lists of seconds", got, "return the seconds of A, and those of B") from None
-    # Of each call: what it took at least, and the time from the call before it to the one after it.
-    spans = [(ended[i] - begun[i], begun[i + 1] - ended[i - 1]) for i in range(2, len(ended))]
-    right = {name: [spans[i] for i in places[name]] for name in "AB"}
-    judge(
-        right,
-        seconds,
-        (
-            [len(values) for values in seconds.values()] == [2 * rounds + 1] * 2,
-            "the warm-up is among them: forget what it took",
-        ),
-        (
-            _within(seconds["A"], right["B"]) and _within(seconds["B"], right["A"]),
-            "the two lists are the wrong way round, or one call's time went to the other path",
-        ),
-        (_within([value / 1000 for value in seconds["A"]], right["A"]), "these are milliseconds"),
-        otherwise="measure each call from just before to just after it, in seconds",
-        expected={name: [round(least, 3) for least, _ in values] for name, values in right.items()},
-        shown={name: [round(value, 3) for value in values] for name, values in seconds.items()},
-        fits=lambda got, right: all(_within(got[name], right[name]) for name in "AB"),
     )
 
 
@@ -264,7 +269,7 @@ def check_08_3(submission: Submission) -> None:
             ),
             (
                 lambda got, _: got == "no difference shown",
-                "the interval does not hold 1: the difference is real, however small it is",
+                "the interval does not hold 1: a difference is shown, however small it is",
             ),
             otherwise="see the three rules in the brief, in their order",
             expected=f"{right!r} for means of {', '.join(means)}",

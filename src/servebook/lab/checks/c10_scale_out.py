@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -191,26 +190,10 @@ def check_10_2(submission: Submission) -> None:
     )
     require(not more, "one request, as nothing went wrong", f"{1 + len(more)} requests", "the answer was whole: stop")
 
-    anew = "half a stream is no answer: ask again from the start"
-    ends = {"broken": anew, "ended": "a stream is whole when data: [DONE] has come; its mere end says nothing"}
     for how, seen in (("broken", "the connection broke"), ("ended", "no data: [DONE] came")):
         text, made = run([how])
-        half, right = streamed_text(made[0]), streamed_text(made[-1])
         sends(made[-1], {"prompt": "ask again from the start: the same prompt, without what has come"}, **body)
-        judge(
-            (2, right),
-            (len(made), text),
-            (isinstance(text, Exception), anew),
-            (len(made) == 1, ends[how]),
-            (len(made) > 2, "the second stream was whole: stop there"),
-            (
-                isinstance(text, str) and text != right and text.endswith(right) and text.startswith(half[:4]),
-                "the first words are there twice: begin each try with an empty text",
-            ),
-            otherwise="return the text of the stream that was whole",
-            expected=f"a second request after {seen}, and its text: {right!r}",
-            shown=text,
-        )
+        _judge_second_try(how, seen, text, made)
 
     text, made = run(["broken"] * 2 * TRIES, tries=TRIES - 1)
     require(
@@ -238,6 +221,27 @@ def check_10_2(submission: Submission) -> None:
         "one request: the server refuses it (400)",
         f"{len(made)} requests",
         "a refusal would be the same again: only a stream that was cut is worth another try",
+    )
+
+
+def _judge_second_try(how: str, seen: str, text: Any, made: list[Exchange]) -> None:
+    """Judge the text that came of a stream cut short and of what was asked after it."""
+    anew = "half a stream is no answer: ask again from the start"
+    ends = {"broken": anew, "ended": "a stream is whole when data: [DONE] has come; its mere end says nothing"}
+    half, right = streamed_text(made[0]), streamed_text(made[-1])
+    judge(
+        (2, right),
+        (len(made), text),
+        (isinstance(text, Exception), anew),
+        (len(made) == 1, ends[how]),
+        (len(made) > 2, "the second stream was whole: stop there"),
+        (
+            isinstance(text, str) and text != right and text.endswith(right) and text.startswith(half[:4]),
+            "the first words are there twice: begin each try with an empty text",
+        ),
+        otherwise="return the text of the stream that was whole",
+        expected=f"a second request after {seen}, and its text: {right!r}",
+        shown=text,
     )
 
 
@@ -305,7 +309,7 @@ def check_10_3(submission: Submission) -> None:
             submission.run(leave, busy=works)
             still, stayed = not ended, list(client.replicas())
         except BaseException:
-            began.append(-math.inf)  # the replica is kept at work for nobody any more
+            ended.append(time.monotonic())  # the replica is kept at work for nobody any more
             raise
         finally:
             for replica in set(replicas) - set(client.replicas()):

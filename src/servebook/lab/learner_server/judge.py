@@ -63,13 +63,17 @@ def written(submission: Submission, file: str) -> Path:
     """The file that an answer cell writes.
 
     Raises:
-        NotYet: there is none.
+        NotYet: there is none, or it is no UTF-8.
         StillOpen: it has the blank.
     """
     path = Path(file)
     if not path.is_file():
         raise NotYet(f"the file {file}", "none", "run the cell that writes it (its first line is %%writefile)")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        cause = "another program has saved it so: run the cell that writes it once more"
+        raise NotYet(f"{file} in UTF-8", str(error), cause) from None
     # In a .proto the blank is a comment, and may stay above the messages that were written; in Python it is code, and
     # may stay as a comment.
     blank = rf'^[^#\n]*raise NotImplementedError\("{re.escape(submission.exercise.id)}"\)'

@@ -26,6 +26,10 @@ from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet
 
 TIMEOUT_SECONDS = 60
+MOST_BYTES = 64 * 2**20
+"""Of a request's body: far beyond any that a lab asks for."""
+LINE_BYTES = 1024
+"""Of a line between a body's chunks."""
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "date", "server"}
 
 
@@ -106,6 +110,29 @@ def answering(status: int) -> Iterator[str]:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
+
+
+def body_of(handler: BaseHTTPRequestHandler) -> bytes:
+    """A request's body, which comes whole or in chunks.
+
+    Raises:
+        ValueError: its length is no number, it is no chunks, or more than MOST_BYTES.
+    """
+    if handler.headers.get("Transfer-Encoding", "").lower() != "chunked":
+        length = int(handler.headers.get("Content-Length") or 0)
+        if not 0 <= length <= MOST_BYTES:
+            raise ValueError(f"a body of {length} bytes")
+        return handler.rfile.read(length)
+    body = bytearray()
+    while size := int(handler.rfile.readline(LINE_BYTES).partition(b";")[0], 16):
+        if not 0 < size <= MOST_BYTES - len(body):
+            raise ValueError(f"a chunk of {size} bytes")
+        body += handler.rfile.read(size)
+        if handler.rfile.readline(LINE_BYTES) != b"\r\n":
+            raise ValueError("a chunk of another size than it says")
+    while handler.rfile.readline(LINE_BYTES).strip():
+        pass  # what may follow the last chunk, as headers do
+    return bytes(body)
 
 
 Filter = Callable[[Iterator[bytes], Exchange], Iterator[bytes]]
@@ -210,7 +237,12 @@ class Tap:
             exchange.done.wait(max(0, deadline - time.monotonic()))
 
     def _relay(self, handler: BaseHTTPRequestHandler) -> None:
-        raw = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        try:
+            raw = body_of(handler)
+        except ValueError as error:
+            with suppress(OSError):  # it may have hung up in the midst of it
+                handler.send_error(400, f"The body of this request cannot be read: {error}")
+            return
         try:
             body = json.loads(raw) if raw else None
         except ValueError:
