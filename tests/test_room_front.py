@@ -1314,7 +1314,8 @@ def test_a_room_that_crashed_is_not_up(no_key_set: Path) -> None:
 def test_a_second_terminal_goes_on_with_the_rooms_settings(
     no_key_set: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(os, "environ", os.environ | {"SERVEBOOK_ROOM_SEATS": "7", "SERVEBOOK_API_KEY": "another-key"})
+    own = {"ROOM_SEATS": "7", "API_KEY": "another-key", "SERVED_NAME": "another", "TEST_RUN": "mine"}
+    monkeypatch.setattr(os, "environ", os.environ | {f"SERVEBOOK_{key}": value for key, value in own.items()})
     given = {"API_KEY": KEY, "HOST": "0.0.0.0", "STATE_DIR": "mine", "ROOM_URL": "https://x", "SUPERVISOR": "/x.sock"}
     words = ["sleep", "600"]
     with subprocess.Popen(words, env={f"SERVEBOOK_{key}": value for key, value in given.items()}) as process:
@@ -1325,6 +1326,8 @@ def test_a_second_terminal_goes_on_with_the_rooms_settings(
         finally:
             process.kill()
     assert (settings.key, settings.host, settings.room.url) == (KEY, "192.0.2.7", "https://x")
+    assert (settings.room.seats, settings.model_name) == (40, "smollm2"), "set in this terminal only"
+    assert os.environ["SERVEBOOK_TEST_RUN"] == "mine", "which is no setting"
     assert settings.state_dir == no_key_set
     assert os.environ["SERVEBOOK_API_KEY"] == KEY, "for the processes that a command starts"
     assert "SERVEBOOK_SUPERVISOR" not in os.environ

@@ -378,6 +378,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def variables() -> set[str]:
+    """The names of all environment variables that settings are read from."""
+    names = {*Settings.model_fields, *(f"room_{name}" for name in RoomSettings.model_fields)}
+    return {f"SERVEBOOK_{name.upper()}" for name in names}
+
+
 def load_settings(**overrides: Any) -> Settings:
     """Read the settings; `overrides` win, and those that are None or "" count as not given.
 

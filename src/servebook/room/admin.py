@@ -23,7 +23,7 @@ from servebook.launch.probes import only_ours
 from servebook.launch.states import describe
 from servebook.processes import KEPT, environment_of
 from servebook.room.board import watch_key
-from servebook.settings import LOOPBACK, Settings, load_settings, own_settings
+from servebook.settings import LOOPBACK, Settings, load_settings, own_settings, variables
 from servebook.whole import write_whole
 
 CODE_LETTERS = "ABCDEFGHJKMNPQRSTUVWXYZ23456789"
@@ -48,8 +48,10 @@ def rooms_settings() -> Settings:
     there = next((each for each in keepers if each), None)
     if there is None:
         return instructors_settings()
-    given = environment_of(there["pid"] or 0).items()
-    os.environ |= {name: value for name, value in given if name.startswith("SERVEBOOK_") and name != KEPT}
+    if given := environment_of(there["pid"] or 0):  # not where it has just ended
+        for name in variables() - given.keys():  # set in this terminal only
+            os.environ.pop(name, None)
+    os.environ |= {name: value for name, value in given.items() if name.startswith("SERVEBOOK_") and name != KEPT}
     os.environ["SERVEBOOK_STATE_DIR"] = str(state_dir)  # given from another folder, perhaps
     return instructors_settings(there["host"])
 

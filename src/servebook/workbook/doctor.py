@@ -47,12 +47,12 @@ from servebook.launch.supervisor import connect
 from servebook.processes import KEPT, can_bind
 from servebook.settings import (
     BUNDLED_MODEL,
-    RoomSettings,
     Settings,
     installed,
     installed_vllm,
     load_settings,
     own_settings,
+    variables,
 )
 
 Level = Literal["OK", "WARN", "FAIL"]
@@ -353,9 +353,7 @@ def check_folder(variable: str, folder: Path) -> Finding:
 
 def check_environment(environment: Mapping[str, str], cache_dir: Path = Path("/tmp")) -> Finding:
     """Misspelt settings, what servers do not get or get otherwise, and a proxy before this very machine."""
-    known = {f"SERVEBOOK_{name.upper()}" for name in Settings.model_fields}
-    known |= {KEPT, JUDGE_APART, "SERVEBOOK_SCRIPTED_RATE"}
-    known |= {f"SERVEBOOK_ROOM_{name.upper()}" for name in RoomSettings.model_fields}
+    known = variables() | {KEPT, JUDGE_APART, "SERVEBOOK_SCRIPTED_RATE"}
     unknown = sorted(name for name in environment if name.startswith("SERVEBOOK_") and name not in known)
     found = [
         (f"unknown, so without effect: {', '.join(unknown)}" if unknown else "", "Correct the name."),
