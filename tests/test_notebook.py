@@ -18,6 +18,8 @@ import requests
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from servebook import ServebookError
+from servebook.bench import pictures
+from servebook.bench.tensors import TensorCost
 from servebook.settings import load_settings
 from servebook.ways.metrics import metric
 from servebook.workbook import notebook
@@ -152,18 +154,36 @@ def test_squares_are_as_many_as_there_are(displayed: list[dict[str, str]]) -> No
         squares({"A": 5}, 4, unit="block", title="Blocks")
 
 
+def test_what_a_picture_cannot_tell_apart_is_refused(displayed: list[dict[str, str]]) -> None:
+    """Not left out."""
+    lines = {name: [1.0, 2.0] for name in "ABCDEFG"}
+    with pytest.raises(ValueError, match="7 do not fit into one picture, which tells 6 apart"):
+        curves([1, 2], lines, xlabel="s", ylabel="s", title="Too many")
+    costs = [
+        TensorCost(server="triton", encoding=name, tensor_bytes=1, request_bytes=1, median_ms=1, repeats=1)
+        for name in lines
+    ]
+    with pytest.raises(ValueError, match="7 do not fit"):
+        pictures.sweep(costs, title="Too many")
+    with pytest.raises(ValueError, match="6 do not fit into one picture, which tells 5 apart"):
+        squares(dict.fromkeys("ABCDEF", 1), 9, unit="block", title="Too many")
+    assert not displayed
+
+
 def test_the_same_data_give_the_same_picture(displayed: list[dict[str, str]]) -> None:
     for _ in range(2):
         bars({"a": 1.0}, xlabel="s", title="Twice")
     assert displayed[0] == displayed[1]
 
 
-def test_versions_lists_packages_and_machine(displayed: list[dict[str, str]]) -> None:
+def test_versions_lists_packages_and_machine(displayed: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {1, 3, 5})
     versions(load_settings(device="cpu"))
     rows = dict(line.split(": ", 1) for line in displayed[0]["text/plain"].splitlines())
     assert {"Python", "vLLM", "torch", "tritonclient", "KServe", "model", "device", "processor"} <= rows.keys()
     assert rows["device"] == "cpu"
     assert "not installed" not in rows.values()
+    assert rows["processor"].endswith(", 3 cores"), "those that this process may use"
 
 
 def test_wire_shows_bytes_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

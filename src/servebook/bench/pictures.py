@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from servebook.bench.report import size_name
 from servebook.bench.stats import Estimate
 from servebook.bench.tensors import TensorCost
-from servebook.workbook.notebook import STYLES, picture
+from servebook.workbook.notebook import STYLES, one_each, picture
 
 
 def forest(found: Mapping[str, Estimate], *, xlabel: str, title: str, line: float = 1.0) -> None:
@@ -39,11 +39,15 @@ def forest(found: Mapping[str, Estimate], *, xlabel: str, title: str, line: floa
 
 
 def sweep(costs: Sequence[TensorCost], *, title: str) -> None:
-    """Milliseconds over the size of the tensor, one line per encoding, both axes logarithmic."""
+    """Milliseconds over the size of the tensor, one line per encoding, both axes logarithmic.
+
+    Raises:
+        ValueError: there are more encodings than STYLES.
+    """
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     rows = []
-    for label, style in zip(dict.fromkeys(cost.encoding for cost in costs), STYLES, strict=False):
+    for label, style in one_each((cost.encoding for cost in costs), STYLES).items():
         points = [(cost.tensor_bytes, cost.median_ms) for cost in costs if cost.encoding == label]
         axes.plot(*zip(*points, strict=True), label=label, **style)
         rows.append(f"{label} {points[-1][1]:,.1f} ms at {size_name(points[-1][0])}")

@@ -15,12 +15,12 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import unified_diff
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import matplotlib as mpl
 from IPython.display import display
@@ -38,6 +38,7 @@ from servebook.engine.gpu import cards
 from servebook.processes import wait_until
 from servebook.settings import Settings, installed, own_settings
 
+T = TypeVar("T")
 PACKAGES = {
     "vLLM": "vllm",
     "torch": "torch",
@@ -62,6 +63,9 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#7030a0", "marker": "P", "linestyle": (0, (1, 1))},
 )
 """One per line of a picture; marker and dash tell them apart in grey too."""
+
+COLOURS = ("#1f4e79", "#f4b183", "#9dc3e6", "#548235", "#d9d9d9")
+"""One per owner of squares."""
 
 
 GROUND = (
@@ -252,11 +256,15 @@ def curves(
     alt: str = "",
     log: str = "",
 ) -> None:
-    """Draw one line per label over the same `x`; `log` names the logarithmic axes ("x", "y" or "xy")."""
+    """Draw one line per label over the same `x`; `log` names the logarithmic axes ("x", "y" or "xy").
+
+    Raises:
+        ValueError: there are more labels than STYLES.
+    """
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
-    for (label, values), style in zip(ys.items(), STYLES, strict=False):
-        axes.plot(x, values, label=label, **style)
+    for label, style in one_each(ys, STYLES).items():
+        axes.plot(x, ys[label], label=label, **style)
     if "x" in log:
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, [f"{value:g}" for value in x])
@@ -308,7 +316,7 @@ def squares(owners: Mapping[str, int], total: int, *, unit: str, title: str) -> 
     """Draw `total` squares, one for each `unit`: first those of each owner, in its colour and with its name, then free.
 
     Raises:
-        ValueError: the owners have more than there are.
+        ValueError: the owners have more than there are, or are more than COLOURS.
     """
     if (free := total - sum(owners.values())) < 0:
         raise ValueError(f"{sum(owners.values())} are more than {total}")
@@ -317,7 +325,7 @@ def squares(owners: Mapping[str, int], total: int, *, unit: str, title: str) -> 
     figure = Figure(figsize=(8, 0.9 + 7 * rows / columns), layout="constrained")
     axes = figure.subplots()
     names = [name for name, count in owners.items() for _ in range(count)]
-    colours = dict(zip(owners, ("#1f4e79", "#f4b183", "#9dc3e6", "#548235", "#d9d9d9"), strict=False))
+    colours = one_each(owners, COLOURS)
     for number in range(total):
         row, column = divmod(number, columns)
         name = names[number] if number < len(names) else ""
@@ -330,6 +338,18 @@ def squares(owners: Mapping[str, int], total: int, *, unit: str, title: str) -> 
     axes.axis("off")
     held = "; ".join(f"{name} has {count}" for name, count in owners.items())
     picture(figure, f"{title}: {total} squares, one for each {unit}. {held}; {free} are free.")
+
+
+def one_each(labels: Iterable[str], looks: Sequence[T]) -> dict[str, T]:
+    """A look of its own for each label.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    names = dict.fromkeys(labels)
+    if len(names) > len(looks):
+        raise ValueError(f"{len(names)} do not fit into one picture, which tells {len(looks)} apart")
+    return dict(zip(names, looks, strict=False))
 
 
 def _figure(value: float) -> str:
@@ -356,7 +376,7 @@ def versions(settings: Settings | None = None) -> None:
     rows |= {
         "model": f"{settings.model_name} ({settings.model})",
         "device": _device(settings),
-        "processor": f"{cpu_name()}, {os.cpu_count()} cores",
+        "processor": _processor(),
     }
     cells = "".join(
         f'<tr><th scope="row" style="text-align: left">{html.escape(name)}</th>'
@@ -418,10 +438,15 @@ def machine_card(write: Callable[[int], object], settings: Settings | None = Non
     settings = settings or own_settings()
     room = 3 * settings.max_model_len // 4  # of the context: a prompt of some words fits in as well
     pace = Pace(measure_pace(write).tokens_per_s, most=min(Pace.most, room))
-    device = _device(settings) if settings.on_gpu else f"cpu: {cpu_name()}, {os.cpu_count()} cores"
+    device = _device(settings) if settings.on_gpu else f"cpu: {_processor()}"
     text = f"{device} · {settings.model_name} · {pace.tokens_per_s:.0f} tokens/s for one caller"
     display({"text/html": f"<p><b>This machine</b> {html.escape(text)}</p>", "text/plain": text}, raw=True)
     return pace
+
+
+def _processor() -> str:
+    """The processor, and how many of its cores this process may use."""
+    return f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def _device(settings: Settings) -> str:
