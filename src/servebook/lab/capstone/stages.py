@@ -608,7 +608,7 @@ STAGES = tuple(
                 "Chapter 02 has the format, chapter 05 the gateway.",
             ),
             (
-                "Who leaves frees the engine",
+                "Leaving frees the engine",
                 2,
                 leaves,
                 "Which object holds the connection to the engine, and what closes it when your generator is "
