@@ -296,11 +296,14 @@ def page(chromium: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
-    yield page
-    if request.node.stash[REPORT].failed:
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SCREENSHOTS / f"{request.node.name}.png")
-    context.close()
+    try:
+        yield page
+        report = request.node.stash.get(REPORT, None)  # none where a later fixture failed before the test
+        if report is None or report.failed:
+            SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=SCREENSHOTS / f"{request.node.name}.png")
+    finally:
+        context.close()
 
 
 @pytest.hookimpl(wrapper=True)

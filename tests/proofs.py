@@ -84,9 +84,10 @@ def prover(proofs: Iterable[Proof], scratch: Path) -> Iterator[Prover]:
         ProcessPoolExecutor(1, context, sit_down, (scratch,)) as one,
         ProcessPoolExecutor(AT_ONCE, context, sit_down, (scratch,)) as several,
     ):
+        made = Prover(proofs, one, several)
         try:
-            yield Prover(proofs, one, several)
+            yield made
         finally:
-            several.shutdown(cancel_futures=True)
+            for begun in made.results.values():
+                begun.cancel()
             one.submit(dry_run.end).result()  # lab 03 keeps vLLM imported from check to check
-            one.shutdown(cancel_futures=True)
