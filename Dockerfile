@@ -2,7 +2,8 @@
 #   docker build -t servebook:0.1.0 .
 #   docker build -t servebook:0.1.0-gpu --build-arg DEVICE=gpu --build-arg BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04 .
 #   docker build -t vllm-router:0.1.17 --target router .
-#   docker run --rm -it --network host --shm-size 1g servebook:0.1.0          (with --gpus all for the other)
+#   docker run -it --name servebook --network host --shm-size 1g servebook:0.1.0   (with --gpus all for the other)
+#   docker start -ai servebook     from then on: the container keeps what you write, until `docker rm`
 ARG BASE=debian:13-slim
 
 # For kubernetes/base: vLLM's router alone, with the versions of the lock.
@@ -27,8 +28,20 @@ ENV HOME=/home/servebook
 
 FROM base AS servebook
 ARG DEVICE=cpu
-ENV DEVICE=${DEVICE} PATH=/servebook/.venv/bin:$PATH
+# Where uv brings Python from must not be below /home: KServe's template of an LLMInferenceService lays an empty volume
+# there. The bundled model, in ~/.cache, is hidden by it too, and not missed: KServe brings the model that it serves.
+ENV DEVICE=${DEVICE} PATH=/servebook/.venv/bin:$PATH UV_PYTHON_INSTALL_DIR=/servebook/python
 WORKDIR /servebook
-COPY --chown=1000 . .
+# First what `make setup` reads, and no more: an edit of a notebook or a page then costs no layer of gigabytes.
+RUN mkdir --parents src/servebook
+COPY --chown=1000 Makefile README.md pyproject.toml ./
+COPY --chown=1000 requirements/ requirements/
+COPY --chown=1000 scripts/ scripts/
+COPY --chown=1000 shims/ shims/
+COPY --chown=1000 src/servebook/*.py src/servebook/
+COPY --chown=1000 src/servebook/engine/ src/servebook/engine/
 RUN UV_NO_CACHE=1 make setup
+COPY --chown=1000 . .
+# The same locks may come with a later time than an environment out of the build's cache: it is no older for that.
+RUN python -m compileall -q src && make --touch setup
 CMD ["make", "lab"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -77,6 +79,88 @@ def test_targets_exist_and_the_last_is_the_workbook() -> None:
 GITIGNORE = (ROOT / ".gitignore").read_text()
 
 
+COPIED_FIRST = re.findall(
+    r"^COPY --chown=1000 (.+) (\S+)$", DOCKERFILE.partition("RUN UV_NO_CACHE=1 make setup")[0], flags=re.MULTILINE
+)
+"""What an image has when `make setup` runs: sources and where they go."""
+
+
+def copied_first(to: Path) -> Path:
+    for sources, target in COPIED_FIRST:
+        for source in (path for name in sources.split() for path in ROOT.glob(name.rstrip("/"))):
+            place = to / target
+            if source.is_dir():
+                shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, place)
+    return to
+
+
+SET_UP = """
+import servebook.engine.prepare, servebook.engine.rust_front, servebook.engine.wheel
+from hatchling.build import build_editable
+build_editable("wheel")
+print(servebook.__file__)
+"""
+
+
+def test_setup_finds_what_it_reads_in_what_is_copied_before_it_and_an_edit_elsewhere_costs_no_layer(
+    tmp_path: Path,
+) -> None:
+    there = copied_first(tmp_path / "servebook")
+    assert {path.name for path in there.iterdir()} == {
+        *("Makefile", "README.md", "pyproject.toml", "requirements", "scripts", "shims", "src")
+    }
+    assert [path.name for path in (there / "src/servebook").iterdir() if path.is_dir()] == ["engine"]
+    setup = (ROOT / "scripts/setup").read_text()
+    assert set(re.findall(r" -m (servebook[\w.]+)", setup)) == {
+        "servebook.engine.prepare",
+        "servebook.engine.rust_front",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", SET_UP],
+        cwd=there,
+        env=os.environ | {"PYTHONPATH": str(there / "src")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert Path(ran.stdout.strip()).is_relative_to(there)
+
+
+def test_an_environment_out_of_the_builds_cache_is_not_made_anew(tmp_path: Path) -> None:
+    """The locks that come with the last `COPY` may be younger than it."""
+    there = copied_first(tmp_path / "servebook")
+    ready = there / ".venv" / ".servebook-cpu"
+    ready.parent.mkdir()
+    ready.touch()
+    os.utime(ready, (0, 0))
+    left = DOCKERFILE.partition("\nCOPY --chown=1000 . .\n")[2]
+    (touch,) = re.findall(r"^RUN .*&& (make .*)$", left, flags=re.MULTILINE)
+    for command, said in ((touch.split(), "touch"), (["make", "setup"], "Nothing to be done")):
+        env = {"PATH": os.environ["PATH"], "DEVICE": "cpu"}
+        done = subprocess.run(command, cwd=there, env=env, capture_output=True, text=True, timeout=60)
+        assert said in done.stdout, done.stdout + done.stderr
+
+
+def test_the_images_python_is_not_where_kserve_lays_an_empty_volume() -> None:
+    """Its `kserve-config-llm-template` has one at /home."""
+    (place,) = re.findall(r"^ENV .*\bUV_PYTHON_INSTALL_DIR=(\S+)", DOCKERFILE, flags=re.MULTILINE)
+    (workdir,) = re.findall(r"^WORKDIR (\S+)$", DOCKERFILE, flags=re.MULTILINE)
+    assert Path(place).parent == Path(workdir), "not below /home, and the user may write there"
+    assert DOCKERFILE.index("UV_PYTHON_INSTALL_DIR") < DOCKERFILE.index("make setup\n")
+
+
+def test_a_container_keeps_what_a_learner_writes() -> None:
+    run, again = re.findall(r"^#   docker (run|start) (.*)$", DOCKERFILE, flags=re.MULTILINE)
+    assert (run[0], again[0]) == ("run", "start")
+    assert "--rm" not in run[1].split()
+    (name,) = re.findall(r"--name (\S+)", run[1])
+    assert f"-ai {name} " in again[1]
+
+
 def test_what_runs_there_is_not_root() -> None:
     """For each image: the last `USER` before its end is the number that Kubernetes' `runAsNonRoot` can check."""
     for stage in DOCKERFILE.split("\nFROM ")[1:3]:
@@ -113,6 +197,12 @@ def test_the_workflow_is_yaml_with_the_jobs() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
     assert workflow["jobs"].keys() == {"cpu", "images", "gpu", "gpu-image"}
     assert workflow["permissions"] == {"contents": "read"}
+
+
+def test_a_push_ends_no_run_that_somebody_started_by_hand() -> None:
+    concurrency = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["concurrency"]
+    assert "${{ github.event_name }}" in concurrency["group"]
+    assert concurrency["cancel-in-progress"] == "${{ github.event_name == 'pull_request' }}"
 
 
 def test_the_parts_of_the_gpu_job_are_all_tests() -> None:
