@@ -81,6 +81,8 @@ def _apply(target: Object, step: Object) -> None:
         place = place[int(word)] if isinstance(place, list) else place[word]
     if isinstance(place, list) and (step["op"], last) == ("add", "-"):
         place.append(step["value"])
+    elif isinstance(place, list) and last.isdecimal() and int(last) < len(place) and step["op"] == "replace":
+        place[int(last)] = step["value"]
     elif last not in place:
         raise ValueError(f"a patch for {target['kind']} wants to {step['op']} {step['path']}, which is not there")
     elif step["op"] == "remove":

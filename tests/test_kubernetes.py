@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import math
 import re
 import shutil
 import subprocess
@@ -20,13 +22,15 @@ from kustomization import Object, render
 from vllm_router.launch_router import parse_router_args
 
 from servebook.ways.fastapi_gateway.server.__main__ import main as gateway
+from servebook.ways.watch_it import prometheus
+from servebook.ways.watch_it.alarm import RULES
 
 ROOT = Path(__file__).parents[1]
 OVERLAYS = {path.name: path for path in sorted((ROOT / "kubernetes/overlays").iterdir())}
 README = (ROOT / "kubernetes/README.md").read_text()
 KUBERNETES = "1.33"
-OPERATORS = {"ScaledObject", "PodMonitor"}
-"""Kinds that KEDA and Prometheus' operator add: Kubernetes itself has no schema of them."""
+OPERATORS = {"ScaledObject", "PodMonitor", "PrometheusRule", "HTTPRoute"}
+"""Kinds that KEDA, Prometheus' operator and the Gateway API add: Kubernetes itself has no schema of them."""
 ASK_FOR_TOKENS = {"cache_aware", "kv_aware"}
 """The router's policies that call `/v1/completions/render` of a replica (chapter 10, section 4)."""
 UVICORN_SECONDS = 5
@@ -220,9 +224,7 @@ def test_what_a_pod_names_is_there(overlay: str) -> None:
     made = {name: each["stringData"] for name, each in of_kind(overlay, "Secret").items()}
     for reference in find(list(objects(overlay).values()), "secretKeyRef"):
         name, key = reference["name"], reference["key"]
-        assert key in made.get(name, {}) or f"create secret generic {name} --from-literal={key}=" in README
-    for name in find(list(objects(overlay).values()), "secretName"):
-        assert f"create secret tls {name} " in README
+        assert key in made.get(name, {}) or f"create secret generic {name} --from-file={key}=/dev/stdin" in README
     assert set(find(list(objects(overlay).values()), "claimName")) == of_kind(overlay, "PersistentVolumeClaim").keys()
     accounts = set(find(list(of_kind(overlay, "Deployment").values()), "serviceAccountName"))
     assert accounts == of_kind(overlay, "ServiceAccount").keys()
@@ -310,12 +312,130 @@ def test_the_autoscaler_reads_a_gauge_that_vllm_has_and_owns_the_number() -> Non
     scaler = objects("gpu")["ScaledObject", "vllm"]["spec"]
     assert "replicas" not in objects("gpu")["Deployment", scaler["scaleTargetRef"]["name"]]["spec"]
     assert scaler["minReplicaCount"] == 2
-    (trigger,) = scaler["triggers"]
-    (gauge,) = re.findall(r"vllm:\w+", trigger["metadata"]["query"])
-    assert f'name="{gauge}"' in Path(loggers.__file__).read_text()
-    assert objects("gpu")["ScaledObject", "vllm"]["metadata"]["namespace"] in trigger["metadata"]["query"]
-    (endpoint,) = objects("gpu")["PodMonitor", "vllm"]["spec"]["podMetricsEndpoints"]
-    assert endpoint["port"] in [port["name"] for port in container("gpu", "vllm")["ports"]]
+    namespace = objects("gpu")["ScaledObject", "vllm"]["metadata"]["namespace"]
+    for trigger in scaler["triggers"]:
+        gauges = re.findall(r"(vllm:\w+)(\S*?)\)", trigger["metadata"]["query"])
+        assert gauges
+        for gauge, where in gauges:
+            assert f'name="{gauge}"' in Path(loggers.__file__).read_text()
+            assert where == f'{{namespace="{namespace}"}}'
+
+
+def wished(running: int, waiting: int) -> int:
+    """How many replicas the autoscaler wants, as KEDA and the cluster reckon: the most of what the triggers ask for."""
+    counts = {"vllm:num_requests_running": running, "vllm:num_requests_waiting": waiting}
+    scaler = objects("gpu")["ScaledObject", "vllm"]["spec"]
+    asked = [
+        math.ceil(sum(counts[gauge] for gauge in re.findall(r"vllm:\w+", each["query"])) / float(each["threshold"]))
+        for each in (trigger["metadata"] for trigger in scaler["triggers"])
+    ]
+    return int(min(max(*asked, scaler["minReplicaCount"]), scaler["maxReplicaCount"]))
+
+
+def test_an_empty_queue_sends_no_replica_home_that_is_at_work() -> None:
+    assert wished(running=0, waiting=0) == 2
+    assert wished(running=6 * 16, waiting=0) == 6, "which the queue alone would have set to the fewest"
+    assert wished(running=2 * 16, waiting=20) == 5
+    assert wished(running=1000, waiting=1000) == 8
+
+
+def test_the_number_of_replicas_stays_where_prometheus_knows_nothing() -> None:
+    """KEDA's scaler for Prometheus takes no answer for a zero unless it is told otherwise."""
+    for trigger in objects("gpu")["ScaledObject", "vllm"]["spec"]["triggers"]:
+        assert trigger["metadata"]["ignoreNullValues"] == "false"
+
+
+def test_prometheus_reads_every_deployment_where_it_may_and_calls_it_as_the_chapter_does() -> None:
+    monitors = of_kind("gpu", "PodMonitor")
+    assert monitors.keys() == of_kind("gpu", "Deployment").keys()
+    for name, monitor in monitors.items():
+        assert monitor["spec"]["jobLabel"] == "app"
+        assert monitor["spec"]["selector"]["matchLabels"] == {"app": name}
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        assert endpoint["port"] in [port["name"] for port in container("gpu", name)["ports"]]
+        opened = objects("gpu")["NetworkPolicy", name]["spec"]["ingress"]
+        callers = [
+            each for rule in opened if {"port": endpoint["port"]} in rule["ports"] for each in rule.get("from", ())
+        ]
+        everybody = any("from" not in rule for rule in opened)
+        assert everybody or any("namespaceSelector" in each for each in callers), name
+    jobs = {job["job_name"] for job in yaml.safe_load(prometheus.CONFIG.read_text())["scrape_configs"]}
+    assert jobs - {"grpc"} <= monitors.keys()
+
+
+def test_the_alarms_are_the_chapters_for_this_namespace() -> None:
+    rule = objects("gpu")["PrometheusRule", "servebook"]
+    here = f'namespace="{rule["metadata"]["namespace"]}"'
+    (group,) = rule["spec"]["groups"]
+    for each in group["rules"]:
+        read = re.findall(r"(?:\bup\b|\bvllm:\w+|\bgateway_\w+)(\{[^}]*\})?", each["expr"])
+        assert read
+        assert all(here in where for where in read), each["alert"]
+    text = json.dumps(rule["spec"]["groups"]).replace(json.dumps(here)[1:-1], "HERE")
+    everywhere = json.loads(text.replace(", HERE", "").replace("{HERE}", ""))
+    theirs = yaml.safe_load(RULES.read_text())["groups"]
+    for groups in (everywhere, theirs):
+        for each in groups[0]["rules"]:
+            each["expr"] = " ".join(each["expr"].split())
+    assert everywhere == theirs
+
+
+def test_the_way_in_is_as_long_as_an_answer_and_as_wide_as_the_gateway_wants() -> None:
+    route = objects("gpu")["HTTPRoute", "gateway"]["spec"]
+    (rule,) = route["rules"]
+    (backend,) = rule["backendRefs"]
+    service = of_kind("gpu", "Service")[backend["name"]]
+    assert backend["port"] in [port["port"] for port in service["spec"]["ports"]]
+    (seconds,) = re.fullmatch(r"(\d+)s", rule["timeouts"]["request"]).groups()  # type: ignore[union-attr]
+    assert int(seconds) > router("gpu").request_timeout_secs
+    assert {each["path"]["value"] for each in rule["matches"]} == {"/", "/page", "/chat"}
+    assert [each["path"]["type"] for each in rule["matches"] if each["path"]["value"] == "/"] == ["Exact"]
+
+
+def test_the_readmes_gateway_takes_the_route() -> None:
+    """Where it is, by which name it is called, and that it admits routes of this namespace."""
+    gateway = yaml.safe_load(fenced("kind: Gateway\n"))
+    route = objects("gpu")["HTTPRoute", "gateway"]
+    (parent,) = route["spec"]["parentRefs"]
+    assert parent == {key: gateway["metadata"][key] for key in ("name", "namespace")}
+    assert parent["namespace"] != route["metadata"]["namespace"], "all that is not ours is closed there"
+    (listener,) = gateway["spec"]["listeners"]
+    assert route["spec"]["hostnames"] == [listener["hostname"]]
+    admitted = listener["allowedRoutes"]["namespaces"]["selector"]["matchLabels"]
+    assert admitted == {"kubernetes.io/metadata.name": route["metadata"]["namespace"]}
+    (certificate,) = listener["tls"]["certificateRefs"]
+    assert f"-n {parent['namespace']} create secret tls {certificate['name']} " in README
+
+
+def fenced(word: str) -> str:
+    """The one block of the README's that has this."""
+    (block,) = (each for each in re.findall(r"^```\w+\n(.*?)^```", README, re.MULTILINE | re.DOTALL) if word in each)
+    return str(block)
+
+
+def test_without_a_volume_for_all_each_replica_has_its_own(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "kubernetes", tmp_path / "kubernetes")
+    file = tmp_path / "kubernetes/overlays/gpu/kustomization.yaml"
+    file.write_text(file.read_text() + fenced("emptyDir"))
+    (deployment,) = (
+        each for each in render(file.parent) if (each["kind"], each["metadata"]["name"]) == ("Deployment", "vllm")
+    )
+    kubernetes_validate.validate(deployment, KUBERNETES, strict=True)
+    models, shm = deployment["spec"]["template"]["spec"]["volumes"]
+    claim = objects("gpu")["PersistentVolumeClaim", "models"]["spec"]
+    size = claim["resources"]["requests"]["storage"]
+    assert models == {"name": "models", "emptyDir": {"sizeLimit": size}}
+    assert shm["name"] == "shm"
+
+
+def test_no_secret_goes_by_a_command_line() -> None:
+    """Each comes by a pipe, and nothing is echoed while it is typed."""
+    made = re.findall(r"create secret generic (.*)", README)
+    assert len(made) >= 4
+    for words in made:
+        assert "--from-file=" in words
+        assert set(re.findall(r"--from-literal=(\w+)", words)) <= {"id"}, "which is no secret"
+    assert README.count("read -rs ") == README.count("&& printf %s ") == 2
 
 
 def test_the_gpu_overlay_asks_for_a_gpu_and_kind_for_none() -> None:
@@ -343,8 +463,10 @@ def test_what_kinds_pods_ask_for_fits_the_laptop_that_is_named() -> None:
 
 def test_the_autoscalers_prometheus_may_read_the_replicas() -> None:
     """Its namespace is the one that the network's rules let in, at the port that it is told of."""
-    (trigger,) = objects("gpu")["ScaledObject", "vllm"]["spec"]["triggers"]
-    namespace = re.fullmatch(r"http://[\w-]+\.([\w-]+):\d+", trigger["metadata"]["serverAddress"])
+    (address,) = {
+        each["metadata"]["serverAddress"] for each in objects("gpu")["ScaledObject", "vllm"]["spec"]["triggers"]
+    }
+    namespace = re.fullmatch(r"http://[\w-]+\.([\w-]+):\d+", address)
     assert namespace
     admitted = find_from(objects("gpu")["NetworkPolicy", "vllm"])
     named = [each["namespaceSelector"]["matchLabels"] for each in admitted if "namespaceSelector" in each]
@@ -368,9 +490,14 @@ def test_the_readme_names_a_registry_for_every_image() -> None:
     images = {one["image"].partition(":")[0] for name in of_kind("gpu", "Deployment") for one in all_containers(name)}
     (words,) = re.findall(r"^cd kubernetes/overlays/gpu\nkustomize edit set image ([^#\n]*)", README, re.MULTILINE)
     assert {word.partition("=")[0] for word in words.split()} == images
-    front = (ROOT / "kubernetes/jupyterhub/front.yaml").read_text()
-    (old, new) = re.findall(r"^sed 's#(.*)#(.*)#' kubernetes/jupyterhub/front.yaml", README, re.MULTILINE)[0]
-    assert re.findall(r"image: .*", front.replace(old, new)) == ["image: REGISTRY/servebook:0.1.0"]
+    alone = [*(ROOT / "kubernetes/kserve").glob("*.yaml"), ROOT / "kubernetes/jupyterhub/front.yaml"]
+    changed = {file: (old, new) for old, new, file in re.findall(r"^sed 's#(.*)#(.*)#' (\S+)", README, re.MULTILINE)}
+    for file in alone:
+        path, text = str(file.relative_to(ROOT)), file.read_text()
+        assert path in README
+        old, new = changed.get(path, ("", ""))
+        left = re.findall(r"^ +(?:- )?image: (.*)$", text.replace(old, new) if old else text, re.MULTILINE)
+        assert [image for image in left if not image.startswith("REGISTRY/servebook:")] == [], path
 
 
 def all_containers(name: str) -> list[Object]:
@@ -394,4 +521,12 @@ def test_the_model_of_the_base_is_where_its_init_container_puts_it(tmp_path: Pat
     put = bundled_path(Settings(cache_dir=Path(env["SERVEBOOK_CACHE_DIR"])))
     assert container("cpu-kind", "vllm")["command"][2] == str(put)
     (fetch,) = pod("gpu", "vllm")["initContainers"]
-    assert fetch["command"][-1] == container("gpu", "vllm")["command"][2]
+    options = dict(re.findall(r"--([\w-]+)=(\S+)", " ".join(fetch["command"])))
+    assert options["local-dir"] == container("gpu", "vllm")["command"][2]
+
+
+def test_the_weights_are_those_of_one_commit_in_a_folder_of_its_own() -> None:
+    (fetch,) = pod("gpu", "vllm")["initContainers"]
+    options = dict(re.findall(r"--([\w-]+)=(\S+)", " ".join(fetch["command"])))
+    assert re.fullmatch(r"[0-9a-f]{40}", options["revision"])
+    assert options["local-dir"].endswith(f"-{options['revision'][:8]}")

@@ -18,7 +18,7 @@ from servebook.room.limits import Limits
 from servebook.settings import load_settings
 
 SHUTDOWN_SECONDS = 5.0
-"""What is running when SIGTERM comes has so long to end."""
+"""What is running when SIGTERM comes has so long to end, unless `--drain-seconds` says more."""
 
 
 def main(
@@ -31,6 +31,9 @@ def main(
     learner_places: int = Limits.learner_places,
     requests_per_minute: int = Limits.learner_requests_per_minute,
     tokens_per_minute: int = Limits.learner_tokens_per_minute,
+    drain_seconds: Annotated[  # not 0, which aiohttp takes for no limit
+        float, typer.Option(min=0.1, help="At SIGTERM, what is running has so long to end; when it has, all ends.")
+    ] = SHUTDOWN_SECONDS,
 ) -> None:
     """Serve until a signal comes. SERVEBOOK_API_KEY is the instructor's key; an engine that is not own has it too."""
     key = load_settings().key
@@ -51,7 +54,7 @@ def main(
         backlog=1024,
         access_log=None,
         handler_cancellation=True,  # a caller who leaves must not keep the engine at work
-        shutdown_timeout=SHUTDOWN_SECONDS,
+        shutdown_timeout=drain_seconds,
         print=lambda *_: None,
     )
 
