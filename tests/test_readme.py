@@ -74,6 +74,41 @@ def test_another_doors_names_are_those_of_the_rooms_own() -> None:
         assert bool(re.match(pattern, name)) == bool(re.fullmatch(own, name)), name
 
 
+def test_what_a_room_leaves_is_where_its_page_says() -> None:
+    """By the names in the programs that write it, and each is among what the commands remove."""
+    page = (ROOT / "docs/room.md").read_text()
+    part = page[page.index("## After the course") : page.index("## Who talks to whom")]
+    table, _, commands = part.partition("```sh")
+    code = "".join(path.read_text() for at in ("src", "jupyterhub") for path in (ROOT / at).rglob("*.py"))
+    named = set(re.findall(r"`([\w.]+\.(?:sqlite|json|code|key|pem)|cookie_secret)`", table))
+    assert len(named) >= 8
+    for name in named:
+        assert re.search(rf"""["']{re.escape(name)}["']""", code), name
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    (course,) = re.findall(r"rm -rf (submitted .*?) +#", commands)
+    kept = {line.strip("/") for line in ignored if line.strip("/") in course.split()}
+    assert kept == set(course.split())
+    assert kept == set(re.findall(r"`([\w.]+)/?`", table[table.index("| the clone") : table.index("| the machine")]))
+    for folder in ("room", "grading", "logs"):
+        assert f"servebook/{folder}/`" in table
+        assert re.search(rf"^rm -rf .*\b{folder}\b", commands, re.MULTILINE)
+
+
+def test_the_page_on_security_is_found_where_something_is_opened() -> None:
+    (setting,) = re.findall(r"^\| `SERVEBOOK_HOST` .*$", README, re.MULTILINE)
+    room = README[README.index("## A room of learners") : README.index("## Servers from the command line")]
+    for text in (setting, room):
+        assert "](docs/security.md)" in text
+    for name in ("room", "instructor"):
+        assert "](security.md)" in (ROOT / f"docs/{name}.md").read_text()
+
+
+def test_whether_the_locks_have_hashes_is_as_the_page_on_security_says() -> None:
+    locks = [(ROOT / f"requirements/{name}.txt").read_text() for name in ("cpu", "gpu", "room")]
+    assert not any("--hash" in lock for lock in locks)
+    assert "no hashes of wheels" in (ROOT / "docs/security.md").read_text()
+
+
 def test_the_page_on_security_names_tests_that_there_are() -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/security.md").read_text()))
     tests = [*(ROOT / "tests").glob("test_*.py"), BY_HAND]
