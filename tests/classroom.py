@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from contextlib import suppress
+from contextlib import closing, suppress
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,20 @@ class LearnersDesk:
     def servers(self) -> dict[str, Any]:
         """What the hub knows of this learner's server; {} where there is none."""
         return dict(self.hub_ask("GET", f"users/{self.name}").json()["servers"])
+
+    def terminal(self, line: str) -> str:
+        """What a new terminal of JupyterLab's shows from its prompt on, when this line is typed there, then `exit`."""
+        url = f"{self.url}/terminals/websocket/{self.ask('POST', 'api/terminals')['name']}".replace("http", "ws", 1)
+        shown = ""
+        with closing(create_connection(url, cookie=self.cookies, timeout=SECONDS)) as channel:
+            channel.send(json.dumps(["stdin", f"{line}; exit\r"]))
+            while message := channel.recv():
+                match json.loads(message):
+                    case ["stdout", text]:
+                        shown += text
+                    case ["disconnect", *_]:
+                        break
+        return shown
 
     def notebook(self, path: str) -> Any:
         """A notebook that lies on the desk."""

@@ -11,7 +11,7 @@ import pytest
 
 from servebook.engine.gpu import GIB
 
-SUCCESS, INSUFFICIENT_SIZE = 0, 7
+SUCCESS, NOT_FOUND, INSUFFICIENT_SIZE = 0, 6, 7
 
 
 @dataclass
@@ -23,6 +23,8 @@ class FakeCard:
     name: str = "NVIDIA L4"
     uuid: str = "GPU-1111aaaa"
     holders: dict[int, float | None] = field(default_factory=dict)
+    slices: dict[int, FakeCard] | None = None
+    """By their numbers, where it is cut (MIG)."""
 
 
 class FakeNvml:
@@ -49,6 +51,22 @@ class FakeNvml:
     def nvmlDeviceGetHandleByIndex_v2(self, index: Any, handle: Any) -> int:
         handle._obj.contents = type(handle._obj)._type_()
         self.handles[_address(handle._obj)] = self.cards[index.value]
+        return SUCCESS
+
+    def nvmlDeviceGetMigMode(self, handle: Any, now: Any, later: Any) -> int:
+        now._obj.value = later._obj.value = int(self._of(handle).slices is not None)
+        return SUCCESS
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: Any, count: Any) -> int:
+        count._obj.value = 7
+        return SUCCESS
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: Any, index: Any, found: Any) -> int:
+        slices = self._of(handle).slices or {}
+        if index.value not in slices:
+            return NOT_FOUND
+        found._obj.contents = type(found._obj)._type_()
+        self.handles[_address(found._obj)] = slices[index.value]
         return SUCCESS
 
     def nvmlDeviceGetUUID(self, handle: Any, text: Any, _: Any) -> int:

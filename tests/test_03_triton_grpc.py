@@ -364,8 +364,9 @@ async def test_32_streams_at_once(triton: Server) -> None:
 async def test_a_cancel_reaches_the_engine_at_once(triton: Server, stream: bool) -> None:
     """Seen in the engine's own counts, whether or not a response was ever sent: of 1,500 tokens it writes a few more.
 
-    Not by a clock, which goes on when a busy machine stands still.
+    Not by a clock, which goes on when a busy machine stands still. Triton's backend asks every 0.05 s who has left.
     """
+    most = 50 + (await asyncio.to_thread(pace_of, triton)).tokens(0.1, at_least=0)
     async with TritonAioClient(triton.grpc) as client:
         for _ in range(3):
             task = asyncio.create_task(use(client, stream))
@@ -373,7 +374,7 @@ async def test_a_cancel_reaches_the_engine_at_once(triton: Server, stream: bool)
             before = vllm_metric(triton, "generation_tokens_total")
             task.cancel()
             await until(lambda: running(triton) == 0, "the engine is free")
-            assert vllm_metric(triton, "generation_tokens_total") - before < 50
+            assert vllm_metric(triton, "generation_tokens_total") - before < most
 
 
 async def test_a_cancel_before_the_first_token(triton: Server) -> None:

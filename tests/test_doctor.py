@@ -112,7 +112,7 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_place(Path("/home/a:b/.venv"), []), "WARN", "colon"),
         (doctor.check_place(Path("/home/ada/.venv"), [Path("/home/josé-서울")]), "WARN", "ASCII"),
         (doctor.check_rust_front(Path("/cache/vllm-rs")), "OK", "/cache/vllm-rs"),
-        (doctor.check_rust_front(None), "WARN", "python -m servebook.engine.rust_front"),
+        (doctor.check_rust_front(None), "WARN", "-m servebook.engine.rust_front"),
         (doctor.check_browser("/usr/bin/chromium"), "OK", "/usr/bin/chromium"),
         (doctor.check_browser(None), "WARN", "scripts/browser"),
     ],

@@ -308,7 +308,7 @@ def test_all_fronts_dead_at_once_are_replaced(server: launch.Server) -> None:
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         eventually(lambda: len(listening(server) - channels.keys()) == FRONTS, "two new fronts", IDLE_SECONDS)
         one, two = a_channel_to_each(server, stack).values()
-        kept = stub_on(one).StreamGenerate(of_tokens(pb.StreamGenerateRequest, 300), timeout=120)
+        kept = stub_on(one).StreamGenerate(of_tokens(pb.StreamGenerateRequest, 1500), timeout=120)
         next(kept)
         rest = pool.submit(list, kept)
         eventually(lambda: running(server) == 1, "the engine without those of the dead", IDLE_SECONDS)

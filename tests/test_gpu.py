@@ -305,6 +305,26 @@ def test_cuda_visible_devices(visible: str | None, names: list[str], monkeypatch
     assert [card.name for card in gpu.cards()] == names
 
 
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [(None, ["1g", "2g", "whole"]), ("0", ["1g"]), ("GPU-1", ["1g"]), ("1", ["whole"]), ("2", [])],
+)
+def test_of_a_card_that_is_cut_its_slices_are_seen(
+    visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MIG: memory is the slice's, which vLLM's share is a part of. A card without slices gives nothing."""
+    slices = {2: FakeCard(18, 18, "1g", "MIG-a"), 5: FakeCard(35, 35, "2g", "MIG-b")}
+    install(
+        monkeypatch,
+        FakeCard(141, 141, "cut", "GPU-1111", slices=slices),
+        FakeCard(24, 24, "whole", "GPU-2222"),
+        FakeCard(24, 24, "none", "GPU-3333", slices={}),
+    )
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [card.name for card in gpu.cards()] == names
+
+
 def test_engines_of_one_process_count_each_other_on_a_cpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas as well as `serve_all`; what is there for two is not promised to three."""
     cpu = load_settings(device="cpu")

@@ -258,6 +258,15 @@ def test_a_front_takes_the_engine_that_was_opened_on_purpose(desk: Desk) -> None
     assert desk.status() == engine
 
 
+def test_a_word_that_is_no_server_is_found_before_the_first_is_started(desk: Desk) -> None:
+    assert "There is no server 'tirton'" in desk.run("up", "vllm", "tirton", expect=1)
+    assert desk.status()["state"] == "stopped"
+
+
+def test_the_version_names_the_engine_too(desk: Desk) -> None:
+    assert re.fullmatch(r"servebook \S+, vLLM \d+\.\d+\.\S+\n", desk.run("--version"))
+
+
 @pytest.mark.parametrize(("name", "behind"), [("gateway", "vllm"), ("front", "vllm"), ("hub", "front")])
 def test_needs_stay_on_this_machine(name: str, behind: str) -> None:
     settings = load_settings(host="0.0.0.0", api_key=KEY, model="of-mine")

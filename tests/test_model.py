@@ -79,9 +79,9 @@ def test_sums_of_any_content_prove_nothing(tmp_path: Path, sums: str, quick: boo
     ("script", "says"),
     [
         ("echo 'Loading: 12%' >&2; kill -9 $$", "was killed by signal 9.\n→ If memory is short"),
-        ("echo 'ValueError: torn' >&2; exit 1", "ValueError: torn\n→ Run `python -m servebook.engine.prepare`"),
+        ("echo 'ValueError: torn' >&2; exit 1", "ValueError: torn\n→ Run `{python} -P -m servebook.engine.prepare`"),
         ("echo 'No wheel. → Run `make setup`.' >&2; exit 1", "No wheel.\n→ Run `make setup`."),
-        ("exit 3", "The model's preparation ended with 3.\n→ Run `python -m servebook.engine.prepare`"),
+        ("exit 3", "The model's preparation ended with 3.\n→ Run `{python} -P -m servebook.engine.prepare`"),
     ],
 )
 def test_a_preparation_that_ends_says_what_to_do(
@@ -91,7 +91,7 @@ def test_a_preparation_that_ends_says_what_to_do(
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(ModelError, match=re.escape(says)):
+    with pytest.raises(ModelError, match=re.escape(says.format(python=python))):
         model_path(load_settings(cache_dir=tmp_path))
 
 

@@ -714,6 +714,11 @@ def test_a_desks_kernel_needs_no_port_that_another_desk_may_have_taken(kernels: 
 
 
 @pytest.mark.usefixtures("apart")
+def test_a_desks_terminal_knows_the_command(kernels: dict[str, Kernel]) -> None:
+    """JupyterLab opens a login shell where its own output is no terminal, and Debian's then forgets the path."""
+    assert "/bin/servebook\r\n" in kernels["ada"].desk.terminal("command -v servebook")
+
+
 def test_a_desk_that_forks_without_end_stops_at_its_limit(kernels: dict[str, Kernel]) -> None:
     told = kernels["ada"].run(
         "import subprocess\nmany = []\ntry:\n    while True: many.append(subprocess.Popen(['sleep', '600']))\n"

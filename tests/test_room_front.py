@@ -1405,6 +1405,9 @@ def test_a_room_whose_desks_are_not_apart_is_opened_only_when_all_are_trusted(
         hub.require_safe(settings)
     hub.require_safe(load_settings(state_dir=tmp_path, room={"trusted": True}, **OPENED))
     hub.require_safe(load_settings(state_dir=tmp_path))
+    behind_a_web_server = load_settings(state_dir=tmp_path, room={"url": "https://room.example.org"})
+    with pytest.raises(LaunchError, match="cannot be kept apart here"):
+        hub.require_safe(behind_a_web_server)
 
 
 def test_an_opened_room_has_a_certificate_of_its_own_for_its_address(tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def test_the_file_is_found_from_a_notebooks_folder(bare: Path, monkeypatch: pyte
         ({"engine_url": "http://ada:secret@gpu-box:8000"}, "must hold no password"),
         ({"engine_url": "http://gpu-box:8000/?key=secret"}, "must end before [?]"),
         ({"engine_url": "http://gpu-box:8000#secret"}, "must end before [?]"),
+        ({"room": {"url": "room.example.org"}}, "SERVEBOOK_ROOM_URL: must be what learners type"),
+        ({"room": {"url": "https://room.example.org?code=a"}}, "SERVEBOOK_ROOM_URL"),
         ({"engine_args": "--a 'b"}, "SERVEBOOK_ENGINE_ARGS"),
         ({"engine_args": "--host 0.0.0.0"}, "SERVEBOOK_ENGINE_ARGS: --host is not .*: set SERVEBOOK_HOST"),
         ({"engine_args": "--seed 7 --hos=0.0.0.0"}, "--hos is not .*: set SERVEBOOK_HOST"),

@@ -21,19 +21,31 @@ from servebook.lab import cli as lab_cli
 from servebook.launch.display import plain_console
 from servebook.launch.link import remedy_for
 from servebook.room import cli as room_cli
-from servebook.settings import own_settings, unusable
+from servebook.settings import installed, installed_vllm, own_settings, unusable
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The LLM serving workbook."
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(lab_cli.app, name="labs")
 app.command()(lab_cli.release)
 app.add_typer(room_cli.app, name="room")
 out = plain_console()
 
-Names = Annotated[
-    list[str] | None, typer.Argument(metavar="NAME…", help=f"One or more of {', '.join(launch.SERVERS)}.")
-]
+NAMES = typer.Argument(metavar="NAME…", help=f"One or more of {', '.join(launch.SERVERS)}.")
+
+
+def show_version(asked: bool) -> None:
+    """Print the workbook's version, and that of the engine, where it was asked for; then end."""
+    if asked:
+        out.print(f"servebook {installed('servebook')}, vLLM {installed_vllm()}")
+        raise typer.Exit
+
+
+@app.callback()
+def servebook(
+    _: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Of this, and of vLLM.")
+    ] = False,
+) -> None:
+    """The LLM serving workbook."""
 
 
 @app.command()
@@ -56,7 +68,7 @@ def doctor(
 
 @app.command()
 def up(
-    names: Annotated[list[str], typer.Argument(metavar="NAME…")],
+    names: Annotated[list[str], NAMES],
     replicas: Annotated[
         int | None, typer.Option(min=1, max=64, help="How many engines stand behind `router`.", show_default="2")
     ] = None,
@@ -70,12 +82,15 @@ def up(
     if fronts and "grpc" not in names:
         raise typer.BadParameter("--fronts is for `grpc`")
     for name in names:
+        launch.find_server(name)  # a word that is none is found before the first engine is loaded
+    for name in names:
         launch.up(name, replicas=replicas, fronts=fronts)
 
 
 @app.command()
 def down(
-    names: Names = None, everything: Annotated[bool, typer.Option("--all", help="End every server.")] = False
+    names: Annotated[list[str] | None, NAMES] = None,
+    everything: Annotated[bool, typer.Option("--all", help="End every server.")] = False,
 ) -> None:
     """End servers, with every process that belongs to them; `router` takes its replicas along."""
     if not names and not everything:

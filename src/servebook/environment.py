@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +31,11 @@ SOCKET_FOLDER_CHARACTERS = 48
 
 A socket's name has at most 107 bytes; that folder's takes 19 of them, and the socket's in it 37.
 """
+
+
+def module_command(module: str) -> str:
+    """How one runs a module of this environment at a prompt, which may know nothing of it."""
+    return f"{shlex.quote(sys.executable)} -P -m {module}"
 
 
 def child_environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:

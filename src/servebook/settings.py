@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -111,6 +112,13 @@ class RoomSettings(BaseModel):
     cpu_seconds: int = Field(default=3600, ge=1)
     idle_seconds: int = Field(default=3600, ge=1)
     processes: int = Field(default=1024, ge=64)
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, url: str) -> str:
+        if url and not (re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url)):
+            raise ValueError("must be what learners type, for example https://room.example.org")
+        return url.rstrip("/")
 
     @model_validator(mode="after")
     def _certificate_and_key(self) -> RoomSettings:

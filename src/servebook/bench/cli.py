@@ -43,7 +43,10 @@ Callers = Annotated[list[int] | None, typer.Option("-c", "--concurrency", min=1,
 
 def bench(
     ctx: typer.Context,
-    paths: Annotated[list[str] | None, typer.Argument(metavar="[PATH]…", help="Only these, such as grpc.")] = None,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATH]…", help="Only these, such as grpc; any other word names them all."),
+    ] = None,
     full: Annotated[bool, typer.Option("--full/--quick", help="Everything (1.5 to 3 hours), or a look.")] = False,
     output: Annotated[
         Path | None,

@@ -59,7 +59,8 @@ def serve_scripted(path: ServingPath, settings: Settings) -> Server:
 
         url = serve_scripted(find_path("sse"), settings).url
         return serve(path.server, instance=instance, settings=settings, spec=spec, engine_url=url)
-    words = f"{settings.engine_args} --distributed-executor-backend {EXECUTOR}"
+    # Blocks as large as a CPU's, on a GPU too: a cache of its small ones is a million objects, made at each start.
+    words = f"{settings.engine_args} --distributed-executor-backend {EXECUTOR} --block-size 128"
     scripted = settings.model_copy(update={"engine_args": words})
     # Without a model it takes a fraction of the memory that the launcher would ask for.
     return serve(path.server, instance=instance, settings=scripted, spec=replace(spec, has_engine=False))

@@ -104,6 +104,7 @@ def _gpu_words(settings: Settings, model: Path) -> list[str]:
     return [
         *("--compilation-config", GRAPHS),
         *("--max-num-seqs", str(SEQUENCES), "--max-num-batched-tokens", str(BATCHED_TOKENS)),
+        "--no-enable-flashinfer-autotune",  # else at each start where nvcc is, though no kernel of it is used
         *(["--gpu-memory-utilization", str(share)] if share else []),
     ]
 

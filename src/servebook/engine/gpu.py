@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,19 +51,34 @@ def _visible() -> list[Any]:
     """NVML's handles by CUDA_VISIBLE_DEVICES: numbers or beginnings of ids; as in CUDA, a wrong one ends the list."""
     every = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     if (wanted := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
-        return every
+        return _slices(every)
     handles = []
     for word in map(str.strip, wanted.split(",")):
         if word.startswith("MIG-"):
             found = [pynvml.nvmlDeviceGetHandleByUUID(word)]
         elif word.startswith("GPU-"):
-            found = [handle for handle in every if pynvml.nvmlDeviceGetUUID(handle).startswith(word)]
+            found = _slices([handle for handle in every if pynvml.nvmlDeviceGetUUID(handle).startswith(word)])
         else:
-            found = every[int(word) : int(word) + 1] if word.isdigit() else []
+            found = _slices(every[int(word) : int(word) + 1]) if word.isdigit() else []
         if not found:
             break
         handles.append(found[0])
     return handles
+
+
+def _slices(whole: list[Any]) -> list[Any]:
+    """These cards; in place of one that is cut (MIG) its slices, one of which is all that a program gets of it."""
+    found = []
+    for card in whole:
+        try:
+            cut = pynvml.nvmlDeviceGetMigMode(card)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+        except pynvml.NVMLError:  # it cannot be cut
+            cut = False
+        for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(card) if cut else 0):
+            with suppress(pynvml.NVMLError):  # no slice has this number
+                found.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(card, index))
+        found += [] if cut else [card]
+    return found
 
 
 def _card(handle: Any, driver: str) -> Card:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from servebook.environment import child_environment
+from servebook.environment import child_environment, module_command
 from servebook.errors import ModelError
 from servebook.settings import BUNDLED_MODEL, Settings
 
@@ -104,7 +104,7 @@ def model_path(settings: Settings) -> Path:
                 problem, _, remedy = done.stderr.strip().rpartition("\n")[2].partition(" → ")
                 raise ModelError(
                     problem or f"The model's preparation ended with {done.returncode}.",
-                    remedy or "Run `python -m servebook.engine.prepare`, which shows the whole error.",
+                    remedy or f"Run `{module_command('servebook.engine.prepare')}`, which shows the whole error.",
                 )
     elif given := given_model(settings):
         folder = given.resolve()

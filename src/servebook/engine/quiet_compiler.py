@@ -5,6 +5,7 @@ vLLM loads this into each of its engines, as a plugin (`vllm.general_plugins` in
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -136,6 +137,7 @@ class ProcessCompiler:
     def _be_the_child(self, writing: int, method: str, args: Any, options: Any) -> NoReturn:
         status = 1
         try:
+            gc.disable()  # what it would free may be CUDA's, which a fork must not touch
             signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
             signal.setitimer(signal.ITIMER_PROF, self.seconds)
             die_with_parent()

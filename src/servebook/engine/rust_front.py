@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 NAME = "vllm-rs"
 ELSEWHERE = (
     "Check the network and pip's settings, or bring the file from a machine that has it: there run "
-    "`python -m servebook.engine.rust_front FOLDER`, here the same with --from FOLDER (or set SERVEBOOK_VLLM_RS_FILE)."
+    "`.venv/bin/python -m servebook.engine.rust_front FOLDER`, here the same with --from FOLDER (or set "
+    "SERVEBOOK_VLLM_RS_FILE)."
 )
 
 

@@ -7,17 +7,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
+from servebook.engine.model import model_path
 from servebook.environment import child_environment
 from servebook.errors import LaunchError
 from servebook.launch.bound import bound
+from servebook.launch.memory import memory_for
 from servebook.launch.probes import http_ok
 from servebook.processes import end, free_port, wait_until
+from servebook.settings import Settings
 
 START_SECONDS = 60.0
 GRACE_SECONDS = 10.0
@@ -85,6 +88,22 @@ def run_child(
             end(mark, grace)
             process.kill()
             process.wait()
+
+
+@contextmanager
+def run_engine(
+    settings: Settings, words: Sequence[str | Path], ready: Callable[[Child], object], **options: Any
+) -> Iterator[Child]:
+    """`run_child` for a program that holds an engine: until it is ready, no other start counts on its memory.
+
+    Raises:
+        LaunchError: as `run_child`, or there is too little memory.
+    """
+    with ExitStack() as starting:
+        starting.enter_context(memory_for(settings, model_path(settings), lambda _: None))
+        with run_child(words, ready, **options) as child:
+            starting.close()
+            yield child
 
 
 @contextmanager

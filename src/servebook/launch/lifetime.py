@@ -122,7 +122,8 @@ def serve_all(names: Iterable[str], start: Callable[[str], Server] = serve) -> d
     starts = ThreadPoolExecutor()
     try:
         begun = {name: starts.submit(one, name) for name in names}
-        wait(begun.values())
+        while wait(begun.values(), timeout=1).not_done:
+            pass  # an interrupt in the instant before a wait does not end that wait
     except BaseException:
         abandoned.set()
         raise

@@ -135,7 +135,8 @@ def require_safe(settings: Settings) -> None:
     Raises:
         LaunchError: and why desks are not kept apart.
     """
-    if is_loopback(settings.host) or settings.room.trusted:
+    opened = not is_loopback(settings.host) or settings.room.url  # by itself, or by a web server before it
+    if settings.room.trusted or not opened:
         return
     if why := why_not_apart(settings):
         raise LaunchError(

@@ -33,7 +33,7 @@ def host_for_learners(settings: Settings) -> str:
 def address(settings: Settings, port: int | str) -> str:
     """The room's URL, for learners: `SERVEBOOK_ROOM_URL`, or this machine's."""
     if settings.room.url:
-        return settings.room.url.rstrip("/")
+        return settings.room.url
     scheme = "https" if files(settings) else "http"
     return f"{scheme}://{in_address(host_for_learners(settings))}:{port}"
 

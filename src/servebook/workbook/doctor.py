@@ -36,6 +36,7 @@ from servebook.environment import (
     JUDGE_APART,
     LOOPBACK_NAMES,
     PROXIES,
+    module_command,
     short_tmpdir,
     unwelcome,
     writable_homes,
@@ -289,7 +290,9 @@ def check_model(settings: Settings, quick: bool) -> Finding:
         there = os.access(bundled, os.F_OK)  # False where this user may not look
         level: Level = "FAIL" if there else "WARN"
         state = "altered or incomplete" if there else "not prepared yet"
-        return Finding(level, "model", f"{state}: {bundled}", "Run `python -m servebook.engine.prepare` (20 s).")
+        return Finding(
+            level, "model", f"{state}: {bundled}", f"Run `{module_command('servebook.engine.prepare')}` (20 s)."
+        )
     try:
         folder = bundled or given_model(settings)
         if not folder:
@@ -311,7 +314,7 @@ def check_rust_front(file: Path | None) -> Finding:
         "WARN",
         "vllm-rs",
         "vLLM's Rust front end is not there (chapters 07, 08)",
-        "Run `python -m servebook.engine.rust_front` (22 MB), or set SERVEBOOK_VLLM_RS_FILE.",
+        f"Run `{module_command('servebook.engine.rust_front')}` (22 MB), or set SERVEBOOK_VLLM_RS_FILE.",
     )
 
 

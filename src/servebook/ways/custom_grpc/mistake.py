@@ -19,9 +19,9 @@ from typing import Any
 
 import grpc
 
-from servebook.engine.arguments import engine_env, gpu_share, in_float32
+from servebook.engine.arguments import engine_argv, engine_env
 from servebook.engine.model import model_path
-from servebook.launch.child import Child, run_child
+from servebook.launch.child import Child, run_engine
 from servebook.processes import wait_until
 from servebook.settings import load_settings
 from servebook.ways.custom_grpc.client import GrpcClient
@@ -35,21 +35,15 @@ PROMPTS = [f"Story {number}. Once upon a time" for number in range(1, 9)]
 
 def serve() -> None:
     """Start the engine and both ports, print the addresses, serve."""
-    from vllm import LLM
+    from vllm import LLM, EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from servebook.ways.custom_grpc.steps.step_0_blocking import start
 
     settings = load_settings()
-    model = model_path(settings)
-    share = gpu_share(settings, model) if settings.on_gpu else None
-    llm = LLM(
-        model=str(model),
-        max_model_len=settings.max_model_len,
-        kv_cache_memory_bytes=round(settings.kv_cache_gib * 2**30),
-        enforce_eager=not settings.on_gpu,
-        dtype="float32" if in_float32(settings) else "auto",
-        **({"gpu_memory_utilization": share} if share else {}),
-    )
+    words = engine_argv(settings, model_path(settings))  # those of every other engine, with which it is compared
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(words)))
     servers, ports = zip(*(start(llm, turn) for turn in (threading.Lock(), nullcontext())), strict=True)
     print(json.dumps([f"127.0.0.1:{port}" for port in ports]), flush=True)
     servers[0].wait_for_termination()
@@ -94,9 +88,10 @@ def addresses(server: Child) -> list[str]:
 def main() -> None:
     """Start the server, ask, print, and end the server with all that it started, which a crash leaves behind."""
     command = [sys.executable, "-m", "servebook.ways.custom_grpc.mistake", "serve"]
-    env = engine_env(load_settings()) | AS_IT_COMES
+    settings = load_settings()
+    env = engine_env(settings) | AS_IT_COMES
     env.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
-    with run_child(command, addresses, env=env, seconds=START_SECONDS, grace=0) as server:
+    with run_engine(settings, command, addresses, env=env, seconds=START_SECONDS, grace=0) as server:
         locked, unlocked = addresses(server)
         result: dict[str, Any] = {"alone": asdict(ask(locked, clients=1))}
         with GrpcClient(locked) as client:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from servebook.engine.arguments import engine_env
-from servebook.launch.child import Child, run_child
+from servebook.launch.child import Child, run_engine
 from servebook.settings import Settings, load_settings
 
 START_SECONDS = 300
@@ -44,7 +44,8 @@ def ladder(settings: Settings | None = None) -> Iterator[Ladder]:
     """
     settings = settings or load_settings()
     env = engine_env(settings) | {"SERVEBOOK_MODEL": settings.model}
-    with run_child([sys.executable, "-m", __name__], where, name="the ladder", env=env, seconds=START_SECONDS) as child:
+    command = [sys.executable, "-m", __name__]
+    with run_engine(settings, command, where, name="the ladder", env=env, seconds=START_SECONDS) as child:
         steps = where(child)
         assert steps is not None
         yield steps
