@@ -33,8 +33,9 @@ ARG DEVICE=cpu
 ENV DEVICE=${DEVICE} PATH=/servebook/.venv/bin:$PATH UV_PYTHON_INSTALL_DIR=/servebook/python
 WORKDIR /servebook
 # First what `make setup` reads, and no more: an edit of a notebook or a page then costs no layer of gigabytes.
-RUN mkdir --parents src/servebook
-COPY --chown=1000 Makefile README.md pyproject.toml ./
+# (README.md is only named there.)
+RUN mkdir --parents src/servebook && touch README.md
+COPY --chown=1000 Makefile pyproject.toml ./
 COPY --chown=1000 requirements/ requirements/
 COPY --chown=1000 scripts/ scripts/
 COPY --chown=1000 shims/ shims/

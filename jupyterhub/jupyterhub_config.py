@@ -96,7 +96,7 @@ c.Spawner.default_url = "/lab/tree/notebooks/00_start_here.ipynb"
 c.Spawner.environment = {
     "PATH": f"{python.parent}{os.pathsep}{os.defpath}",
     "LANG": "C.UTF-8",
-    "JUPYTER_CONFIG_PATH": str(here.parent / "jupyter"),
+    "JUPYTER_CONFIG_PATH": os.pathsep.join([str(here / "desk"), str(here.parent / "jupyter")]),
     "SERVEBOOK_CACHE_DIR": room["cache_dir"],
     "SERVEBOOK_ENGINE_URL": room["front"],
     "SERVEBOOK_MODEL": room["model"],

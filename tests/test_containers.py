@@ -94,6 +94,7 @@ def copied_first(to: Path) -> Path:
             else:
                 place.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, place)
+    (to / "README.md").touch()
     return to
 
 

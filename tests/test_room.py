@@ -719,6 +719,7 @@ def test_a_desks_terminal_knows_the_command(kernels: dict[str, Kernel]) -> None:
     assert "/bin/servebook\r\n" in kernels["ada"].desk.terminal("command -v servebook")
 
 
+@pytest.mark.usefixtures("apart")
 def test_a_desk_that_forks_without_end_stops_at_its_limit(kernels: dict[str, Kernel]) -> None:
     told = kernels["ada"].run(
         "import subprocess\nmany = []\ntry:\n    while True: many.append(subprocess.Popen(['sleep', '600']))\n"

@@ -42,7 +42,10 @@ def show_version(asked: bool) -> None:
 @app.callback()
 def servebook(
     _: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Of this, and of vLLM.")
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="Show the versions of the workbook and of vLLM."
+        ),
     ] = False,
 ) -> None:
     """The LLM serving workbook."""

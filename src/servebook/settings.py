@@ -116,7 +116,7 @@ class RoomSettings(BaseModel):
     @field_validator("url")
     @classmethod
     def _address(cls, url: str) -> str:
-        if url and not (re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url)):
+        if url and not (re.fullmatch(r"https?://[^\s/?#@]+/?", url)):
             raise ValueError("must be what learners type, for example https://room.example.org")
         return url.rstrip("/")
 

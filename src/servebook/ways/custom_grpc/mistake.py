@@ -14,13 +14,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import grpc
 
-from servebook.engine.arguments import engine_argv, engine_env
+from servebook.engine.arguments import engine_args, engine_argv, engine_env
 from servebook.engine.model import model_path
+from servebook.errors import ServebookError
 from servebook.launch.child import Child, run_engine
 from servebook.processes import wait_until
 from servebook.settings import load_settings
@@ -36,14 +37,13 @@ PROMPTS = [f"Story {number}. Once upon a time" for number in range(1, 9)]
 def serve() -> None:
     """Start the engine and both ports, print the addresses, serve."""
     from vllm import LLM, EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from servebook.ways.custom_grpc.steps.step_0_blocking import start
 
     settings = load_settings()
-    words = engine_argv(settings, model_path(settings))  # those of every other engine, with which it is compared
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    llm = LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(words)))
+    args = engine_args(engine_argv(settings, model_path(settings)))  # as every engine that it is compared with
+    options = {field.name: getattr(args, field.name) for field in fields(EngineArgs)}
+    llm = LLM(**options | {"disable_log_stats": True})  # as `LLM` has it
     servers, ports = zip(*(start(llm, turn) for turn in (threading.Lock(), nullcontext())), strict=True)
     print(json.dumps([f"127.0.0.1:{port}" for port in ports]), flush=True)
     servers[0].wait_for_termination()
@@ -106,4 +106,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["serve"] else main()
+    try:
+        serve() if sys.argv[1:] == ["serve"] else main()
+    except ServebookError as error:
+        sys.exit(str(error))
