@@ -369,6 +369,34 @@ def test_what_is_compiled_elsewhere_is_the_same(compiler: ProcessCompiler) -> No
         compiler.compile_grammar("root ::=")
 
 
+def test_nothing_is_searched_for_garbage_until_the_engine_is_built(tmp_path: Path) -> None:
+    """And the module that is run is `__main__`, with its own words, for those too whom multiprocessing starts."""
+    (tmp_path / "holder.py").write_text(HOLDER)
+    command = [sys.executable, "-m", "servebook.engine.start", "holder", "serve", "--port"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
+    assert done.stdout == "holder ['serve', '--port'] False True\nchild True\n", done.stderr
+
+
+HOLDER = """
+import gc, multiprocessing, sys, types
+
+def child():
+    print("child", gc.isenabled(), flush=True)
+
+if __name__ == "__main__":
+    print(__spec__.name, sys.argv[1:], gc.isenabled(), end=" ")
+    platform = types.SimpleNamespace(is_cpu=lambda: True)
+    sys.modules["vllm"] = types.ModuleType("vllm")
+    sys.modules["vllm.platforms"] = types.SimpleNamespace(current_platform=platform)
+    from servebook.engine.faster_start import register
+    register()
+    print(gc.isenabled(), flush=True)
+    spawned = multiprocessing.get_context("spawn").Process(target=child)
+    spawned.start()
+    spawned.join()
+"""
+
+
 FORK = """
 import asyncio, gc, os, signal, sys, types
 from servebook.engine.faster_start import METHOD, register

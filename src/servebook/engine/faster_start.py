@@ -25,6 +25,7 @@ def register() -> None:
     # Python's advice before a fork, whose pages would be copied otherwise. vLLM does it, too, but after its start, in
     # which it collects five times.
     gc.freeze()
+    gc.enable()  # start.py
     if multiprocessing.parent_process() and current_platform.is_cpu():  # EngineCore. Not seen on a GPU yet.
         end_without_a_search()
     if os.environ.get(METHOD) == "fork":

@@ -77,9 +77,13 @@ class ServerSpec:
         return self.ready(at) and all(map(listens, at.values())) and not any(map(others_listen, at.values()))
 
 
+WITH_ENGINE = (sys.executable, "-m", "servebook.engine.start")
+"""What comes before a module that will hold an engine, and its words."""
+
+
 def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"),
+        *(*WITH_ENGINE, "vllm.entrypoints.cli.main", "serve"),
         *("--host", settings.host, "--port", "{http}"),
         "--disable-uvicorn-access-log",
         "--enable-scale-out",  # /inference/v1/generate: token ids in, token ids out
@@ -89,11 +93,11 @@ def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]
 
 
 def _module(name: str, *ports: str) -> Argv:
-    """The command of a server of ours that holds an engine: `python -m servebook.ways.<name>`."""
+    """The command of a server of ours that holds an engine, `servebook.ways.<name>`."""
 
     def argv(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
         return [
-            *(sys.executable, "-m", f"servebook.ways.{name}", "--host", settings.host),
+            *(*WITH_ENGINE, f"servebook.ways.{name}", "--host", settings.host),
             *(word for kind in ports for word in (f"--{kind}-port", f"{{{kind}}}")),
             *engine_argv(settings, model),
         ]
@@ -121,7 +125,7 @@ def _gateway(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[s
 
 def _vllm_grpc(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.launchers.grpc_server"),
+        *(*WITH_ENGINE, "vllm.entrypoints.launchers.grpc_server"),
         *("--host", settings.host, "--port", "{grpc}"),
         *engine_argv(settings, model),
     ]

@@ -87,7 +87,7 @@ def addresses(server: Child) -> list[str]:
 
 def main() -> None:
     """Start the server, ask, print, and end the server with all that it started, which a crash leaves behind."""
-    command = [sys.executable, "-m", "servebook.ways.custom_grpc.mistake", "serve"]
+    command = [sys.executable, "-m", "servebook.engine.start", "servebook.ways.custom_grpc.mistake", "serve"]
     settings = load_settings()
     env = engine_env(settings) | AS_IT_COMES
     env.pop("VLLM_WORKER_MULTIPROC_METHOD", None)

@@ -44,7 +44,7 @@ def ladder(settings: Settings | None = None) -> Iterator[Ladder]:
     """
     settings = settings or load_settings()
     env = engine_env(settings) | {"SERVEBOOK_MODEL": settings.model}
-    command = [sys.executable, "-m", __name__]
+    command = [sys.executable, "-m", "servebook.engine.start", __name__]
     with run_engine(settings, command, where, name="the ladder", env=env, seconds=START_SECONDS) as child:
         steps = where(child)
         assert steps is not None

@@ -5,6 +5,7 @@ Light to import: Triton loads it twice, and the first time only to fill in the m
 
 from __future__ import annotations
 
+import gc
 import json
 import locale
 import os
@@ -48,6 +49,7 @@ class TritonPythonModel:
         Raises:
             ModelFilesError: model.json or multi_lora.json does not fit.
         """
+        gc.disable()  # engine/start.py
         # The stub's interpreter starts in ASCII, and importing torch reads files that are not.
         locale.setlocale(locale.LC_ALL, "C.UTF-8")
         parameters = json.loads(args["model_config"]).get("parameters", {})
