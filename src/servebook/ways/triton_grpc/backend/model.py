@@ -49,7 +49,7 @@ class TritonPythonModel:
         Raises:
             ModelFilesError: model.json or multi_lora.json does not fit.
         """
-        gc.disable()  # engine/start.py
+        gc.disable()  # until all is imported (engine/start.py)
         # The stub's interpreter starts in ASCII, and importing torch reads files that are not.
         locale.setlocale(locale.LC_ALL, "C.UTF-8")
         parameters = json.loads(args["model_config"]).get("parameters", {})
