@@ -369,12 +369,19 @@ def test_what_is_compiled_elsewhere_is_the_same(compiler: ProcessCompiler) -> No
         compiler.compile_grammar("root ::=")
 
 
-def test_nothing_is_searched_for_garbage_until_the_engine_is_built(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("plugins", "searched"),
+    [(None, False), ("servebook_faster_start,lora_filesystem_resolver", False), ("lora_filesystem_resolver", True)],
+)
+def test_nothing_is_searched_for_garbage_until_the_engine_is_built(
+    tmp_path: Path, plugins: str | None, searched: bool
+) -> None:
     """And the module that is run is `__main__`, with its own words, for those too whom multiprocessing starts."""
     (tmp_path / "holder.py").write_text(HOLDER)
     command = [sys.executable, "-m", "servebook.engine.start", "holder", "serve", "--port"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
-    assert done.stdout == "holder ['serve', '--port'] False True\nchild True\n", done.stderr
+    env = os.environ | {"PYTHONPATH": "."} | ({"VLLM_PLUGINS": plugins} if plugins else {})
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.stdout == f"holder ['serve', '--port'] {searched} True\nchild True\n", done.stderr
 
 
 HOLDER = """

@@ -47,6 +47,16 @@ def test_a_server_at_work_is_waited_for(learner: Submission, monkeypatch: pytest
     assert learner.run(finished.wait, busy=busy) is True
 
 
+def test_a_wait_for_a_core_that_is_told_when_it_is_over_does_not_count(
+    learner: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Linux does: code that waits half a second for its core, time and again, twice as long as it may be idle."""
+    began = time.monotonic()
+    monkeypatch.setattr(learner, "waited", lambda _: (time.monotonic() - began) // 0.5 * 0.5)
+    monkeypatch.setattr(submission, "IDLE_SECONDS", 1)
+    assert learner.run(lambda: threading.Event().wait(2)) is False
+
+
 @pytest.mark.parametrize("waits", [[0.0, 1000.0], range(1000)], ids=["for a while", "all the time"])
 def test_waits_of_several_threads_at_once_hold_off_no_end(
     learner: Submission, monkeypatch: pytest.MonkeyPatch, waits: Iterable[float]

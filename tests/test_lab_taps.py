@@ -283,6 +283,7 @@ def test_a_body_in_chunks_is_read_and_goes_on() -> None:
     "body",
     [
         b"Content-Length: many\r\n\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
         b"Content-Length: -1\r\n\r\n",
         b"Content-Length: 99999999999\r\n\r\n",
         *(b"Transfer-Encoding: chunked\r\n\r\n" + chunks for chunks in (b"many\r\n", b"-1\r\n", b"1\r\nsea\r\n")),

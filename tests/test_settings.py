@@ -114,6 +114,7 @@ def test_the_file_is_found_from_a_notebooks_folder(bare: Path, monkeypatch: pyte
         ({"engine_url": "http://gpu-box:8000#secret"}, "must end before [?]"),
         ({"room": {"url": "room.example.org"}}, "SERVEBOOK_ROOM_URL: must be what learners type"),
         ({"room": {"url": "https://room.example.org?code=a"}}, "SERVEBOOK_ROOM_URL"),
+        ({"room": {"url": "https://example.org/room"}}, "and no path"),
         ({"engine_args": "--a 'b"}, "SERVEBOOK_ENGINE_ARGS"),
         ({"engine_args": "--host 0.0.0.0"}, "SERVEBOOK_ENGINE_ARGS: --host is not .*: set SERVEBOOK_HOST"),
         ({"engine_args": "--seed 7 --hos=0.0.0.0"}, "--hos is not .*: set SERVEBOOK_HOST"),
@@ -183,6 +184,10 @@ def test_a_key_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ServebookError) as caught:
         load_settings(api_key="sk-secret", max_model_len="many")
     assert "sk-secret" not in str(caught.value)
+
+
+def test_a_rooms_url_is_taken_as_people_write_it() -> None:
+    assert load_settings(room={"url": "HTTPS://room.example.org/"}).room.url == "https://room.example.org"
 
 
 def test_engine_url_is_taken_as_people_write_it() -> None:

@@ -116,9 +116,11 @@ class RoomSettings(BaseModel):
     @field_validator("url")
     @classmethod
     def _address(cls, url: str) -> str:
-        if url and not (re.fullmatch(r"https?://[^\s/?#@]+/?", url)):
-            raise ValueError("must be what learners type, for example https://room.example.org")
-        return url.rstrip("/")
+        if not url:
+            return ""
+        if not (parts := re.fullmatch(r"(https?)(://[^\s/?#@]+)/?", url, re.IGNORECASE)):
+            raise ValueError("must be what learners type, for example https://room.example.org, and no path")
+        return parts[1].lower() + parts[2]
 
     @model_validator(mode="after")
     def _certificate_and_key(self) -> RoomSettings:

@@ -205,9 +205,10 @@ class Submission:
             looked, had_waited = time.monotonic(), self.waited(thread)
             thread.join(0.1)
             spent = time.monotonic() - looked - (self.waited(thread) - had_waited)
-            # No less than nothing: several threads may wait for cores at once, and have no time to their credit for it.
-            # And no more than a look should take: this process may have stood still, too.
-            idle += min(max(spent, 0.0), 0.3)
+            # No more than a look should take: this process may have stood still, too. A wait for a core is told when it
+            # is over, and what it was charged until then is given back; but no credit for later is in it, for several
+            # threads may have waited at once.
+            idle = max(0.0, idle + min(spent, 0.3))
             if busy():
                 idle = 0.0
         if over_time := thread.is_alive():

@@ -96,6 +96,8 @@ def run_engine(
 ) -> Iterator[Child]:
     """`run_child` for a program that holds an engine: until it is ready, no other start counts on its memory.
 
+    Of the machine's memory, no other start of this process.
+
     Raises:
         LaunchError: as `run_child`, or there is too little memory.
     """

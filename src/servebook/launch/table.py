@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from servebook.bearer import engine_key
+from servebook.engine import start
 from servebook.engine.arguments import engine_argv
 from servebook.engine.rust_front import rust_front
 from servebook.errors import LaunchError
@@ -77,7 +78,7 @@ class ServerSpec:
         return self.ready(at) and all(map(listens, at.values())) and not any(map(others_listen, at.values()))
 
 
-WITH_ENGINE = (sys.executable, "-m", "servebook.engine.start")
+WITH_ENGINE = (sys.executable, "-m", start.__name__)
 """What comes before a module that will hold an engine, and its words."""
 
 

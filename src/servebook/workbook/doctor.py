@@ -27,7 +27,7 @@ from requests.utils import get_netrc_auth
 
 from servebook import launch
 from servebook.checkout import ROOT
-from servebook.engine import rust_front
+from servebook.engine import rust_front, start
 from servebook.engine.arguments import available_gib, cpu_flags, cpu_quota, gpu_gib, needed_gib, weights_gib
 from servebook.engine.gpu import GIB, Card, cards
 from servebook.engine.model import bundled_path, given_folder, given_model, is_prepared, sufficient_limit
@@ -589,7 +589,8 @@ def _orphans() -> dict[int, str]:
                 if there := connect(Path(socket)):
                     there.close()
                 else:
-                    found[process.pid] = " ".join(process.cmdline())[:60]
+                    words = [word for word in process.cmdline() if word != start.__name__]
+                    found[process.pid] = " ".join(words)[:60]
         except psutil.Error:
             continue
     return found

@@ -118,7 +118,10 @@ def body_of(handler: BaseHTTPRequestHandler) -> bytes:
     Raises:
         ValueError: its length is no number, it is no chunks, or more than MOST_BYTES.
     """
-    if handler.headers.get("Transfer-Encoding", "").lower() != "chunked":
+    coding = handler.headers.get("Transfer-Encoding", "").strip().lower()
+    if coding not in ("", "chunked"):
+        raise ValueError(f"a body in the coding {coding!r}")
+    if not coding:
         length = int(handler.headers.get("Content-Length") or 0)
         if not 0 <= length <= MOST_BYTES:
             raise ValueError(f"a body of {length} bytes")

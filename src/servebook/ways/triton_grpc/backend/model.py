@@ -5,7 +5,6 @@ Light to import: Triton loads it twice, and the first time only to fill in the m
 
 from __future__ import annotations
 
-import gc
 import json
 import locale
 import os
@@ -18,6 +17,7 @@ import triton_python_backend_utils as pb_utils
 # The stub's interpreter is an isolated one: it ignores PYTHONPATH.
 sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
+from servebook.engine.start import pause  # noqa: E402
 from servebook.ways.triton_grpc.backend.declaration import FLAGS, INPUTS, OUTPUTS  # noqa: E402
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class TritonPythonModel:
         Raises:
             ModelFilesError: model.json or multi_lora.json does not fit.
         """
-        gc.disable()  # until all is imported (engine/start.py)
+        pause()
         # The stub's interpreter starts in ASCII, and importing torch reads files that are not.
         locale.setlocale(locale.LC_ALL, "C.UTF-8")
         parameters = json.loads(args["model_config"]).get("parameters", {})
