@@ -284,8 +284,9 @@ def test_a_package_that_cannot_be_had_keeps_an_older_environment(clone: Path) ->
 
 
 def test_ctrl_c_leaves_nothing_behind(clone: Path, program: Callable[[str, str], Path]) -> None:
-    # A Python whose venv module takes its time, so that there is something to interrupt.
-    body = 'case "$*" in *version_info*) echo 3.11;; *) mkdir -p "$3"; touch "$3/begun"; exec sleep 600;; esac'
+    # A Python whose venv module takes its time, so that there is something to interrupt. (No `touch`: a bash that waits
+    # for a program leaves a Ctrl-C to that, and goes on where it has ended well.)
+    body = 'case "$*" in *version_info*) echo 3.11;; *) mkdir -p "$3"; : > "$3/begun"; exec sleep 600;; esac'
     slow = program("slow-python", body)
     command = ["make", "-C", str(clone), "setup"]
     env = environment(clone, PYTHON=str(slow))
