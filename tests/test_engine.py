@@ -28,6 +28,7 @@ from servebook.engine import arguments as engine
 from servebook.engine import faster_cpu
 from servebook.engine.model import model_path
 from servebook.engine.quiet_compiler import BrokenOffError, ProcessCompiler, TooDear
+from servebook.engine.start import PLUGIN, WITH_ENGINE
 from servebook.launch import Server
 from servebook.processes import is_tracker
 from servebook.settings import Settings, load_settings
@@ -371,14 +372,15 @@ def test_what_is_compiled_elsewhere_is_the_same(compiler: ProcessCompiler) -> No
 
 @pytest.mark.parametrize(
     ("plugins", "searched"),
-    [(None, False), ("servebook_faster_start,lora_filesystem_resolver", False), ("lora_filesystem_resolver", True)],
+    [(None, False), (f"{PLUGIN},lora_filesystem_resolver", False), ("lora_filesystem_resolver", True)],
 )
 def test_nothing_is_searched_for_garbage_until_the_engine_is_built(
     tmp_path: Path, plugins: str | None, searched: bool
 ) -> None:
     """And the module that is run is `__main__`, with its own words, for those too whom multiprocessing starts."""
     (tmp_path / "holder.py").write_text(HOLDER)
-    command = [sys.executable, "-m", "servebook.engine.start", "holder", "serve", "--port"]
+    command = [*WITH_ENGINE, "holder", "serve", "--port"]
+    assert PLUGIN in entry_points(group="vllm.general_plugins").names
     env = os.environ | {"PYTHONPATH": "."} | ({"VLLM_PLUGINS": plugins} if plugins else {})
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.stdout == f"holder ['serve', '--port'] {searched} True\nchild True\n", done.stderr

@@ -12,11 +12,16 @@ import os
 import runpy
 import sys
 
+WITH_ENGINE = (sys.executable, "-m", __name__)
+"""What comes before a module that will hold an engine, and its words."""
+PLUGIN = "servebook_faster_start"
+"""By this name vLLM knows `faster_start.py` (pyproject.toml)."""
+
 
 def pause() -> None:
     """Search for no garbage until `faster_start.py` is loaded; not where VLLM_PLUGINS leaves it out."""
     plugins = os.environ.get("VLLM_PLUGINS")
-    if plugins is None or "servebook_faster_start" in plugins.split(","):
+    if plugins is None or PLUGIN in plugins.split(","):
         gc.disable()
 
 

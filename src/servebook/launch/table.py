@@ -14,9 +14,9 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from servebook.bearer import engine_key
-from servebook.engine import start
 from servebook.engine.arguments import engine_argv
 from servebook.engine.rust_front import rust_front
+from servebook.engine.start import WITH_ENGINE
 from servebook.errors import LaunchError
 from servebook.launch.probes import grpc_serving, http_ok, https_ok, listens, others_listen
 from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback, url_of
@@ -76,10 +76,6 @@ class ServerSpec:
         """Whether it is ready, and all of its ports are open, none of them another user's: several open theirs one
         after the other."""
         return self.ready(at) and all(map(listens, at.values())) and not any(map(others_listen, at.values()))
-
-
-WITH_ENGINE = (sys.executable, "-m", start.__name__)
-"""What comes before a module that will hold an engine, and its words."""
 
 
 def _vllm(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:

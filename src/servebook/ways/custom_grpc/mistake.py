@@ -21,6 +21,7 @@ import grpc
 
 from servebook.engine.arguments import engine_args, engine_argv, engine_env
 from servebook.engine.model import model_path
+from servebook.engine.start import WITH_ENGINE
 from servebook.errors import ServebookError
 from servebook.launch.child import Child, run_engine
 from servebook.processes import wait_until
@@ -87,7 +88,7 @@ def addresses(server: Child) -> list[str]:
 
 def main() -> None:
     """Start the server, ask, print, and end the server with all that it started, which a crash leaves behind."""
-    command = [sys.executable, "-m", "servebook.engine.start", "servebook.ways.custom_grpc.mistake", "serve"]
+    command = [*WITH_ENGINE, "servebook.ways.custom_grpc.mistake", "serve"]
     settings = load_settings()
     env = engine_env(settings) | AS_IT_COMES
     env.pop("VLLM_WORKER_MULTIPROC_METHOD", None)

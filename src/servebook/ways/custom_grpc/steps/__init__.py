@@ -6,12 +6,12 @@ Steps 1 to 4 share one engine: `with ladder() as steps` runs them, each on a por
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from servebook.engine.arguments import engine_env
+from servebook.engine.start import WITH_ENGINE
 from servebook.launch.child import Child, run_engine
 from servebook.settings import Settings, load_settings
 
@@ -44,7 +44,7 @@ def ladder(settings: Settings | None = None) -> Iterator[Ladder]:
     """
     settings = settings or load_settings()
     env = engine_env(settings) | {"SERVEBOOK_MODEL": settings.model}
-    command = [sys.executable, "-m", "servebook.engine.start", __name__]
+    command = [*WITH_ENGINE, __name__]
     with run_engine(settings, command, where, name="the ladder", env=env, seconds=START_SECONDS) as child:
         steps = where(child)
         assert steps is not None
