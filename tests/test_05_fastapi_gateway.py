@@ -99,6 +99,13 @@ def test_chat_is_the_engines_answer(gateway: launch.Server, vllm: launch.Server)
     }
 
 
+def test_a_message_is_all_that_a_request_needs(gateway: launch.Server) -> None:
+    answer = requests.post(f"{gateway.url}/chat", json={"message": "Tell me a very long story."}, timeout=120)
+    assert answer.status_code == 200
+    assert 1 <= answer.json()["usage"]["completion_tokens"] <= 100
+    assert ChatRequest(message="x").for_engine() == {"messages": [{"role": "user", "content": "x"}], "max_tokens": 100}
+
+
 def test_stream_is_the_same_answer_in_pieces(gateway: launch.Server) -> None:
     whole = requests.post(f"{gateway.url}/chat", json=JAPAN, timeout=60).json()
     stream = requests.post(f"{gateway.url}/chat/stream", json=JAPAN, timeout=60)

@@ -151,6 +151,10 @@ def test_each_replica_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, sett
     replicas = launch.find_server("router").needs(wanted)
     assert [each.cores for each in replicas.values()] == ["2,3", "5,8,9"]
     assert len({each.port("vllm", "http") for each in replicas.values()}) == 2
+    replicas = launch.find_server("router").needs(wanted.model_copy(update={"cores": "9,3"}))
+    assert [each.cores for each in replicas.values()] == ["3", "9"]
+    with pytest.raises(LaunchError, match="2 replicas need 2 cores, one each, and 1 can be used here"):
+        launch.find_server("router").needs(wanted.model_copy(update={"cores": "3"}))
 
 
 # --- with real engines --------------------------------------------------------------------------------------------

@@ -75,6 +75,15 @@ def test_values_come_as_they_are(asking: Asking) -> None:
     assert [submission.call(same, value) for value in values] == values
 
 
+def test_what_cannot_be_said_is_an_error_and_not_an_endless_wait(asking: Asking) -> None:
+    submission = asking({"number": 10**5000, "numbers": lambda: 10**5000})
+    with pytest.raises(ValueError, match="4300 digits"):
+        submission.function("number")
+    with pytest.raises(NotYet) as told:
+        submission.call(submission.function("numbers"))
+    assert "4300 digits" in told.value.got
+
+
 def test_nothing_that_equals_everything_reaches_a_check(asking: Asking) -> None:
     submission = asking({"text": lambda: Equal("x"), "thing": object})
     assert submission.call(submission.function("text")) != "y"

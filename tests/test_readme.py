@@ -15,6 +15,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from servebook.cli import app
+from servebook.launch.table import SERVERS
 from servebook.settings import Settings
 from servebook.workbook.gate import NOTEBOOKS
 
@@ -43,6 +44,19 @@ def test_settings_are_the_settings() -> None:
     named = {name.lower() for name in re.findall(r"SERVEBOOK_([A-Z_]+[A-Z])", BOTH)}
     assert named >= {"model", "engine_url", "api_key", "host", "max_model_len", "engine_args"}
     assert named <= Settings.model_fields.keys()
+
+
+def test_servers_are_the_servers() -> None:
+    """With the ports that they take where nobody says otherwise."""
+    table = README[README.index("| server |") : README.index("A full run of the benchmark")]
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    for spec in (spec for spec in SERVERS.values() if spec.name not in {"front", "hub"}):  # a room's own
+        name = spec.name.replace("-", "_")
+        ports = ", ".join(f"{kind} {defaults[f'{name}_{kind}_port']}" for kind in spec.ports)
+        assert f"| `{spec.name}` | {spec.about} | {ports} |" in table
+    assert re.findall(r"^\| `([\w-]+)`", table, re.MULTILINE) == [
+        name for name in SERVERS if name not in {"front", "hub"}
+    ]
 
 
 def test_commands_exist() -> None:

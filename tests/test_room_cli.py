@@ -21,8 +21,9 @@ from typer.testing import CliRunner, Result
 
 from servebook import launch
 from servebook.checkout import ROOT
-from servebook.errors import LaunchError
+from servebook.errors import LaunchError, ServebookError
 from servebook.lab import feedback
+from servebook.lab.handout import remarks
 from servebook.lab.manifest import load_labs
 from servebook.room import admin, cli, collect, grading
 from servebook.room.load import Checked, Outcome
@@ -258,13 +259,14 @@ def test_what_was_graded_is_not_served_again_and_who_has_a_desk_is_enrolled(
     for name in ("ada", "alan"):
         (desks / name).mkdir(parents=True)
 
-    def nbgrader(course: Path, _: Path, command: str, *_words: str) -> None:
+    def nbgrader(course: Path, _: Path, command: str, *_words: str) -> bool:
         """What it would leave of each hand-in, with its time."""
         for folder in (course / "submitted").glob(f"*/{LAB}") if command == "autograde" else ():
             for step in ("autograded", "feedback"):
                 collect.hand_in(course / step / folder.parent.name / LAB, f"{LAB}.ipynb", b"")
             stamp = folder / "timestamp.txt"
             (course / "autograded" / folder.parent.name / LAB / stamp.name).write_text(stamp.read_text())
+        return command != "export" or not (course / "a full disk").exists()
 
     monkeypatch.setenv("SERVEBOOK_ENGINE_URL", "http://127.0.0.1:1")
 
@@ -289,6 +291,20 @@ def test_what_was_graded_is_not_served_again_and_who_has_a_desk_is_enrolled(
     assert f"{LAB}: 1 graded" in graded()
     with Gradebook(f"sqlite:///{course}/gradebook.db", "servebook") as gradebook:
         assert [student.id for student in gradebook.students] == ["ada", "alan"]
+    (course / "a full disk").touch()
+    with pytest.raises(ServebookError, match=r"grades could not be written to .*grades\.csv"):
+        graded()
+
+
+def test_a_table_of_grades_that_breaks_off_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grades.csv").write_text("yesterday's")
+    monkeypatch.setattr(remarks, "row", Mock(side_effect=[{"score": 1}, OSError("the gradebook is locked")]))
+    with pytest.raises(OSError, match="locked"):
+        remarks.GradesWithRemarks().export(Mock(assignments=[Mock()], students=[Mock(), Mock()]))
+    assert (tmp_path / "grades.csv").read_text() == "yesterday's"
 
 
 def test_every_command_stands_in_the_rooms_page() -> None:
@@ -305,6 +321,10 @@ def test_a_loads_waits_are_told_by_nearest_rank(room: dict[str, Any], monkeypatc
     assert done.exit_code == 0, done.exception
     (row,) = re.findall("a check.*", done.output)
     assert re.findall(r"\d+\.\d", row) == ["10.0", "19.0", "20.0", "20.0"]
+    waited.metrics.update(
+        {(f"{name}_bucket", bound): 0 for name in cli.HISTOGRAMS.values() for bound in ("0.01", "+Inf")}
+    )
+    assert "≤" not in run("load", "--learners", "2").output, "not a request was served"
 
 
 @pytest.mark.parametrize(("desk", "advice"), [("1", "File → Hub Control Panel"), ("", "Set SERVEBOOK_API_KEY")])

@@ -407,6 +407,16 @@ def test_a_conda_environment_is_used_if_it_is_ours(clone: Path) -> None:
     assert not (clone / ".venv").exists()
 
 
+def test_a_conda_environment_without_a_python_is_refused_and_kept(clone: Path) -> None:
+    stand_in_environment(clone)
+    conda = clone / "conda/envs/servebook"
+    (conda / "conda-meta").mkdir(parents=True)
+    done = make(clone, CONDA_PREFIX=str(conda), CONDA_DEFAULT_ENV="servebook")
+    assert done.returncode != 0
+    assert re.search(r"has no Python\n *→ conda env update -n servebook", done.stderr), done.stderr
+    assert (conda / "conda-meta").is_dir()
+
+
 def test_condas_base_is_left_alone(clone: Path) -> None:
     base = stand_in_environment(clone, where="conda")
     stand_in_environment(clone)
@@ -493,6 +503,17 @@ def test_a_folder_that_is_ready_is_not_filled_again(clone: Path, stick: Path) ->
     done = make(clone, "offline", f"DIR={stick}")
     assert done.returncode == 0
     assert "is up to date" in done.stderr
+
+
+def test_a_list_of_hashes_that_was_interrupted_is_no_list(
+    clone: Path, stick: Path, program: Callable[[str, str], Path]
+) -> None:
+    (stick / "SHA256SUMS").unlink()
+    (clone / ".venv/bin/uv").write_text("#!/bin/sh\n")
+    program("sha256sum", 'echo "1234  ./wheels/one"; exit 1')
+    done = make(clone, "offline", f"DIR={stick}")
+    assert done.returncode != 0
+    assert not (stick / "SHA256SUMS").exists()
 
 
 @pytest.mark.parametrize("lacks", ["python", "browser", "vllm-rs"])

@@ -198,7 +198,8 @@ def _replicas(settings: Settings) -> dict[str, Settings]:
     """
     if find_spec("vllm_router") is None:
         raise LaunchError("vLLM's router is not installed.", "Run `make setup`: it is in the lock.")
-    cores, number = sorted(os.sched_getaffinity(0)), settings.replicas
+    chosen = map(int, settings.cores.split(",")) if settings.cores else os.sched_getaffinity(0)
+    cores, number = sorted(chosen), settings.replicas
     others = {settings.port(spec.name, kind) for spec in SERVERS.values() for kind in spec.ports}
     ports = (port for port in count(settings.router_metrics_port + 1) if port not in others)
     if not settings.on_gpu and number > len(cores):

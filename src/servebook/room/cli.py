@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import math
 import os
 import subprocess
 import sys
@@ -378,7 +379,8 @@ def load(
         ranks = (np.percentile(waits, 100 * share, method="inverted_cdf") for share in SHARES)
         table.add_row("a check", *(f"{rank:.1f}" for rank in ranks))
     for what, histogram in HISTOGRAMS.items():
-        table.add_row(what, *(f"≤ {outcome.requests_within(histogram, share):g}" for share in SHARES))
+        within = (outcome.requests_within(histogram, share) for share in SHARES)
+        table.add_row(what, *("–" if math.isnan(seconds) else f"≤ {seconds:g}" for seconds in within))
     out.print(table)
     statuses = (f"{count} × {status}" for status, count in outcome.statuses().items())
     say(f"answers by status: {', '.join(statuses)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from servebook import launch
 from servebook.checkout import ROOT
-from servebook.errors import LaunchError
+from servebook.errors import LaunchError, ServebookError
 from servebook.lab.handout import confine, provided
 from servebook.lab.manifest import Lab, load_labs
 from servebook.room.collect import deliver
@@ -64,7 +64,8 @@ def grade(course: Path, settings: Settings, desks: Path) -> Iterator[str]:
             for name in set(lab.servers) - set(following.servers if following else ()):
                 launch.down(name)
     enroll(course, desks)
-    nbgrader(course, log, "export", "--to", GRADES)
+    if not nbgrader(course, log, "export", "--to", GRADES):
+        raise ServebookError(f"The grades could not be written to {course / GRADES}.", f"{log} says why.")
     yield f"grades in {course / GRADES}; what nbgrader said in {log}"
 
 
@@ -119,9 +120,10 @@ def give_back(course: Path, lab: Lab, desks: Path) -> Iterator[str]:
             yield f"  {learner} has no feedback: {error.strerror}"
 
 
-def nbgrader(course: Path, log: Path, *words: str) -> None:
-    """A command of nbgrader's; its words go to `log`, and what it could not do shows in what it left.
+def nbgrader(course: Path, log: Path, *words: str) -> bool:
+    """Run a command of nbgrader's, whose words go to `log`; whether it did all of it.
 
+    Of a lab, what could not be graded shows in what it left.
     In a process of its own, as at a prompt, but forked: nbgrader takes seconds to import, and is imported only once.
     """
     from nbgrader.apps import NbGraderApp
@@ -138,3 +140,4 @@ def nbgrader(course: Path, log: Path, *words: str) -> None:
     process = get_context("fork").Process(target=run)
     process.start()
     process.join()
+    return process.exitcode == 0

@@ -73,10 +73,10 @@ class Outcome:
         return dict(sorted(found.items()))
 
     def requests_within(self, histogram: str, share: float) -> float:
-        """The seconds within which this share of the requests was done: the bound of the histogram's bucket."""
+        """The seconds within which this share of the requests was done, by its bucket's bound; NaN of none."""
         buckets = sorted((float(at), n) for (name, at), n in self.metrics.items() if name == f"{histogram}_bucket")
         whole = buckets[-1][1] if buckets else 0
-        return next((at for at, n in buckets if n >= share * whole), math.nan)
+        return next((at for at, n in buckets if whole and n >= share * whole), math.nan)
 
 
 def learn(url: str, key: str) -> list[Checked]:

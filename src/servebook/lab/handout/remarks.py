@@ -7,6 +7,7 @@ earned.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -59,14 +60,15 @@ class GradesWithRemarks(ExportPlugin):  # type: ignore[misc]
     def export(self, gradebook: Gradebook) -> None:
         """Write the file."""
         noted = remarks()
-        with Path(self.to or "grades.csv").open("w", newline="", encoding="utf-8") as file:
-            rows = csv.DictWriter(file, COLUMNS, restval="")
-            rows.writeheader()
-            for assignment in gradebook.assignments:
-                for student in gradebook.students:
-                    if self._wanted(assignment.name, student.id):
-                        said = noted.get(assignment.name, {}).get(student.id, [])
-                        rows.writerow(row(gradebook, assignment, student, said))
+        text = io.StringIO(newline="")
+        rows = csv.DictWriter(text, COLUMNS, restval="")
+        rows.writeheader()
+        for assignment in gradebook.assignments:
+            for student in gradebook.students:
+                if self._wanted(assignment.name, student.id):
+                    said = noted.get(assignment.name, {}).get(student.id, [])
+                    rows.writerow(row(gradebook, assignment, student, said))
+        write_whole(Path(self.to or "grades.csv"), text.getvalue())
 
     def _wanted(self, assignment: str, student: str) -> bool:
         return (not self.assignment or assignment in self.assignment) and (

@@ -93,12 +93,13 @@ class Wire:
         return reply
 
     def _answer(self, message: dict[str, Any]) -> None:
-        try:
-            reply = self.answer(message)
-        except BaseException as error:
-            reply = {"failed": self.describe(error)}
         with suppress(Broken):  # nobody waits for it any more
-            self._send({"reply": message["ask"], **reply})
+            try:
+                self._send({"reply": message["ask"], **self.answer(message)})
+            except Broken:
+                raise
+            except BaseException as error:  # what JSON cannot say is among them, such as a number of 5,000 digits
+                self._send({"reply": message["ask"], "failed": self.describe(error)})
         self.threads.discard(threading.current_thread())
 
     def describe(self, error: BaseException) -> dict[str, Any]:
@@ -106,9 +107,10 @@ class Wire:
         return {"kinds": ["builtins.Exception"], "text": str(error)}
 
     def _send(self, message: dict[str, Any]) -> None:
+        line = json.dumps(message).encode() + b"\n"
         try:
             with self.lock:
-                self.connection.sendall(json.dumps(message).encode() + b"\n")
+                self.connection.sendall(line)
         except OSError:
             raise Broken("the learner's session has ended") from None
 
