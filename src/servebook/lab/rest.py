@@ -11,7 +11,7 @@ from servebook.bearer import bearer
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.submission import Causes, Submission
-from servebook.lab.taps.http import Exchange, Tap, not_lost
+from servebook.lab.taps.http import Exchange, Tap, not_lost, said
 from servebook.lab.taps.sse import streamed_text, text_of
 from servebook.launch import Server
 
@@ -70,6 +70,15 @@ def asked(made: list[Exchange], path: str, cause: str) -> Exchange:
     found = [exchange for exchange in made if exchange.path.split("?")[0] == path]
     require(bool(found), f"POST {path}", f"{made[-1].method} {made[-1].path}", cause)
     return found[-1]
+
+
+def asked_to_continue(made: list[Exchange]) -> Exchange:
+    """The last request to the completions API.
+
+    Raises:
+        NotYet: there is none.
+    """
+    return asked(made, "/v1/completions", "that is the chat API; this exercise continues a prompt")
 
 
 def accepted(exchange: Exchange) -> None:
@@ -153,6 +162,12 @@ def sends(exchange: Exchange, causes: Mapping[str, str] | None = None, **fields:
             expected=f"{name} = {value!r} in the request's JSON",
             shown=f"{name} = {body[name]!r}" if name in body else f"no {name}; it holds {', '.join(body) or 'nothing'}",
         )
+
+
+def sends_question(exchange: Exchange, question: Any, cause: str = PASS_ON) -> None:
+    """Require `question` as the text of a chat's last message."""
+    last = exchange.body["messages"][-1]
+    require(said(last) == question, question, last, cause)
 
 
 def sends_key(exchange: Exchange, key: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from openai import AsyncOpenAI, OpenAI
 
 from servebook.lab.feedback import NotYet, judge, require
-from servebook.lab.rest import asked, had_room, key_of, reply_of, sends, sends_key, through
+from servebook.lab.rest import asked, asked_to_continue, had_room, key_of, reply_of, sends, sends_key, through
 from servebook.lab.submission import Submission
 from servebook.lab.taps.http import Exchange, Tap, answering, said
 
@@ -26,7 +26,7 @@ def check_01_1(submission: Submission) -> None:
     with Tap(vllm.url) as tap:
         for prompt, max_tokens in (("The capital of France is", 7), ("Bread is made of", 21)):
             text, made = through(tap, submission, complete, tap.url, key, vllm.model, prompt, max_tokens, causes=look)
-            exchange = asked(made, "/v1/completions", "that is the chat API; this exercise continues a prompt")
+            exchange = asked_to_continue(made)
             sends_key(exchange, key)
             default = "without max_tokens the server takes its own default (16 for completions)"
             causes = {} if "max_tokens" in (exchange.body or {}) else {"max_tokens": default}

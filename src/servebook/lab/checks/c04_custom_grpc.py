@@ -24,7 +24,7 @@ from servebook.bearer import bearer
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.learner_server.judge import GATHERED, USED_UP, StreamWatch, own_server, written
 from servebook.lab.learner_server.run import OwnServer
-from servebook.lab.rest import RELIABLE, accepted, context_length, key_of, not_full, reply_of, sends
+from servebook.lab.rest import RELIABLE, accepted, asked_to_continue, context_length, key_of, not_full, reply_of, sends
 from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Tap
 from servebook.lab.taps.sse import streamed_text
@@ -217,8 +217,8 @@ def check_04_2(submission: Submission) -> None:
             raise failed(error, "StreamGenerate") if isinstance(error, grpc.RpcError) else fault from None
         shown = [f"{m.sequence}: {m.text!r}{' finished' if m.is_finished else ''}" for m in messages]
         require(bool(tap.exchanges), "a request to the engine", shown, FROM_ENGINE)
-        exchange = tap.exchanges[0]
-        accepted(exchange)
+        accepted(tap.exchanges[0])
+        exchange = asked_to_continue(tap.exchanges[:1])
         engine = {"stream": "the engine must stream too: stream=True"}
         sends(exchange, engine, stream=True, prompt=request.prompt, max_tokens=request.max_tokens)
         # Without text where the last token, which is sampled, is a piece of a character.
@@ -384,8 +384,9 @@ def check_04_3(submission: Submission) -> None:
             answer = ask(code.OK, what, prompt="Hello", **fields)
             require(len(tap.exchanges) > before, "a request to the engine", answer.text, FROM_ENGINE)
             accepted(tap.exchanges[-1])
-            sends(tap.exchanges[-1], prompt="Hello", **fields)
-            judge(reply_of(tap.exchanges[-1]), answer.text, otherwise="the text of the response is the engine's")
+            exchange = asked_to_continue(tap.exchanges[before:])
+            sends(exchange, prompt="Hello", **fields)
+            judge(reply_of(exchange), answer.text, otherwise="the text of the response is the engine's")
         # Not many more: a room counts tokens as asked for, before the engine refuses them.
         more = context_length(vllm) + 1
         ask(code.INVALID_ARGUMENT, "more tokens than the model has room for", prompt="Hello", max_tokens=more)
@@ -619,6 +620,12 @@ def check_04_5(submission: Submission) -> None:
             ),
             "a method that there is not, with the key",
         )
+    require(
+        "compare_digest" in written(submission, "door.py").read_text(encoding="utf-8"),
+        "keys compared with hmac.compare_digest",
+        "no compare_digest in door.py",
+        "== ends at the first letter that differs: the time it takes tells how much of a guess was right",
+    )
 
 
 def _judge_door(right: grpc.StatusCode, answer: tuple[grpc.StatusCode, str], what: str) -> None:

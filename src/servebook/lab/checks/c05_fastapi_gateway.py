@@ -17,9 +17,9 @@ import requests
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.learner_server.judge import GATHERED, USED_UP, StreamWatch, own_server
 from servebook.lab.learner_server.run import OwnServer
-from servebook.lab.rest import RELIABLE, accepted, context_length, reply_of, sends
+from servebook.lab.rest import RELIABLE, accepted, context_length, reply_of, sends, sends_question
 from servebook.lab.submission import Submission
-from servebook.lab.taps.http import Exchange, Tap, answering, said
+from servebook.lab.taps.http import Exchange, Tap, answering
 from servebook.lab.taps.sse import streamed_text
 from servebook.launch import Server
 from servebook.processes import wait_until
@@ -99,8 +99,7 @@ def asks_engine(exchange: Exchange, vllm: Server) -> None:
     path = exchange.path.endswith("/chat/completions")
     require(path, "a chat request to the engine", exchange.path, "the message goes to the chat API")
     sends(exchange, max_tokens=ASK["max_tokens"], model=vllm.model)
-    last = exchange.body["messages"][-1]
-    require(said(last) == ASK["message"], ASK["message"], last, "the person's message is the last one")
+    sends_question(exchange, ASK["message"], "the person's message is the last one")
 
 
 ONE_AT_A_TIME = "something lets one call through at a time: a lock, a semaphore of one, or a pool of one thread"
