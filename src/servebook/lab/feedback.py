@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isclose
 from typing import Any, Literal
 
 from servebook.errors import ServebookError
@@ -93,6 +94,16 @@ def _holds(condition: bool | Callable[[Any, Any], Any], got: Any, right: Any) ->
         return bool(condition(got, right))
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
         return False
+
+
+def rounded(got: Any, right: Any) -> bool:
+    """Whether `got` is what `round` makes of `right`: of a number, or of some of several by name."""
+    if isinstance(right, Mapping):
+        return all(isclose(got[name], each, rel_tol=1e-6) or rounded(got[name], each) for name, each in right.items())
+    return any(got == round(right, digits) for digits in range(1, 6))
+
+
+ROUNDED: Known = (rounded, "rounded: return the number as it comes")
 
 
 def shorten(value: Any) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import requests
 
 from servebook.bearer import bearer
-from servebook.lab.feedback import NotYet, judge, require
+from servebook.lab.feedback import ROUNDED, NotYet, judge, require
 from servebook.lab.rest import key_of, not_full
 from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Exchange, Tap
@@ -103,6 +103,7 @@ def check_08_1(submission: Submission) -> None:
                 (isinstance(got[name], str), "a number, not a text: whoever reads it wants to reckon with it"),
                 (value is None, single),
                 *((lambda got, _, wrong=wrong: _close_to(got, wrong), cause) for wrong, cause in known[name]),
+                ROUNDED,
                 otherwise="see the table in the brief",
                 expected=f"{name}: {shown[name]}",
                 shown=f"{name}: {got[name]!r}",
@@ -287,6 +288,7 @@ def check_08_4(submission: Submission) -> None:
         ([[*quick], slow], 0.35),
         ([[0.25], []], 0.25),
         ([[0.1, 0.9], [0.3, 0.2]], 0.25),  # of an even number the half is a whole rank
+        ([[0.01 * n for n in range(1, 201)], []], 0.5),  # of 200 the rank of the p99 is whole, and not yet the last
     ]
     for workers, limit in cases:
         everything = [value for worker in workers for value in worker]
@@ -347,6 +349,7 @@ def check_08_4(submission: Submission) -> None:
                 got[name],
                 (lambda got, _: math.isnan(got), missing),
                 *((lambda got, _, wrong=wrong: _close_to(got, wrong), cause) for wrong, cause in known[name]),
+                ROUNDED,
                 otherwise="see the table in the brief",
                 expected=f"{name}: {shown[name]}",
                 shown=f"{name}: {got[name]!r}",

@@ -16,7 +16,7 @@ from servebook.bearer import bearer
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.rest import accepted, key_of, sends, through
-from servebook.lab.submission import Submission
+from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import events_of, streamed_text
 from servebook.launch import Server
@@ -25,7 +25,8 @@ from servebook.ways.metrics import metric
 from servebook.ways.scale_out.client import RouterClient
 
 FINISHED = "vllm:request_success_total"
-EVENTS_BEFORE_CUT = 3
+EVENTS_BEFORE_CUT = {"broken": 3, "ended": 3, "broken early": 0}
+"""How many events of a stream come through, by its fate."""
 TRIES = 3
 HOLD_SECONDS = 3.0
 """How long a replica is kept at work after its removal: longer than anybody would sleep at a guess."""
@@ -152,10 +153,10 @@ def check_10_2(submission: Submission) -> None:
             number = tap.exchanges.index(exchange)
             mine = fates[number] if number < len(fates) else "whole"
             for count, event in enumerate(events_of(chunks)):
-                if mine != "whole" and count == EVENTS_BEFORE_CUT:
-                    if mine == "broken":
-                        raise ConnectionAbortedError
-                    return
+                if count == EVENTS_BEFORE_CUT.get(mine):
+                    if mine == "ended":
+                        return
+                    raise ConnectionAbortedError
                 yield event
 
         def outcome() -> Any:
@@ -174,7 +175,9 @@ def check_10_2(submission: Submission) -> None:
                     if tap.exchanges:  # what was asked for says more than the error that came of it
                         asks(tap.exchanges[0])
                     raise
-            return submission.run(outcome, busy=tap.busy), tap.exchanges
+            # Only after a cut is there a pause to make.
+            causes: Causes = {TimeoutError: "ask again at once: no pause between the tries"} if fates else {}
+            return submission.run(outcome, causes, tap.busy), tap.exchanges
 
     def asks(exchange: Exchange) -> None:
         sends(exchange, {"stream": "what is to be a stream has to be asked for: stream is true"}, **body, stream=True)
@@ -190,7 +193,11 @@ def check_10_2(submission: Submission) -> None:
     )
     require(not more, "one request, as nothing went wrong", f"{1 + len(more)} requests", "the answer was whole: stop")
 
-    for how, seen in (("broken", "the connection broke"), ("ended", "no data: [DONE] came")):
+    for how, seen in (
+        ("broken", "the connection broke"),
+        ("ended", "no data: [DONE] came"),
+        ("broken early", "the connection broke before the first event"),
+    ):
         text, made = run([how])
         sends(made[-1], {"prompt": "ask again from the start: the same prompt, without what has come"}, **body)
         _judge_second_try(how, seen, text, made)
@@ -227,13 +234,15 @@ def check_10_2(submission: Submission) -> None:
 def _judge_second_try(how: str, seen: str, text: Any, made: list[Exchange]) -> None:
     """Judge the text that came of a stream cut short and of what was asked after it."""
     anew = "half a stream is no answer: ask again from the start"
-    ends = {"broken": anew, "ended": "a stream is whole when data: [DONE] has come; its mere end says nothing"}
+    early = "a connection may break before the first event, too: requests.ConnectionError"
+    raised = {"broken": anew, "ended": anew, "broken early": early}
+    ended = raised | {"ended": "a stream is whole when data: [DONE] has come; its mere end says nothing"}
     half, right = streamed_text(made[0]), streamed_text(made[-1])
     judge(
         (2, right),
         (len(made), text),
-        (isinstance(text, Exception), anew),
-        (len(made) == 1, ends[how]),
+        (isinstance(text, Exception), raised[how]),
+        (len(made) == 1, ended[how]),
         (len(made) > 2, "the second stream was whole: stop there"),
         (
             isinstance(text, str) and text != right and text.endswith(right) and text.startswith(half[:4]),

@@ -13,7 +13,7 @@ import numpy as np
 import requests
 
 from servebook.bearer import bearer
-from servebook.lab.feedback import judge
+from servebook.lab.feedback import ROUNDED, judge
 from servebook.lab.rest import key_of
 from servebook.lab.submission import Submission
 from servebook.ways.inside_the_engine.looks import cache_of
@@ -75,6 +75,7 @@ def _judge_cost(lengths: Sequence[int], seconds: list[float], got: Any) -> None:
             "this line goes through 0: a request costs something even without tokens, and that is fixed",
         ),
         (lambda got, _: _same(got["per_token"], 1 / slope), "that is tokens per second"),
+        ROUNDED,
         (
             lambda got, _: _same(got["per_token"], slope),
             "the slope is right; fixed is where the line is at 0 tokens, its intercept",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from math import inf, isclose, isnan
+from operator import itemgetter
 from typing import Any
 
 import requests
 
 from servebook.bearer import bearer
-from servebook.lab.feedback import judge
+from servebook.lab.feedback import ROUNDED, judge
 from servebook.lab.rest import key_of
 from servebook.lab.submission import Submission
 from servebook.launch import Server
@@ -96,6 +97,7 @@ def _judge_rate(readings: list[tuple[float, float]], got: Any) -> None:
             lambda got, _: any(_same(got, each) for each in means),
             "the readings are not equally far apart: all growth, by all seconds",
         ),
+        ROUNDED,
         otherwise="the growth from reading to reading, a lower one counted from 0, by the seconds from first to last",
         expected=f"{right:g} for {readings}",
         fits=_same,
@@ -156,6 +158,7 @@ def _judge_kept(replicas: Sequence[Mapping[float, float]], limit: float, got: An
             "shares cannot be averaged: a replica with few requests counts for few. Add the buckets first",
         ),
         (lambda got, _: isnan(got), "a replica that nobody asked divides by 0: add the buckets first"),
+        ROUNDED,
         otherwise="the requests within the limit, of all replicas together, by all requests",
         expected=f"{right} for a limit of {limit:g} and {[dict(each) for each in replicas]}",
         fits=lambda got, right: got is None if right is None else got is not None and _same(got, right),
@@ -184,7 +187,7 @@ def check_12_3(submission: Submission) -> None:
 
 
 def _judge_own(spans: list[dict[str, Any]], got: Any) -> None:
-    right, whole, summed, hull, all_below, single = {}, {}, {}, {}, {}, {}
+    right, whole, summed, hull, all_below, single, unsorted, forgetful = {}, {}, {}, {}, {}, {}, {}, {}
     parents = {each["span"]: each["parent"] for each in spans}
     for each in spans:
         name, length = each["span"], each["end"] - each["start"]
@@ -202,7 +205,8 @@ def _judge_own(spans: list[dict[str, Any]], got: Any) -> None:
         below = [other for other in spans if name in _ancestors(other["span"], parents)]
         all_below[name] = length - sum(other["end"] - other["start"] for other in below)
         single[name] = {length - (c["end"] - c["start"]) for c in children} or {length}
-    unsorted = {each["span"]: _swept(each, spans) for each in spans}
+        unsorted[name] = _swept(each, children)
+        forgetful[name] = _swept(each, sorted(children, key=itemgetter("start")), latest=lambda _, end: end)
     inside = {name: max(0.0, value) for name, value in summed.items()}
     judge(
         right,
@@ -222,6 +226,10 @@ def _judge_own(spans: list[dict[str, Any]], got: Any) -> None:
             "a child's own children are in the child already: only those whose parent it is",
         ),
         (lambda got, _: _near(got, unsorted), "the children come in no order: sort them by their start"),
+        (
+            lambda got, _: _near(got, forgetful),
+            "a child may end before one that began earlier: keep the later of the two ends",
+        ),
         (
             lambda got, _: hull != summed and _near(got, hull),
             "between two children the span is alone: that time is its own",
@@ -247,12 +255,16 @@ def _judge_own(spans: list[dict[str, Any]], got: Any) -> None:
     )
 
 
-def _swept(span: Mapping[str, Any], spans: Sequence[Mapping[str, Any]]) -> float:
-    """What is left of a span, from child to child as they come, by somebody who takes that for their starts' order."""
+def _swept(
+    span: Mapping[str, Any],
+    children: Sequence[Mapping[str, Any]],
+    latest: Callable[[float, float], float] = max,
+) -> float:
+    """What is left of a span, from child to child as they come; `latest` says which of two ends counts then."""
     own, at = 0.0, span["start"]
-    for child in (each for each in spans if each["parent"] == span["span"]):
+    for child in children:
         own += max(0.0, min(child["start"], span["end"]) - at)
-        at = max(at, child["end"])
+        at = latest(at, child["end"])
     return float(own + max(0.0, span["end"] - at))
 
 

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from servebook.bearer import bearer
 from servebook.lab.feedback import NotYet, judge, require, shorten
 from servebook.lab.rest import key_of, not_full
-from servebook.lab.submission import Submission
+from servebook.lab.submission import Causes, Submission
 
 TEAMS = (["network", "mail"], ["printing"])
 TICKET = {"team": "network", "urgent": True, "summary": "No Wi-Fi in room 3"}
@@ -57,11 +57,14 @@ def _judge_schema(schema: dict[str, Any], teams: list[str]) -> None:
     cases = [
         ("text", False, 'the type is missing: without "type": "object", any text or list fits'),
         (ticket, True, "the teams are those that the function is given"),
+        (ticket | {"team": teams[0]}, True, "every team of the list may be named, the first one too"),
         (ticket | {"summary": "x" * 40}, True, "40 characters are allowed"),
+        (ticket | {"summary": ""}, True, "an empty summary has at most 40 characters, too"),
         (ticket | {"urgent": False}, True, "urgent may be false"),
         *((short, False, "nothing says that every field must be there: look at required") for short in shorter),
         (ticket | {"colour": "red"}, False, "other fields get through: look at additionalProperties"),
         (ticket | {"urgent": "yes"}, False, "urgent is true or false, and no text"),
+        (ticket | {"urgent": 1}, False, "urgent is true or false, and no number"),
         (ticket | {"summary": 7}, False, "summary is a text"),
         (ticket | {"summary": "x" * 41}, False, "nothing bounds the summary: maxLength, beside its type"),
         (ticket | {"team": "gardening"}, False, "any team gets through: an enum lists those that there are"),
@@ -152,6 +155,7 @@ def _calls(*calls: tuple[str, str], content: str | None = None) -> dict[str, Any
 
 
 BESIDE = "a model may say something beside its calls: tool_calls tells whether it has answered"
+WANTS_NONE = 'a message without calls is an answer, be tool_calls missing, None or empty: ask message.get("tool_calls")'
 
 
 def check_13_3(submission: Submission) -> None:
@@ -163,6 +167,7 @@ def check_13_3(submission: Submission) -> None:
     for script, rounds in (
         ([text], 3),
         ([text | {"tool_calls": []}], 1),
+        ([text | {"tool_calls": None}], 1),
         ([one, text], 2),
         ([two, text], 3),
         ([one, two, text], 3),
@@ -185,7 +190,9 @@ def _converse(submission: Submission, answer: Any, script: list[dict[str, Any]],
         ran.append((name, arguments))
         return f"{name} {arguments} done"
 
-    got = submission.call(answer, ask, run, deepcopy(QUESTION), rounds)
+    wants_none = dict.fromkeys(((KeyError, "tool_calls"), (TypeError, "'NoneType'")), WANTS_NONE)
+    causes: Causes = {} if script[0].get("tool_calls") else wants_none
+    got = submission.call(answer, ask, run, deepcopy(QUESTION), rounds, causes=causes)
     require(
         len(asked) <= rounds,
         f"{rounds} questions at most",
@@ -228,6 +235,7 @@ def _converse(submission: Submission, answer: Any, script: list[dict[str, Any]],
             "that is the whole message: its content is wanted",
         ),
         (final is None, "the model has not answered in so many rounds: return None"),
+        (got is None and "tool_calls" in script[-1], WANTS_NONE),
         (got is None, "the function returns nothing: `return` is missing"),
         otherwise="return the content of the first message without calls",
     )
