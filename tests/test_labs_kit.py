@@ -714,7 +714,7 @@ def test_the_servers_that_grade_have_the_settings_and_no_key(tmp_path: Path, mon
     served: list[Settings] = []
     monkeypatch.setattr(grading, "launch", Mock(serve=lambda name: served.append(load_settings())))
     for name in ("grade_lab", "nbgrader"):
-        monkeypatch.setattr(grading, name, Mock(return_value=""))
+        monkeypatch.setattr(grading, name, Mock(return_value="done"))
     with patch.dict(os.environ, {"SERVEBOOK_STATE_DIR": str(tmp_path / "state"), "SERVEBOOK_API_KEY": KEY}):
         list(grading.grade(tmp_path, load_settings(), tmp_path / "desks"))
     (settings,) = served
