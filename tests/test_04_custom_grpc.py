@@ -42,7 +42,7 @@ from servebook.settings import Settings
 from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
-from servebook.ways.custom_grpc.server import calls
+from servebook.ways.custom_grpc.server import calls, serving
 from servebook.ways.custom_grpc.server import health as health_service
 from servebook.ways.custom_grpc.server.health import Health
 from servebook.ways.custom_grpc.server.servicer import LLMServicer
@@ -323,6 +323,66 @@ def test_a_models_own_limit_of_tokens_is_a_default() -> None:
     for request, prompt_tokens, wanted in ((unset, 5, 7), (three, 5, 3), (unset, 96, 4)):
         params = inputs.params(request, prompt_tokens, stream=False)
         assert (params.max_tokens, params.top_p) == (wanted, 0.5)
+
+
+async def test_a_call_that_grpc_had_taken_before_the_end_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not open yet for those who count calls. And one who watches health, and never leaves, is not waited for."""
+    monkeypatch.setattr(serving, "SETTLE_SECONDS", 0.5)
+    taken, handed_over, begun, may_end = (asyncio.Event() for _ in range(4))
+    seen = []
+
+    class Slow(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+        async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+            if handler_call_details.method.endswith("/Generate"):
+                taken.set()
+                await handed_over.wait()
+            return await continuation(handler_call_details)
+
+    class Engine:
+        errored = False
+
+        async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
+            begun.set()
+            await may_end.wait()
+            seen.append("answered")
+            completion = SimpleNamespace(text="word", token_ids=[1], finish_reason="stop")
+            yield SimpleNamespace(outputs=[completion], finished=True)
+
+        async def prompt(self, request: Any) -> Any:
+            return {"prompt_token_ids": [1]}
+
+        def params(self, request: Any, prompt_tokens: int, stream: bool) -> Any:
+            return SimpleNamespace(max_tokens=1)
+
+    async def stop(grace: float) -> None:
+        if not grace:
+            seen.append("cut")
+        await server.stop(grace)
+
+    account, health = calls.Calls(1), Health()
+    servicer = LLMServicer(account)
+    servicer.attach(Engine(), Engine())  # type: ignore[arg-type]
+    server = grpc.aio.server(interceptors=[Slow()])
+    llm_pb2_grpc.add_LLMServiceServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(60):
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        await watching.read()
+        generate: Any = llm_pb2_grpc.LLMServiceStub(channel).Generate
+        call = generate(pb.GenerateRequest(prompt="Once"))
+        await taken.wait()
+        stopped: Any = SimpleNamespace(stop=stop)
+        draining = asyncio.create_task(serving.drain(stopped, account, 600))
+        handed_over.set()
+        beginning = asyncio.create_task(begun.wait())
+        await asyncio.wait({draining, beginning}, return_when=asyncio.FIRST_COMPLETED)
+        may_end.set()
+        assert (await call).text == "word"
+        await draining
+    beginning.cancel()
+    assert seen == ["answered", "cut"]
 
 
 async def test_a_stream_that_nobody_reads_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from servebook.ways.custom_grpc.server.inputs import Inputs
 
 WATCH_SECONDS = 0.2
+SETTLE_SECONDS = 0.1
+"""How long a server that ends waits for the calls that gRPC had taken and not handed over yet, and for last words that
+are on their way out."""
 
 log = logging.getLogger("servebook.ways.custom_grpc.server")
 
@@ -148,8 +151,13 @@ async def watch(engine: AsyncLLM, stop: asyncio.Event, health: Health, calls: Ca
 async def drain(server: grpc.aio.Server, calls: Calls, seconds: float) -> None:
     """Refuse new calls, and wait `seconds` at most for the open ones: health watchers never end."""
     grace = asyncio.create_task(server.stop(seconds))
-    none_open = asyncio.create_task(calls.none_open.wait())
-    await asyncio.wait({grace, none_open}, return_when=asyncio.FIRST_COMPLETED)
+    while not grace.done():
+        none_open = asyncio.create_task(calls.none_open.wait())
+        await asyncio.wait({grace, none_open}, return_when=asyncio.FIRST_COMPLETED)
+        none_open.cancel()
+        await asyncio.wait({grace}, timeout=SETTLE_SECONDS)
+        if not calls.open:
+            break
     await server.stop(0)
 
 
