@@ -42,8 +42,9 @@ from servebook.settings import Settings
 from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
-from servebook.ways.custom_grpc.server import calls, serving
+from servebook.ways.custom_grpc.server import calls, metrics, serving
 from servebook.ways.custom_grpc.server import health as health_service
+from servebook.ways.custom_grpc.server.errors import Refusal
 from servebook.ways.custom_grpc.server.health import Health
 from servebook.ways.custom_grpc.server.servicer import LLMServicer
 from servebook.ways.custom_grpc.steps import Ladder, ladder
@@ -273,6 +274,7 @@ def invalid_requests() -> dict[str, tuple[pb.GenerateRequest, str]]:
         "hot": (request(temperature=float("inf")), "temperature"),
         "top_p": (sampling(top_p=0), "sampling.top_p"),
         "top_k": (sampling(top_k=-1), "sampling.top_k"),
+        "a seed that is none": (sampling(seed=-1), "sampling.seed"),
         "empty stop": (sampling(stop=[""]), "sampling.stop"),
         "many stops": (sampling(stop=["x"] * 17), "sampling.stop"),
         "bad regex": (sampling(regex="("), "sampling.regex"),
@@ -323,6 +325,53 @@ def test_a_models_own_limit_of_tokens_is_a_default() -> None:
     for request, prompt_tokens, wanted in ((unset, 5, 7), (three, 5, 3), (unset, 96, 4)):
         params = inputs.params(request, prompt_tokens, stream=False)
         assert (params.max_tokens, params.top_p) == (wanted, 0.5)
+
+
+def test_a_seed_that_vllm_takes_for_none_is_refused() -> None:
+    from servebook.ways.custom_grpc.server.inputs import Inputs  # imports vLLM, which takes seconds
+
+    inputs = Inputs(None, 100, {})  # nothing is tokenized
+    with pytest.raises(Refusal, match=r"sampling\.seed: must not be -1") as caught:
+        inputs.params(pb.GenerateRequest(prompt="x", sampling=pb.Sampling(seed=-1)), 5, stream=False)
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert inputs.params(pb.GenerateRequest(prompt="x", sampling=pb.Sampling(seed=0)), 5, stream=False).seed == 0
+
+
+async def test_an_error_without_a_word_is_a_refusal_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chat template's, say, which may raise what it likes."""
+    from servebook.ways.custom_grpc.server import inputs  # imports vLLM, which takes seconds
+
+    class Silent:
+        def __init__(self, **_: Any) -> None:
+            raise ValueError
+
+        @staticmethod
+        async def render_cmpl_async(_: Any) -> Any:
+            raise ValueError
+
+    monkeypatch.setattr(inputs, "SamplingParams", Silent)
+    converter = inputs.Inputs(Silent, 100, {})
+    with pytest.raises(Refusal) as caught:
+        await converter.prompt(pb.GenerateRequest(prompt="x"))
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(Refusal) as caught:
+        converter.params(pb.GenerateRequest(prompt="x"), 5, stream=False)
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("left", "told"), [(0.03, "DEADLINE_EXCEEDED"), (-1, "DEADLINE_EXCEEDED"), (5, "CANCELLED"), (None, "CANCELLED")]
+)
+async def test_a_call_that_the_clients_clock_has_ended_is_late(left: float | None, told: str) -> None:
+    def counted() -> float:
+        return float(metrics.CALLS.labels("Generate", told)._value.get())
+
+    context: Any = SimpleNamespace(set_trailing_metadata=lambda _: None, time_remaining=lambda: left)
+    before = counted()
+    with pytest.raises(asyncio.CancelledError):
+        async with calls.Calls(1).admit("Generate", context):
+            raise asyncio.CancelledError
+    assert counted() == before + 1
 
 
 async def test_a_call_that_grpc_had_taken_before_the_end_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,9 @@ RETRY_UNAVAILABLE = json.dumps(
         ]
     }
 )
-"""Service config: with UNAVAILABLE no answer was begun, and a second try may have one: on another server, or on this
-one later. gRPC stops retrying when a response's headers are here (gRFC A6), which come with the first message."""
+"""Service config: nothing of an answer has arrived, and to generate again does no harm; a second try may have one, on
+another server, or on this one later. gRPC stops retrying when a response's headers are here (gRFC A6), which come with
+the first message."""
 
 KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 OPTIONS = [("grpc.service_config", RETRY_UNAVAILABLE), *KEEPALIVE]

@@ -23,6 +23,9 @@ PACE = Pace(per_second=1500, most_seconds=0.025, free=8)
 """A message costs the server's one event loop 0.05 to 0.1 ms, however many tokens are in it; and 40 messages a second
 are more than anybody reads."""
 
+LATE_SECONDS = 0.05
+"""So near to its deadline a cancelled call has passed it: at the client, whose clock began earlier."""
+
 ABORT_SECONDS = 1.0
 """How long a call that nobody reads is held open for its status to go out."""
 
@@ -87,7 +90,7 @@ class Calls:
                         reason = f"Nobody has read this stream for {READER_SECONDS:g} s."
                         await context.abort(code, reason, (request_id,))
                 raise
-            late = (left := context.time_remaining()) is not None and left <= 0
+            late = (left := context.time_remaining()) is not None and left <= LATE_SECONDS
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
         except Exception as error:

@@ -14,6 +14,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from servebook.protos.llm.v1.llm_pb2 import GenerateRequest, Sampling, StreamGenerateRequest
 from servebook.ways.custom_grpc.server.errors import Refusal, invalid
 from servebook.ways.limits import LimitExceeded, Limits, check
+from servebook.ways.refusals import reason
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -71,7 +72,7 @@ class Inputs:
                 case _:
                     raise invalid("prompt", "set one of prompt, prompt_token_ids and chat")
         except (VLLMClientError, ValueError, TypeError) as error:  # chat templates raise all three
-            raise invalid(kind or "prompt", str(error.args[0])) from error
+            raise invalid(kind or "prompt", reason(error)) from error
         if not rendered["prompt_token_ids"]:
             raise invalid(kind, "must not be empty")
         return rendered
@@ -96,6 +97,8 @@ class Inputs:
             raise invalid("temperature", f"must be from 0 to {MAX_TEMPERATURE}, got {request.temperature}")
         if request.sampling.top_k < 0:
             raise invalid("sampling.top_k", f"must be 0 (all tokens) or more, got {request.sampling.top_k}")
+        if request.sampling.seed == -1:
+            raise invalid("sampling.seed", "must not be -1: vLLM takes that for no seed")
         check_limits(request.sampling)
         said: dict[str, Any] = {"temperature": request.temperature} if request.HasField("temperature") else {}
         sampling = request.sampling
@@ -111,7 +114,7 @@ class Inputs:
             )
         except (VLLMClientError, ValueError) as error:
             field = getattr(error, "parameter", None)
-            raise invalid(f"sampling.{field}" if field else "sampling", error.args[0]) from error
+            raise invalid(f"sampling.{field}" if field else "sampling", reason(error)) from error
 
     def no_room(self, request: Request, prompt_tokens: int) -> Refusal:
         """The refusal of a prompt that fills the context."""
