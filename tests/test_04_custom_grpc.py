@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1081,6 +1083,33 @@ def steps() -> Iterator[Ladder]:
         yield steps
 
 
+class Letters:
+    """A renderer to which each letter is a token."""
+
+    async def render_cmpl_async(self, prompts: list[dict[str, str]]) -> list[dict[str, Any]]:
+        return [{"type": "token", "prompt_token_ids": [ord(each) for each in given["prompt"]]} for given in prompts]
+
+
+class Echo:
+    """An engine that says the tokens which it is given, and takes no text."""
+
+    renderer = Letters()
+
+    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
+        completion = SimpleNamespace(text="".join(map(chr, prompt["prompt_token_ids"])))
+        yield SimpleNamespace(outputs=[completion], finished=True)
+
+
+@pytest.mark.parametrize("step", ["step_1_stream", "step_2_cancel", "step_3_status", "step_4_limits"])
+async def test_every_step_hands_the_engine_tokens(step: str) -> None:
+    """What vLLM tokenizes itself, it warns, it will not for much longer."""
+    server, port = await import_module(f"servebook.ways.custom_grpc.steps.{step}").start(Echo())
+    async with GrpcAioClient(f"127.0.0.1:{port}") as aio:
+        assert [piece.text async for piece in aio.stream("Once", timeout=30, max_tokens=4)] == ["Once"]
+    stopping = server.stop(None)
+    await (stopping if inspect.isawaitable(stopping) else asyncio.to_thread(stopping.wait))
+
+
 class TestSteps:
     """A class, for its engine to end with the last of these tests: memory is short."""
 
@@ -1132,7 +1161,9 @@ class TestSteps:
         ended = []
 
         class Stuck:
-            async def generate(self, prompt: str, params: Any, request_id: str) -> AsyncIterator[Any]:
+            renderer = Letters()
+
+            async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
                 try:
                     yield SimpleNamespace(outputs=[SimpleNamespace(text="x")], finished=False)
                     await asyncio.Event().wait()

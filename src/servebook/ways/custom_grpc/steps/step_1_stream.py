@@ -41,7 +41,8 @@ class Servicer(llm_pb2_grpc.LLMServiceServicer):
         came: Queue[RequestOutput | None] = Queue()
 
         async def generate() -> None:
-            async for output in self.engine.generate(request.prompt, params, uuid4().hex):
+            [tokens] = await self.engine.renderer.render_cmpl_async([{"prompt": request.prompt}])
+            async for output in self.engine.generate(tokens, params, uuid4().hex):
                 came.put(output)
             came.put(None)
 
@@ -53,8 +54,7 @@ class Servicer(llm_pb2_grpc.LLMServiceServicer):
 async def start(engine: AsyncLLM) -> tuple[grpc.Server, int]:
     """Serve on a free port of this machine; give the server and its port."""
     server = grpc.server(ThreadPoolExecutor(THREADS))
-    servicer = Servicer(engine, asyncio.get_running_loop())  # type: ignore[abstract]  # Generate: UNIMPLEMENTED
-    llm_pb2_grpc.add_LLMServiceServicer_to_server(servicer, server)
+    llm_pb2_grpc.add_LLMServiceServicer_to_server(Servicer(engine, asyncio.get_running_loop()), server)  # type: ignore[abstract]  # Generate: UNIMPLEMENTED
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     return server, port

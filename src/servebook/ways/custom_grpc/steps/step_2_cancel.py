@@ -32,8 +32,9 @@ class Servicer(llm_pb2_grpc.LLMServiceServicer):
             ignore_eos=request.sampling.ignore_eos,
             output_kind=RequestOutputKind.DELTA,  # what is new, not the text so far
         )
+        [tokens] = await self.engine.renderer.render_cmpl_async([{"prompt": request.prompt}])
         # aclosing: however this block is left, the engine stops working for this call.
-        async with aclosing(self.engine.generate(request.prompt, params, uuid4().hex)) as outputs:
+        async with aclosing(self.engine.generate(tokens, params, uuid4().hex)) as outputs:
             async for output in outputs:
                 message = llm_pb2.StreamGenerateResponse(text=output.outputs[0].text, is_finished=output.finished)
                 await context.write(message)
