@@ -44,6 +44,7 @@ from servebook.settings import Settings
 from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
+from servebook.ways.custom_grpc.frames import Frame, listen_in
 from servebook.ways.custom_grpc.server import calls, metrics, serving
 from servebook.ways.custom_grpc.server import health as health_service
 from servebook.ways.custom_grpc.server.errors import Refusal
@@ -763,6 +764,24 @@ async def test_2000_short_calls_leave_nothing_behind(aio: GrpcAioClient, grpc_se
     assert growth["servebook_grpc_asyncio_tasks"] <= 0, growth
     assert growth["process_open_fds"] <= 1, growth  # the connection of whoever reads the metrics
     assert growth["process_resident_memory_bytes"] < 20e6, growth
+
+
+# Who listens in on a connection
+
+
+def test_who_listens_in_hears_nothing_where_nobody_comes_and_where_no_server_is() -> None:
+    def waiting() -> bool:
+        return any(frame.f_code.co_name == "accept" for frame in sys._current_frames().values())
+
+    nobody = f"127.0.0.1:{free_port()}"
+    with listen_in(nobody):
+        eventually(waiting, "a thread waits for a caller")
+    eventually(lambda: not waiting(), "and then no more")
+    with listen_in(nobody) as (address, frames):
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as caller:
+            assert caller.recv(1) == b"", "the caller is told that nobody is there"
+    assert frames == list[Frame]()
 
 
 # Health, reflection, metrics

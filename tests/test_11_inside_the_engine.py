@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import math
 import random
@@ -22,6 +23,7 @@ from servebook.engine.arguments import in_float32
 from servebook.engine.model import model_path
 from servebook.errors import ModelError, ServebookError
 from servebook.launch import Server
+from servebook.processes import free_port
 from servebook.settings import Settings
 from servebook.ways.inside_the_engine import sizing
 from servebook.ways.inside_the_engine.looks import Look, Stretch, cache_of, look, stretches, watch
@@ -163,6 +165,18 @@ async def test_a_look_that_fails_ends_the_work() -> None:
             await watch(f"http://127.0.0.1:{server.server_port}", work())
         server.shutdown()
     await asyncio.wait_for(ended.wait(), 5)
+
+
+async def test_work_that_no_look_came_before_is_closed() -> None:
+    """Else Python would complain, somewhere later, that nobody has awaited it."""
+
+    async def work() -> None:
+        pass
+
+    never_begun = work()
+    with pytest.raises(ServebookError):
+        await watch(f"http://127.0.0.1:{free_port()}", never_begun)
+    assert inspect.getcoroutinestate(never_begun) == inspect.CORO_CLOSED
 
 
 def test_alike_neighbours_are_one_stretch() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -41,15 +41,20 @@ def listen_in(address: str) -> Iterator[tuple[str, list[Frame]]]:
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
 
         def relay() -> None:
-            client, _ = listener.accept()
-            server = socket.create_connection((host.strip("[]"), int(port)))
-            threading.Thread(target=_pass_on, args=(client, server), daemon=True).start()
-            with client, server, server.makefile("rb") as incoming:
+            with (
+                suppress(OSError),  # nobody has come, or there is no server
+                listener.accept()[0] as client,
+                socket.create_connection((host.strip("[]"), int(port))) as server,
+                server.makefile("rb") as incoming,
+            ):
+                threading.Thread(target=_pass_on, args=(client, server), daemon=True).start()
                 _note(incoming, client, frames)
 
-        thread = threading.Thread(target=relay, daemon=True)
-        thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}", frames
+        threading.Thread(target=relay, daemon=True).start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}", frames
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)  # a thread in accept() would not hear of its end by close() alone
 
 
 def _pass_on(source: socket.socket, sink: socket.socket) -> None:

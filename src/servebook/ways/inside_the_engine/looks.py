@@ -110,7 +110,12 @@ async def watch(url: str, *work: Coroutine[object, object, T], key: str | None =
 
     The first look is before the work, the last one after it.
     """
-    looks = [await asyncio.to_thread(look, url, key)]
+    try:
+        looks = [await asyncio.to_thread(look, url, key)]
+    except BaseException:
+        for each in work:
+            each.close()  # else Python complains that nobody has awaited it
+        raise
     tasks = [asyncio.ensure_future(each) for each in work]
     doing = asyncio.gather(*tasks)
     try:
