@@ -36,6 +36,7 @@ from servebook.launch.child import child_server
 from servebook.launch.probes import listens
 from servebook.processes import free_port
 from servebook.ways.fastapi_gateway import mistake
+from servebook.ways.fastapi_gateway.client import GatewayAioClient, GatewayClient
 from servebook.ways.fastapi_gateway.server.app import PAGE, create_app
 from servebook.ways.fastapi_gateway.server.chat import ChatRequest, chat, chat_events
 from servebook.ways.fastapi_gateway.server.config import Config
@@ -509,6 +510,32 @@ async def test_a_proxy_before_the_engine_is_not_asked_to_pack_an_answer() -> Non
     app.add_routes([web.post("/v1/chat/completions", what_was_asked_for)])
     async with TestServer(app) as upstream, Engine(Config(str(upstream.make_url("")), key=KEY)) as engine:
         assert await engine.call("1").complete({}) == {"asked": ["identity"]}
+
+
+async def test_the_clients_have_no_limit_beside_the_gateways() -> None:
+    """As many callers at once as a gateway takes: httpx's own limit would let 100 of them through."""
+    many = Config("").max_concurrent
+    here, all_here = [0], asyncio.Event()
+
+    async def answer(request: web.Request) -> web.Response:
+        here[0] += 1
+        if here[0] == many:
+            all_here.set()
+        await all_here.wait()
+        usage = {"prompt_tokens": 1, "completion_tokens": 1}
+        return web.json_response({"response": "yes", "usage": usage, "finish_reason": "stop"})
+
+    app = web.Application()
+    app.add_routes([web.post("/chat", answer)])
+    async with TestServer(app) as server:
+        url = str(server.make_url(""))
+        async with GatewayAioClient(url) as aio:
+            answers = await asyncio.gather(*(aio.generate("Here?", timeout=30) for _ in range(many)))
+        here[0], all_here = 0, asyncio.Event()
+        with GatewayClient(url) as client, ThreadPoolExecutor(many) as pool:
+            calls = [asyncio.wrap_future(pool.submit(client.generate, "Here?", timeout=30)) for _ in range(many)]
+            answers += await asyncio.gather(*calls)
+    assert {each.text for each in answers} == {"yes"}
 
 
 # When something dies

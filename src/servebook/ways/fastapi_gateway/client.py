@@ -10,6 +10,9 @@ from httpx_sse import ServerSentEvent, aconnect_sse, connect_sse
 
 from servebook.ways.client import Answer, Piece
 
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+"""None of the client's own, where httpx has 100: the gateway is the one to say no, and it does so at once."""
+
 
 class GatewayClient:
     """A client of the gateway at `url` ("http://host:port"); use it in a `with` block, from any number of threads.
@@ -19,7 +22,7 @@ class GatewayClient:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        self.client = httpx.Client(base_url=url, headers=key_header(api_key))
+        self.client = httpx.Client(base_url=url, headers=key_header(api_key), limits=LIMITS)
 
     def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
         """Return the whole answer; `timeout` bounds each wait for bytes, in seconds."""
@@ -48,7 +51,7 @@ class GatewayAioClient:
     """The same for asyncio; use it in an `async with` block."""
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        self.client = httpx.AsyncClient(base_url=url, headers=key_header(api_key))
+        self.client = httpx.AsyncClient(base_url=url, headers=key_header(api_key), limits=LIMITS)
 
     async def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:  # noqa: ASYNC109
         """Return the whole answer; cancelling the task closes the connection."""
