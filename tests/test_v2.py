@@ -100,6 +100,18 @@ BAD_PARAMETERS = [
     ('{"temprature": 1}', "sampling_parameters.temprature: vLLM has no such sampling parameter"),
     ('{"output_kind": 0}', "sampling_parameters.output_kind: vLLM has no such sampling parameter"),
     ('{"_eos_token_id": 0}', "sampling_parameters._eos_token_id: vLLM has no such sampling parameter"),
+    (
+        '{"repetition_detection": {"max_patern_size": 8}}',
+        "sampling_parameters.repetition_detection.max_patern_size: vLLM has no such sampling parameter",
+    ),
+    (
+        '{"structured_outputs": {"json": {}, "disable_any_whitespce": true}}',
+        "sampling_parameters.structured_outputs.disable_any_whitespce: vLLM has no such sampling parameter",
+    ),
+    (
+        '{"guided_decoding": "{\\"choice\\": [\\"a\\"], \\"_backend\\": \\"x\\"}"}',
+        "sampling_parameters.structured_outputs._backend: vLLM has no such sampling parameter",
+    ),
     ('{"temperature": -1}', "sampling_parameters.temperature: temperature must be non-negative"),
     ('{"max_tokens": "many"}', "sampling_parameters.max_tokens: Input should be a valid integer"),
     ('{"max_tokens": 1.5}', "sampling_parameters.max_tokens: Input should be a valid integer"),
@@ -264,6 +276,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text_input": "word " * 3000}, "text_input: This model's maximum context length is 2048 tokens"),
     ({"sampling_parameters": "{"}, "sampling_parameters: not JSON"),
     (said(temprature=0), "sampling_parameters.temprature: vLLM has no such sampling parameter"),
+    (structured(choice=["a"], regx="a"), f"{CONSTRAINT}.regx: vLLM has no such sampling parameter"),
     (said(output_text_buffer_length=1), "sampling_parameters.output_text_buffer_length: vLLM has no such"),
     (said(extra_args={"kv_transfer_params": "x"}), "sampling_parameters.extra_args: vLLM has no such"),
     (said(trace_decode_token_ids=[]), "sampling_parameters.trace_decode_token_ids: vLLM has no such"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_args
 
 import msgspec
 from pydantic import TypeAdapter, ValidationError
@@ -24,6 +24,13 @@ INTERNAL = {
 }
 """Fields of SamplingParams that are the server's to set. What is wrong in the last two, vLLM finds out too late."""
 KNOWN = {field.name for field in msgspec.structs.fields(SamplingParams) if field.name[0] != "_"} - INTERNAL
+WITHIN = {
+    field.name: {inner.name for inner in fields(kind) if inner.init}
+    for field in msgspec.structs.fields(SamplingParams)
+    for kind in get_args(field.type)
+    if is_dataclass(kind)
+}
+"""The fields of SamplingParams that have fields of their own, and which."""
 INT64 = 2**63
 LIMITS = Limits()
 CONSTRAINTS = {"json": "schema", "regex": "regex", "grammar": "grammar", "choice": "choice", "structural_tag": "schema"}
@@ -182,6 +189,10 @@ def _sampling(values: dict[str, Any], stream: bool) -> SamplingParams:
         values["structured_outputs"] = _json_object(values["structured_outputs"])
     if unknown := values.keys() - KNOWN:
         raise BadRequest(f"sampling_parameters.{min(unknown)[:40]}", "vLLM has no such sampling parameter")
+    for name, known in WITHIN.items():  # pydantic drops what it does not know
+        given = values.get(name)
+        if isinstance(given, dict) and (unknown := given.keys() - known):
+            raise BadRequest(f"sampling_parameters.{name}.{min(unknown)[:40]}", "vLLM has no such sampling parameter")
     try:
         sampling: SamplingParams = SAMPLING.validate_python(values)
         check_limits(sampling, "sampling_parameters.")
