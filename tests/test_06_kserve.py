@@ -224,8 +224,9 @@ def test_one_client_speaks_to_triton_too(triton: launch.Server, client: V2Client
         pieces = [list(each.stream(PROMPT, **GREEDY)) for each in (client, other)]
         assert len(pieces[0]) == 1 < len(pieces[1])
         assert "".join(piece.text for piece in pieces[1]) == pieces[0][0].text == rest_answer
-        with pytest.raises(InferenceServerException, match="top_p"):
+        with pytest.raises(InferenceServerException, match="top_p") as caught:
             other.generate(PROMPT, top_p=7)
+        assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 # Mistakes: the right code, and a message that names the tensor

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import requests
 from openai import APIConnectionError
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+from tritonclient.utils import InferenceServerException
 
 from servebook.bearer import bearer
 from servebook.clients import CLIENTS
 from servebook.launch import SERVERS, Server
 from servebook.settings import Settings
 from servebook.ways.client import AioClient, Answer, Client, Piece
+from servebook.ways.kserve.client import V2Client
+from servebook.ways.more_than_text import others
+from servebook.ways.more_than_text.carries import Cell
 from servebook.ways.openai_rest.client import OpenAIAioClient, OpenAIClient
+from servebook.ways.triton_grpc.aio_client import TritonAioClient
+from servebook.ways.triton_grpc.client import TritonClient
 
 MESSAGE = "Count from 1 to 100."
 GREEDY = {"max_tokens": 24, "temperature": 0}
@@ -117,6 +126,79 @@ async def test_half_a_stream_that_ends_in_order_is_no_answer() -> None:
                 pieces.extend([piece async for piece in aio.stream("Once")])
         proxy.shutdown()
     assert [piece.text for piece in pieces] == ["half"]
+
+
+class HalfATriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """The same on gRPC: a response that is not the last one, and an end in order."""
+
+    def __init__(self) -> None:
+        self.asked_for_status: list[bool] = []
+
+    def ServerMetadata(self, request: Any, context: Any) -> Any:
+        return service_pb2.ServerMetadataResponse(name="triton", extensions=["model_configuration"])
+
+    def ModelConfig(self, request: Any, context: Any) -> Any:
+        policy = model_config_pb2.ModelTransactionPolicy(decoupled=True)
+        return service_pb2.ModelConfigResponse(config=model_config_pb2.ModelConfig(model_transaction_policy=policy))
+
+    def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        next(requests)
+        self.asked_for_status.append(("triton_grpc_error", "true") in context.invocation_metadata())
+        response = service_pb2.ModelStreamInferResponse()
+        texts = {name: len(text).to_bytes(4, "little") + text for name, text in TOLD_BY_HALF.items()}
+        for name, raw in {**texts, "num_output_tokens": (1).to_bytes(4, "little")}.items():
+            datatype = "BYTES" if name in texts else "UINT32"
+            response.infer_response.outputs.add(name=name, datatype=datatype, shape=[1])
+            response.infer_response.raw_output_contents.append(raw)
+        yield response
+
+
+TOLD_BY_HALF = {"text_output": b"half", "finish_reason": b"None"}
+
+
+@pytest.fixture
+def half_a_triton() -> Iterator[tuple[str, HalfATriton]]:
+    with ThreadPoolExecutor(4) as pool:
+        server, servicer = grpc.server(pool), HalfATriton()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        yield f"127.0.0.1:{port}", servicer
+        server.stop(None).wait()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [TritonClient, V2Client])
+def test_half_a_stream_of_tritons_is_no_answer_either(
+    kind: type[TritonClient | V2Client], half_a_triton: tuple[str, HalfATriton]
+) -> None:
+    address, servicer = half_a_triton
+    pieces: list[Piece] = []
+    with kind(address) as client:
+        with pytest.raises(InferenceServerException, match="ended before the answer") as caught:
+            pieces.extend(client.stream("Once"))
+        assert caught.value.status() == "StatusCode.INTERNAL"
+        with pytest.raises(InferenceServerException, match="ended before the answer"):
+            client.generate("Once")
+    assert pieces == [Piece("half", 1)]
+    assert servicer.asked_for_status == [True, True]
+
+
+async def test_nor_in_asyncio(half_a_triton: tuple[str, HalfATriton]) -> None:
+    async with TritonAioClient(half_a_triton[0]) as aio:
+        stream = aio.stream("Once")
+        assert await anext(stream) == Piece("half", 1)
+        with pytest.raises(InferenceServerException, match="ended before the answer") as caught:
+            await anext(stream)
+        assert caught.value.status() == "StatusCode.INTERNAL"
+        with pytest.raises(InferenceServerException, match="ended before the answer"):
+            await aio.generate("Once")
+
+
+@pytest.mark.timeout(60)
+def test_nor_where_a_row_of_chapter_13_is_asked_for(half_a_triton: tuple[str, HalfATriton]) -> None:
+    cell = others._infer(half_a_triton[0], {"sampling_parameters": b"{}"})
+    assert cell == Cell(False, "INTERNAL: the stream ended before the answer did")
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from typing import Any
 import tritonclient.grpc.aio as v2
 
 from servebook.ways.client import Answer, Piece
-from servebook.ways.kserve.client import WANTED, infer_inputs, outputs, read_answer, whole_piece
+from servebook.ways.kserve.client import WANTED, infer_inputs, whole_piece
+from servebook.ways.v2.answers import outputs, read_answer
 
 
 class V2AioClient:

@@ -6,16 +6,13 @@ import json
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from functools import cached_property
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tritonclient.grpc as v2
 
 from servebook.ways.client import Answer, Piece
-
-Tensors = dict[str, npt.NDArray[Any]]
+from servebook.ways.v2.answers import Tensors, outputs, read_answer, read_piece, stream_infer
 
 WANTED = {f"return_{name}": True for name in ("finish_reason", "num_input_tokens", "num_output_tokens")}
 """Inputs that ask for what an Answer consists of."""
@@ -67,7 +64,7 @@ class V2Client:
         inputs = infer_inputs(text, sampling or {}, **flags)
         if not self.decoupled:
             return outputs(self.stub.infer(self.model, inputs, client_timeout=timeout))
-        (answer,) = self._responses(inputs, timeout)
+        (answer,) = stream_infer(self.stub, self.model, inputs, timeout)
         return answer
 
     def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
@@ -80,28 +77,9 @@ class V2Client:
             yield whole_piece(self.generate(prompt, timeout=timeout, **sampling))
             return
         inputs = infer_inputs(prompt, sampling, stream=True, **WANTED)
-        with closing(self._responses(inputs, timeout)) as responses:
+        with closing(stream_infer(self.stub, self.model, inputs, timeout)) as responses:
             for response in responses:
                 yield read_piece(response)
-
-    def _responses(self, inputs: list[v2.InferInput], timeout: float) -> Generator[Tensors]:
-        arrived: SimpleQueue[v2.InferResult | Exception] = SimpleQueue()
-        self.stub.start_stream(lambda result, error: arrived.put(error or result), stream_timeout=timeout)
-        final = False
-        try:
-            self.stub.async_stream_infer(self.model, inputs, enable_empty_final_response=True)
-            while not final:
-                answer = arrived.get()
-                if isinstance(answer, Exception):
-                    raise answer
-                response = answer.get_response()
-                final = response.parameters["triton_final_response"].bool_param
-                if response.outputs:
-                    yield outputs(answer)
-        finally:
-            stream = self.stub._stream
-            self.stub.stop_stream(cancel_requests=not final)
-            stream._request_queue.put(None)  # when it has cancelled, its thread would wait for ever to send
 
     def __enter__(self) -> V2Client:
         return self
@@ -122,23 +100,6 @@ def infer_inputs(text: str, sampling: Mapping[str, Any], **flags: bool) -> list[
     """The input tensors of one request, whose answer comes without the prompt in front."""
     inputs = [tensor("text_input", text), tensor("sampling_parameters", json.dumps(sampling))]
     return inputs + [tensor(name, value) for name, value in ({"exclude_input_in_output": True} | flags).items()]
-
-
-def outputs(result: v2.InferResult) -> Tensors:
-    """The output tensors of a response by their names."""
-    return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
-
-
-def read_piece(tensors: Tensors) -> Piece:
-    """The first choice of a response to a request for what is WANTED."""
-    text, reason, tokens = (tensors[name][0] for name in ("text_output", "finish_reason", "num_output_tokens"))
-    return Piece(text.decode(), int(tokens), None if reason == b"None" else reason.decode())
-
-
-def read_answer(tensors: Tensors) -> Answer:
-    """The first choice of a response that is the whole answer."""
-    piece = read_piece(tensors)
-    return Answer(piece.text, piece.tokens, int(tensors["num_input_tokens"][0]), piece.finish_reason or "")
 
 
 def whole_piece(answer: Answer) -> Piece:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import queue
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ import grpc
 import numpy as np
 import tritonclient.grpc as triton
 from smg_grpc_proto import vllm_engine_pb2
+from tritonclient.utils import InferenceServerException
 
 from servebook.protos.llm.v1 import llm_pb2
 from servebook.protos.vllm import inference_pb2
@@ -30,6 +30,7 @@ from servebook.ways.more_than_text.carries import (
     fits,
     post,
 )
+from servebook.ways.v2.answers import stream_infer
 
 METHODS = {"embeddings": "Embed", "Responses": "CreateResponse", "Messages": "CreateMessage"}
 """What a gRPC method for it would be called."""
@@ -134,21 +135,16 @@ def _call(channel: grpc.Channel, service: str, method: str, message: bytes) -> b
 
 def _infer(address: str, inputs: Mapping[str, bytes]) -> Cell:
     """Ask Triton's model with these inputs, each a tensor of one string, beside the prompt."""
-    arrived: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     tensors = []
     for name, value in {"text_input": PROMPT.encode(), **inputs}.items():
         tensors.append(triton.InferInput(name, [1], "BYTES"))
         tensors[-1].set_data_from_numpy(np.array([value], dtype=np.object_))
-    with triton.InferenceServerClient(address) as client:
-        client.start_stream(
-            lambda result, error: arrived.put((result, error)), stream_timeout=60, headers={"triton_grpc_error": "true"}
-        )
-        client.async_stream_infer(TENSOR_MODEL_NAME, tensors)
-        result, error = arrived.get()
-        client.stop_stream()
-    if error:
+    try:
+        with triton.InferenceServerClient(address) as client:
+            (answer,) = stream_infer(client, TENSOR_MODEL_NAME, tensors, 60)
+    except InferenceServerException as error:
         return Cell(False, f"{_status(error)}: {error.message()}"[:TOLD])
-    text = result.as_numpy("text_output")[0].decode().removeprefix(PROMPT)
+    text = answer["text_output"][0].decode().removeprefix(PROMPT)
     return Cell(fits(text) if b"structured_outputs" in inputs["sampling_parameters"] else True, "OK")
 
 

@@ -11,7 +11,16 @@ import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 from servebook.ways.client import Answer, Piece
-from servebook.ways.triton_grpc.client import ERRORS_WITH_STATUS, infer_inputs, read_answer, read_piece
+from servebook.ways.triton_grpc.client import infer_inputs
+from servebook.ways.v2.answers import (
+    ERRORS_WITH_STATUS,
+    Tensors,
+    ended_early,
+    is_final,
+    outputs,
+    read_answer,
+    read_piece,
+)
 
 
 class TritonAioClient:
@@ -45,16 +54,20 @@ class TritonAioClient:
         (answer,) = [response async for response in self._responses(inputs, timeout)]
         return read_answer(answer)
 
-    async def _responses(self, inputs: list[Any], seconds: float) -> AsyncGenerator[triton.InferResult]:
+    async def _responses(self, inputs: list[Any], seconds: float) -> AsyncGenerator[Tensors]:
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": self.model, "inputs": inputs}  # then half-close: the server ends the stream
 
         responses = self.client.stream_infer(requests(), stream_timeout=seconds, headers=ERRORS_WITH_STATUS)
+        final = False
         try:
             async for result, error in responses:
                 if error:
                     raise error
-                yield result
+                final = is_final(result)
+                yield outputs(result)
+            if not final:
+                raise ended_early()
         except grpc.aio.AioRpcError as error:
             raise InferenceServerException(error.details(), status=str(error.code())) from None
         finally:

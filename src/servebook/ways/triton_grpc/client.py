@@ -6,7 +6,6 @@ A decoupled model answers on a stream only, also when there is one response: `in
 from __future__ import annotations
 
 import json
-import queue
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any
@@ -15,9 +14,7 @@ import numpy as np
 import tritonclient.grpc as triton
 
 from servebook.ways.client import Answer, Piece
-
-ERRORS_WITH_STATUS = {"triton_grpc_error": "true"}
-"""Metadata that asks Triton for errors as gRPC status codes; without it they come as bare text."""
+from servebook.ways.v2.answers import Tensors, read_answer, read_piece, stream_infer
 
 
 def infer_inputs(prompt: str, *, stream: bool, **sampling: Any) -> list[triton.InferInput]:
@@ -38,24 +35,12 @@ def infer_inputs(prompt: str, *, stream: bool, **sampling: Any) -> list[triton.I
     return inputs
 
 
-def read_piece(result: triton.InferResult) -> Piece:
-    """The first choice of a response."""
-    text, reason, tokens = (result.as_numpy(name)[0] for name in ("text_output", "finish_reason", "num_output_tokens"))
-    return Piece(text.decode(), int(tokens), None if reason == b"None" else reason.decode())
-
-
-def read_answer(result: triton.InferResult) -> Answer:
-    """The first choice of a response that is the whole answer."""
-    piece, prompt_tokens = read_piece(result), int(result.as_numpy("num_input_tokens")[0])
-    return Answer(piece.text, piece.tokens, prompt_tokens, piece.finish_reason or "")
-
-
 class TritonClient:
     """A client of `model` on the server at `address` ("host:port"), for any number of threads.
 
-    Each call has a connection of its own: `tritonclient` has one stream on each. `sampling` are fields of vLLM's
-    SamplingParams. Errors are InferenceServerException: `error.status()` names the gRPC status, DEADLINE_EXCEEDED
-    after `timeout` seconds.
+    Each call has a channel of its own: `tritonclient` has one stream on each. gRPC may let channels share a connection.
+    `sampling` are fields of vLLM's SamplingParams. Errors are InferenceServerException: `error.status()` names the gRPC
+    status, DEADLINE_EXCEEDED after `timeout` seconds.
     """
 
     def __init__(self, address: str, model: str = "vllm_model") -> None:
@@ -73,27 +58,9 @@ class TritonClient:
             for response in responses:
                 yield read_piece(response)
 
-    def _responses(self, inputs: list[triton.InferInput], timeout: float) -> Generator[triton.InferResult]:
-        arrived: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-        final = False
+    def _responses(self, inputs: list[triton.InferInput], timeout: float) -> Generator[Tensors]:
         with triton.InferenceServerClient(self.address) as client:
-            client.start_stream(
-                lambda result, error: arrived.put((result, error)),  # called on the client's own thread
-                stream_timeout=timeout,
-                headers=ERRORS_WITH_STATUS,
-            )
-            try:
-                client.async_stream_infer(self.model, inputs)
-                while not final:
-                    result, error = arrived.get()
-                    if error:
-                        raise error
-                    final = result.get_response().parameters["triton_final_response"].bool_param
-                    yield result
-            finally:
-                stream = client._stream
-                client.stop_stream(cancel_requests=not final)
-                stream._request_queue.put(None)  # when it has cancelled, its thread would wait for ever to send
+            yield from stream_infer(client, self.model, inputs, timeout)
 
     def __enter__(self) -> TritonClient:
         return self

@@ -68,4 +68,4 @@ def stream(address: str, step: int, prompt: str, *, timeout: float = 60, **sampl
     inputs = [each for each in infer_inputs(prompt, stream=True, **sampling) if each.name() in INPUTS]
     with closing(TritonClient(address, f"step_{step}")._responses(inputs, timeout)) as responses:
         for response in responses:
-            yield response.as_numpy("text_output")[0].decode()
+            yield response["text_output"][0].decode()
