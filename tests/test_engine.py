@@ -422,10 +422,12 @@ def config(endpoint, workers):
 
 for name in ("vllm", "vllm.platforms", "vllm.platforms.cpu"):
     sys.modules[name] = types.SimpleNamespace(  # vLLM's own takes 8 s to import
-        CpuPlatform=CpuPlatform, current_platform=types.SimpleNamespace(is_cpu=lambda: True)
+        CpuPlatform=CpuPlatform, current_platform=types.SimpleNamespace(is_cpu=lambda: device == "cpu")
     )
+device, *asked = sys.argv[1:]
 register()
-CpuPlatform.check_and_update_config(config(*sys.argv[1:]))
+if device == "cpu":
+    CpuPlatform.check_and_update_config(config(*asked))
 
 async def server():
     heard = []
@@ -437,27 +439,31 @@ async def server():
     status = os.waitstatus_to_exitcode(os.wait()[1])
     for _ in range(3):  # it would be read from a socket by now
         await asyncio.sleep(0)
-    print(os.environ[METHOD], status, heard, gc.get_freeze_count() > 1000)
+    print(os.environ.get(METHOD), status, heard, gc.get_freeze_count() > 1000)
 
 asyncio.run(server())
 """
 
 
 @pytest.mark.parametrize(
-    ("asked", "traces", "workers", "seen"),
+    ("device", "asked", "traces", "workers", "seen"),
     [
-        ("fork", "", "1", "fork 7 [] True"),
-        ("fork", "http://127.0.0.1:4317", "1", "spawn 7 [] True"),
-        ("fork", "", "2", "spawn 7 [] True"),
-        ("spawn", "", "1", "spawn 8 ['SIGTERM'] True"),
+        ("cpu", "fork", "", "1", "fork 7 [] True"),
+        ("cpu", "fork", "http://127.0.0.1:4317", "1", "spawn 7 [] True"),
+        ("cpu", "fork", "", "2", "spawn 7 [] True"),
+        ("cpu", "spawn", "", "1", "spawn 8 [] True"),
+        ("gpu", None, "", "1", "None 8 [] True"),  # where vLLM forks by itself
     ],
 )
 def test_a_fork_is_kept_where_it_is_asked_for_and_its_signals_are_its_own(
-    asked: str, traces: str, workers: str, seen: str
+    device: str, asked: str | None, traces: str, workers: str, seen: str
 ) -> None:
     """Status 7: vLLM's `gc.unfreeze` at its end changes nothing there."""
-    env = os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": asked}
-    done = subprocess.run([sys.executable, "-c", FORK, traces, workers], env=env, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "VLLM_WORKER_MULTIPROC_METHOD"}
+    if asked:
+        env["VLLM_WORKER_MULTIPROC_METHOD"] = asked
+    words = [sys.executable, "-c", FORK, device, traces, workers]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
     assert done.stdout.strip() == seen, done.stderr
 
 

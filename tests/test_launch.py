@@ -1164,7 +1164,7 @@ def test_a_long_log_is_not_read_whole_for_its_end(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_each_line_of_a_log_is_read_once_for_the_phase_of_a_start(tmp_path: Path) -> None:
+def test_each_whole_line_of_a_log_is_read_once_for_the_phase_of_a_start(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     phase = Phase(log)
     assert phase.now() == "importing"
@@ -1174,6 +1174,8 @@ def test_each_line_of_a_log_is_read_once_for_the_phase_of_a_start(tmp_path: Path
             (" load model\n", "loading weights"),
             ("Initializing a V1 LLM engine\n", "loading weights"),
             ("Loading weights took 1 s\n", "warming up"),
+            ("Capturing CUDA graphs:   0%| 0/51\rCapturing CUDA", "capturing graphs"),
+            (" graphs: 100%| 51/51\n", "capturing graphs"),
         ]:
             file.write(says)
             file.flush()
@@ -1181,7 +1183,7 @@ def test_each_line_of_a_log_is_read_once_for_the_phase_of_a_start(tmp_path: Path
         file.seek(0)
         file.write("init engine took\n")
         file.flush()
-        assert phase.now() == "warming up", "it has read again what it had read"
+        assert phase.now() == "capturing graphs", "it has read again what it had read"
 
 
 def test_who_ends_a_server_waits_for_longer_than_it_takes(tmp_path: Path) -> None:

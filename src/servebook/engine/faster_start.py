@@ -13,6 +13,7 @@ import gc
 import multiprocessing
 import os
 import signal
+from functools import partial
 from typing import Any
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
@@ -28,6 +29,9 @@ def register() -> None:
     gc.enable()  # start.py
     if multiprocessing.parent_process() and current_platform.is_cpu():  # EngineCore. Not seen on a GPU yet.
         end_without_a_search()
+    # Else the event loop of a server would hear of the signals that a forked engine gets. On a GPU vLLM forks it
+    # wherever nothing says otherwise (`vllm/envs.py`).
+    os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
     if os.environ.get(METHOD) == "fork":
         let_fork_stand()
 
@@ -49,12 +53,7 @@ def let_fork_stand() -> None:
             os.environ[METHOD] = "fork"
 
     CpuPlatform.check_and_update_config = staticmethod(check_and_keep)
-    os.register_at_fork(after_in_child=_in_the_fork)
-
-
-def _in_the_fork() -> None:
-    signal.set_wakeup_fd(-1)  # else the event loop of the server would hear of the engine's signals
-    end_without_a_search()
+    os.register_at_fork(after_in_child=end_without_a_search)
 
 
 def end_without_a_search() -> None:

@@ -166,7 +166,7 @@ def by_chance(kept: Kept) -> bool:
 
 
 class Phase:
-    """What vLLM is doing, by its log, each line of which is read once: it is asked ten times a second."""
+    """What vLLM is doing, by its log, each whole line of which is read once: it is asked ten times a second."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -178,10 +178,10 @@ class Phase:
         with suppress(OSError), self.log.open("rb") as log:
             log.seek(self.read)
             for line in log:
-                if not line.endswith(b"\n"):  # the rest of it is still to come
-                    break
-                self.read += len(line)
                 for number, words in enumerate(ENGINE_PHASES):
                     if words.encode() in line:
                         self.reached = max(self.reached, number)
+                if not line.endswith(b"\n"):  # a bar of progress has no end until it is full: read again, with the rest
+                    break
+                self.read += len(line)
         return [*ENGINE_PHASES.values(), "importing"][self.reached]
