@@ -6,6 +6,7 @@ import errno
 import importlib
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -33,6 +34,7 @@ from servebook.launch.child import run_child
 from servebook.launch.probes import http_ok
 from servebook.processes import free_port, wait_until
 from servebook.settings import Settings
+from servebook.ways.triton_grpc.backend import __main__ as backend
 from servebook.ways.triton_grpc.backend.files import ModelFilesError, engine_words_as_json, read_engine_args, read_loras
 from servebook.ways.triton_grpc.backend.guardian import MARK, start_guardian
 from servebook.ways.triton_grpc.backend.repository import MODEL_REPOSITORY, render_repository
@@ -244,6 +246,24 @@ def test_the_server_listens_on_this_machine_only(tmp_path: Path) -> None:
         command(MODEL_REPOSITORY, host="0.0.0.0")
     with pytest.raises(LaunchError, match="There is no model repository"):
         command(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(("device", "sees"), [("gpu", "0"), ("cpu", "")])
+def test_only_a_triton_with_an_engine_on_a_gpu_sees_the_card(
+    device: str, sees: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others would hold a part of its memory that nobody reckons with: the chapter's steps, a lab's rehearsal."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("SERVEBOOK_DEVICE", device)
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["backend"])
+    become = MagicMock()
+    monkeypatch.setattr(os, "execve", become)
+    backend.main()
+    (_, command, environment), _ = become.call_args
+    assert environment["CUDA_VISIBLE_DEVICES"] == sees
+    assert ("--allow-gpu-metrics=false" in command) == (device == "cpu")
+    assert tritonserver_env()["CUDA_VISIBLE_DEVICES"] == ""
 
 
 STUB = """

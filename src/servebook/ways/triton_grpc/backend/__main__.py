@@ -48,7 +48,7 @@ def main() -> None:
     except (ServebookError, ModelFilesError) as error:
         sys.exit(f"servebook: {error}")
     # Becomes it rather than starts it: who ends this process ends Triton.
-    os.execve(command[0], command, os.environ | tritonserver_env())
+    os.execve(command[0], command, os.environ | tritonserver_env(gpu=settings.on_gpu))
 
 
 if __name__ == "__main__":

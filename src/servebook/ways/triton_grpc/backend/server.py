@@ -33,7 +33,7 @@ def tritonserver_command(
     gpu: bool = False,
     shared_memory: bool = False,
 ) -> list[str]:
-    """The words that start Triton with every model of `repository`; run them with `tritonserver_env()`.
+    """The words that start Triton with every model of `repository`; run them with `tritonserver_env` of the same `gpu`.
 
     `scratch` is a folder of your own that may be kept from run to run: the backends are laid out there.
     Both backends are at hand, `vllm` (ours) and `python`. With `shared_memory` clients may have their tensors there.
@@ -87,13 +87,17 @@ def own_shared_memory(scratch: Path) -> Iterator[list[str]]:
             region.unlink(missing_ok=True)
 
 
-def tritonserver_env() -> dict[str, str]:
-    """What Triton's environment must hold in addition, so that it finds its libraries and this Python."""
+def tritonserver_env(*, gpu: bool = False) -> dict[str, str]:
+    """What Triton's environment must hold in addition, so that it finds its libraries and this Python.
+
+    Without `gpu` it sees no card: else it would take some of its memory, for models that never use it.
+    """
     libraries = [str(_tritonserver().parents[1] / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
     return {
         "LD_LIBRARY_PATH": os.pathsep.join([*libraries, *_given("LD_LIBRARY_PATH")]),
         # The stub takes its packages from the python3 that comes first.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), *_given("PATH")]),
+        **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
     }
 
 
