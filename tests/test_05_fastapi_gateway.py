@@ -33,7 +33,6 @@ from starlette.types import Message, Receive, Scope, Send
 from servebook import launch
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.launch.child import child_server
-from servebook.launch.probes import listens
 from servebook.processes import free_port
 from servebook.ways.fastapi_gateway import mistake
 from servebook.ways.fastapi_gateway.client import GatewayAioClient, GatewayClient
@@ -53,7 +52,7 @@ pytestmark = [pytest.mark.lane("one"), pytest.mark.timeout(600)]
 GATEWAY = "servebook.ways.fastapi_gateway.server"
 KEY = "only-for-this-test"
 JAPAN = {"message": "What is the capital of Japan?", "temperature": 0, "max_tokens": 20}
-# What the model says to this without chance goes round in circles, and never ends by itself.
+# Without chance, and long; but how long is the device's affair. Where it may not end by itself it goes to `endless`.
 STORY = {"message": "Tell me a very long story.", "max_tokens": 1500, "temperature": 0}
 
 
@@ -69,10 +68,20 @@ def running(engine: str) -> float:
     return metric(engine, "vllm:num_requests_running") + metric(engine, "vllm:num_requests_waiting")
 
 
+ENDLESS = {"ignore_eos": True}
+
+
 @pytest.fixture(scope="module")
-def keyed(vllm: launch.Server) -> Iterator[str]:
+def endless(vllm: launch.Server) -> Iterator[str]:
+    """The URL of the engine, where every answer is as long as it may be."""
+    with Tap(vllm.url, more=ENDLESS) as tap:
+        yield tap.url
+
+
+@pytest.fixture(scope="module")
+def keyed(endless: str) -> Iterator[str]:
     """A gateway with a key and four places."""
-    with child_server(GATEWAY, "--upstream", vllm.url, "--max-concurrent", "4", SERVEBOOK_API_KEY=KEY) as url:
+    with child_server(GATEWAY, "--upstream", endless, "--max-concurrent", "4", SERVEBOOK_API_KEY=KEY) as url:
         yield url
 
 
@@ -542,10 +551,10 @@ async def test_the_clients_have_no_limit_beside_the_gateways() -> None:
 
 
 @pytest.mark.survives("the server killed (SIGKILL)", "gateway", lost="its streams, each broken off")
-def test_a_gateway_killed_and_started_again(vllm: launch.Server) -> None:
+def test_a_gateway_killed_and_started_again(vllm: launch.Server, endless: str) -> None:
     port = free_port()
     eventually(lambda: running(vllm.url) == 0, "the engine is idle")
-    with child_server(GATEWAY, "--upstream", vllm.url, port=port) as url:
+    with child_server(GATEWAY, "--upstream", endless, port=port) as url:
         stream = requests.post(f"{url}/chat/stream", json=STORY, stream=True, timeout=30)
         pieces = stream.iter_content(16)
         assert next(pieces)
@@ -590,7 +599,7 @@ async def test_an_answer_that_the_engine_broke_off_is_no_success() -> None:
 @pytest.fixture(scope="module")
 def doomed() -> launch.Server:
     """An engine of its own, to be stopped and killed."""
-    return launch.serve("vllm", instance="vllm-doomed", vllm_http_port=free_port(), engine_url=None)
+    return launch.serve("vllm", instance="vllm-doomed", engine_url=None)
 
 
 GO = {"messages": [{"role": "user", "content": "Go."}], "max_tokens": 1500, "ignore_eos": True}
@@ -636,10 +645,11 @@ async def test_an_engine_that_hangs_is_a_timeout(doomed: launch.Server) -> None:
 
 @pytest.mark.survives("the engine killed (SIGKILL)", "gateway", lost="its answers, each with an error")
 def test_the_engine_killed_under_load_and_back(doomed: launch.Server, vllm: launch.Server) -> None:
-    """Back is the run's own engine, at the place of the one that was killed."""
+    """Back is the run's own engine, at the place of the one that was killed while it wrote all answers."""
     assert doomed.pid
     with (
-        child_server(GATEWAY, "--upstream", doomed.url) as url,
+        Tap(doomed.url, more=ENDLESS) as tap,
+        child_server(GATEWAY, "--upstream", tap.url) as url,
         ThreadPoolExecutor(16) as pool,
     ):
         calls = [
@@ -668,12 +678,11 @@ def test_the_engine_killed_under_load_and_back(doomed: launch.Server, vllm: laun
                 "request_id": answer.headers["x-request-id"],
             }
         assert requests.get(f"{url}/readyz", timeout=30).status_code == 503
-        # EngineCore is a fork of the server, and holds its socket until it ends, too.
-        eventually(lambda: not listens(doomed.http), "nobody listens at the dead engine's port")
+        tap.close()  # and nobody listens
         assert requests.post(f"{url}/chat", json=JAPAN, timeout=30).json()["error"]["code"] == "engine_unavailable"
 
-        doomed.stop()  # returns when nothing is left of it: its port is free
-        with Tap(vllm.url, port=int(doomed.http.rsplit(":", 1)[1])):
+        doomed.stop()
+        with Tap(vllm.url, port=int(tap.url.rsplit(":", 1)[1])):
             assert requests.get(f"{url}/readyz", timeout=30).status_code == 200
             assert requests.post(f"{url}/chat", json=JAPAN, timeout=60).json()["response"]
 
@@ -685,14 +694,13 @@ NO_ENGINE = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module")
-def steps(vllm: launch.Server) -> Iterator[list[str]]:
+def steps(endless: str) -> Iterator[list[str]]:
     """The URLs of the first three steps; of the others an application without a socket shows it all.
 
     They pass on no temperature, with which one of twenty answers is a few words: their engine writes to the limit.
     """
     with ExitStack() as stack:
-        tap = stack.enter_context(Tap(vllm.url, more={"ignore_eos": True}))
-        yield [stack.enter_context(child_server(step.__name__, "--upstream", tap.url)) for step in LADDER[:3]]
+        yield [stack.enter_context(child_server(step.__name__, "--upstream", endless)) for step in LADDER[:3]]
 
 
 @pytest.fixture(scope="module")

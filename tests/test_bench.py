@@ -15,9 +15,11 @@ from itertools import islice
 from math import comb
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import MagicMock
 from uuid import uuid4
 
 import aiohttp
+import cells
 import grpc
 import jsonschema
 import numpy as np
@@ -786,6 +788,24 @@ def test_the_report_is_the_checkouts_from_any_folder(tmp_path: Path, monkeypatch
 
 def test_the_page_is_that_of_the_stored_results() -> None:
     assert (ROOT / "BENCHMARKS.md").read_text() == report.markdown(stored()), "servebook bench --report writes it"
+
+
+async def test_the_chapter_shows_each_stored_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU's, too, once there is one: here it is the CPU's, with another name."""
+    cpu = stored()[0]
+    gpu = cpu.model_copy(update={"machine": cpu.machine.model_copy(update={"device": "gpu"})})
+    drawn, shown = MagicMock(), MagicMock()
+    space = {"stored": lambda: [cpu, gpu], "full": False, "report": report, "pictures": drawn, "display": shown}
+    texts, pictured = ["s6-load", "s6-claims", "s9-article"], ["s6-throughput", "s6-latency", "s9-stored"]
+    await cells.run("08", [*texts, *pictured, "s7-stored", "s10-check-run"], space | {"Markdown": str, "MIB": 2**20})
+    names = ["stored 1, cpu", "stored 2, gpu"]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said if line.startswith("stored")] == names * len(texts)
+    titles = [call.kwargs["title"] for call in drawn.mock_calls]
+    shapes = ["Every path @ callers", "TTFT against vLLM's SSE", "triton", "kserve"]
+    assert sorted(titles) == sorted(f"{shape} ({name})" for shape in shapes for name in names)
+    tables = [call.args[0] for call in shown.mock_calls]
+    assert [table.partition(":\n\n| ")[0] for table in tables] == names * 2
 
 
 async def test_a_run_that_is_not_good_is_not_reported() -> None:

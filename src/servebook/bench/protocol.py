@@ -41,7 +41,9 @@ SCRIPTED_RATE = rate_from(os.environ.get(RATE_VARIABLE) or str(DEFAULT_RATE))
 model's 190 to each of 32, which takes more cores."""
 SENTENCE = " The quick brown fox jumps over the lazy dog and runs along the river."
 """What it says, over and over."""
-EXECUTOR = "servebook.bench.scripted.ScriptedExecutor"
+# Blocks as large as a CPU's, on a GPU too: a cache of its small ones is a million objects, made at each start.
+WORDS = "--distributed-executor-backend servebook.bench.scripted.ScriptedExecutor --block-size 128"
+"""With these an engine has the scripted source (`bench.scripted`) for a model."""
 
 
 def serve_scripted(path: ServingPath, settings: Settings) -> Server:
@@ -59,8 +61,6 @@ def serve_scripted(path: ServingPath, settings: Settings) -> Server:
 
         url = serve_scripted(find_path("sse"), settings).url
         return serve(path.server, instance=instance, settings=settings, spec=spec, engine_url=url)
-    # Blocks as large as a CPU's, on a GPU too: a cache of its small ones is a million objects, made at each start.
-    words = f"{settings.engine_args} --distributed-executor-backend {EXECUTOR} --block-size 128"
-    scripted = settings.model_copy(update={"engine_args": words})
+    scripted = settings.model_copy(update={"engine_args": f"{settings.engine_args} {WORDS}"})
     # Without a model it takes a fraction of the memory that the launcher would ask for.
     return serve(path.server, instance=instance, settings=scripted, spec=replace(spec, has_engine=False))

@@ -327,7 +327,7 @@ def check_06_5(submission: Submission) -> None:
         (400, "datatype FP32 for text_input", MODEL, [number], 60),
         (400, "shape [1, 1] for text_input", MODEL, [square], 60),
         (404, "a model that is not there", "nope", [text], 60),
-        (504, "100 tokens within 0.02 s", MODEL, [text, tensor("sampling_parameters", long)], 0.02),
+        (504, "100 tokens within 0.002 s", MODEL, [text, tensor("sampling_parameters", long)], 0.002),
     ]
     with GrpcTap(kserve.grpc) as tap, v2.InferenceServerClient(tap.address) as client:
         inputs = [text, tensor("sampling_parameters", short)]
