@@ -8,12 +8,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from math import comb
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any, ClassVar
 from unittest.mock import MagicMock
 from uuid import uuid4
@@ -33,32 +35,36 @@ from uvicorn import Config
 from servebook.bench import crosscheck, guard, pictures, report, workload
 from servebook.bench.arms import (
     CONTROL_LIMIT,
-    GENERATOR_LIMIT,
     WAVES,
     Arm,
+    ArmResult,
+    Comparison,
     Workload,
     compare,
+    compare_unhindered,
     jobs_for,
     judge_control,
     off_by,
 )
 from servebook.bench.cli import custom
 from servebook.bench.cost import Cost, fit
+from servebook.bench.generators import GENERATOR_LIMIT, BusyGenerator, spread
 from servebook.bench.load import BenchError, Job, Load, Message, Sample, ask, closed_loop, open_loop
 from servebook.bench.paths import PATHS, ServingPath, find_path
 from servebook.bench.paths.openai_rest import http_session
-from servebook.bench.protocol import rate_from
-from servebook.bench.resources import ProcessTree, engines_up
+from servebook.bench.protocol import rate_from, serve_scripted
+from servebook.bench.resources import CpuSeconds, ProcessTree, engines_up
 from servebook.bench.results import Results, load_results, new_results, now, stored
-from servebook.bench.run import FULL, QUICK, Run, finished, start
+from servebook.bench.run import FULL, QUICK, Plan, Run, finished, start
 from servebook.bench.stats import Estimate, ServiceLevel, difference, goodput, outer_rank, percentiles, ratio, summarize
-from servebook.bench.sweep import Sweep, require_sweep, spread, sweep, table
+from servebook.bench.sweep import Sweep, fronts_line, require_sweep, sweep, table
+from servebook.bench.tensors import MIB
 from servebook.bench.wire import WireCost, counted, wire_cost
 from servebook.checkout import ROOT
 from servebook.cli import app
 from servebook.errors import ServebookError
-from servebook.launch import Server
-from servebook.settings import load_settings
+from servebook.launch import Server, ServerSpec
+from servebook.settings import Settings, load_settings
 
 
 class Source:
@@ -78,8 +84,11 @@ class Source:
         self.now -= 1
 
 
+NOBODY = Server("x", "m", {}, load_settings())
+
+
 def arm(source: Source) -> Arm:
-    return Arm(find_path("sse"), source, ProcessTree(os.getpid()), workload.completions(20, 8))
+    return Arm(find_path("sse"), NOBODY, source, ProcessTree(os.getpid()), workload.completions(20, 8))
 
 
 def test_times_and_tokens_of_one_sample() -> None:
@@ -295,13 +304,13 @@ async def test_an_idle_connection_is_left_before_the_server_closes_it() -> None:
 async def test_a_load_that_one_process_cannot_make_is_made_by_several() -> None:
     here = Restless()
     async with here.up() as server:
-        wants, seeds = Workload(max_tokens=2), iter(range(1, 10))
-        load = await spread(find_path("rest"), server, wants, seeds, 5, None, 30, 2)
+        jobs, warm = workload.completions(20, 2), list[int]()
+        load = await spread(find_path("rest"), server, jobs, 5, None, 30, 2, 1, lambda: warm.append(len(here.seen)))
     assert len(load.samples) == 30
     assert load.cpu > 0
+    assert warm == [5], "when the server's CPU is read, each caller has warmed up, and none has begun"
     marks = [asked["prompt"].partition(":")[0] for asked in here.seen]
-    assert len(set(marks)) == len(marks) == 35, "no prompt twice, nor in two processes; five were to warm up"
-    assert {mark.partition("-")[0] for mark in marks} == {"1", "2"}
+    assert len(set(marks)) == len(marks) == 35, "no prompt twice, nor in two processes"
 
 
 async def test_a_shared_prefix_and_a_second_turn_reach_the_server() -> None:
@@ -378,12 +387,12 @@ async def test_a_second_run_sends_none_of_the_firsts_prompts(tmp_path: Path, mon
 
     one_load = made_up(busy=0.5)
 
-    async def load(path: Any, server: Any, wants: Any, seeds: Any, *more: Any) -> Load:
-        drawn.append(next(seeds))
-        return await one_load(path, server, wants, seeds, *more)
+    async def load(path: Any, server: Any, jobs: Any, *more: Any) -> Load:
+        drawn.append(int(next(jobs).prompt.partition("-")[0]))
+        return await one_load(path, server, jobs, *more)
 
     monkeypatch.setattr("servebook.bench.run.open_arm", opened)
-    monkeypatch.setattr("servebook.bench.run.compare", compared)
+    monkeypatch.setattr("servebook.bench.run.compare_unhindered", compared)
     monkeypatch.setattr("servebook.bench.sweep.spread", load)
     sse, server = find_path("sse"), Server("x", "m", {}, load_settings())
     for _ in range(2):
@@ -527,13 +536,15 @@ def made_up(busy: float, alone: float = 0) -> Callable[..., Awaitable[Load]]:
     async def load(
         path: ServingPath,
         server: Server,
-        wants: Workload,
-        seeds: Any,
+        jobs: Any,
         callers: int,
         rate: float | None,
         n: int,
         processes: int,
+        seed: int,
+        all_here: Callable[[], object] = lambda: None,
     ) -> Load:
+        all_here()
         per_second = min(20.0, rate or 10.0 * callers)
         wait = (callers or 40 * ((rate or 0) > 20)) / per_second
         samples = [Sample(due=k / per_second, arrivals=[k / per_second + wait], output_tokens=5) for k in range(n)]
@@ -617,6 +628,34 @@ SWEEP: Any = {
 }
 
 
+@pytest.mark.parametrize(
+    ("four", "says"),
+    [
+        (
+            [(1, 300), (256, 25_000), (512, 25_500)],
+            "2.50 times, at least 2.5 are asked: grpc-fronts 25,000 tokens/s at 256 callers; "
+            "grpc 10,000 tokens/s at 64 callers",
+        ),
+        ([(1, 300), (512, 20_000)], "2.00 times, .* 20,000 tokens/s at 512 callers \\(the most that were tried\\); "),
+    ],
+)
+def test_the_knees_of_two_sweeps_are_set_side_by_side(four: list[tuple[int, int]], says: str, tmp_path: Path) -> None:
+    def kept(name: str, points: list[tuple[int, int]], **more: Any) -> str:
+        each = [
+            SWEEP["points"][0] | {"callers": callers, "summary": SUMMARY.model_copy(update={"tokens_per_s": speed})}
+            for callers, speed in points
+        ]
+        Sweep.model_validate(SWEEP | {"path": name, "points": each} | more).save(tmp_path / f"{name}.json")
+        return str(tmp_path / f"{name}.json")
+
+    one = [(1, 300), (64, 10_000), (128, 10_100)]
+    assert re.match(says, fronts_line(kept("grpc-fronts", four), kept("grpc", one)))
+    with pytest.raises(BenchError, match="differ in more than their fronts"):
+        fronts_line(kept("grpc-fronts", four), kept("sse", one, scripted=False))
+    with pytest.raises(BenchError, match="is no sweep"):
+        fronts_line(kept("grpc-fronts", four), str(tmp_path / "nothing.json"))
+
+
 @pytest.mark.parametrize("given", ["many", "0", "-1", "nan", "inf"])
 def test_a_rate_of_the_scripted_source_that_is_none_is_named(given: str) -> None:
     assert rate_from("2.5") == 2.5
@@ -638,6 +677,69 @@ async def test_a_busy_generator_gets_more_processes_or_ends_the_sweep(monkeypatc
     monkeypatch.setattr("servebook.bench.results.os.sched_getaffinity", lambda _: {2})
     with pytest.raises(BenchError, match="90% of a core in each of 1 processes"):
         await sweep(find_path("sse"), server, Workload(), ServiceLevel(), most=4)
+
+
+class Busy(ProcessTree):
+    """That of a server whose load generator, this process, takes nine tenths of a core."""
+
+    def cpu(self) -> CpuSeconds:
+        return super().cpu().model_copy(update={"client": 0.9 * perf_counter()})
+
+
+async def test_a_busy_generator_of_one_arm_gets_more_processes_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.bench.arms.spread", made_up(busy=0.9))
+    monkeypatch.setattr("servebook.bench.generators.os.sched_getaffinity", lambda _: {0, 2})
+    wants, heard = Workload(max_tokens=8, block_seconds=0.05, rounds=1), list[int]()
+
+    async def compared(callers: int) -> Comparison:
+        busy = replace(arm(Source(0.01)), tree=Busy(os.getpid()))
+        return await compare_unhindered("x", busy, arm(Source(0.01)), callers, wants, lambda n, _: heard.append(n))
+
+    found = await compared(2)
+    assert [(side.processes, round(side.generator_share, 2)) for side in (found.arm, found.reference)] == [
+        (2, 0.45)
+    ] * 2
+    assert heard == [1, 2, 1, 2, 3, 4], "the first block of the busy arm ended it, and it began anew"
+    assert report.ratios([found])[1][0][-1] == "45 in each of 2"
+    with pytest.raises(BusyGenerator, match="of a core in each of 1 processes"):
+        await compared(1)  # cannot be shared out
+    monkeypatch.setattr("servebook.bench.generators.os.sched_getaffinity", lambda _: {2})
+    with pytest.raises(BusyGenerator, match="of a core in each of 1 processes"):
+        await compared(2)
+
+
+def a_generator_too_busy_for(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells are measured at once, and well, but for this one; nothing is started."""
+    found = uvloop.run(a_run()).control[0]
+
+    async def cell(self: Run, name: str, *_: Any) -> Comparison:
+        if name == step:
+            raise BusyGenerator("The load generator takes 90% of a core in each of 1 processes.")
+        return found
+
+    monkeypatch.setattr(Run, "compare", cell)
+    monkeypatch.setattr(Run, "keep", lambda self, name, serve: Server(name, "m", {}, self.settings))
+
+
+def test_a_step_whose_generator_is_too_busy_is_left_out_and_the_run_stays_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_generator_too_busy_for("grpc @8", monkeypatch)
+    output = tmp_path / "bench.json"
+    done = CliRunner().invoke(app, ["bench", "grpc", "-c", "1", "-c", "8", "-c", "32", "--output", str(output)])
+    assert "  left out: The load generator takes 90% of a core" in done.output
+    assert "the run is good" in done.output
+    assert "Left out, as the load generator would have measured itself: grpc @8.\n" in done.output
+    assert done.exit_code == 1
+    assert load_results(output).done == ["control @1", "grpc @1", "grpc @32"]
+
+
+def test_a_control_whose_generator_is_too_busy_ends_the_run_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_generator_too_busy_for("control @1", monkeypatch)
+    done = CliRunner().invoke(app, ["bench", "grpc", "-c", "1", "--output", str(tmp_path / "bench.json")])
+    assert isinstance(done.exception, BusyGenerator)
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -697,7 +799,7 @@ async def test_cpu_is_judged_by_the_bound_for_the_messages_that_were_sent() -> N
         each = run.engine[0].model_copy(deep=True, update={"concurrency": callers})
         each.arm.path, each.arm.summary.tokens_per_message = "grpc", merged
         each.front_cpu = Estimate(value=cpu, low=cpu, high=cpu, pairs=6)
-        run.protocol.append(each)
+        (run.merging if merged > 1 else run.protocol).append(each)
 
     def verdicts() -> list[tuple[str, str]]:
         found = {claim.text: claim.judge(run) for claim in report.CLAIMS}
@@ -709,13 +811,13 @@ async def test_cpu_is_judged_by_the_bound_for_the_messages_that_were_sent() -> N
     assert verdicts() == [("0.550 [0.550, 0.550], 6 pairs", "met"), ("0.450 [0.450, 0.450], 6 pairs", "missed")]
     run.protocol[1].arm.summary.tokens_per_message = 1.7  # at 32 it merges, too: nothing shows the first
     assert [answer for _, answer in verdicts()] == ["not measured", "missed"]
-    for each in run.protocol:
+    for each in (*run.protocol, *run.merging):
         each.arm.summary.tokens_per_message = 1.0
     assert [answer for _, answer in verdicts()] == ["met", "not measured"]
 
 
 def test_the_plan_has_what_the_claims_ask_for() -> None:
-    """A full run leaves none "not measured", but where a scripted source is too slow for tokens to share messages."""
+    """A full run leaves none "not measured"."""
     asked = [claim.text for claim in report.CLAIMS if re.search(r"tokens/s|TTFT|ITL", claim.text)]
     assert len(asked) > 20
     for text in asked:
@@ -723,6 +825,57 @@ def test_the_plan_has_what_the_claims_ask_for() -> None:
         path = {"the article's gateway": "gateway-article"}.get(path, path)
         assert f"{path} @{callers}" in FULL.steps, text
     assert "grpc, tokens/s at 64" in asked
+    assert {"scripted grpc @32", "merging grpc @32"} <= set(FULL.steps), "its CPU, with a message a token and without"
+
+
+async def test_what_merges_is_measured_by_sources_of_a_rate_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen, found = start(QUICK, load_settings(), tmp_path / "bench.json"), list[str](), (await a_run()).engine[0]
+    run.plan = Plan("one", Workload(), (), (), merging=FULL.merging, workloads=FULL.workloads)
+
+    async def cell(self: Run, name: str, path: ServingPath, against: ServingPath, callers: int, up: Any) -> Comparison:
+        assert self.plan.workload_of(name).max_tokens == 48
+        seen.extend(f"{each.name} on {up(each).name}" for each in (path, against))
+        return found
+
+    monkeypatch.setattr(Run, "compare", cell)
+    monkeypatch.setattr(Run, "keep", lambda self, name, serve: Server(name, "m", {}, self.settings))
+    await run.all()
+    assert seen == ["grpc on grpc-scripted-190", "sse on vllm-scripted-190"]
+    there = load_results(tmp_path / "bench.json")
+    assert (there.done, len(there.merging), there.merging_rate, there.protocol) == (["merging grpc @32"], 1, 190, [])
+
+
+def test_a_source_gets_its_rate_and_a_gateway_one_of_that_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, dict[str, str]] = {}
+
+    def serve(name: str, *, instance: str, settings: Settings, spec: ServerSpec, engine_url: str = "") -> Server:
+        seen[instance] = dict(spec.env(settings, print)) | {"behind": engine_url}
+        return Server(instance, "m", {"http": "127.0.0.1:9"}, settings)
+
+    monkeypatch.setattr("servebook.bench.protocol.serve", serve)
+    serve_scripted(find_path("grpc"), load_settings())
+    serve_scripted(find_path("gateway"), load_settings(), 190.0)
+    assert seen == {
+        "grpc-scripted": {"behind": ""},
+        "vllm-scripted-190": {"SERVEBOOK_SCRIPTED_RATE": "190", "behind": ""},
+        "gateway-scripted-190": {"behind": "http://127.0.0.1:9"},
+    }
+
+
+async def test_rows_of_another_rate_are_told_apart() -> None:
+    run = await a_run()
+    run.protocol = [run.engine[0].model_copy(deep=True, update={"concurrency": 32})]
+    before = report.section(run)
+    run.merging = [run.protocol[0].model_copy(deep=True, update={"workload": Workload(max_tokens=48)})]
+    head, rows = report.protocol_costs(run)
+    assert [row[head.index("callers")] for row in rows] == ["32", "32 at 190/s"]
+    said = (
+        "The last rows are those of 190 tokens a second for each stream, which a server may merge, and of answers of 48"
+    )
+    assert said in report.section(run)
+    assert said not in before
 
 
 async def test_one_table_on_top_has_every_path_on_every_engine() -> None:
@@ -762,6 +915,8 @@ async def test_a_control_is_judged_on_latency_and_a_run_on_its_generator() -> No
         1000 * (GENERATOR_LIMIT + 0.01) / results.engine[0].arm.summary.tokens_per_s
     )
     assert "VOID" in report.control_line(results), "a generator above its limit measures itself"
+    results.merging, results.engine = results.engine, []
+    assert "VOID" in report.control_line(results), "whatever it measured"
     results = await a_run()
     found = results.control[0].ttft_p50 = Estimate(value=1.04, pairs=2)
     assert "undecided: more pairs" in report.control_line(results), (
@@ -838,6 +993,85 @@ def test_stored_results_can_be_read_and_are_good() -> None:
         assert set(results.done) <= set(FULL.steps)
         for missing in set(FULL.steps) - set(results.done):
             assert re.search(rf"this run does not have: .*{missing}[,.]", report.section(results))
+
+
+SHARES = {"a tenth": 1 / 10, "a fifth": 1 / 5, "a quarter": 1 / 4, "a third": 1 / 3, "two fifths": 2 / 5, "half": 1 / 2}
+
+
+def share(value: float) -> str:
+    """The nearest one in words."""
+    return min(SHARES, key=lambda each: abs(SHARES[each] - value))
+
+
+def listed(values: Iterable[object]) -> str:
+    """As a sentence has them: "1, 2 and 3"."""
+    *others, last = [str(each) for each in values] or ["none"]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def text_of(place: str) -> str:
+    """All of a file of the bench, or of a cell: `08 quiz`."""
+    if place.endswith(".toml"):
+        return (ROOT / "src/servebook/bench" / place).read_text()
+    number, name = place.split()
+    (notebook,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    return next("".join(each["source"]) for each in json.loads(notebook.read_text())["cells"] if each["id"] == name)
+
+
+def test_sentences_about_the_stored_run_have_its_figures() -> None:
+    """Where a new run is stored, those that are to be written anew are named, each as it is to be."""
+    run, loads = stored()[0], (1, 8, 32, 64)
+    cells = {(each.arm.path, each.concurrency): each for each in run.protocol}
+    ratios = {cell: each.front_cpu for cell, each in cells.items() if each.front_cpu}
+    ms = {(each.server, each.encoding, each.tensor_bytes // MIB): each.median_ms for each in run.tensors}
+    behind = {each.concurrency: 100 - 100 * each.tokens_per_s.value for each in run.engine if each.arm.path == "triton"}
+
+    def micros(sides: Iterable[ArmResult]) -> str:
+        return listed(f"{1e3 * (side.cpu_per_1000.front or 0):,.0f}" for side in sides)
+
+    def rust(*callers: int) -> str:
+        return share(median(ratios[path, each].value for path in ("rust-sse", "rust-grpc") for each in callers))
+
+    def grpc_is(verdict: str, one: str = "") -> str:
+        def judged(found: Estimate) -> str:
+            return "undecided" if not found.leaves_out(1) else "dearer" if found.value > 1 else "cheaper"
+
+        return listed(n if n > 1 else f"one {one}" for n in loads if judged(ratios["grpc", n]) == verdict)
+
+    def faster(server: str) -> float:
+        return ms[server, "JSON list", 15] / ms[server, "HTTP binary", 15]
+
+    many, tenth = rust(32, 64), share(1 - ratios["grpc", 32].value)
+    python, rusts = (micros(getattr(cells["rust-sse", n], side) for n in loads) for side in ("reference", "arm"))
+    typed = round(ms["kserve", "gRPC typed", 15] / ms["kserve", "JSON base64", 15])
+    times = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}.get(typed, typed)
+    table = (
+        ("choose.toml", f"no code of yours, and {many} of the CPU (chapter 07)"),
+        (
+            "choose.toml",
+            f"dearer with {grpc_is('dearer', 'caller')}, {tenth} cheaper with {grpc_is('cheaper')}, "
+            f"undecided with {grpc_is('undecided')}",
+        ),
+        ("choose.toml", f"{behind[8]:.0f} to {behind[32]:.0f} % behind with many streams on shared cores"),
+        ("07 s8-explain", f"{python} µs a token for Python, **{rusts}** for Rust, which with many streams is {many}."),
+        (
+            "08 s7-about",
+            f"gRPC was dearer with {grpc_is('dearer', 'stream')}, {tenth} cheaper with {grpc_is('cheaper')}, "
+            f"and undecided with {grpc_is('undecided')}.",
+        ),
+        ("08 s7-about", f"are each at {rust(1)} (one stream) to {many} (many) of Python's"),
+        (
+            "08 s9-about",
+            f"not for 4 MiB: {ms['triton', 'HTTP binary', 4]:.0f} and {ms['triton', 'gRPC raw', 4]:.0f} ms in this run",
+        ),
+        ("08 s9-about", f"slower than base64, in KServe about {times} times."),
+        # Of Triton's the tens: what is more than 80 times is called so.
+        (
+            "08 quiz",
+            f"{faster('triton') // 10 * 10:.0f} times in Triton, {faster('kserve'):.0f} times in KServe's SDK.",
+        ),
+    )
+    assert not [each for each in table if each[1] not in text_of(each[0])]
 
 
 def test_each_step_has_the_rounds_that_the_plan_gives_it() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +13,7 @@ from unittest.mock import MagicMock
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from servebook.bench import sweep, tensors
-from servebook.bench.arms import Workload
+from servebook.bench import generators, tensors, workload
 from servebook.bench.load import BenchError, Load
 from servebook.bench.paths import find_path
 from servebook.launch import Server
@@ -36,7 +34,7 @@ async def test_a_part_that_fails_ends_the_load_and_says_why(monkeypatch: pytest.
             in_time.append(others_know.wait(WAIT_SECONDS))
 
     async def part(*asked: Any, all_here: Callable[[], object]) -> Load:
-        if asked[3] == 2:
+        if asked[-1] == 3:
             raise BenchError("no connection is left")
         try:
             all_here()
@@ -47,13 +45,18 @@ async def test_a_part_that_fails_ends_the_load_and_says_why(monkeypatch: pytest.
     def pool(parts: int, _: object, meet: Callable[..., None], barrier: tuple[Any]) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(parts, initializer=meet, initargs=barrier)
 
-    monkeypatch.setattr(sweep, "_part", part)
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", pool)
-    monkeypatch.setattr(sweep, "die_with_parent", lambda: None)
-    monkeypatch.setattr("servebook.bench.sweep.multiprocessing.get_context", lambda _: SimpleNamespace(Barrier=Barrier))
-    monkeypatch.setattr(sweep, "BARRIER_SECONDS", WAIT_SECONDS)
+    monkeypatch.setattr(generators, "_part", part)
+    monkeypatch.setattr(generators, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(generators, "die_with_parent", lambda: None)
+    monkeypatch.setattr(
+        "servebook.bench.generators.multiprocessing.get_context", lambda _: SimpleNamespace(Barrier=Barrier)
+    )
+    monkeypatch.setattr(generators, "BARRIER_SECONDS", WAIT_SECONDS)
+    begun: list[bool] = []
+    jobs = workload.completions(20, 2)
     with pytest.raises(BenchError, match="no connection is left"):
-        await sweep.spread(find_path("sse"), SERVER, Workload(), count(1), 2, None, 2, 2)
+        await generators.spread(find_path("sse"), SERVER, jobs, 2, None, 2, 2, 1, lambda: begun.append(True))
+    assert not begun
     assert all(in_time)
     assert in_time, "the others were told, and did not wait until their time was up"
 

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, Field
 
 from servebook.bench import workload
+from servebook.bench.generators import GENERATOR_LIMIT, spread, twice
 from servebook.bench.load import BenchError, Job, Load, Send, ask, closed_loop, open_loop
 from servebook.bench.paths import PATHS, ServingPath
 from servebook.bench.resources import CpuSeconds, ProcessTree, engines_up
@@ -23,9 +24,6 @@ from servebook.launch import Server
 
 CONTROL_LIMIT = 0.03
 """How far the A/A control may be from 1 in a run that is good."""
-
-GENERATOR_LIMIT = 0.6
-"""Which part of a core the load generator may take before it is in the way of what it measures."""
 
 ORDER = ("ABBA", "BAAB")
 """The order within one round; every second round begins with the other arm."""
@@ -60,11 +58,12 @@ class ArmResult(BaseModel):
     cpu_per_1000: CpuSeconds = Field(description="CPU seconds per 1,000 output tokens.")
     memory_mib: float | None = Field(description="PSS of all of the server's processes; None if it runs elsewhere.")
     block_tokens_per_s: list[float] = Field(description="In the order in which the blocks were run.")
+    processes: int = Field(default=1, description="Of the load generator.")
 
     @property
     def generator_share(self) -> float:
-        """How much of a core the load generator took, on average; at 1 it measures itself."""
-        return self.cpu_per_1000.client * self.summary.tokens_per_s / 1000
+        """How much of a core each process of the load generator took, on average; at 1 it measures itself."""
+        return self.cpu_per_1000.client * self.summary.tokens_per_s / 1000 / self.processes
 
 
 class Comparison(BaseModel):
@@ -92,13 +91,23 @@ class Block(NamedTuple):
 
 @dataclass
 class Arm:
-    """A path to a server that is up, with its endless supply of fresh jobs."""
+    """A path to a server that is up, with its endless supply of fresh jobs.
+
+    `processes` are those of the load generator: this one, or so many others, each with connections of its own.
+    """
 
     path: ServingPath
+    server: Server
     send: Send
     tree: ProcessTree
     jobs: Iterator[Job]
     blocks: list[Block] = field(default_factory=list)
+    processes: int = 1
+
+    @property
+    def generator_share(self) -> float:
+        """How much of a core each process of the load generator took in the last block; 0 before the first."""
+        return max((cpu.client / load.seconds / self.processes for load, cpu in self.blocks[-1:]), default=0.0)
 
     async def warm_up(self, concurrency: int) -> float:
         """One request per caller; returns the seconds that they took."""
@@ -106,10 +115,17 @@ class Arm:
 
     async def block(self, concurrency: int, requests: int, rate: float | None, seed: int) -> Block:
         """Run one block and keep it; in an open loop `seed` draws the times of its requests."""
-        jobs = workload.take(self.jobs, requests)
-        before = self.tree.cpu()
-        load = await (open_loop(self.send, jobs, rate, seed) if rate else closed_loop(self.send, jobs, concurrency))
-        block = Block(load, self.tree.cpu() - before)
+        if self.processes == 1:
+            jobs = workload.take(self.jobs, requests)
+            before = self.tree.cpu()
+            load = await (open_loop(self.send, jobs, rate, seed) if rate else closed_loop(self.send, jobs, concurrency))
+            spent = self.tree.cpu() - before
+        else:
+            begun: list[CpuSeconds] = []
+            asked = (self.path, self.server, self.jobs, concurrency, rate, requests, self.processes, seed)
+            load = await spread(*asked, lambda: begun.append(self.tree.cpu()))
+            spent = (self.tree.cpu() - begun[0]).model_copy(update={"client": load.cpu})
+        block = Block(load, spent)
         self.blocks.append(block)
         return block
 
@@ -128,6 +144,7 @@ class Arm:
             cpu_per_1000=cpu.per_1000(summary.output_tokens),
             memory_mib=self.tree.memory_mib(),
             block_tokens_per_s=[load.output_tokens / load.seconds for load in loads],
+            processes=self.processes,
         )
 
 
@@ -163,7 +180,7 @@ async def open_arm(
     jobs = jobs_for(path, wants, seed)
     async with path.open(server) as send:
         await ask(send, next(jobs))
-        yield Arm(path, send, ProcessTree(server.pid, *(other.pid for other in behind)), jobs)
+        yield Arm(path, server, send, ProcessTree(server.pid, *(other.pid for other in behind)), jobs)
 
 
 async def compare(
@@ -188,6 +205,36 @@ async def compare(
         await (arm if letter == "B" else reference).block(concurrency, requests, wants.rate, seed=(done + 1) // 2)
         on_block(done, len(order))
     return _comparison(name, arm, reference, concurrency, wants)
+
+
+class _TooBusy(Exception):
+    """A block ends a comparison: its load generator was above GENERATOR_LIMIT."""
+
+
+async def compare_unhindered(
+    name: str, arm: Arm, reference: Arm, concurrency: int, wants: Workload, on_block: Callable[[int, int], None]
+) -> Comparison:
+    """`compare`, with as many processes of the load generator as it takes, the same number for both arms.
+
+    A block in which the generator was too busy ends it, and with twice the processes it begins anew.
+
+    Raises:
+        BusyGenerator: there cannot be more processes.
+    """
+
+    def share() -> float:
+        return max(arm.generator_share, reference.generator_share)
+
+    def watch(done: int, total: int) -> None:
+        on_block(done, total)
+        if share() > GENERATOR_LIMIT:
+            raise _TooBusy
+
+    while True:
+        try:
+            return await compare(name, arm, reference, concurrency, wants, watch)
+        except _TooBusy:
+            arm.processes = reference.processes = twice(arm.processes, concurrency, share())
 
 
 def _comparison(name: str, arm: Arm, reference: Arm, concurrency: int, wants: Workload) -> Comparison:

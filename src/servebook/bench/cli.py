@@ -129,7 +129,9 @@ def bench(
         console.print(f"Stopped. {len(run.results.done)} of {len(plan)} steps are in {output}; run the same to go on.")
         raise
     show(run.results)
-    if run.results.verdict == "void":
+    if left_out := plan.without(run.results.done):
+        console.print(f"Left out, as the load generator would have measured itself: {', '.join(left_out)}.")
+    if left_out or run.results.verdict == "void":
         raise typer.Exit(1)
 
 

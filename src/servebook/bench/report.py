@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from servebook.bench.arms import CONTROL_LIMIT, GENERATOR_LIMIT, ArmResult, Comparison, off_by
+from servebook.bench.arms import CONTROL_LIMIT, ArmResult, Comparison, off_by
 from servebook.bench.cost import LENGTHS
 from servebook.bench.crosscheck import CrossCheck
+from servebook.bench.generators import GENERATOR_LIMIT
 from servebook.bench.load import BenchError
 from servebook.bench.results import Results
 from servebook.bench.run import FULL
@@ -75,7 +76,7 @@ def front_cpu(path: str, *, merged: bool, callers: int | None = None) -> Callabl
     def read(results: Results) -> Estimate | None:
         fits = [
             each
-            for each in results.protocol
+            for each in (*results.protocol, *results.merging)
             if (each.arm.summary.tokens_per_message > MESSAGE_A_TOKEN) == merged and callers in (None, each.concurrency)
         ]
         found = at_most_callers(fits, path)
@@ -190,7 +191,7 @@ def ratios(found: Iterable[Comparison]) -> Rows:
                 *(f"{side.summary.tokens_per_s:.0f}" for side in sides),
                 interval(pairs),
                 f"{pairs.pairs}: {min(pairs.each):.2f} to {max(pairs.each):.2f}",
-                f"{100 * max(side.generator_share for side in sides):.0f}",
+                generator_share(max(side.generator_share for side in sides), each.arm.processes),
             )
         )
     return head, rows
@@ -220,6 +221,11 @@ def latencies(found: Iterable[Comparison]) -> Rows:
     return head, rows
 
 
+def generator_share(share: float, processes: int) -> str:
+    """A cell of a table: what the load generator took of a core, in %, in each of its processes."""
+    return f"{100 * share:.0f}" + (f" in each of {processes}" if processes > 1 else "")
+
+
 def _who(each: Comparison) -> tuple[str, str, str]:
     load = str(each.concurrency) if each.concurrency else f"{each.workload.rate:g}/s"
     return each.arm.path, each.reference.path, load
@@ -236,18 +242,23 @@ def percentiles_ms(found: Percentiles | None) -> str:
 
 
 def protocol_costs(results: Results) -> Rows:
-    """Head and rows of what each token costs outside of any engine; a reference has its own figures in each row."""
+    """Head and rows of what each token costs outside of any engine; a reference has its own figures in each row.
+
+    What was measured at the rate at which servers merge tokens comes last, with that rate beside its callers.
+    """
     bytes_of = {each.path: f"{each.bytes_per_token:.0f}" for each in results.wire}
     head = (
         *("path", "against", "callers", "requests", "server CPU, µs a token", "reference", "ratio", "pairs"),
         *("client CPU, µs a token", "reference", "bytes a token", "reference"),
     )
     rows: list[Row] = []
-    for each in results.protocol:
+    merging = f" at {results.merging_rate:g}/s"
+    for each, rate in (*((each, "") for each in results.protocol), *((each, merging) for each in results.merging)):
         sides = (each.arm, each.reference)
+        *who, load = _who(each)
         rows.append(
             (
-                *_who(each),
+                *(*who, load + rate),
                 _requests(*sides),
                 *(_micros(side.cpu_per_1000.front) for side in sides),
                 interval(each.front_cpu),
@@ -326,7 +337,7 @@ def section(run: Results) -> str:
     machine = run.machine
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     engines = max((each.engines_up for each in run.engine), default=0)
-    missing = [step for step in FULL.steps if step not in run.done]
+    missing = FULL.without(run.done)
     parts = [
         f"## {machine.cpu}, {machine.cores} cores, engine on {machine.device}",
         f"Model {run.model}; {run.started:%Y-%m-%d}, {run.seconds / 60:.0f} minutes; at most {engines} engines in "
@@ -346,7 +357,8 @@ def section(run: Results) -> str:
         parts += [
             "### What the protocol costs",
             f"Answers of {tokens} tokens: what a request costs is in these figures, spread over its tokens. A "
-            "gateway's are those of two processes, its own and that of vLLM's server behind it.",
+            "gateway's are those of two processes, its own and that of vLLM's server behind it."
+            + (merging_note(run) if run.merging else ""),
             markdown_table(*protocol_costs(run)),
         ]
     if run.costs:
@@ -362,6 +374,15 @@ def section(run: Results) -> str:
     if run.cross_check:
         parts += ["### Cross-check", markdown_table(*cross_check_table(run.cross_check))]
     return "\n\n".join(parts) + "\n"
+
+
+def merging_note(run: Results) -> str:
+    """What tells the rows of the protocol's table that were measured at another rate from those above them."""
+    tokens = run.merging[0].workload.max_tokens
+    return (
+        f" The last rows are those of {run.merging_rate:g} tokens a second for each stream, which a server may merge, "
+        f"and of answers of {tokens} tokens."
+    )
 
 
 def cross_check_table(checks: Sequence[CrossCheck]) -> Rows:

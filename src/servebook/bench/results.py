@@ -13,11 +13,12 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, Field, ValidationError
 
-from servebook.bench.arms import GENERATOR_LIMIT, ArmResult, Comparison, Verdict, judge_control
+from servebook.bench.arms import ArmResult, Comparison, Verdict, judge_control
 from servebook.bench.cost import Cost
 from servebook.bench.crosscheck import CrossCheck
+from servebook.bench.generators import GENERATOR_LIMIT
 from servebook.bench.load import BenchError
-from servebook.bench.protocol import DEFAULT_RATE, SCRIPTED_RATE
+from servebook.bench.protocol import DEFAULT_RATE, MERGING_RATE, SCRIPTED_RATE
 from servebook.bench.tensors import TensorCost
 from servebook.bench.wire import WireCost
 from servebook.engine.arguments import cpu_name
@@ -61,6 +62,8 @@ class Results(BaseModel):
     control: list[Comparison] = Field(default=[], description="A/A: vLLM's server against itself.")
     engine: list[Comparison] = Field(default=[], description="Paths against vLLM's server, real engines.")
     protocol: list[Comparison] = Field(default=[], description="The same with the scripted token source: no model.")
+    merging: list[Comparison] = Field(default=[], description="As protocol, at a rate at which servers merge tokens.")
+    merging_rate: float = Field(default=MERGING_RATE, description="As scripted_rate, for what is merging.")
     wire: list[WireCost] = []
     costs: list[Cost] = Field(default=[], description="CPU per request and per token, by a fit; scripted source.")
     tensors: list[TensorCost] = []
@@ -77,7 +80,8 @@ class Results(BaseModel):
     @property
     def sides(self) -> list[ArmResult]:
         """Both arms of every comparison."""
-        return [side for each in (*self.control, *self.engine, *self.protocol) for side in (each.arm, each.reference)]
+        found = (*self.control, *self.engine, *self.protocol, *self.merging)
+        return [side for each in found for side in (each.arm, each.reference)]
 
     def save(self, path: Path) -> None:
         """Write it whole or not at all."""

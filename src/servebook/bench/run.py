@@ -7,20 +7,30 @@ import itertools
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
 from servebook import launch
 from servebook.bench import workload
-from servebook.bench.arms import CONTROL_LIMIT, Comparison, Workload, compare, judge_control, off_by, open_arm
+from servebook.bench.arms import (
+    CONTROL_LIMIT,
+    Comparison,
+    Workload,
+    compare_unhindered,
+    judge_control,
+    off_by,
+    open_arm,
+)
 from servebook.bench.cost import fit_cost
 from servebook.bench.crosscheck import cross_check
+from servebook.bench.generators import BusyGenerator
 from servebook.bench.load import MAX_CONCURRENCY, BenchError
 from servebook.bench.paths import ServingPath, find_path
-from servebook.bench.protocol import SCRIPTED_RATE, serve_scripted
+from servebook.bench.protocol import MERGING_RATE, SCRIPTED_RATE, scripted_instance, serve_scripted
 from servebook.bench.results import Results, load_results, new_results, now, require_writable
 from servebook.bench.tensors import SERVERS, SIZES, tensor_costs
 from servebook.bench.wire import wire_cost
@@ -36,8 +46,9 @@ class Plan:
     """What to measure. The cells of one server stand together, so that it is started once.
 
     `own_control` gives the A/A control an engine of its own, as every other arm has one; else both of its
-    arms are the same server. `protocol_workload` is for the cells of the protocol arm, where it is another one. The
-    workload's rounds decide how sure every cell is: with one caller, neighbouring blocks
+    arms are the same server. `merging` are cells of the protocol arm at a rate at which servers merge tokens.
+    `workloads` is for steps that have another one than the rest, by the first word of their name. The workload's
+    rounds decide how sure every cell is: with one caller, neighbouring blocks
     of one engine differed by 6 % (one standard deviation) on a quiet machine with two shared cores, so that a median
     is good to 3 % only after two dozen pairs. `rounds` is for steps that need more or fewer than the workload has, by
     their name or its first word: a control that is to show 3 %, and what nothing is claimed of.
@@ -48,11 +59,12 @@ class Plan:
     control: tuple[int, ...]
     engine: tuple[Cell, ...]
     protocol: tuple[Cell, ...] = ()
-    protocol_workload: Workload | None = None
+    merging: tuple[Cell, ...] = ()
     wire: tuple[str, ...] = ()
     tensors: tuple[int, ...] = ()
     cross_check: tuple[int, ...] = ()
     own_control: bool = False
+    workloads: Mapping[str, Workload] = field(default_factory=dict)
     rounds: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -64,17 +76,22 @@ class Plan:
             *(f"cross-check @{callers}" for callers in self.cross_check),
             *(f"wire {path}" for path in self.wire),
             *(f"scripted {path} @{callers}" for path, callers in self.protocol),
+            *(f"merging {path} @{callers}" for path, callers in self.merging),
             *(f"tensors {server}" for server in SERVERS if self.tensors),
         ]
 
     def __len__(self) -> int:
         return len(self.steps)
 
+    def without(self, done: Sequence[str]) -> list[str]:
+        """Its steps that are not among those `done`."""
+        return [step for step in self.steps if step not in done]
+
     def workload_of(self, step: str) -> Workload:
         """The workload, with as many rounds as this step has."""
-        scripted = step.startswith("scripted ") and self.protocol_workload
-        wants = scripted or self.workload
-        rounds = self.rounds.get(step) or self.rounds.get(step.split()[0], wants.rounds)
+        first = step.split()[0]
+        wants = self.workloads.get(first, self.workload)
+        rounds = self.rounds.get(step) or self.rounds.get(first, wants.rounds)
         return wants.model_copy(update={"rounds": rounds})
 
 
@@ -123,7 +140,9 @@ FULL = Plan(
         *cells("rust-grpc", 1, 32),
     ),
     protocol=tuple(cell for path in STREAMING for cell in cells(path, 1, 8, 32, 64)),
-    protocol_workload=Workload(max_tokens=16),
+    merging=cells("grpc", 32),
+    # Those that merge have answers long enough for it: of 16 tokens, the first and the last few never wait.
+    workloads={"scripted": Workload(max_tokens=16), "merging": Workload(max_tokens=48)},
     wire=("sse", "sse-chat", *STREAMING),
     tensors=SIZES,
     cross_check=(1, 8, 32),
@@ -156,10 +175,10 @@ class Run:
             await self.controls()
             await self.engines()
             await self.protocols()
+            await self.merging()
             await self.tensors()
         finally:
-            for name in reversed(list(self.servers)):  # a gateway before its vLLM
-                self.end(name)
+            self.end_all()
         self.results.finished = now()
         self.results.save(self.output)
         return self.results
@@ -202,11 +221,7 @@ class Run:
         self.step += len(self.plan.engine) - len(wanted)
         for server, group in itertools.groupby(wanted, lambda cell: find_path(cell[0]).instance):
             for name, concurrency in group:
-                path, against = find_path(name), find_path(find_path(name).against)
-                self.up(path)
-                title = f"{name} @{concurrency}"
-                with self.measured(title):
-                    self.results.engine.append(await self.compare(title, path, against, concurrency, self.up))
+                await self.cell(self.results.engine, f"{name} @{concurrency}", find_path(name), concurrency, self.up)
             if server != "vllm":
                 self.end(server)
         for concurrency in self.plan.cross_check:
@@ -229,8 +244,8 @@ class Run:
             for path in group:
                 await self.protocol(path)
             if server != "vllm":  # the reference of all
-                self.end(f"{server}-scripted")
-        self.end("vllm-scripted")
+                self.end(scripted_instance(server))
+        self.end(scripted_instance("vllm"))
 
     async def protocol(self, path: ServingPath) -> None:
         """Bytes and CPU of one path."""
@@ -248,11 +263,16 @@ class Run:
         for _, concurrency in (cell for cell in self.plan.protocol if cell[0] == path.name):
             name = f"scripted {path.name} @{concurrency}"
             if not self.skip(name):
-                self.up_scripted(path)
-                with self.measured(name):
-                    self.results.protocol.append(
-                        await self.compare(name, path, find_path(path.against), concurrency, self.up_scripted)
-                    )
+                await self.cell(self.results.protocol, name, path, concurrency, self.up_scripted)
+
+    async def merging(self) -> None:
+        """The protocol alone where tokens are so near that servers merge them: by sources of another rate."""
+        up = partial(self.up_scripted, rate=MERGING_RATE)
+        for path, concurrency in self.plan.merging:
+            name = f"merging {path} @{concurrency}"
+            if not self.skip(name):
+                await self.cell(self.results.merging, name, find_path(path), concurrency, up)
+        self.end_all()
 
     async def tensors(self) -> None:
         """Big tensors there and back."""
@@ -261,6 +281,25 @@ class Run:
             if not self.skip(name):
                 with self.measured(name), interruptible():
                     self.results.tensors += list(tensor_costs(server, self.settings, self.plan.tensors))
+
+    async def cell(
+        self,
+        found: list[Comparison],
+        name: str,
+        path: ServingPath,
+        concurrency: int,
+        up: Callable[[ServingPath], Server],
+    ) -> None:
+        """One step that adds a cell to `found`. Where the load generator would measure itself, it is left out and said
+        so, and stays off the steps that are done: the others are worth no less for it."""
+        against = find_path(path.against)
+        for each in (path, against):
+            up(each)  # before the step, so that its time is the measurement's alone
+        try:
+            with self.measured(name):
+                found.append(await self.compare(name, path, against, concurrency, up))
+        except BusyGenerator as busy:
+            self.say(f"  left out: {busy}")
 
     async def compare(
         self,
@@ -277,7 +316,7 @@ class Run:
             open_arm(path, arm or up(path), wants, next(self.seeds), self.behind(path, up)) as one,
             open_arm(against, up(against), wants, next(self.seeds), self.behind(against, up)) as other,
         ):
-            found = await compare(name, one, other, concurrency, wants, self.on_block)
+            found = await compare_unhindered(name, one, other, concurrency, wants, self.on_block)
         self.say(f"  tokens/s {found.tokens_per_s} · TTFT p50 {found.ttft_p50_ms.value:+.1f} ms")
         return found
 
@@ -295,11 +334,11 @@ class Run:
 
         return self.keep(instance or path.instance, serve)
 
-    def up_scripted(self, path: ServingPath) -> Server:
-        """The path's server around the scripted source."""
+    def up_scripted(self, path: ServingPath, rate: float | None = None) -> Server:
+        """The path's server around the scripted source, at the `rate` that `serve_scripted` has."""
         if not find_server(path.server).has_engine:
-            self.up_scripted(find_path("sse"))
-        return self.keep(f"{path.instance}-scripted", lambda: serve_scripted(path, self.settings))
+            self.up_scripted(find_path("sse"), rate)
+        return self.keep(scripted_instance(path.instance, rate), lambda: serve_scripted(path, self.settings, rate))
 
     def keep(self, name: str, serve: Callable[[], Server]) -> Server:
         """Remember a server, and whether it was up before."""
@@ -317,6 +356,11 @@ class Run:
         if server and name in self.ours:
             self.ours.discard(name)
             server.stop()
+
+    def end_all(self) -> None:
+        """End all of them."""
+        for name in reversed(list(self.servers)):  # a gateway before its vLLM
+            self.end(name)
 
     def skip(self, name: str) -> bool:
         """Whether this step was made before."""

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import multiprocessing
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from datetime import datetime
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from threading import BrokenBarrierError
 
-import uvloop
 from pydantic import BaseModel, Field, ValidationError
 
 from servebook.bench import workload
-from servebook.bench.arms import GENERATOR_LIMIT, WAVES, Workload, jobs_for
-from servebook.bench.load import MAX_CONCURRENCY, BenchError, Load, closed_loop, open_loop
-from servebook.bench.paths import ServingPath, find_path
-from servebook.bench.report import Row, Rows, percentiles_ms
+from servebook.bench.arms import WAVES, Workload, jobs_for
+from servebook.bench.generators import GENERATOR_LIMIT, spread, twice
+from servebook.bench.load import MAX_CONCURRENCY, BenchError
+from servebook.bench.paths import ServingPath
+from servebook.bench.report import Row, Rows, generator_share, percentiles_ms
 from servebook.bench.results import Machine, now, require_writable, this_machine
 from servebook.bench.stats import ServiceLevel, Summary, goodput, summarize
 from servebook.launch import Server
-from servebook.processes import die_with_parent
 from servebook.whole import write_whole
 
 GAIN = 1.05
@@ -33,7 +26,9 @@ SHARES = (0.5, 0.8, 1.0, 1.2)
 """Of the requests a second at saturation: the rates of the open loop."""
 
 OPEN_SECONDS = 10.0
-BARRIER_SECONDS = 120.0
+
+FRONTS_GIVE = 2.5
+"""Times one front's tokens/s at its knee: what is asked of four fronts before one engine, and was not measured yet."""
 
 
 class Point(BaseModel):
@@ -79,6 +74,38 @@ class Sweep(BaseModel):
         write_whole(path, self.model_dump_json(indent=1) + "\n")
 
 
+def load_sweep(path: Path) -> Sweep:
+    """Read a file that `Sweep.save` wrote.
+
+    Raises:
+        BenchError: it is not there, or no sweep's.
+    """
+    try:
+        return Sweep.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise BenchError(f"{path} is no sweep.", "Name a file that `servebook bench --sweep` wrote.") from None
+
+
+def fronts_line(file_of_several: str, file_of_one: str) -> str:
+    """What several fronts give at their knee, as a multiple of one front's tokens/s, beside FRONTS_GIVE.
+
+    Raises:
+        BenchError: a file is no sweep's, or the two are of different machines, workloads or sources.
+    """
+    fronts, one = load_sweep(Path(file_of_several)), load_sweep(Path(file_of_one))
+    if any(getattr(fronts, same) != getattr(one, same) for same in ("machine", "workload", "scripted")):
+        raise BenchError(
+            "The two sweeps differ in more than their fronts.", "Measure both on one machine, with the same options."
+        )
+    ratio = fronts.knee.summary.tokens_per_s / one.knee.summary.tokens_per_s
+    each = (
+        f"{found.path} {found.knee.summary.tokens_per_s:,.0f} tokens/s at {found.knee.callers} callers"
+        + ("" if found.saturated else " (the most that were tried)")
+        for found in (fronts, one)
+    )
+    return f"{ratio:.2f} times, at least {FRONTS_GIVE:g} are asked: {'; '.join(each)}"
+
+
 def require_sweep(path: Path) -> None:
     """Refuse to write a sweep over anything else, such as a run that took hours.
 
@@ -89,8 +116,8 @@ def require_sweep(path: Path) -> None:
     if not path.exists():
         return
     try:
-        Sweep.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        load_sweep(path)
+    except BenchError:
         raise BenchError(
             f"{path} is no sweep, and stays as it is.", "Name another file with --output, or remove this one."
         ) from None
@@ -110,7 +137,7 @@ async def sweep(
     `on_point` gets what there is so far, after each point.
 
     Raises:
-        BenchError: the generator itself is the bottleneck, in as many processes as there are cores.
+        BusyGenerator: the generator itself is the bottleneck, in as many processes as there are cores.
     """
     found = Sweep(
         path=path.name,
@@ -125,18 +152,13 @@ async def sweep(
     async def measure(callers: int, rate: float | None, requests: int) -> Point:
         nonlocal processes
         while True:
-            load = await spread(path, server, wants, seeds, callers, rate, requests, processes)
-            parts = min(processes, callers or processes)  # as `spread` has it
-            share = load.cpu / load.seconds / parts
+            seed = next(seeds)
+            jobs = jobs_for(path, wants, seed)
+            load = await spread(path, server, jobs, callers, rate, requests, processes, seed)
+            share = load.cpu / load.seconds / processes
             if share <= GENERATOR_LIMIT:
                 break
-            if 2 * processes > found.machine.cores or parts < processes:
-                raise BenchError(
-                    f"The load generator takes {share:.0%} of a core in each of {parts} processes: it would "
-                    "measure itself.",
-                    "Use fewer callers, or a machine with more cores.",
-                )
-            processes *= 2
+            processes = twice(processes, callers, share)
         return Point(
             callers=callers,
             rate=rate,
@@ -163,82 +185,6 @@ async def sweep(
     return found
 
 
-async def spread(
-    path: ServingPath,
-    server: Server,
-    wants: Workload,
-    seeds: Iterator[int],
-    callers: int,
-    rate: float | None,
-    requests: int,
-    processes: int,
-) -> Load:
-    """One load, by so many processes: each has its part of the callers, of the rate and of the requests."""
-    parts = min(processes, callers or processes)
-    sizes = [callers // parts + (number < callers % parts) for number in range(parts)]
-    asked = [
-        (path.name, server, wants, next(seeds), size, rate and rate / parts, max(1, requests // parts))
-        for size in sizes
-    ]
-    if parts == 1:
-        return await _part(*asked[0])
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(parts, context, _meet_at, (context.Barrier(parts, timeout=BARRIER_SECONDS),)) as pool:
-        loop = asyncio.get_running_loop()
-        ended = await asyncio.gather(
-            *(loop.run_in_executor(pool, _in_process, each) for each in asked), return_exceptions=True
-        )
-    errors = [each for each in ended if isinstance(each, BaseException)]
-    # Who was waiting for a part that failed says only that: the part itself says why.
-    for error in sorted(errors, key=lambda each: isinstance(each, BrokenBarrierError)):
-        raise error
-    loads = [each for each in ended if isinstance(each, Load)]
-    samples = [sample for load in loads for sample in load.samples]
-    # The clock is the machine's, the same for each process.
-    seconds = max(sample.ended for sample in samples) - min(sample.due for sample in samples)
-    return Load(samples, seconds, sum(load.cpu for load in loads), sum((load.failed for load in loads), Counter()))
-
-
-async def _part(
-    path: str,
-    server: Server,
-    wants: Workload,
-    seed: int,
-    callers: int,
-    rate: float | None,
-    requests: int,
-    all_here: Callable[[], object] = lambda: None,
-) -> Load:
-    jobs = jobs_for(find_path(path), wants, seed)
-    async with find_path(path).open(server) as send:
-        await closed_loop(send, workload.take(jobs, callers or 1), callers or 1)
-        all_here()
-        if rate:
-            return await open_loop(send, workload.take(jobs, requests), rate, seed)
-        return await closed_loop(send, workload.take(jobs, requests), callers)
-
-
-_barrier: Barrier
-
-
-def _in_process(asked: tuple[str, Server, Workload, int, int, float | None, int]) -> Load:
-    try:
-        return uvloop.run(_part(*asked, all_here=_barrier.wait))
-    except BaseException:
-        _barrier.abort()  # else the others wait for this one until their time is up
-        raise
-
-
-def _meet_at(barrier: Barrier) -> None:
-    """What each process is told at its start: where all wait for each other, so that no part begins early.
-
-    It ends with who started it: one that is killed cannot tell it to.
-    """
-    global _barrier
-    die_with_parent()
-    _barrier = barrier
-
-
 def table(found: Sweep) -> Rows:
     """Head and rows: a point a line."""
     head = (
@@ -257,8 +203,7 @@ def table(found: Sweep) -> Rows:
                 *map(percentiles_ms, (each.ttft_ms, each.itl_ms, each.tpot_ms)),
                 f"{each.requests_per_s:.1f}",
                 f"{point.goodput:.1f}",
-                f"{100 * point.generator_share:.0f}"
-                + (f" in each of {point.processes}" if point.processes > 1 else ""),
+                generator_share(point.generator_share, point.processes),
             )
         )
     return head, rows
