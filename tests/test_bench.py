@@ -429,6 +429,7 @@ def test_goodput_counts_what_kept_the_service_level() -> None:
     load = Load([sample(0.5, 0.05), sample(1.5, 0.05), sample(0.5, 0.2), Sample(0, [0.5], output_tokens=5)], seconds=2)
     load.failed["busy"] += 1
     assert goodput(load, ServiceLevel(ttft_ms=1000, tpot_ms=100)) == 1.0, "two of five, in two seconds"
+    assert goodput(load, ServiceLevel(ttft_ms=1000, tpot_ms=100), rate=10) == 4.0, "two of five, at ten a second"
 
 
 async def test_blocks_are_interleaved_abba_then_baab() -> None:
@@ -564,7 +565,7 @@ async def test_a_sweep_ends_past_the_knee_and_then_sends_at_fixed_rates(monkeypa
     assert all((point.processes, point.generator_share) == (1, 0.5) for point in found.points)
     head, rows = table(found)
     assert {len(row) for row in rows} == {len(head)}
-    assert rows[-1][:4] == ("24.0/s sent", "240", "0", "100")
+    assert rows[-1][:4] == ("24.0/s asked for", "240", "0", "100")
 
 
 async def test_a_sweep_that_is_stopped_has_left_its_points_and_touches_no_other_file(
@@ -862,6 +863,29 @@ def test_a_source_gets_its_rate_and_a_gateway_one_of_that_rate(monkeypatch: pyte
         "vllm-scripted-190": {"SERVEBOOK_SCRIPTED_RATE": "190", "behind": ""},
         "gateway-scripted-190": {"behind": "http://127.0.0.1:9"},
     }
+
+
+def test_a_run_ends_the_vllm_that_it_started_for_a_gateway(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a run does that goes on at a gateway's step."""
+    up: list[str] = []
+
+    def serve(path: ServingPath, settings: Settings) -> Server:
+        up.extend(name for name in ("vllm", path.instance) if name not in up)  # a gateway brings its vLLM
+        return MagicMock(stop=lambda: up.remove(path.instance))
+
+    monkeypatch.setattr(ServingPath, "serve", serve)
+    monkeypatch.setattr("servebook.launch.status", lambda settings: [{"name": name, "pid": 1} for name in up])
+    run = start(custom(["gateway"], [1], Workload(), scripted=False), load_settings(), tmp_path / "bench.json")
+    run.up(gateway := find_path("gateway"))
+    run.behind(gateway, run.up)
+    run.end_all()
+    assert up == []
+
+
+def test_answers_that_the_engine_has_no_room_for_are_refused_before_it_starts() -> None:
+    done = CliRunner().invoke(app, ["bench", "grpc", "--max-tokens", "1500"])
+    assert isinstance(done.exception, ServebookError)
+    assert "take 2290 tokens, and the engine has room for 2048" in str(done.exception)
 
 
 async def test_rows_of_another_rate_are_told_apart() -> None:

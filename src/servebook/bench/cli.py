@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from servebook.checkout import ROOT
+from servebook.errors import ServebookError
 from servebook.launch.display import plain_console
 from servebook.settings import load_settings
 from servebook.whole import write_whole
@@ -60,7 +61,9 @@ def bench(
         float | None, typer.Option(min=0.01, max=10_000, help="Open loop: requests a second, not callers.")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=10, max=1_000_000)] = 40,
-    max_tokens: Annotated[int, typer.Option(min=2, max=1_000_000, help="Length of each answer.")] = 48,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, max=1_000_000, help="Of an answer: from half to one and a half times as many.")
+    ] = 48,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Of four interleaved blocks.")] = 3,
     shared_prefix: Annotated[int, typer.Option(min=0, max=1_000_000, help="Tokens that every prompt begins with.")] = 0,
     turns: Annotated[int, typer.Option(min=1, max=1000, help="Of each chat.")] = 1,
@@ -113,6 +116,14 @@ def bench(
         shared_prefix_tokens=shared_prefix,
         turns=turns,
     )
+    settings = load_settings()
+    longest = shared_prefix + turns * (prompt_tokens + max_tokens + max_tokens // 2)
+    if not settings.engine_url and longest > settings.max_model_len:
+        raise ServebookError(
+            f"A prompt and the longest of its answers take {longest} tokens, and the engine has room for "
+            f"{settings.max_model_len}.",
+            "Ask for shorter ones, or set SERVEBOOK_MAX_MODEL_LEN.",
+        )
     if to_saturation:
         level = ServiceLevel(ttft_ms=ttft_ms, tpot_ms=tpot_ms)
         most = max(concurrency or [MAX_CONCURRENCY])
@@ -121,7 +132,7 @@ def bench(
     if paths:
         plan = custom(paths, [0] if rate else concurrency or [1, 8], wants, scripted)
     output = output or Path("bench.json")
-    run = start(plan, load_settings(), output, force)
+    run = start(plan, settings, output, force)
     run.say = console.print
     try:
         uvloop.run(run.all())
@@ -172,7 +183,7 @@ def saturate(paths: list[str], wants: Workload, level: ServiceLevel, most: int, 
     def keep(so_far: Sweep) -> None:
         so_far.save(output)
         kept.append(point := so_far.points[-1])
-        load = f"{point.callers} callers" if point.callers else f"{point.rate:.1f} requests/s sent"
+        load = f"{point.callers} callers" if point.callers else f"{point.rate:.1f} requests/s asked for"
         console.print(f"  {load}: {point.summary.tokens_per_s:.0f} tokens/s, {point.goodput:.1f} good requests/s")
 
     try:

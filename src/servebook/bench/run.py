@@ -325,7 +325,9 @@ class Run:
         return [] if find_server(path.server).has_engine else [up(find_path("sse"))]
 
     def up(self, path: ServingPath, instance: str = "") -> Server:
-        """The path's server, attached to or started."""
+        """The path's server, attached to or started; first the vLLM that it asks, to know whether that was up."""
+        if not find_server(path.server).has_engine:
+            self.up(find_path("sse"))
 
         def serve() -> Server:
             if instance:

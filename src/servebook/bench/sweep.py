@@ -35,7 +35,9 @@ class Point(BaseModel):
     """One load of one path."""
 
     callers: int = Field(description="0 in an open loop.")
-    rate: float | None = Field(default=None, description="Open loop: requests a second that were sent.")
+    rate: float | None = Field(
+        default=None, description="Open loop: requests a second that were asked for; they come by chance."
+    )
     summary: Summary
     goodput: float = Field(description="Requests a second within the service level.")
     processes: int = Field(description="Of the load generator.")
@@ -163,7 +165,7 @@ async def sweep(
             callers=callers,
             rate=rate,
             summary=summarize(load),
-            goodput=goodput(load, level),
+            goodput=goodput(load, level, rate),
             processes=processes,
             generator_share=share,
         )
@@ -196,7 +198,7 @@ def table(found: Sweep) -> Rows:
         each = point.summary
         rows.append(
             (
-                f"{point.callers} callers" if point.rate is None else f"{point.rate:.1f}/s sent",
+                f"{point.callers} callers" if point.rate is None else f"{point.rate:.1f}/s asked for",
                 str(each.requests),
                 str(sum(each.failed.values())),
                 f"{each.tokens_per_s:.0f}",
