@@ -47,10 +47,11 @@ async def seconds_for(engine: AsyncLLM, tokens: int, at_most: float | None = Non
     """How long the engine writes an answer of so many tokens, or for how long it tried."""
     from vllm import SamplingParams
 
-    started = time.monotonic()
+    [prompt] = await engine.renderer.render_cmpl_async([{"prompt": "Once"}])
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    started = time.monotonic()
     with suppress(TimeoutError):
-        async with asyncio.timeout(at_most), aclosing(engine.generate("Once", params, uuid4().hex)) as outputs:
+        async with asyncio.timeout(at_most), aclosing(engine.generate(prompt, params, uuid4().hex)) as outputs:
             async for _ in outputs:
                 pass
     return time.monotonic() - started

@@ -90,7 +90,7 @@ def own_shared_memory(scratch: Path) -> Iterator[list[str]]:
 def tritonserver_env(*, gpu: bool = False) -> dict[str, str]:
     """What Triton's environment must hold in addition, so that it finds its libraries and this Python.
 
-    Without `gpu` it sees no card: else it would take some of its memory, for models that never use it.
+    Without `gpu` it sees no card: it might take memory of it, for models that never use it.
     """
     libraries = [str(_tritonserver().parents[1] / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
     return {
