@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, ClassVar
-from unittest.mock import MagicMock
+from unittest.mock import AsyncMock, MagicMock
 from uuid import uuid4
 
 import aiohttp
@@ -701,6 +701,12 @@ async def test_a_busy_generator_of_one_arm_gets_more_processes_for_both(monkeypa
         (2, 0.45)
     ] * 2
     assert heard == [1, 2, 1, 2, 3, 4], "the first block of the busy arm ended it, and it began anew"
+    heard.clear()
+    busy = replace(arm(Source(0.01)), tree=Busy(os.getpid()))
+    await compare_unhindered("x", arm(Source(0.01)), busy, 2, wants, lambda n, _: heard.append(n))
+    assert heard == [1, 2, 1, 2, 3, 4], (
+        "the reference comes first, and its pair is made whole: both arms drew as many jobs"
+    )
     assert report.ratios([found])[1][0][-1] == "45 in each of 2"
     with pytest.raises(BusyGenerator, match="of a core in each of 1 processes"):
         await compared(1)  # cannot be shared out
@@ -882,10 +888,25 @@ def test_a_run_ends_the_vllm_that_it_started_for_a_gateway(monkeypatch: pytest.M
     assert up == []
 
 
-def test_answers_that_the_engine_has_no_room_for_are_refused_before_it_starts() -> None:
-    done = CliRunner().invoke(app, ["bench", "grpc", "--max-tokens", "1500"])
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [
+        ("grpc --max-tokens 1500", 2290),
+        ("rest-chat --turns 8 --prompt-tokens 1000 --max-tokens 100", 1000 + 8 * 150 + 7 * 15),
+    ],
+)
+def test_answers_that_the_engine_has_no_room_for_are_refused_before_it_starts(words: str, tokens: int) -> None:
+    done = CliRunner().invoke(app, ["bench", *words.split()])
     assert isinstance(done.exception, ServebookError)
-    assert "take 2290 tokens, and the engine has room for 2048" in str(done.exception)
+    assert f"take {tokens} tokens, and the engine has room for 2048" in str(done.exception)
+
+
+async def test_a_guard_that_did_not_measure_every_front_is_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = new_results("guard", "m", "cpu")
+    there.done = guard.PLAN.steps[1:]
+    monkeypatch.setattr(guard, "start", lambda *_: MagicMock(all=AsyncMock(return_value=there)))
+    with pytest.raises(BenchError, match=re.escape(f"would have measured itself: {guard.PLAN.steps[0]}.")):
+        await guard.measure(load_settings())
 
 
 async def test_rows_of_another_rate_are_told_apart() -> None:

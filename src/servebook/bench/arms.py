@@ -208,7 +208,7 @@ async def compare(
 
 
 class _TooBusy(Exception):
-    """A block ends a comparison: its load generator was above GENERATOR_LIMIT."""
+    """A pair of blocks ends a comparison: the load generator was above GENERATOR_LIMIT."""
 
 
 async def compare_unhindered(
@@ -216,7 +216,7 @@ async def compare_unhindered(
 ) -> Comparison:
     """`compare`, with as many processes of the load generator as it takes, the same number for both arms.
 
-    A block in which the generator was too busy ends it, and with twice the processes it begins anew.
+    A pair of blocks in which the generator was too busy ends it, and with twice the processes it begins anew.
 
     Raises:
         BusyGenerator: there cannot be more processes.
@@ -227,7 +227,7 @@ async def compare_unhindered(
 
     def watch(done: int, total: int) -> None:
         on_block(done, total)
-        if share() > GENERATOR_LIMIT:
+        if done % 2 == 0 and share() > GENERATOR_LIMIT:  # not between the two: both arms take jobs of the same lengths
             raise _TooBusy
 
     while True:

@@ -117,10 +117,11 @@ def bench(
         turns=turns,
     )
     settings = load_settings()
-    longest = shared_prefix + turns * (prompt_tokens + max_tokens + max_tokens // 2)
+    # A later turn asks no more than "And then?": some 15 tokens with the template.
+    longest = shared_prefix + prompt_tokens + turns * (max_tokens + max_tokens // 2) + 15 * (turns - 1)
     if not settings.engine_url and longest > settings.max_model_len:
         raise ServebookError(
-            f"A prompt and the longest of its answers take {longest} tokens, and the engine has room for "
+            f"A prompt and the longest of answers take {longest} tokens, and the engine has room for "
             f"{settings.max_model_len}.",
             "Ask for shorter ones, or set SERVEBOOK_MAX_MODEL_LEN.",
         )

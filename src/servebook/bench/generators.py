@@ -14,7 +14,7 @@ from threading import BrokenBarrierError
 import uvloop
 
 from servebook.bench import workload
-from servebook.bench.load import BenchError, Job, Load, closed_loop, open_loop
+from servebook.bench.load import DEADLINE_SECONDS, BenchError, Job, Load, closed_loop, open_loop
 from servebook.bench.paths import ServingPath, find_path
 from servebook.launch import Server
 from servebook.processes import die_with_parent
@@ -40,7 +40,7 @@ def twice(processes: int, callers: int, share: float) -> int:
         raise BusyGenerator(
             f"The load generator takes {share:.0%} of a core in each of {processes} processes: it would measure "
             "itself.",
-            "Use fewer callers, or a machine with more cores.",
+            f"Use {'fewer callers' if callers else 'a lower rate'}, or a machine with more cores.",
         )
     return 2 * processes
 
@@ -67,7 +67,7 @@ async def spread(
             path.name,
             server,
             workload.take(jobs, size or 1),
-            workload.take(jobs, max(1, requests // processes)),
+            workload.take(jobs, max(1, requests * size // callers if callers else requests // processes)),
             size,
             rate and rate / processes,
             seed * processes + number,
@@ -82,7 +82,7 @@ async def spread(
         loop = asyncio.get_running_loop()
         parts = [loop.run_in_executor(pool, _in_process, each) for each in asked]
         try:
-            await asyncio.to_thread(barrier.wait)
+            await asyncio.to_thread(barrier.wait, DEADLINE_SECONDS + BARRIER_SECONDS)  # they start and warm up first
             all_here()
             await asyncio.to_thread(barrier.wait)
         except BrokenBarrierError:

@@ -50,7 +50,8 @@ async def measure(settings: Settings) -> list[Comparison]:
     """Each front against vLLM's SSE, around the scripted source.
 
     Raises:
-        BenchError: the source has another rate than what is stored was measured at.
+        BenchError: the source has another rate than what is stored was measured at; or a front was left out, as the
+            load generator would have measured itself.
         LaunchError: a server cannot start.
     """
     if SCRIPTED_RATE != DEFAULT_RATE:
@@ -60,7 +61,13 @@ async def measure(settings: Settings) -> list[Comparison]:
             "Unset it.",
         )
     with tempfile.TemporaryDirectory() as folder:
-        return (await start(PLAN, settings, Path(folder) / "guard.json").all()).protocol
+        run = await start(PLAN, settings, Path(folder) / "guard.json").all()
+    if left_out := PLAN.without(run.done):
+        raise BenchError(
+            f"The load generator would have measured itself: {', '.join(left_out)}.",
+            "End what else runs, or use a machine with more cores.",
+        )
+    return run.protocol
 
 
 def store(found: list[Comparison]) -> None:

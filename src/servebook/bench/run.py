@@ -168,7 +168,8 @@ class Run:
         """Make every step that is not done yet. After each the file is whole: stop and resume whenever you like.
 
         Raises:
-            BenchError: the control is off, and `force` was not asked for; or every request of a block failed.
+            BenchError: the control is off, and `force` was not asked for; its load generator would have measured
+                itself; or every request of a block failed.
             LaunchError: a server cannot start.
         """
         try:
