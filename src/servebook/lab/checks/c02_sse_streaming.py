@@ -259,12 +259,17 @@ def check_02_3(submission: Submission) -> None:
         lateness.append(time.monotonic() - began - seconds)
 
     def slow(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
-        """0.5 s before the answer begins, 0.9 s more before its first text, 0.5 s to the next, 0.6 s before its end."""
+        """0.5 s before the answer begins, 0.9 s more before its first text, 0.5 s to the next, 0.6 s before its end.
+
+        More before the first text where the answer began late: else who starts the clock then would get the time until
+        then, which is another mistake.
+        """
         nap(0.5)
         for event in events_of(chunks):
             for mark, seconds in (("text", 0.9), ("more", 0.5)):
                 if content_of(event) and mark not in exchange.marks:
-                    nap(seconds)
+                    begun_after = exchange.marks.get("first", time.monotonic()) - asked_at[0]
+                    nap(max(seconds, begun_after + 2 * TOLERANCE) if mark == "text" else seconds)
                     exchange.marks[mark] = time.monotonic()
                     break
             if content_of(event):
