@@ -220,7 +220,8 @@ def test_a_stream_passes_as_it_comes(router: launch.Server, client: RouterClient
     body = {"model": router.model, "prompt": PROMPT, "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with requests.post(f"{router.url}/v1/completions", json=body, stream=True, timeout=60) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        assert next(answer.iter_lines()).startswith(b"data: ")
+        lines = answer.iter_lines()  # kept: where the iterator ends, so does the connection
+        assert next(lines).startswith(b"data: ")
         eventually(lambda: sum(map(running, client.replicas())) == 1, "the engine writes on")
     eventually(lambda: not any(map(running, client.replicas())), "idle replicas")
 
