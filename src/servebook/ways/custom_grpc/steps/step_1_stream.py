@@ -9,10 +9,10 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
+from typing import Any
 from uuid import uuid4
 
 import grpc
-from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -38,7 +38,7 @@ class Servicer(llm_pb2_grpc.LLMServiceServicer):
             ignore_eos=request.sampling.ignore_eos,
             output_kind=RequestOutputKind.DELTA,  # what is new, not the text so far
         )
-        came: Queue[RequestOutput | None] = Queue()
+        came: Queue[Any] = Queue()  # outputs, and None at the end
 
         async def generate() -> None:
             [tokens] = await self.engine.renderer.render_cmpl_async([{"prompt": request.prompt}])
@@ -54,7 +54,8 @@ class Servicer(llm_pb2_grpc.LLMServiceServicer):
 async def start(engine: AsyncLLM) -> tuple[grpc.Server, int]:
     """Serve on a free port of this machine; give the server and its port."""
     server = grpc.server(ThreadPoolExecutor(THREADS))
-    llm_pb2_grpc.add_LLMServiceServicer_to_server(Servicer(engine, asyncio.get_running_loop()), server)  # type: ignore[abstract]  # Generate: UNIMPLEMENTED
+    servicer = Servicer(engine, asyncio.get_running_loop())  # type: ignore[abstract]  # Generate: UNIMPLEMENTED
+    llm_pb2_grpc.add_LLMServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     return server, port
