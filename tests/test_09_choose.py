@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from servebook.bench.choose import (
     ARTICLE,
     BUSY_TOKENS_PER_S,
     DEFAULT,
+    PAIRS,
     QUESTIONS,
     RULES,
     Needs,
@@ -20,6 +22,7 @@ from servebook.bench.choose import (
     guide,
     outweighed,
     tensor_ms,
+    together,
 )
 from servebook.bench.results import Results, new_results, stored
 from servebook.bench.tensors import TensorCost
@@ -64,6 +67,19 @@ def test_a_need_is_weighed_and_not_added() -> None:
     assert [(rule.path, winner.path) for rule, winner in outweighed(both)] == [
         ("vLLM's router in front of replicas", "KServe")
     ]
+
+
+def test_what_does_not_fit_together_is_said() -> None:
+    assert {path for pair in PAIRS for path in pair.paths} <= {rule.path for rule in (DEFAULT, *RULES)}
+    answers = [[0, BUSY_TOKENS_PER_S] if name == "tokens_per_s" else [False, True] for name in QUESTIONS]
+    choices: list[dict[str, Any]] = [dict(zip(QUESTIONS, each, strict=True)) for each in product(*answers)]
+    said = {note for each in choices for note in together(Needs(**each))}
+    assert said == {pair.note for pair in PAIRS}, "a pair that nobody can choose"
+    assert together(Needs()) == together(Needs(many_users=True)) == []
+    (router,) = together(Needs(many_users=True, token_ids=True))
+    assert "Rust front end" in router
+    (fronts,) = together(Needs(tokens_per_s=BUSY_TOKENS_PER_S, typed_contract=True))
+    assert "--fronts" in fronts
 
 
 def test_the_articles_comparison_is_answered_row_by_row() -> None:

@@ -62,6 +62,6 @@ def test_the_predictor_is_asked_where_it_listens_and_has_room_to_talk() -> None:
     assert f"/v2/models/{TENSOR_MODEL_NAME}/ready" in {probe["path"] for probe in probes}
     assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in predictor["volumes"]}
     sleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert predictor["terminationGracePeriodSeconds"] > sleep  # counted from before it
+    assert predictor["terminationGracePeriodSeconds"] > sleep >= predictor["timeout"]  # counted from before it
     env = {each["name"]: each["value"] for each in container["env"]}
     assert env["OMP_NUM_THREADS"] == container["resources"]["limits"]["cpu"]

@@ -16,8 +16,8 @@ from servebook.bench.report import at_most_callers, interval
 from servebook.bench.results import Results
 from servebook.bench.tensors import MIB
 
-BUSY_TOKENS_PER_S = 5000
-"""From here on the protocol takes a good part of a core in one process (chapter 8, section 8)."""
+BUSY_TOKENS_PER_S = 4000
+"""From here on the protocol takes nearly a core in one process (chapter 8, section 8)."""
 ANSWER = 32
 """Tokens of an answer, where a figure depends on it: those of the benchmark have so many on average."""
 
@@ -64,6 +64,15 @@ class Rule(BaseModel):
         return not self.needs or any(getattr(needs, need) for need in self.needs)
 
 
+class Pair(BaseModel):
+    """Two paths that may both be chosen, and what to know about them together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    paths: tuple[str, str]
+    note: str
+
+
 class Row(BaseModel):
     """One statement of the article, and what running it showed."""
 
@@ -108,9 +117,9 @@ def tensor_ms(run: Results, server: str, encoding: str, size: int = 15 * MIB) ->
 
 def _gateway(run: Results) -> str:
     more = [
-        f"{each.ttft_p50_ms.value:+.1f} ms @{each.concurrency}" for each in run.engine if each.arm.path == "gateway"
+        f"{interval(each.ttft_p50_ms, 1)} ms @{each.concurrency}" for each in run.engine if each.arm.path == "gateway"
     ]
-    return f"TTFT {', '.join(more)}; {tokens_ratio(run, 'gateway')}"
+    return f"TTFT more by {', '.join(more)}; {tokens_ratio(run, 'gateway')}"
 
 
 def _grpc(run: Results) -> str:
@@ -154,6 +163,8 @@ DEFAULT = Rule(**_texts["default"])
 """What holds where nothing else asks for the place."""
 RULES = tuple(Rule(**rule) for rule in _texts["rules"])
 """In the order in which requests pass the places; of rivals for one place, the earlier weighs more."""
+PAIRS = tuple(Pair(**pair) for pair in _texts["pairs"])
+"""What does not fit by itself, or needs a word."""
 ARTICLE = tuple(Row(**row) for row in _texts["article"])
 """The article's comparison (S14, S15, S17 to S20), row by row."""
 
@@ -171,6 +182,12 @@ def outweighed(needs: Needs) -> list[tuple[Rule, Rule]]:
     """What was asked for and is not taken, each with the one that has its place; the default is always willing."""
     taken = {rule.place: rule for rule in choose(needs)}
     return [(rule, taken[rule.place]) for rule in RULES if rule.applies(needs) and taken[rule.place] is not rule]
+
+
+def together(needs: Needs) -> list[str]:
+    """What to know where two of the chosen paths meet."""
+    taken = {rule.path for rule in choose(needs)}
+    return [pair.note for pair in PAIRS if taken.issuperset(pair.paths)]
 
 
 def guide(run: Results, rules: Sequence[Rule] = (DEFAULT, *RULES)) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
