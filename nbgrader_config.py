@@ -1,4 +1,4 @@
-"""nbgrader on these labs: `nbgrader generate_assignment 01_openai_rest`, `autograde`, `generate_feedback`.
+"""nbgrader on these labs: `nbgrader generate_assignment 01_openai_rest --force`, `autograde`, `generate_feedback`.
 
 Instructor's guide: docs/instructor.md.
 """

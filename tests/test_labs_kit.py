@@ -1001,7 +1001,7 @@ def course() -> Iterator[Path]:
 def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path, learner: Run, tmp_path: Path) -> None:
     """One perfect, one partial and one empty submission get their points, whatever others do, or have lost."""
     desks = tmp_path / "state" / "room" / "desks"
-    for name in (f"solutions/{STEM}/{STEM}.ipynb", "nbgrader_config.py"):
+    for name in (f"solutions/{STEM}/{STEM}.ipynb", f"labs/{STEM}/{STEM}.ipynb", "nbgrader_config.py"):
         (course / name).parent.mkdir(parents=True, exist_ok=True)
         (course / name).write_bytes((ROOT / name).read_bytes())
     with (course / "nbgrader_config.py").open("a") as config:
@@ -1011,7 +1011,7 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path
     (course / "servebook.toml").write_text(f'api_key = "{KEY}"')  # the instructor's, which no submission may read
     (course / "servebook.toml").chmod(0o600)
     (course / f"solutions/{STEM}/answer.py").write_text("# what a solution writes when it runs")
-    nbgrader(course, "generate_assignment", STEM)
+    nbgrader(course, "generate_assignment", STEM, "--force")
     assert [path.name for path in (course / "labs" / STEM).iterdir()] == [f"{STEM}.ipynb"]
     released = course / "labs" / STEM / f"{STEM}.ipynb"
     assert released.read_text() == (ROOT / "labs" / STEM / f"{STEM}.ipynb").read_text()

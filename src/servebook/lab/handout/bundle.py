@@ -51,7 +51,7 @@ def write_bundle(target: Path, root: Path = ROOT, solutions: bool = False) -> No
     copy_tracked(root, BUNDLE, target)
     write_labs(target / "labs", root)
     if solutions:
-        copy_tracked(root, [f"solutions/{lab.path}" for lab in load_labs()], target)
+        copy_tracked(root, [*(f"solutions/{lab.path}" for lab in load_labs()), "solutions/14_capstone"], target)
     for folder in ("notebooks", "solutions"):
         clean_notebooks(target / folder)
     for path in target.glob("*.md"):
