@@ -18,7 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
-MOST_SECONDS = 2
+MOST_SECONDS = 4
 
 
 class Servicer(llm_pb2_grpc.LLMServiceServicer):
