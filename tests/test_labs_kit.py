@@ -705,6 +705,22 @@ def test_a_submission_has_the_settings_and_the_servers_and_no_secret(
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_in_a_room_no_submission_answers_for_a_server_that_was_ended(
+    room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A submission can end one; by hand none may have been started, and then the submission does that."""
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.delenv(confine.FROM, raising=False)
+    if room:
+        monkeypatch.setenv(confine.FROM, str(tmp_path))
+    scratch = tmp_path / "submission/its"
+    scratch.mkdir(parents=True)
+    provided.make_folders(scratch)
+    asked = launch.Files(provided.judges_state(scratch), "vllm").socket.readlink()
+    assert asked == launch.Files(tmp_path / "state" if room else scratch / "state", "vllm").socket
+
+
 def test_the_servers_that_grade_have_the_settings_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else no submission could attach to them: it has no key."""
     (tmp_path / "submitted/ada" / STEM).mkdir(parents=True)
@@ -826,7 +842,10 @@ tries = {
     "configure Jupyter": (home / ".jupyter/jupyter_config.py").touch,
     "start with IPython": (home / ".ipython/startup.py").touch,
     "read the room": (state / "room/instructor.key").read_text,
-    "change the model": (cache / "model").touch,
+    "read the token of a hub": (cache / "huggingface/token").read_text,
+    "read what an engine keeps": (cache / "vllm/compiled").read_text,
+    "read a key that lies in what is given": (cache / "models/secret/room/instructor.key").read_text,
+    "change the model": (cache / "models/model").touch,
     "change the kernel's settings": lambda: Path("/proc/self/oom_score_adj").write_text("0"),
     "read a disk": lambda: disk and disk.open("rb"),
     "plant a model for Triton": (state / "triton/repository-1/model.py").touch,
@@ -844,7 +863,8 @@ tries = {
     "read what everybody may": Path("/etc/passwd").read_bytes,
     "limit itself": lambda: resource.setrlimit(resource.RLIMIT_CPU, resource.getrlimit(resource.RLIMIT_CPU)),
     "end itself": lambda: os.kill(os.getpid(), 0),
-    "read the model": (cache / "weights").read_text,
+    "read the model": (cache / "models/weights").read_text,
+    "read a model of the hub": (cache / "huggingface/hub/weights").read_text,
     "attach to servers": lambda: attach(scratch / "state"),
     "attach as the judge does": lambda: attach(judges),
     "start servers": (scratch / "state/servers/triton.lock").touch,
@@ -884,7 +904,12 @@ def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path:
         folder.mkdir(parents=True, exist_ok=True)
     for name in ("room", "servers", "triton/repository-1"):
         (places["state"] / name).mkdir(parents=True)
-    for secret in ("home/token", "state/room/instructor.key", "state/nbgrader.log", "cache/weights"):
+    for secret in (
+        *("home/token", "state/room/instructor.key", "state/nbgrader.log"),
+        *("cache/models/weights", "cache/huggingface/hub/weights", "cache/huggingface/token", "cache/vllm/compiled"),
+        "cache/models/secret/room/instructor.key",
+    ):
+        (tmp_path / secret).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / secret).write_text("secret")
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/shadow").touch(0o600)
@@ -892,6 +917,9 @@ def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path:
         "HOME": str(places["home"]),
         "SERVEBOOK_STATE_DIR": str(places["state"]),
         "SERVEBOOK_CACHE_DIR": str(places["cache"]),
+        "HF_HOME": str(places["cache"] / "huggingface"),
+        "HF_HUB_CACHE": "",
+        confine.FROM: str(places["cache"] / "models/secret"),
     }
     words = [sys.executable, "-P", "-c", TRIES, *map(str, places.values())]
     with socket.socket(socket.AF_UNIX) as server:
@@ -909,13 +937,14 @@ def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path:
         "limit itself",
         "end itself",
         "read the model",
+        "read a model of the hub",
         "attach to servers",
         "attach as the judge does",
         "start servers",
         "write what is its own",
         "write to nowhere",
     ], done.stdout + done.stderr
-    assert len(answers) == 28
+    assert len(answers) == 32
     assert int(capabilities, 16) == 0 or os.getuid() != 0
 
 

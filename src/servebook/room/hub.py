@@ -28,7 +28,7 @@ import typer
 from servebook.bearer import bearer
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
-from servebook.lab.handout.confine import hub_cache
+from servebook.lab.handout.confine import OF_THE_CACHE, hub_cache
 from servebook.launch.probes import only_ours
 from servebook.processes import adopt_orphans, children
 from servebook.room.admin import join_code
@@ -41,8 +41,6 @@ log = logging.getLogger("servebook.room")
 NOBODY = 65534
 SEEN = ("src", "jupyter", "jupyterhub", "labs", "protos", "triton", "kubernetes", "shims", "requirements")
 """What a desk sees of the checkout: what its own notebooks show and import. Those here have an instructor's notes."""
-OF_THE_CACHE = ("models", "adapters", "vllm-rs")
-"""What a desk sees of the cache. An engine writes there too, and Hugging Face's home, with its token, may lie there."""
 ENTER = ROOT / "jupyterhub" / "enter_desk.py"
 PROXY = ROOT / "jupyterhub" / "proxy.py"
 CONFIG = ROOT / "jupyterhub" / "jupyterhub_config.py"

@@ -31,6 +31,8 @@ NAMED = "folders.json"
 """The file that names the folders, beside the one for temporary files."""
 FROM = "SERVEBOOK_CONFINED_FROM"
 """In the environment of who grades: one more folder that no submission reads, the state folder with a room's keys."""
+OF_THE_CACHE = ("models", "adapters", "vllm-rs")
+"""What a learner sees of the cache. An engine writes there too, and a hub's home, with its token, may lie there."""
 
 
 def folders(course: Path, scratch: Path) -> dict[str, list[str]]:
@@ -45,18 +47,21 @@ def folders(course: Path, scratch: Path) -> dict[str, list[str]]:
     course, scratch = course.resolve(), scratch.resolve()
     settings = load_settings()
     prefix, state = Path(sys.prefix).resolve(), settings.state_dir.resolve()
-    hidden = [ROOT.resolve(), course, prefix, DEVICES, state, Path(os.environ.get(FROM, state)).resolve()]
+    secret = [course, state, Path(os.environ.get(FROM, state)).resolve(), hub_home().resolve()]
+    hidden = [*secret, ROOT.resolve(), prefix, DEVICES, settings.cache_dir.resolve()]
     hidden += [each for each in homes() if each.parts[1:]]  # "/" in some containers
     hidden += [*OF_SERVICES, *not_for_everybody(CONFIGURATION)]  # root without its powers is still their owner
     given = [*(ROOT / name for name in (*BUNDLE, "labs", ".venv")), prefix, Path(sys.base_prefix).resolve()]
-    given += [settings.cache_dir, hub_cache(), given_folder(settings).resolve()]
+    given += [*(settings.cache_dir / name for name in OF_THE_CACHE), hub_cache(), given_folder(settings)]
     given += [scratch.parent / name for name in (NAMED, FILE_NAME)]
     given += [(CONFIGURATION / "resolv.conf").resolve()]  # for names of machines; often a link into /run
     given += certificates()
+    read = [*around(Path("/"), hidden)]
+    read += [part for each in given for part in around(each.resolve(), secret)]  # what is secret may lie in it, too
     own = [scratch, sockets_folder()]
     own += [path for name in EVERYBODYS for path in DEVICES.glob(name)]
     return {
-        "read": [*map(str, [*around(Path("/"), hidden), *given])],
+        "read": [*map(str, read)],
         "list": [str(DEVICES)],
         "write": [*map(str, own)],
         # Triton's stub makes itself a folder there, whatever TMPDIR says.
@@ -86,10 +91,15 @@ def not_for_everybody(folder: Path) -> Iterator[Path]:
                 yield path
 
 
+def hub_home() -> Path:
+    """Where Hugging Face's libraries keep a token."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface")).expanduser()
+
+
 def hub_cache() -> Path:
-    """Where models from the hub lie; beside them is a token."""
-    ours = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(ours, "hub")).expanduser()
+    """Where models from the hub lie: beside the token, unless somebody has set another place."""
+    return Path(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub").expanduser()
 
 
 def sockets_folder() -> Path:

@@ -1,7 +1,7 @@
 """What a submission is given to run with: an environment without secrets, a home, and the servers that are up.
 
 Its kernel and its judge each have a state folder of their own, with links to the sockets of the servers that are up: so
-they attach to those, and change nothing of them. Whoever serves or grades trusts another state folder.
+they attach to those, and write nothing into the state folder that whoever serves or grades trusts. They can end one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from fnmatch import fnmatch
 from pathlib import Path
 
-from servebook.lab.handout.confine import hub_cache
+from servebook.lab.handout import confine
 from servebook.launch.files import Files
 from servebook.launch.link import Link
 from servebook.launch.table import REPLICA, SERVERS
@@ -49,7 +49,7 @@ def environment(scratch: Path) -> dict[str, str]:
         **({"SERVEBOOK_API_KEY": key} if key else {}),
         **{name: str(home / folder) for name, folder in folders.items()},
         "TMPDIR": str(scratch),
-        "HF_HUB_CACHE": str(hub_cache()),
+        "HF_HUB_CACHE": str(confine.hub_cache()),
         "SERVEBOOK_CACHE_DIR": str(settings.cache_dir),
         "SERVEBOOK_HOST": LOOPBACK,
         "SERVEBOOK_STATE_DIR": str(scratch / "state"),
@@ -65,9 +65,11 @@ def judges_state(scratch: Path) -> Path:
 def make_folders(scratch: Path) -> None:
     """Make home and state folders, and end the search for `servebook.toml`: no folder further up is looked into.
 
-    The judge finds a server that is not up where the submission may start it, and starts none itself.
+    The judge looks for a server that is not up where the submission may start it. Not so in a room, where all that a
+    lab needs were started before: one that is gone may have been ended so that the next submission answers for it.
     """
     settings, own, judges = load_settings(), scratch / "state", judges_state(scratch)
+    started_before = confine.FROM in os.environ
     (scratch.parent / FILE_NAME).touch()
     (scratch / "home").mkdir()
     for folder in (own, judges):
@@ -79,4 +81,4 @@ def make_folders(scratch: Path) -> None:
         if link:
             link.close()
             here.socket.symlink_to(there.socket)
-        Files(judges, name).socket.symlink_to((there if link else here).socket)
+        Files(judges, name).socket.symlink_to((there if link or started_before else here).socket)
