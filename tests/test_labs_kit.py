@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
 from nbgrader.api import Gradebook
 from nbgrader.converters import Autograde
+from nbgrader.converters.base import BaseConverter
 from nbgrader.preprocessors import Execute
 from traitlets.config import Config
 
@@ -45,6 +46,7 @@ from servebook.lab.feedback import Result
 from servebook.lab.handout import autograde, confine, landlock, provided
 from servebook.lab.handout.blanks import student_notebook
 from servebook.lab.handout.bundle import write_bundle
+from servebook.lab.handout.remarks import remarks
 from servebook.lab.manifest import Lab, find_exercise, load_labs
 from servebook.lab.record import Store
 from servebook.lab.shell import LabShell, exercise_of, read_notebook
@@ -952,6 +954,41 @@ def test_grading_is_nbgraders_but_for_the_end() -> None:
     assert autograde.ExecuteAndEnd(config=Config(Execute={"timeout": 7})).timeout == 7
     steps = Autograde.autograde_preprocessors.default_args[0]
     assert [Execute if step is autograde.ExecuteAndEnd else step for step in autograde.STEPS] == steps
+
+
+def test_no_link_in_what_was_handed_in_leads_to_a_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nbgrader copies what a link leads to, with the rights of who grades, before anything is confined."""
+    monkeypatch.chdir(tmp_path)
+    Path("solution.ipynb").write_text("the solution")
+    handed_in, copied = (Path(step, "ada", STEM) for step in ("submitted", "autograded"))
+    (handed_in / "deep").mkdir(parents=True)
+    (handed_in / f"{STEM}.ipynb").write_bytes((ROOT / "labs" / STEM / f"{STEM}.ipynb").read_bytes())
+    (handed_in / "own.txt").touch()
+    for name, where in {"notes.txt": "solution.ipynb", "deep/more.txt": "solution.ipynb", "folder": "."}.items():
+        (handed_in / name).symlink_to(tmp_path / where)
+    steps = SimpleNamespace(
+        _format_source=lambda *_: str(handed_in),
+        _format_dest=lambda *_: str(copied),
+        coursedir=Mock(ignore=[]),
+        log=Mock(),
+    )
+    BaseConverter.init_assignment(steps, STEM, "ada")
+    assert (copied / "notes.txt").read_text() == "the solution", "what nbgrader does"
+    resources = {
+        "nbgrader": {"student": "ada", "assignment": STEM, "notebook": STEM},
+        "metadata": {"path": str(handed_in)},
+    }
+    notebook = nbformat.read(handed_in / f"{STEM}.ipynb", as_version=4)
+    autograde.MendStructure().preprocess(notebook, resources)
+    assert [path.name for path in copied.rglob("*") if path.is_file()] == ["own.txt"]
+    said = "{} is a link, and was left out"
+    assert sorted(remarks()[STEM]["ada"]) == [said.format(name) for name in ("deep/more.txt", "folder", "notes.txt")]
+
+    (handed_in / f"{STEM}.ipynb").unlink()
+    (handed_in / f"{STEM}.ipynb").symlink_to(tmp_path / "solution.ipynb")
+    with pytest.raises(ServebookError, match="may lead to a solution"):
+        autograde.MendStructure().preprocess(notebook, resources)
+    assert remarks()[STEM]["ada"] == [f"not graded: {STEM}.ipynb is a link"]
 
 
 def nbgrader(course: Path, *words: str, code: int = 0) -> str:

@@ -35,6 +35,7 @@ from nbgrader.preprocessors import (
 )
 
 from servebook.checkout import ROOT
+from servebook.errors import ServebookError
 from servebook.lab.feedback import Result
 from servebook.lab.handout import confine, landlock, provided
 from servebook.lab.handout.remarks import forget_remarks, remark
@@ -50,10 +51,14 @@ CHECK = re.compile(r'check\("(\d\d\.\d)"\)')
 
 
 class MendStructure(NbGraderPreprocessor):  # type: ignore[misc]
-    """Puts back what a notebook has lost: cells that its exercises build on, and the marks of answers and checks."""
+    """Puts back what a notebook has lost: cells that its exercises build on, and the marks of answers and checks.
+
+    What a link in the hand-in leads to is left out before.
+    """
 
     def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
         forget_remarks(resources)
+        leave_out_links(resources)
         stem = resources["nbgrader"]["notebook"]
         released = ROOT / "labs" / stem / f"{stem}.ipynb"
         if released.is_file():
@@ -71,6 +76,23 @@ class MendStructure(NbGraderPreprocessor):  # type: ignore[misc]
                     place += 1
                     remark(resources, f"the cell {cell.id} was missing, and was put back as it was handed out")
         return nb, resources
+
+
+def leave_out_links(resources: Any) -> None:
+    """Remove what nbgrader has copied through links, with the rights of who grades: solutions, or others' work.
+
+    Raises:
+        ServebookError: the notebook itself, or its folder, is a link.
+    """
+    place, handed_in = resources["nbgrader"], Path(resources["metadata"]["path"])
+    copied = Path("autograded", place["student"], place["assignment"])
+    for path in (handed_in, handed_in / f"{place['notebook']}.ipynb"):
+        if path.is_symlink():
+            remark(resources, f"not graded: {path.name} is a link")
+            raise ServebookError(f"{path} is a link, and may lead to a solution.", "Put what was handed in there.")
+    for link in (path for path in handed_in.rglob("*") if path.is_symlink()):
+        (copied / link.relative_to(handed_in)).unlink(missing_ok=True)
+        remark(resources, f"{link.relative_to(handed_in)} is a link, and was left out")
 
 
 def same_cell(submitted: Any, released: Any) -> bool:
