@@ -25,7 +25,7 @@ sockets.mkdir(parents=True, exist_ok=True, mode=0o700)
 c.KernelManager.transport = "ipc"
 c.KernelManager.ip = str(sockets / str(os.getpid()))
 
-# Seconds for one cell, more than the longest that a check takes. A hanging answer costs this once, then it has an
-# error and no points, and the next cell runs.
+# Seconds for one cell of the student's own. One that hangs costs this once, then it has an error, and the next cell
+# runs. A check has more (`CHECK_SECONDS` in servebook.lab.handout.autograde).
 c.Execute.timeout = 150
 c.Execute.startup_timeout = 120

@@ -232,8 +232,12 @@ def test_a_model_json_that_holds_up_its_reader_is_told(monkeypatch: pytest.Monke
 
 
 @pytest.mark.lifetime
-def test_a_process_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """08.3 needs no server."""
+@pytest.mark.parametrize("folder", ["", "long" * 20])
+def test_a_process_judges(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """08.3 needs no server. A folder for temporary files may be longer than a socket's path."""
+    (tmp_path / folder).mkdir(exist_ok=True)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.delenv(JUDGE_APART, raising=False)
     try:
         result = judged_apart("08.3", {"reading": lambda a, b, control: Equal("A is faster")})

@@ -38,6 +38,7 @@ from traitlets.config import Config
 
 from servebook import launch
 from servebook.checkout import ROOT
+from servebook.environment import short_tmpdir
 from servebook.errors import ServebookError
 from servebook.lab import checking, record
 from servebook.lab.capstone.stages import STAGES
@@ -948,6 +949,41 @@ def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path:
     ], done.stdout + done.stderr
     assert len(answers) == 32
     assert int(capabilities, 16) == 0 or os.getuid() != 0
+
+
+READING = """
+import time
+def reading(a, b, control):
+    time.sleep(3)
+    return "a verdict of mine"
+"""
+
+
+def test_a_check_may_last_longer_than_a_cell_and_is_reached_from_a_long_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit for a cell is the learner's own cells'; a socket's path has 107 bytes."""
+    long, handed_in = tmp_path / ("long" * 20), tmp_path / "handed-in"
+    long.mkdir()
+    handed_in.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    lab, _ = find_exercise("08.3")
+    check = cells_of(ROOT / "labs" / lab.path)["08-3-check"]
+    notebook = new_notebook(cells=[new_code_cell(READING), check])
+    executed, _ = autograde.ExecuteAndEnd(timeout=2).preprocess(notebook, {"metadata": {"path": str(handed_in)}})
+    (said,) = executed.cells[1].outputs
+    assert "a verdict of mine" in said.evalue
+
+
+def test_an_engines_sockets_fit_into_a_submissions_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would have /tmp for them, into which a submission may not write."""
+    for folder in (Path("/tmp"), tmp_path):  # which has more than 16 characters
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        scratch = confine.scratch_folder()
+        assert not short_tmpdir({"TMPDIR": str(scratch)}), scratch
+        shutil.rmtree(scratch.parent)
 
 
 def test_grading_is_nbgraders_but_for_the_end() -> None:

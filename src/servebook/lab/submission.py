@@ -23,7 +23,7 @@ from servebook.launch import Server
 IDLE_SECONDS = 4.0
 """How long a learner's code may run while no server works for it; its waits for a busy core do not count."""
 LIMIT_SECONDS = 100.0
-"""How long it may run at most. nbgrader's limit for a cell is longer, so that a check ends first."""
+"""How long one call of it may last at most; a check makes several."""
 
 
 Causes = Mapping[Any, str]

@@ -47,6 +47,8 @@ MARK = "NBGRADER_SUBMISSION"
 """In the environment of a submission's kernel, and so of whatever descends from it: a word of this run alone."""
 GRACE_SECONDS = 25.0
 """More than a supervisor takes to end its server in order."""
+CHECK_SECONDS = 900
+"""For the cell of a check: more than its calls may last together, each with a limit of its own, on a slow engine."""
 CHECK = re.compile(r'check\("(\d\d\.\d)"\)')
 
 
@@ -108,6 +110,8 @@ def same_cell(submitted: Any, released: Any) -> bool:
 
 class ExecuteAndEnd(Execute):  # type: ignore[misc]
     """Runs a submission as nbgrader does, but for the checks; then ends its processes, of any session."""
+
+    timeout: int
 
     def preprocess(self, nb: Any, resources: Any = None, km: Any = None) -> tuple[Any, Any]:
         self.mark = uuid4().hex
@@ -172,13 +176,14 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
     def _judged(self, exercise_id: str, cell: Any, resources: Any, index: int) -> Result:
         """Let the judge ask the kernel."""
         address = self.scratch / uuid4().hex[:8]
-        source = cell.source
+        source, limit = cell.source, self.timeout
         cell.source = f"from servebook.lab.judge.learner import serve as _serve; _serve({str(address)!r})"
+        self.timeout = CHECK_SECONDS
         try:
             answer = partial(super().preprocess_cell, cell, resources, index)
             return self.judge.judged(exercise_id, self.folder, address, answer)
         finally:
-            cell.source = source
+            cell.source, self.timeout = source, limit
 
 
 SANITIZE_STEPS = [MendStructure, ClearOutput, DeduplicateIds, OverwriteKernelspec, OverwriteCells, CheckCellMetadata]

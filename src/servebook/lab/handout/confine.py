@@ -20,6 +20,7 @@ from jupyter_core.paths import jupyter_runtime_dir
 
 from servebook.checkout import ROOT
 from servebook.engine.model import given_folder
+from servebook.environment import SOCKET_FOLDER_CHARACTERS
 from servebook.settings import FILE_NAME, load_settings
 
 TMP, DEVICES, CONFIGURATION = Path("/tmp"), Path("/dev"), Path("/etc")
@@ -118,5 +119,7 @@ def around(folder: Path, hidden: Iterable[Path]) -> Iterator[Path]:
 
 
 def scratch_folder() -> Path:
-    """A new folder for a submission's temporary files, in one that only this user may enter."""
-    return Path(tempfile.mkdtemp(dir=tempfile.mkdtemp(prefix="submission-")))
+    """A new folder for a submission's temporary files, in one that only this user may enter; sockets fit into it."""
+    longest = SOCKET_FOLDER_CHARACTERS - len("/submission-12345678/tmp12345678")
+    outer = str(TMP) if len(os.fsencode(tempfile.gettempdir())) > longest else None
+    return Path(tempfile.mkdtemp(dir=tempfile.mkdtemp(prefix="submission-", dir=outer)))

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from servebook.environment import short_tmpdir
 from servebook.lab.feedback import Result
 from servebook.lab.judge.learner import Session
 from servebook.lab.manifest import find_exercise
@@ -103,7 +104,7 @@ def judge() -> JudgeProcess:
 
 def judged_apart(exercise_id: str, namespace: Mapping[str, Any]) -> Result:
     """Let a judge ask this session about an exercise."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=short_tmpdir(os.environ) or None) as scratch:
         address = Path(scratch) / "judge"
 
         def answer() -> None:
