@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from servebook.cli import app
 from servebook.launch.table import SERVERS
-from servebook.settings import Settings
+from servebook.settings import RoomSettings, Settings
 from servebook.workbook.gate import NOTEBOOKS
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ def test_make_targets_exist() -> None:
 def test_settings_are_the_settings() -> None:
     named = {name.lower() for name in re.findall(r"SERVEBOOK_([A-Z_]+[A-Z])", BOTH)}
     assert named >= {"model", "engine_url", "api_key", "host", "max_model_len", "engine_args"}
-    assert named <= Settings.model_fields.keys()
+    assert named <= Settings.model_fields.keys() | {f"room_{name}" for name in RoomSettings.model_fields}
 
 
 def test_servers_are_the_servers() -> None:

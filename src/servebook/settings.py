@@ -261,7 +261,7 @@ class Settings(BaseSettings):
 
     @property
     def model_name(self) -> str:
-        """The name under which clients ask for the model: `smollm2`, or the last part of its id or path, in small letters."""
+        """The model's name in requests: `smollm2`, or the last part of its id or path in small letters."""
         if self.served_name:
             return self.served_name
         return "smollm2" if self.model == BUNDLED_MODEL else Path(self.model).name.lower()

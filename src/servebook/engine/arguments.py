@@ -150,6 +150,10 @@ def engine_env(settings: Settings) -> dict[str, str]:
     # start and 0.6 GB more, and EngineCore polls that process at full speed.
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(_threads(settings))}
     env["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # faster_start.py
+    if not _compiles(settings):
+        # Else vLLM compiles a line of the sampler for the first request with `logprobs`: for seconds, in which nobody
+        # gets a token, and on a machine without a C++ compiler that request is the end of the engine.
+        env["TORCHDYNAMO_DISABLE"] = "1"
     # All but the KV cache in pages of 2 MB, where the kernel has them: a start has 0.1 million page faults and not 0.5,
     # and a fork has a fortieth of the pages to note. With small pages the first of two engines was 4 % slower than the
     # second (2 cores, Intel Xeon), which no comparison of servers could bear.
@@ -168,6 +172,12 @@ def engine_env(settings: Settings) -> dict[str, str]:
     else:
         env["OMP_WAIT_POLICY"] = "passive"
     return env
+
+
+def _compiles(settings: Settings) -> bool:
+    """Whether SERVEBOOK_ENGINE_ARGS wants what torch.compile makes."""
+    wishes = ("--no-enforce-eager", "--compilation-config", "-cc", "-O", "--optimization-level")
+    return any(word.startswith(wishes) for word in shlex.split(settings.engine_args))
 
 
 def _threads(settings: Settings) -> int:
