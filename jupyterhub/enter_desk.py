@@ -35,13 +35,17 @@ def hidden_by(path: Path) -> Path | None:
 
 
 def separate(where: dict) -> None:
-    """Leave the machine's view of its files: `covers` are hidden, `shown` are there nonetheless, `cache` is empty."""
+    """Leave the machine's view of its files: `covers` are hidden, `cache` is empty.
+
+    Each path in `shown` is there nonetheless; what it names is what stands there now, mostly the same.
+    """
     home, cache = Path(where["home"]), Path(where["cache"])
-    shown = [*map(Path, where["shown"]), home]
+    shown = {Path(path): Path(source) for path, source in where["shown"].items()} | {home: home}
     hidden = {hidden_by(path) for path in shown} - {None}
     checked(libc.unshare(CLONE_NEWNS), "a mount namespace")
     mount("none", Path("/"), None, MS_REC | MS_PRIVATE)
-    opened = {path: (os.open(path, os.O_PATH), path.is_dir()) for path in shown}  # before they are covered
+    # Before they are covered.
+    opened = {path: (os.open(source, os.O_PATH), source.is_dir()) for path, source in shown.items()}
     size = f"size={where['memory_bytes'] // 4}"  # there are three: what lies in them is memory of the machine
     covered: list[Path] = []
     for cover in sorted({Path("/tmp"), Path("/dev/shm"), cache, *map(Path, where["covers"]), *hidden}):

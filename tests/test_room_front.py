@@ -44,6 +44,7 @@ from servebook import launch
 from servebook.bearer import engine_key
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ModelError, ServebookError
+from servebook.lab.handout import blanks
 from servebook.lab.manifest import load_labs
 from servebook.lab.record import Store
 from servebook.launch.files import Files
@@ -1575,6 +1576,56 @@ def test_an_engine_that_dies_is_brought_back_where_the_front_looks_for_it(
             launch.down(name, settings)
 
 
+def solved(root: Path) -> None:
+    """A repository at `root` whose instructor has solved lab 01 in place."""
+    for folder in ("solutions", "labs"):
+        shutil.copytree(ROOT / folder, root / folder)
+    for words in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", root, *words], check=True)
+    lab = load_labs()[0]
+    shutil.copy(ROOT / "solutions" / lab.path, root / "labs" / lab.path)
+    (root / "labs" / lab.stem / "service.py").write_text("the instructor's")
+
+
+def test_desks_get_the_labs_without_what_the_instructor_has_tried_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path / "state"))
+    solved(tmp_path / "root")
+    master = tmp_path / "master"
+    desk.make_master(master, tmp_path / "root")
+    given = {str(path.relative_to(master)) for path in master.rglob("*") if path.is_file()}
+    assert given == {f"labs/{lab.path}" for lab in load_labs()}
+    assert all((master / "labs" / path).read_text() == text for path, text in blanks.handed_out().items())
+    desk.lay_out(master, tmp_path / "desks" / "ada")
+    (ada,) = collect.collect(tmp_path / "desks", tmp_path / "submitted", tmp_path / "root")
+    assert (ada.labs, ada.left) == ([], {}), "she has not worked on them"
+
+
+def test_a_desk_that_is_kept_apart_sees_those_labs_where_the_instructors_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its notebooks and commands look there for what was handed out."""
+    settings = load_settings(state_dir=tmp_path / "state", cache_dir=tmp_path / "cache")
+    if why := hub.why_not_apart(settings):
+        pytest.skip(f"desks cannot be kept apart here: {why}")
+    monkeypatch.setattr(hub, "ROOT", root := tmp_path / "root")
+    for name in ("src", "labs"):
+        (root / name).mkdir(parents=True)
+        (root / name / "mine.py").write_text("the instructor's")
+    master, home = settings.state_folder("room") / "master", tmp_path / "home"
+    (master / "labs").mkdir(parents=True)
+    (master / "labs" / "lab.ipynb").write_text("as handed out")
+    home.mkdir(mode=0o755)
+    where = hub.limits(settings) | hub.view(settings) | {"home": str(home), "uid": hub.NOBODY, "gid": hub.NOBODY}
+    look = ["/bin/sh", "-c", 'ls "$0/src" "$0/labs"; cat "$0/labs/lab.ipynb"; rm -r "$0/labs" 2> /dev/null', str(root)]
+    told = subprocess.run(
+        [sys.executable, "-I", str(hub.ENTER), json.dumps(where), *look], capture_output=True, text=True, check=False
+    )
+    assert told.stdout == f"{root}/labs:\nlab.ipynb\n\n{root}/src:\nmine.py\nas handed out", told.stderr
+    assert (master / "labs" / "lab.ipynb").exists()
+
+
 def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_path: Path) -> None:
     desks, submitted, secret = tmp_path / "desks", tmp_path / "submitted", tmp_path / "secret"
     secret.write_text("the instructor's")
@@ -1590,7 +1641,7 @@ def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_
     (mallorys / long / f"{long}.ipynb").write_bytes(b"x" * (1 + (20 << 20)))
     (mallorys / foldered).symlink_to(tmp_path)
     (desks / "link").symlink_to(desks / "ada")
-    shutil.copy(ROOT / "labs" / other / f"{other}.ipynb", desks / "ada" / "labs" / other)
+    (desks / "ada" / "labs" / other / f"{other}.ipynb").write_text(blanks.handed_out()[f"{other}/{other}.ipynb"])
     ada, mallory = collect.collect(desks, submitted)
     assert (ada.learner, ada.labs, ada.left) == ("ada", [lab], {f"{lab}/foreign.sh": "not handed out"})
     assert (mallory.learner, mallory.labs) == ("mallory", [lab])

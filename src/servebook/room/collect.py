@@ -29,15 +29,20 @@ class Collected:
     left: dict[str, str]
 
 
-def collect(desks: Path, submitted: Path) -> list[Collected]:
+def collect(desks: Path, submitted: Path, root: Path = ROOT) -> list[Collected]:
     """Copy the labs' notebooks, and nothing else, from every desk to `submitted/LEARNER/LAB/LAB.ipynb`.
 
     A desk's files are its learner's: a link could name a file of ours, a pipe never end. Those are left, and named; so
     is whatever else lies beside a notebook. What is as it was handed out has not been worked on, and is no hand-in. One
     that has changed gets a new time in `timestamp.txt`, by which nbgrader knows that it has to be graded anew; one that
     is gone from a desk stays as it was handed in before.
+
+    Raises:
+        ServebookError: this is not the instructor's repository.
     """
-    found = []
+    from servebook.lab.handout.blanks import handed_out
+
+    found, blank = [], handed_out(root)
     for desk in sorted(path for path in desks.iterdir() if path.is_dir() and not path.is_symlink()):
         labs: list[str] = []
         left: dict[str, str] = {}
@@ -53,7 +58,7 @@ def collect(desks: Path, submitted: Path) -> list[Collected]:
             except OSError as error:
                 left[lab.stem] = error.strerror or str(error)
                 continue
-            if text == (ROOT / "labs" / lab.path).read_bytes():
+            if text == blank[lab.path].encode():
                 continue
             hand_in(submitted / desk.name / lab.stem, f"{lab.stem}.ipynb", text)
             labs.append(lab.stem)

@@ -14,13 +14,21 @@ from servebook.lab.record import Store
 from servebook.whole import write_whole
 
 
-def make_master(master: Path) -> None:
-    """Put what every learner gets into `master`: the notebooks without instructor's notes, and the labs."""
+def make_master(master: Path, root: Path = ROOT) -> None:
+    """Put what every learner gets into `master`: the notebooks without instructor's notes, and the labs.
+
+    Those are made anew: in `labs/` an instructor may have tried them.
+
+    Raises:
+        ServebookError: this is not the instructor's repository.
+    """
+    from servebook.lab.handout.blanks import write_labs
     from servebook.lab.handout.bundle import clean_notebooks, copy_tracked
 
     if master.exists():
         shutil.rmtree(master)
-    copy_tracked(ROOT, ["notebooks", "labs", "BENCHMARKS.md"], master)
+    copy_tracked(root, ["notebooks", "BENCHMARKS.md"], master)
+    write_labs(master / "labs", root)
     clean_notebooks(master / "notebooks")
 
 

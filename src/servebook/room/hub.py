@@ -39,7 +39,7 @@ from servebook.settings import Settings, in_address, is_loopback, load_settings
 log = logging.getLogger("servebook.room")
 
 NOBODY = 65534
-SEEN = ("src", "jupyter", "jupyterhub", "labs", "protos", "triton", "kubernetes", "shims", "requirements")
+SEEN = ("src", "jupyter", "jupyterhub", "protos", "triton", "kubernetes", "shims", "requirements")
 """What a desk sees of the checkout: what its own notebooks show and import. Those here have an instructor's notes."""
 ENTER = ROOT / "jupyterhub" / "enter_desk.py"
 PROXY = ROOT / "jupyterhub" / "proxy.py"
@@ -86,13 +86,15 @@ def limits(settings: Settings) -> dict[str, int]:
 def view(settings: Settings) -> dict[str, Any]:
     """What a desk that is kept apart sees of the instructor's files, as `enter_desk.py` reads it.
 
-    Not the solutions, the key in servebook.toml, or git; the environments and the model are read-only.
+    Not the solutions, the key in servebook.toml, or git; the environments and the model are read-only. In place of the
+    instructor's `labs/`, where they may have been solved, it sees the master's.
     """
     python, master = Path(sys.executable), settings.state_dir / "room" / "master"
     seen = [*(ROOT / name for name in SEEN), python.parents[1], settings.room.env, Path(sys.base_prefix), master]
     seen += of_the_cache(settings)
+    shown = {path: path for path in seen} | {ROOT / "labs": master / "labs"}
     return {
-        "shown": sorted({str(path) for path in seen if path.exists()}),
+        "shown": {str(path): str(source) for path, source in sorted(shown.items()) if source.exists()},
         "covers": [str(path) for path in (ROOT, settings.state_dir, Path.home()) if path.parts[1:]],
         "cache": str(settings.cache_dir),
         "accounts": f"room{hashlib.sha256(str(settings.state_dir).encode()).hexdigest()[:4]}",

@@ -94,14 +94,23 @@ def require_solutions(root: Path) -> Path:
     return root / "solutions"
 
 
+def handed_out(root: Path = ROOT) -> dict[str, str]:
+    """Every lab's student notebook, by its path below `labs/`: made anew, whatever somebody has done in that folder.
+
+    Raises:
+        ServebookError: this is not the instructor's repository.
+    """
+    solutions = require_solutions(root)
+    return {lab.path: student_notebook(solutions / lab.path) for lab in load_labs()}
+
+
 def write_labs(target: Path, root: Path = ROOT) -> list[Path]:
     """Write every lab's student notebook below `target`; return their paths."""
-    solutions = require_solutions(root)
     written = []
-    for lab in load_labs():
-        path = target / lab.path
+    for name, text in handed_out(root).items():
+        path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, student_notebook(solutions / lab.path))
+        write_whole(path, text)
         written.append(path)
     return written
 
