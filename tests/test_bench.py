@@ -11,7 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, repeat
 from math import comb
 from pathlib import Path
 from statistics import median
@@ -171,6 +171,29 @@ async def test_open_loop_does_not_wait_for_answers() -> None:
     load = await open_loop(source, workload.take(workload.completions(20, 2), 20), rate=200)
     assert source.most > 10, "a closed loop of one caller would have one in flight"
     assert load.seconds < 20 * 0.4
+
+
+@pytest.mark.parametrize("turns", [1, 5])
+async def test_an_open_loop_of_chats_sends_so_many_requests_a_second_and_not_so_many_chats(turns: int) -> None:
+    jobs = [Job("a", 1, turns=turns)] * (300 // turns)
+    load = await open_loop(Source(0.0005), jobs, rate=300)
+    assert len(load.samples) == 300
+    assert 0.6 < load.seconds < 2, "300 requests at 300 a second, by chance"
+
+
+async def test_goodput_is_of_the_requests_that_were_to_be_sent() -> None:
+    """Of two chats of five turns one ends with its first request: half of all fail or are never sent."""
+    begun: list[Job] = []
+
+    async def fails_once(job: Job) -> AsyncIterator[Message]:
+        begun.append(job)
+        if job.prompt == "a" and not job.history:
+            raise ConnectionResetError
+        yield Message("x", "length", 3, 1)
+
+    load = await open_loop(fails_once, [Job("a", 1, turns=5), Job("b", 1, turns=5)], rate=1000)
+    assert (len(begun), load.failed.total(), load.unsent) == (6, 1, 4)
+    assert goodput(load, ServiceLevel(), rate=10) == 5.0
 
 
 @pytest.mark.parametrize("concurrency", [0, 513])
@@ -450,6 +473,14 @@ async def test_blocks_are_interleaved_abba_then_baab() -> None:
     assert "".join(order[-8 * WAVES :: WAVES]) == "ABBABAAB"
 
 
+async def test_an_open_loop_of_chats_has_blocks_as_long_as_were_asked_for() -> None:
+    chats = arm(Source(0.0005)), arm(Source(0.0005))
+    for each in chats:
+        each.jobs = repeat(Job("a", 2, turns=5))
+    found = await compare("chats", *chats, 0, Workload(turns=5, rate=200, block_seconds=0.5, rounds=1))
+    assert [found.arm.summary.requests, found.reference.summary.requests] == [200, 200]
+
+
 async def test_a_slower_arm_is_seen_and_would_void_a_control() -> None:
     wants = Workload(max_tokens=8, block_seconds=0.3, rounds=2)
     found = await compare("slow", arm(Source(0.04)), arm(Source(0.02)), 2, wants)
@@ -566,6 +597,14 @@ async def test_a_sweep_ends_past_the_knee_and_then_sends_at_fixed_rates(monkeypa
     head, rows = table(found)
     assert {len(row) for row in rows} == {len(head)}
     assert rows[-1][:4] == ("24.0/s asked for", "240", "0", "100")
+
+
+async def test_the_open_loop_of_a_sweep_of_chats_has_as_many_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lasts as long: each chat is several requests, which `made_up` counts as one."""
+    monkeypatch.setattr("servebook.bench.sweep.spread", made_up(busy=0.5))
+    server = Server("x", "m", {}, load_settings())
+    found = await sweep(find_path("sse-chat"), server, Workload(turns=5), ServiceLevel(), most=2)
+    assert [point.summary.requests for point in found.points if point.rate] == [20, 32, 40, 48]
 
 
 async def test_a_sweep_that_is_stopped_has_left_its_points_and_touches_no_other_file(

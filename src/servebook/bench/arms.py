@@ -47,7 +47,7 @@ class Workload(BaseModel):
     turns: int = Field(
         default=1, ge=1, le=1000, description="Of a chat: each but the first has those before it in its prompt."
     )
-    rate: float | None = Field(default=None, gt=0, description="Open loop: requests a second, at random times.")
+    rate: float | None = Field(default=None, gt=0, description="Open loop: requests a second, begun at random times.")
 
 
 class ArmResult(BaseModel):
@@ -113,16 +113,16 @@ class Arm:
         """One request per caller; returns the seconds that they took."""
         return (await closed_loop(self.send, workload.take(self.jobs, concurrency), concurrency)).seconds
 
-    async def block(self, concurrency: int, requests: int, rate: float | None, seed: int) -> Block:
-        """Run one block and keep it; in an open loop `seed` draws the times of its requests."""
+    async def block(self, concurrency: int, count: int, rate: float | None, seed: int) -> Block:
+        """Run one block of `count` jobs and keep it; in an open loop `seed` draws their times."""
         if self.processes == 1:
-            jobs = workload.take(self.jobs, requests)
+            jobs = workload.take(self.jobs, count)
             before = self.tree.cpu()
             load = await (open_loop(self.send, jobs, rate, seed) if rate else closed_loop(self.send, jobs, concurrency))
             spent = self.tree.cpu() - before
         else:
             begun: list[CpuSeconds] = []
-            asked = (self.path, self.server, self.jobs, concurrency, rate, requests, self.processes, seed)
+            asked = (self.path, self.server, self.jobs, concurrency, rate, count, self.processes, seed)
             load = await spread(*asked, lambda: begun.append(self.tree.cpu()))
             spent = (self.tree.cpu() - begun[0]).model_copy(update={"client": load.cpu})
         block = Block(load, spent)
@@ -196,13 +196,13 @@ async def compare(
     await arm.warm_up(concurrency or 1)
     seconds = await reference.warm_up(concurrency or 1)
     if wants.rate:
-        requests = max(2, round(wants.rate * wants.block_seconds))
+        count = max(2, round(wants.rate * wants.block_seconds / wants.turns))
     else:
-        requests = concurrency * max(WAVES, round(wants.block_seconds / seconds))
+        count = concurrency * max(WAVES, round(wants.block_seconds / seconds))
     order = [letter for number in range(wants.rounds) for letter in ORDER[number % 2]]
     for done, letter in enumerate(order, start=1):
         # Neighbours, one of each arm, draw the same times.
-        await (arm if letter == "B" else reference).block(concurrency, requests, wants.rate, seed=(done + 1) // 2)
+        await (arm if letter == "B" else reference).block(concurrency, count, wants.rate, seed=(done + 1) // 2)
         on_block(done, len(order))
     return _comparison(name, arm, reference, concurrency, wants)
 

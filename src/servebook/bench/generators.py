@@ -51,12 +51,12 @@ async def spread(
     jobs: Iterator[Job],
     callers: int,
     rate: float | None,
-    requests: int,
+    count: int,
     processes: int,
     seed: int,
     all_here: Callable[[], object] = lambda: None,
 ) -> Load:
-    """One load by so many processes: each has its part of the callers, of the rate and of the requests.
+    """One load by so many processes: each has its part of the callers, of the rate and of the `count` jobs.
 
     In an open loop `rate` is in requests a second, `seed` draws their times, and `callers` is 0. Each process warms up
     with a request for each of its callers; when all have, `all_here` is called, and then they begin.
@@ -67,7 +67,7 @@ async def spread(
             path.name,
             server,
             workload.take(jobs, size or 1),
-            workload.take(jobs, max(1, requests * size // callers if callers else requests // processes)),
+            workload.take(jobs, max(1, count * size // callers if callers else count // processes)),
             size,
             rate and rate / processes,
             seed * processes + number,
@@ -99,7 +99,8 @@ async def spread(
     samples = [sample for load in loads for sample in load.samples]
     # The clock is the machine's, the same for each process.
     seconds = max(sample.ended for sample in samples) - min(sample.due for sample in samples)
-    return Load(samples, seconds, sum(load.cpu for load in loads), sum((load.failed for load in loads), Counter()))
+    failed = sum((load.failed for load in loads), Counter())
+    return Load(samples, seconds, sum(load.cpu for load in loads), failed, sum(load.unsent for load in loads))
 
 
 async def _part(

@@ -99,13 +99,14 @@ class Load:
     """The outcome of one run of the generator.
 
     `seconds` go from first send to last arrival, `cpu` is what the generator itself took in that time; `failed`
-    counts the requests that were refused or broke off, by cause.
+    counts the requests that were refused or broke off, by cause, and `unsent` the turns that could not follow on those.
     """
 
     samples: list[Sample]
     seconds: float = 0.0
     cpu: float = 0.0
     failed: Counter[str] = field(default_factory=Counter)
+    unsent: int = 0
 
     @property
     def output_tokens(self) -> int:
@@ -155,7 +156,9 @@ async def closed_loop(send: Send, jobs: Iterable[Job], concurrency: int) -> Load
 
 
 async def open_loop(send: Send, jobs: Iterable[Job], rate: float, seed: int = 0) -> Load:
-    """Jobs sent at random times, `rate` a second on average (a Poisson process), whether or not others have ended.
+    """Jobs begun at random times (a Poisson process), whether or not others have ended.
+
+    `rate` is in requests a second, on average: jobs of several turns begin as much more seldom.
 
     Raises:
         BenchError: every request failed.
@@ -170,7 +173,7 @@ async def open_loop(send: Send, jobs: Iterable[Job], rate: float, seed: int = 0)
         due = perf_counter()
         for job in jobs:
             yield later(load, job, due)
-            due += draw.expovariate(rate)
+            due += draw.expovariate(rate / job.turns)
 
     return await _run(calls)
 
@@ -182,6 +185,7 @@ async def _talk(send: Send, job: Job, load: Load, due: float | None = None) -> N
             sample = await ask(send, job, due)
         except Exception as error:
             load.failed[_cause(error)] += 1
+            load.unsent += job.turns - 1
             await asyncio.sleep(REFUSED_SECONDS)
             return
         load.samples.append(sample)

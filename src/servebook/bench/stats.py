@@ -107,10 +107,11 @@ def summarize(*loads: Load) -> Summary:
 def goodput(load: Load, level: ServiceLevel, rate: float | None = None) -> float:
     """Requests a second that kept the service level; a failed one did not, and a whole answer has no TPOT to keep.
 
-    Of an open loop at `rate` it is their share of all: its last answers come when nothing is sent any more.
+    Of an open loop at `rate` it is their share of all that were to be sent: its last answers come when nothing is sent
+    any more.
     """
     good = sum(sample.ttft * 1e3 <= level.ttft_ms and not sample.tpot * 1e3 > level.tpot_ms for sample in load.samples)
-    return rate * good / (len(load.samples) + load.failed.total()) if rate else good / load.seconds
+    return rate * good / (len(load.samples) + load.failed.total() + load.unsent) if rate else good / load.seconds
 
 
 def ratio(arm: Sequence[float], reference: Sequence[float]) -> Estimate:

@@ -151,12 +151,12 @@ async def sweep(
     )
     seeds, callers, processes, flat = workload.seeds(), 1, 1, 0
 
-    async def measure(callers: int, rate: float | None, requests: int) -> Point:
+    async def measure(callers: int, rate: float | None, count: int) -> Point:
         nonlocal processes
         while True:
             seed = next(seeds)
             jobs = jobs_for(path, wants, seed)
-            load = await spread(path, server, jobs, callers, rate, requests, processes, seed)
+            load = await spread(path, server, jobs, callers, rate, count, processes, seed)
             share = load.cpu / load.seconds / processes
             if share <= GENERATOR_LIMIT:
                 break
@@ -183,7 +183,8 @@ async def sweep(
         before = point
     capacity = max(point.summary.requests_per_s for point in found.closed)
     for share in SHARES:
-        keep(await measure(0, share * capacity, max(WAVES, round(share * capacity * OPEN_SECONDS))))
+        rate = share * capacity
+        keep(await measure(0, rate, max(WAVES, round(rate * OPEN_SECONDS / wants.turns))))
     return found
 
 
