@@ -170,7 +170,10 @@ class Submission:
         causes: Causes | None = None,
         busy: Callable[[], bool] = lambda: False,
     ) -> Any:
-        """`run`, for a call of the learner's function with these arguments."""
+        """`run`, for a call of the learner's function with these arguments.
+
+        It may change lists and dicts: hand in a copy of what the check looks at afterwards.
+        """
         return self.run(partial(function, *args), causes, busy)
 
     def run(

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 from openai import AsyncOpenAI, OpenAI
@@ -71,7 +72,7 @@ def check_01_2(submission: Submission) -> None:
         answer = client.completions.create(model=vllm.model, temperature=0, **request).model_dump()
         usage, reason = answer["usage"], answer["choices"][0]["finish_reason"]
         right = (usage["prompt_tokens"], usage["completion_tokens"], reason == "length")
-        got = submission.call(account, answer, causes=looks)
+        got = submission.call(account, deepcopy(answer), causes=looks)
         ended = f'finish_reason is {reason!r} here: "length" means cut off by max_tokens, "stop" an end of its own'
         judge(
             right,
@@ -266,7 +267,7 @@ def check_01_5(submission: Submission) -> None:
                 ask_all,
                 client,
                 vllm.model,
-                questions,
+                list(questions),
                 12,
                 causes={
                     (TypeError, "unhashable"): "gather takes the calls one by one, and no list: asyncio.gather(*calls)",

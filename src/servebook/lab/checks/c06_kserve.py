@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -153,7 +154,7 @@ def check_06_3(submission: Submission) -> None:
     flags = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
     for choices, asked_for in ((1, flags), (1, flags[2:]), (2, flags), (2, flags[:2])):
         answer = _answer(server.url, choices, asked_for)
-        got = submission.call(read_answer, answer, causes=causes)
+        got = submission.call(read_answer, deepcopy(answer), causes=causes)
         _judge_reading(answer, got)
 
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from functools import cache
 from itertools import zip_longest
 from typing import Any
@@ -480,7 +481,9 @@ def check_07_4(submission: Submission) -> None:
 
         generator: Causes = {TypeError: "write a generator: it yields pieces of text"}
         asked = asks(ids, sampling.max_tokens)
-        pieces, call = through(tap, submission, "Generate", read, ids, sampling, asks=asked, causes=generator)
+        pieces, call = through(
+            tap, submission, "Generate", read, list(ids), deepcopy(sampling), asks=asked, causes=generator
+        )
         request = pb.GenerateRequest.FromString(call.requests[0])
         require(
             request.stream,
@@ -507,7 +510,7 @@ def check_07_4(submission: Submission) -> None:
         )
         # An answer whose last id is text: the last message has it once more.
         short = pb.SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
-        pieces, second = through(tap, submission, "Generate", read, ids, short, asks=asks(ids, 7))
+        pieces, second = through(tap, submission, "Generate", read, list(ids), short, asks=asks(ids, 7))
         _judge_once(tokenizer, second, pieces)
         _judge_text(tokenizer, ids_of(second), pieces, "an answer that its limit ends")
 
@@ -515,7 +518,7 @@ def check_07_4(submission: Submission) -> None:
 
         def leave() -> None:
             pieces = stream_text(
-                stub, tokenizer, ids, pb.SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+                stub, tokenizer, list(ids), pb.SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
             )
             next(pieces)
             pieces.close()
@@ -599,7 +602,7 @@ def check_07_5(submission: Submission) -> None:
             aborts = len(tap.of("Abort"))
             sampling = pb.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
             limit = asks(ids, max_tokens)
-            got, call = through(tap, submission, "Generate", read_until, stub, ids, sampling, enough, asks=limit)
+            got, call = through(tap, submission, "Generate", read_until, stub, list(ids), sampling, enough, asks=limit)
             calls.append(call)
             if wanted < max_tokens:
                 require(
@@ -780,7 +783,7 @@ def check_07_7(submission: Submission) -> None:
             ("The capital of France is", ["zinc-40", "칭찬", "x y z"]),
         ):
             free = asks_text(prompt)
-            got, call = through(tap, submission, "Generate", classify, stub, prompt, labels, asks=free)
+            got, call = through(tap, submission, "Generate", classify, stub, prompt, list(labels), asks=free)
             decoding = text_pb.GenerateRequest.FromString(call.requests[0]).decoding
             require(
                 _allows_only(decoding, labels),

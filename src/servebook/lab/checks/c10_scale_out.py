@@ -103,7 +103,7 @@ def check_10_1(submission: Submission) -> None:
         called.clear()
         before = {replica: metric(replica, FINISHED) for replica in replicas}
         ask = asks(counts)
-        got = submission.call(spread, replicas, ask, busy=lambda: False in called)
+        got = submission.call(spread, list(replicas), ask, busy=lambda: False in called)
         require(
             len(called) == 1,
             "one call of work()",
