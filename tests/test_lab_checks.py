@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import requests
 from openai import AsyncOpenAI
 
 from servebook.lab.checks import c01_openai_rest, c06_kserve, c10_scale_out
@@ -166,3 +167,36 @@ def test_replicas_may_be_taken_off_the_list_one_by_one() -> None:
 
     with router() as at:
         c10_scale_out.check_10_1(submission("10.1", spread=spread, router=at))
+
+
+def whole_text(url: str, body: dict[str, Any], tries: int) -> str:
+    for _ in range(tries):
+        text = ""
+        try:
+            with requests.post(
+                f"{url}/v1/completions", json=body | {"stream": True}, stream=True, timeout=60
+            ) as answer:
+                answer.raise_for_status()
+                for line in answer.iter_lines():
+                    if line == b"data: [DONE]":
+                        return text
+                    if line:
+                        text += json.loads(line[6:])["choices"][0]["text"]
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+            continue
+    raise ConnectionError("all were cut")
+
+
+def drain(router: str, replica: str) -> None:
+    requests.post(f"{router}/remove_worker", params={"url": replica}, timeout=60).raise_for_status()
+    time.sleep(1)
+    while metric(replica, "vllm:num_requests_running"):
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("context", [1024, 131_072])
+def test_lab_10_is_passed_whatever_the_context_length(context: int) -> None:
+    """A refusal is had by one token too many, and a long request is one that there is room for."""
+    with router(context) as at:
+        c10_scale_out.check_10_2(submission("10.2", whole_text=whole_text, router=at))
+        c10_scale_out.check_10_3(submission("10.3", drain=drain, router=at))

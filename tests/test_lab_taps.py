@@ -239,7 +239,7 @@ def test_a_replica_is_at_work_without_a_gap_on_a_fast_engine() -> None:
         told.append("asked")
         return Answer()
 
-    keep_at_work(ask, lambda: None, lambda: told.count("over") == 2)  # type: ignore[arg-type]
+    keep_at_work(ask, LONG, lambda: None, lambda: told.count("over") == 2)  # type: ignore[arg-type]
     assert told[:7] == ["asked", "read", "asked", "over", "asked", "read", "over"]
 
 

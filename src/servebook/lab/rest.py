@@ -114,13 +114,15 @@ def not_full(status: int) -> None:
         raise ServebookError(f"The engine is full ({status}).", "Wait a moment, then check again.")
 
 
-def context_length(server: Server) -> int:
+def context_length(server: Server, replica: str = "") -> int:
     """How many tokens of prompt and answer together the server's model has room for.
+
+    Of a router, one of its replicas is asked, at that URL.
 
     Raises:
         ServebookError: the server is full.
     """
-    answer = requests.get(f"{server.url}/v1/models", auth=bearer(key_of(server)), timeout=60)
+    answer = requests.get(f"{replica or server.url}/v1/models", auth=bearer(key_of(server)), timeout=60)
     not_full(answer.status_code)
     return int(answer.json()["data"][0]["max_model_len"])
 

@@ -15,7 +15,7 @@ import requests
 from servebook.bearer import bearer
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, judge, require
-from servebook.lab.rest import accepted, key_of, sends, through
+from servebook.lab.rest import accepted, context_length, key_of, sends, through
 from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import events_of, streamed_text
@@ -143,7 +143,7 @@ def _judge_spread(right: dict[str, int], got: Any, before: dict[str, float]) -> 
 def check_10_2(submission: Submission) -> None:
     """Streams that break, that just end, that never succeed, and one that the server refuses."""
     whole_text, router = submission.function("whole_text"), submission.server("router")
-    replicas_of(router)
+    _, replicas = replicas_of(router)
     body = {"model": router.model, "prompt": "Count: 1, 2, 3,", "max_tokens": 16, "temperature": 0}
 
     def run(fates: list[str], tries: int = TRIES, **params: Any) -> tuple[Any, list[Exchange]]:
@@ -216,7 +216,7 @@ def check_10_2(submission: Submission) -> None:
         "whoever gets this takes it for the answer: raise an error when the tries are used up",
     )
 
-    text, made = run([], max_tokens=100_000)
+    text, made = run([], max_tokens=context_length(router, replicas[0]) + 1)
     require(
         isinstance(text, Exception),
         "an error for a request that the server refuses (400)",
@@ -255,11 +255,15 @@ def _judge_second_try(how: str, seen: str, text: Any, made: list[Exchange]) -> N
 
 
 LONG = 1900
-"""Tokens of a long request; a fast engine needs less than HOLD_SECONDS for them."""
+"""Tokens of a long request, where there is room for them; a fast engine needs less than HOLD_SECONDS."""
+PROMPT_ROOM = 16
+"""Tokens of the context that are left to the prompt."""
 
 
-def keep_at_work(ask: Callable[[], requests.Response], began: Callable[[], object], over: Callable[[], bool]) -> None:
-    """Keep a replica at work until it is `over`, by long streams: a fast engine always has one that is not at its end.
+def keep_at_work(
+    ask: Callable[[], requests.Response], tokens: int, began: Callable[[], object], over: Callable[[], bool]
+) -> None:
+    """Keep a replica at work until it is `over`, by streams of so many `tokens`: one is always not at its end.
 
     The second begins when a third of the first is read, and each other one when one has ended.
     """
@@ -270,7 +274,7 @@ def keep_at_work(ask: Callable[[], requests.Response], began: Callable[[], objec
                 began()
                 if over():
                     return
-                if number == LONG // 3 and not following:  # not later: a busy engine merges tokens
+                if number == tokens // 3 and not following:  # not later: a busy engine merges tokens
                     following = opened.enter_context(ask())
             answer, following = following or opened.enter_context(ask()), opened.enter_context(ask())
 
@@ -280,6 +284,7 @@ def check_10_3(submission: Submission) -> None:
     drain, router = submission.function("drain"), submission.server("router")
     client, replicas = replicas_of(router)
     leaving, kept = replicas
+    tokens = min(LONG, context_length(router, leaving) - PROMPT_ROOM)
 
     began: list[float] = []
     ended: list[float] = []
@@ -296,7 +301,7 @@ def check_10_3(submission: Submission) -> None:
         return bool(ended)
 
     def ask() -> requests.Response:
-        body = {"model": router.model, "prompt": "Once upon a time", "max_tokens": LONG, "ignore_eos": True}
+        body = {"model": router.model, "prompt": "Once upon a time", "max_tokens": tokens, "ignore_eos": True}
         url, auth = f"{leaving}/v1/completions", bearer(key_of(router))
         answer = requests.post(url, auth=auth, json=body | {"stream": True}, stream=True, timeout=60)
         answer.raise_for_status()
@@ -312,7 +317,7 @@ def check_10_3(submission: Submission) -> None:
         return tap.busy() or not finished.done() or any(metric(leaving, state) for state in states)
 
     with Tap(router.url) as tap, ThreadPoolExecutor(1) as pool:
-        finished = pool.submit(keep_at_work, ask, at_work.set, over)
+        finished = pool.submit(keep_at_work, ask, tokens, at_work.set, over)
         try:
             until(lambda: at_work.is_set() or finished.done(), "a request at work")
             submission.run(leave, busy=works)
