@@ -827,6 +827,7 @@ TRIES = """
 import os, resource, sys
 from functools import partial
 from pathlib import Path
+from servebook.checkout import ROOT
 from servebook.launch.files import Files
 from servebook.launch.link import Link
 from servebook.lab.handout import confine, landlock, provided
@@ -845,6 +846,7 @@ tries = {
     "configure Jupyter": (home / ".jupyter/jupyter_config.py").touch,
     "start with IPython": (home / ".ipython/startup.py").touch,
     "read the room": (state / "room/instructor.key").read_text,
+    "read the labs where the instructor tries them": (ROOT / "labs/01_openai_rest/01_openai_rest.ipynb").read_text,
     "read the token of a hub": (cache / "huggingface/token").read_text,
     "read what an engine keeps": (cache / "vllm/compiled").read_text,
     "read a key that lies in what is given": (cache / "models/secret/room/instructor.key").read_text,
@@ -947,7 +949,7 @@ def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path:
         "write what is its own",
         "write to nowhere",
     ], done.stdout + done.stderr
-    assert len(answers) == 32
+    assert len(answers) == 33
     assert int(capabilities, 16) == 0 or os.getuid() != 0
 
 

@@ -38,6 +38,7 @@ from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab.feedback import Result
 from servebook.lab.handout import confine, landlock, provided
+from servebook.lab.handout.blanks import student_notebook
 from servebook.lab.handout.remarks import forget_remarks, remark
 from servebook.lab.judge.process import JudgeProcess
 from servebook.processes import end
@@ -62,10 +63,11 @@ class MendStructure(NbGraderPreprocessor):  # type: ignore[misc]
         forget_remarks(resources)
         leave_out_links(resources)
         stem = resources["nbgrader"]["notebook"]
-        released = ROOT / "labs" / stem / f"{stem}.ipynb"
-        if released.is_file():
+        # Made anew: in labs/ the instructor may have tried it.
+        source = ROOT / "solutions" / stem / f"{stem}.ipynb"
+        if source.is_file():
             place = 0
-            for cell in nbformat.read(released, as_version=4).cells:
+            for cell in nbformat.reads(student_notebook(source), as_version=4).cells:
                 found = next((number for number, each in enumerate(nb.cells) if same_cell(each, cell)), None)
                 if found is not None:
                     place = found + 1

@@ -52,7 +52,7 @@ def folders(course: Path, scratch: Path) -> dict[str, list[str]]:
     hidden = [*secret, ROOT.resolve(), prefix, DEVICES, settings.cache_dir.resolve()]
     hidden += [each for each in homes() if each.parts[1:]]  # "/" in some containers
     hidden += [*OF_SERVICES, *not_for_everybody(CONFIGURATION)]  # root without its powers is still their owner
-    given = [*(ROOT / name for name in (*BUNDLE, "labs", ".venv")), prefix, Path(sys.base_prefix).resolve()]
+    given = [*(ROOT / name for name in (*BUNDLE, ".venv")), prefix, Path(sys.base_prefix).resolve()]
     given += [*(settings.cache_dir / name for name in OF_THE_CACHE), hub_cache(), given_folder(settings)]
     given += [scratch.parent / name for name in (NAMED, FILE_NAME)]
     given += [(CONFIGURATION / "resolv.conf").resolve()]  # for names of machines; often a link into /run
