@@ -30,8 +30,22 @@ BOUNDS = {
     *("minLength", "maxLength", "minProperties", "maxProperties"),
 }
 """The keywords of JSON Schema that a compiler writes out as so many copies."""
-REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}|~\s*(\d+)(?:\.\.(\d+))?")
-"""`{3}`, `{3,}`, `{,5}`, `{3,5}`; and `~3..5`, as Lark's grammars have it."""
+COUNTED = r"(?P<repeat>\{\s*+-?\d*\s*+(?:,\s*+-?\d*\s*+)?\})"
+"""`{3}`, `{3,}`, `{,5}`, `{3,5}`, and an EBNF's `{3,-1}`."""
+STRING = r'"(?:\\.|[^"\\\r\n])*"?'
+REGEX = re.compile(rf"(?s){COUNTED}|\\.|\[(?:\\.|[^]\\])*\]?|.")
+EBNF = re.compile(
+    rf"{COUNTED}|(?P<blank>\s|#[^\r\n]*)|Regex\s*\(\s*(?P<regex>{STRING})[^)]*\)?|{STRING}"
+    r"|\[(?:\\.|[^]\\\r\n])*\]?|(?s:.)"
+)
+LARK = re.compile(
+    rf"{COUNTED}|(?P<tilde>~\s*+\d+(?:\s*+\.\.\s*+\d+)?)|(?P<blank>\s|(?:#|//)[^\r\n]*)"
+    rf"|/(?P<regex>(?s:\\.|[^/\\])+)/?[a-z]*|{STRING}|(?s:.)"
+)
+"""The pieces of each notation, as xgrammar reads them (0.2.8): a repetition, a class, a string, a regex within a
+grammar, blanks and comments, or one character. Of an escape in such a regex it is not asked whether it is a brace."""
+EBNF_RULE = re.compile(r"^(?:(?!#|//|::=).)*::=", re.MULTILINE)
+"""What makes a grammar an EBNF for vLLM, and no Lark."""
 FAR_BEYOND = 10**9
 """What a number of more digits counts as; to convert it would take long."""
 
@@ -136,53 +150,39 @@ def check(
     for field, text in (("regex", regex), ("grammar", grammar)):
         if isinstance(text, str):
             _bytes(called[field], text, limits)
-            _count(called[field], expansion(text, quotes=field == "grammar"), limits.repeats, "counted repetitions")
+            notation = REGEX if field == "regex" else EBNF if EBNF_RULE.search(text) else LARK
+            _count(called[field], expansion(text, notation), limits.repeats, "counted repetitions")
+            if notation is LARK:
+                _schemas_within(called[field], text, limits)
     if isinstance(choice, Sequence):
         _count(called["choice"], len(choice), limits.enum, "options")
         _bytes(called["choice"], "".join(option for option in choice if isinstance(option, str)), limits)
 
 
-def expansion(pattern: str, quotes: bool = False) -> int:
-    """What the counted repetitions of a regex add up to, those in a repeated group as often as it is repeated.
-
-    `quotes`: the pattern is a grammar, in which a string in quotes is one piece.
-    """
-    groups, last, at = [0], 0, 0  # what each open group adds up to, outermost first; the last piece's part in it
-    while at < len(pattern):
-        char = pattern[at]
-        if char in "{~" and (repeat := REPEAT.match(pattern, at)) and (counts := [d for d in repeat.groups() if d]):
+def expansion(text: str, notation: re.Pattern[str] = REGEX) -> int:
+    """What the counted repetitions of a regex or grammar add up to, those in a group as often as it is repeated."""
+    opening, closing = ("([", ")]") if notation is LARK else ("(", ")")
+    if notation is not REGEX:  # a comment may stand within a repetition
+        text = notation.sub(lambda piece: " " if piece["blank"] else piece[0], text)
+    groups, last = [0], 0  # what each open group adds up to, outermost first; the last piece's part in it
+    for piece in notation.finditer(text):
+        kind = piece.lastgroup
+        if kind in ("repeat", "tilde") and (counts := re.findall(r"\d+", piece[0])):
             times = max(int(digits) if len(digits) < 10 else FAR_BEYOND for digits in counts)
             grown = max(last, 1) * times
             groups[-1] += grown - last
             last = grown
-            at = repeat.end()
-            continue
-        if char == "(":
+        elif kind == "regex":
+            last = expansion(piece["regex"])
+            groups[-1] += last
+        elif piece[0] in opening:
             groups.append(0)
-        elif char == ")" and len(groups) > 1:
+        elif piece[0] in closing and len(groups) > 1:
             last = groups.pop()
             groups[-1] += last
-        elif char not in "*+? \t\r\n":
+        elif kind != "blank" and piece[0] not in "*+?":
             last = 0
-        at = _end_of_piece(pattern, at, quotes)
     return sum(groups)
-
-
-def _end_of_piece(pattern: str, at: int, quotes: bool) -> int:
-    """Where the piece ends that begins here: a character, an escaped one, a class, a quoted string."""
-    char = pattern[at]
-    if char == "\\":
-        return at + 2
-    close = "]" if char == "[" else char if quotes and char in "\"'" else ""
-    if not close:
-        return at + 1
-    at += 1
-    if char == "[":
-        at += pattern.startswith("^", at)
-        at += pattern.startswith("]", at) and not quotes  # a "]" in front belongs to the class
-    while at < len(pattern) and pattern[at] != close:
-        at += 2 if pattern[at] == "\\" else 1
-    return at + 1
 
 
 def _count(field: str, value: int, limit: int, what: str) -> None:
@@ -216,7 +216,7 @@ def _schema(field: str, schema: str | Mapping[str, Any] | bool, limits: Limits) 
         else:
             _bytes(field, json.dumps(schema, ensure_ascii=False), limits)
     except RecursionError:
-        raise LimitExceeded(field, f"may have {limits.depth} levels of brackets at most", limits.depth) from None
+        raise _too_deep(field, limits) from None
     except (TypeError, json.JSONDecodeError):
         return  # no JSON: the engine says so
     except ValueError as error:
@@ -227,12 +227,15 @@ def _schema(field: str, schema: str | Mapping[str, Any] | bool, limits: Limits) 
     properties = enum = repeats = 0
     for depth, node in _nodes(schema):
         if depth > limits.depth:
-            raise LimitExceeded(field, f"may have {limits.depth} levels of brackets at most", limits.depth)
+            raise _too_deep(field, limits)
+        bounds = BOUNDS | {"min", "max"} if node.get("type") == "repeat" else BOUNDS  # the latter in a structural tag
         for keyword, value in node.items():
-            if keyword in BOUNDS and isinstance(value, int | float) and value > 0:
+            if keyword in bounds and isinstance(value, int | float) and value > 0:
                 repeats += int(min(value, FAR_BEYOND))
             elif keyword == "pattern" and isinstance(value, str):
                 repeats += expansion(value)
+            elif keyword == "grammar" and isinstance(value, str):
+                repeats += expansion(value, EBNF)
             elif keyword in ("properties", "patternProperties") and isinstance(value, dict):
                 properties += len(value)
                 repeats += sum(map(expansion, value)) if keyword == "patternProperties" else 0
@@ -243,6 +246,22 @@ def _schema(field: str, schema: str | Mapping[str, Any] | bool, limits: Limits) 
     _count(field, repeats, limits.repeats, "counted repetitions")
     if _refers_to_itself(schema):
         raise LimitExceeded(field, "may not have a $ref that leads to itself", 0)
+
+
+def _schemas_within(field: str, grammar: str, limits: Limits) -> None:
+    """Hold the schemas of a Lark grammar to the limits: `%json {"type": "string"}`."""
+    for begin in re.finditer(r"%json\s*", grammar):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(grammar, begin.end())
+        except RecursionError:
+            raise _too_deep(field, limits) from None
+        except ValueError:
+            continue  # no JSON: the engine says so
+        _schema(field, schema, limits)
+
+
+def _too_deep(field: str, limits: Limits) -> LimitExceeded:
+    return LimitExceeded(field, f"may have {limits.depth} levels of brackets at most", limits.depth)
 
 
 def _nodes(schema: Any) -> Iterator[tuple[int, dict[str, Any]]]:
