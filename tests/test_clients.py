@@ -89,6 +89,21 @@ def by_hand(vllm: Server, chats: bool) -> Answer:
     return Answer(text, usage["completion_tokens"], usage["prompt_tokens"], choice["finish_reason"])
 
 
+@pytest.mark.parametrize("name", [name for name in CLIENTS if name not in ("grpc", "gateway", "vllm-rs")])
+async def test_a_client_reads_one_answer(name: str, settings: Settings) -> None:
+    """Where the server would take `n`, the client refuses it, before it asks anybody: nobody listens at port 9."""
+    server = Server(name, "m", {"http": "127.0.0.1:9", "grpc": "127.0.0.1:9"}, settings)
+    with CLIENTS[name].client(server) as client:
+        for ask in (client.generate, lambda *args, **more: list(client.stream(*args, **more))):
+            with pytest.raises(TypeError, match="one answer"):
+                ask(MESSAGE, n=2)
+    async with CLIENTS[name].aio_client(server) as aio_client:
+        with pytest.raises(TypeError, match="one answer"):
+            await aio_client.generate(MESSAGE, n=2)
+        with pytest.raises(TypeError, match="one answer"):
+            _ = [piece async for piece in aio_client.stream(MESSAGE, n=2)]
+
+
 HALF = (
     b'data: {"choices": [{"index": 0, "text": "half", "finish_reason": null}], "usage": {"completion_tokens": 1}}\n\n'
 )

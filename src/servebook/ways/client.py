@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -33,12 +33,22 @@ class Answer:
     token_ids: tuple[int, ...] = ()
 
 
+def one_answer(sampling: Mapping[str, Any]) -> None:
+    """Refuse `n` > 1, where the server would take it: an Answer has room for one, and pieces of two would mingle.
+
+    Raises:
+        TypeError: it asks for several.
+    """
+    if sampling.get("n") not in (None, 1):
+        raise TypeError("n must be 1: this client reads one answer; ask for more with a call each")
+
+
 class Client(Protocol):
     """A client of one server; every way has one. Use it in a `with` block.
 
     `timeout` is in seconds: gRPC's deadline for the whole call, over HTTP the longest wait for bytes. Of the names
-    in `sampling`, every way knows `max_tokens` and `temperature`; which others, each says. Errors are those of the
-    library that the client is made with.
+    in `sampling`, every way knows `max_tokens` and `temperature`; which others, each says. `n`, several answers to one
+    prompt, is none of them. Errors are those of the library that the client is made with.
     """
 
     def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:

@@ -7,7 +7,7 @@ from typing import Any
 
 import tritonclient.grpc.aio as v2
 
-from servebook.ways.client import Answer, Piece
+from servebook.ways.client import Answer, Piece, one_answer
 from servebook.ways.kserve.client import WANTED, infer_inputs, whole_piece
 from servebook.ways.v2.answers import outputs, read_answer
 
@@ -25,6 +25,7 @@ class V2AioClient:
 
     async def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:  # noqa: ASYNC109
         """Return the whole answer within `timeout` seconds; cancelling the task cancels the call."""
+        one_answer(sampling)
         inputs = infer_inputs(prompt, sampling, **WANTED)
         return read_answer(outputs(await self.stub.infer(self.model, inputs, client_timeout=timeout)))
 

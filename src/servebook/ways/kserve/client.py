@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as v2
 
-from servebook.ways.client import Answer, Piece
+from servebook.ways.client import Answer, Piece, one_answer
 from servebook.ways.v2.answers import Tensors, outputs, read_answer, read_piece, stream_infer
 
 WANTED = {f"return_{name}": True for name in ("finish_reason", "num_input_tokens", "num_output_tokens")}
@@ -69,10 +69,12 @@ class V2Client:
 
     def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
         """Return the whole answer within `timeout` seconds; `sampling` are fields of vLLM's SamplingParams."""
+        one_answer(sampling)
         return read_answer(self.infer(prompt, sampling, timeout=timeout, **WANTED))
 
     def stream(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
         """Yield the answer as it comes, where the server is decoupled; from any other all of it is one piece."""
+        one_answer(sampling)
         if not self.decoupled:
             yield whole_piece(self.generate(prompt, timeout=timeout, **sampling))
             return

@@ -10,7 +10,7 @@ from typing import Any
 from openai import APIConnectionError, AsyncOpenAI, AsyncStream, OpenAI, Stream
 from openai.types import Completion
 
-from servebook.ways.client import Answer, Piece
+from servebook.ways.client import Answer, Piece, one_answer
 
 NO_KEY = "no-key"
 """The SDK wants one, also for a server that asks for none."""
@@ -25,7 +25,8 @@ The second one is vLLM's own; its router does not hand it on, and then only the 
 class OpenAIClient:
     """A client of the server at `url` ("http://host:port"); use it in a `with` block, from any number of threads.
 
-    `sampling` are fields of the body, vLLM's own among them (`top_k`, `ignore_eos`). Errors are `openai.APIError`.
+    `sampling` are fields of the body, vLLM's own among them (`top_k`, `ignore_eos`), and no `n`. Errors are
+    `openai.APIError`.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
@@ -38,11 +39,13 @@ class OpenAIClient:
 
     def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
         """Return the whole answer; `timeout` bounds each wait for bytes, in seconds."""
+        one_answer(sampling)
         asked = self.client.completions.create(model=self.model, prompt=prompt, timeout=timeout, extra_body=sampling)
         return read_answer(asked)
 
     def stream(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
         """Yield what is new as it comes; leaving the loop, or closing the generator, closes the connection."""
+        one_answer(sampling)
         more = sampling | {"stream_options": COUNTED}
         with self.client.completions.create(
             model=self.model, prompt=prompt, stream=True, timeout=timeout, extra_body=more
@@ -84,6 +87,7 @@ class OpenAIAioClient:
 
     async def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:  # noqa: ASYNC109
         """Return the whole answer; cancelling the task closes the connection."""
+        one_answer(sampling)
         model = await self.model()
         asked = self.client.completions.create(model=model, prompt=prompt, timeout=timeout, extra_body=sampling)
         return read_answer(await asked)
@@ -96,6 +100,7 @@ class OpenAIAioClient:
         **sampling: Any,
     ) -> AsyncGenerator[Piece]:
         """Yield what is new as it comes; to leave early, wrap it in `contextlib.aclosing`."""
+        one_answer(sampling)
         more = sampling | {"stream_options": COUNTED}
         asked = self.client.completions.create(
             model=await self.model(), prompt=prompt, stream=True, timeout=timeout, extra_body=more
@@ -145,6 +150,6 @@ def recount(end: Piece | None, more: int) -> Piece | None:
 
 
 def read_answer(completion: Completion) -> Answer:
-    """The first choice of a whole answer."""
+    """A whole answer."""
     choice, prompt_tokens = completion.choices[0], completion.usage.prompt_tokens if completion.usage else 0
     return Answer(choice.text, tokens_of(completion), prompt_tokens, choice.finish_reason)

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton
 
-from servebook.ways.client import Answer, Piece
+from servebook.ways.client import Answer, Piece, one_answer
 from servebook.ways.v2.answers import Tensors, read_answer, read_piece, stream_infer
 
 
 def infer_inputs(prompt: str, *, stream: bool, **sampling: Any) -> list[triton.InferInput]:
     """The input tensors of one request. Every one has shape [1]: the model does not batch, the engine does."""
+    one_answer(sampling)
     values = {
         "text_input": np.array([prompt.encode()], dtype=np.object_),
         "sampling_parameters": np.array([json.dumps(sampling).encode()], dtype=np.object_),
@@ -39,8 +40,8 @@ class TritonClient:
     """A client of `model` on the server at `address` ("host:port"), for any number of threads.
 
     Each call has a channel of its own: `tritonclient` has one stream on each. gRPC may let channels share a connection.
-    `sampling` are fields of vLLM's SamplingParams. Errors are InferenceServerException: `error.status()` names the gRPC
-    status, DEADLINE_EXCEEDED after `timeout` seconds.
+    `sampling` are fields of vLLM's SamplingParams, and no `n`. Errors are InferenceServerException: `error.status()`
+    names the gRPC status, DEADLINE_EXCEEDED after `timeout` seconds.
     """
 
     def __init__(self, address: str, model: str = "vllm_model") -> None:

@@ -81,12 +81,12 @@ def outputs(result: v2.InferResult) -> Tensors:
 
 
 def read_piece(tensors: Tensors) -> Piece:
-    """The first choice of a response that has a finish reason and the number of output tokens."""
+    """A response that has a finish reason and the number of output tokens."""
     text, reason, tokens = (tensors[name][0] for name in ("text_output", "finish_reason", "num_output_tokens"))
     return Piece(text.decode(), int(tokens), None if reason == b"None" else reason.decode())
 
 
 def read_answer(tensors: Tensors) -> Answer:
-    """The first choice of a response that is the whole answer, and has the number of input tokens too."""
+    """A response that is the whole answer, and has the number of input tokens too."""
     piece = read_piece(tensors)
     return Answer(piece.text, piece.tokens, int(tensors["num_input_tokens"][0]), piece.finish_reason or "")
