@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -12,10 +13,15 @@ import requests
 from desk import eventually
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from smg_grpc_proto import vllm_engine_pb2 as pb
+from smg_grpc_proto import vllm_engine_pb2_grpc
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from servebook import launch
 from servebook.errors import LaunchError
+from servebook.lab.checks.c07_vllm_native_grpc import _judge_text
+from servebook.lab.feedback import NotYet
 from servebook.ways.client import Answer
+from servebook.ways.vllm_native_grpc.aio_client import VllmGrpcAioClient
 from servebook.ways.vllm_native_grpc.client import ENGINE, VllmGrpcClient
 from servebook.workbook.notebook import measure_pace
 
@@ -86,9 +92,56 @@ def test_no_broken_characters_on_the_way(client: VllmGrpcClient) -> None:
 
 
 @engine
-def test_stop_string(client: VllmGrpcClient) -> None:
-    answer = client.generate(PROMPT, temperature=0, max_tokens=12, stop=["."])
+def test_a_stop_string_is_named_and_still_in_the_text(client: VllmGrpcClient) -> None:
+    asked: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "stop": ["."]}
+    answer = client.generate(PROMPT, **asked)
     assert answer.finish_reason == "stop"
+    assert answer.text.endswith("."), "it is cut now, as in every other way: `stream` and `generate` say otherwise"
+    *_, last = client.stream_ids(client.tokenizer.encode(PROMPT).ids, **asked)
+    assert last.complete.matched_stop_str == "."
+
+
+def like_llama() -> Tokenizer:
+    """A tokenizer whose decoder drops a blank in front, as Llama's, Mistral's and Gemma's do."""
+    words = ("<unk>", "▁The", "▁capital", "▁is", "▁Paris", ".")
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+async def test_a_blank_in_front_is_part_of_the_answer() -> None:
+    tokenizer = like_llama()
+    messages = [pb.GenerateResponse(chunk=pb.GenerateStreamChunk(token_ids=[each])) for each in (4, 5)]
+    messages.append(pb.GenerateResponse(complete=pb.GenerateComplete(finish_reason="stop")))
+    server = grpc.aio.server()
+
+    class Engine(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
+        async def Generate(self, request: pb.GenerateRequest, _: Any) -> AsyncIterator[pb.GenerateResponse]:
+            assert list(request.tokenized.input_ids) == [1, 2, 3]
+            for message in messages:
+                yield message
+
+    vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(Engine(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        with VllmGrpcClient(address) as client:
+            client.tokenizer = tokenizer
+            answer = await asyncio.to_thread(client.generate, "The capital is")
+            assert answer.text == " Paris."
+        async with VllmGrpcAioClient(address) as aio_client:
+            aio_client._tokenizer = tokenizer
+            assert await aio_client.generate("The capital is") == answer
+    finally:
+        await server.stop(None)
+
+
+def test_lab_07_takes_a_blank_in_front_and_goes_without() -> None:
+    for pieces in ([" Paris", "."], ["Paris", "."]):
+        _judge_text(like_llama(), [4, 5], pieces, "an answer", [1, 2, 3])
+    with pytest.raises(NotYet):
+        _judge_text(like_llama(), [4, 5], ["is Paris."], "an answer", [1, 2, 3])
 
 
 # Abort, cancel, deadline

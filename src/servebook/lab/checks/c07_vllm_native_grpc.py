@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -411,8 +411,14 @@ def check_07_3(submission: Submission) -> None:
             )
 
 
-def _judge_text(tokenizer: Tokenizer, ids: list[int], pieces: list[str], what: str) -> None:
-    right = tokenizer.decode(ids).rstrip(BROKEN)
+def _text(tokenizer: Tokenizer, ids: list[int], prompt: Sequence[int], got: str) -> str:
+    """The text of `ids`: alone, or following `prompt`, where Llama's tokenizer and its like keep a blank in front."""
+    following = tokenizer.decode([*prompt, *ids]).removeprefix(tokenizer.decode(prompt)).rstrip(BROKEN)
+    return following if got == following else tokenizer.decode(ids).rstrip(BROKEN)
+
+
+def _judge_text(tokenizer: Tokenizer, ids: list[int], pieces: list[str], what: str, prompt: Sequence[int] = ()) -> None:
+    right = _text(tokenizer, ids, prompt, "".join(pieces))
     judge(
         right,
         "".join(pieces),
@@ -500,8 +506,8 @@ def check_07_4(submission: Submission) -> None:
         firsts = tokenizer.decode([each for message in messages_of(call) for each in message.chunk.token_ids[:1]])
         cause = "a chunk may hold several ids: decode all of them"
         require("".join(pieces).rstrip(BROKEN) != firsts.rstrip(BROKEN), KOREAN, "".join(pieces), cause)
-        _judge_once(tokenizer, call, pieces)
-        _judge_text(tokenizer, ids_of(call), pieces, "Korean from the engine")
+        _judge_once(tokenizer, call, pieces, ids)
+        _judge_text(tokenizer, ids_of(call), pieces, "Korean from the engine", ids)
         require(
             early.is_set(),
             "the first character while the engine is still writing",
@@ -511,8 +517,8 @@ def check_07_4(submission: Submission) -> None:
         # An answer whose last id is text: the last message has it once more.
         short = pb.SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
         pieces, second = through(tap, submission, "Generate", read, list(ids), short, asks=asks(ids, 7))
-        _judge_once(tokenizer, second, pieces)
-        _judge_text(tokenizer, ids_of(second), pieces, "an answer that its limit ends")
+        _judge_once(tokenizer, second, pieces, ids)
+        _judge_text(tokenizer, ids_of(second), pieces, "an answer that its limit ends", ids)
 
     with tapped(submission, limited(left_alone, 60)) as (tap, stub):
 
@@ -534,10 +540,10 @@ def check_07_4(submission: Submission) -> None:
         _own_ids(call, third)
 
 
-def _judge_once(tokenizer: Tokenizer, call: Call, pieces: list[str]) -> None:
+def _judge_once(tokenizer: Tokenizer, call: Call, pieces: list[str], prompt: Sequence[int]) -> None:
     """Not the last ids a second time, which read as text or as broken characters."""
     ids, got = ids_of(call), "".join(pieces).rstrip(BROKEN)
-    right = tokenizer.decode(ids).rstrip(BROKEN)
+    right = _text(tokenizer, ids, prompt, got)
     wrong = tokenizer.decode([*ids, *messages_of(call)[-1].complete.output_ids]).rstrip(BROKEN)
     twice = "the last message repeats ids that came in a chunk: take those of the chunks only"
     require(got == right or got != wrong, repr(right), repr(got), twice)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from servebook.protos.vllm import inference_pb2_grpc
-from servebook.ways.client import Answer, Piece
+from servebook.ways.client import Answer, Piece, one_answer
 from servebook.ways.vllm_native_grpc import client as ids
 from servebook.ways.vllm_native_grpc import inference_client as texts
 
@@ -36,7 +36,10 @@ class VllmGrpcAioClient:
         return self._tokenizer
 
     async def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:  # noqa: ASYNC109
-        """Return the whole answer within `timeout` seconds; cancelling the task cancels the call."""
+        """Return the whole answer within `timeout` seconds; cancelling the task cancels the call.
+
+        What `VllmGrpcClient.stream` says of `n` and `stop` holds here and for `stream`, too.
+        """
         pieces = [piece async for piece in self.stream(prompt, timeout=timeout, **sampling)]
         return ids.put_together(pieces, len((await self.tokenizer()).encode(prompt).ids))
 
@@ -48,8 +51,11 @@ class VllmGrpcAioClient:
         **sampling: Any,
     ) -> AsyncGenerator[Piece]:
         """Yield text as it becomes whole; to leave early, wrap it in `contextlib.aclosing`."""
-        tokenizer, decoder = await self.tokenizer(), DecodeStream(skip_special_tokens=True)
-        call = self.stub.Generate(ids.request_for(tokenizer.encode(prompt).ids, **sampling), timeout=timeout)
+        one_answer(sampling)
+        tokenizer = await self.tokenizer()
+        prompt_ids = tokenizer.encode(prompt).ids
+        decoder = DecodeStream(ids=prompt_ids, skip_special_tokens=True)
+        call = self.stub.Generate(ids.request_for(prompt_ids, **sampling), timeout=timeout)
         try:
             async for message in call:
                 yield ids.read_piece(message, decoder, tokenizer)

@@ -18,7 +18,7 @@ from smg_grpc_proto.generated import common_pb2
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from servebook.ways.client import Answer, Piece
+from servebook.ways.client import Answer, Piece, one_answer
 
 ENGINE = "vllm.grpc.engine.VllmEngine"
 """The name under which health answers for the engine; "" is the process."""
@@ -56,15 +56,20 @@ class VllmGrpcClient:
             call.cancel()
 
     def stream(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
-        """Tokenize `prompt`, and yield text as it becomes whole; `sampling` as for `stream_ids`."""
-        decoder = DecodeStream(skip_special_tokens=True)
+        """Tokenize `prompt`, and yield text as it becomes whole; `sampling` as for `stream_ids`, and no `n`.
+
+        The string of `stop` that ended it is still in the text; the server's last message names it (`stream_ids`).
+        """
+        one_answer(sampling)
         ids = self.tokenizer.encode(prompt).ids
+        # It goes on from the prompt: alone, a blank in front would be lost with tokenizers such as Llama's.
+        decoder = DecodeStream(ids=ids, skip_special_tokens=True)
         with closing(self.stream_ids(ids, timeout=timeout, **sampling)) as messages:
             for message in messages:
                 yield read_piece(message, decoder, self.tokenizer)
 
     def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
-        """The whole answer."""
+        """The whole answer; what `stream` says holds here, too."""
         pieces = list(self.stream(prompt, timeout=timeout, **sampling))
         return put_together(pieces, len(self.tokenizer.encode(prompt).ids))
 
