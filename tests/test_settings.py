@@ -194,8 +194,16 @@ def test_engine_url_is_taken_as_people_write_it() -> None:
     assert load_settings(engine_url="http://gpu-box:8000/v1/").engine_url == "http://gpu-box:8000"
 
 
-def test_folders_and_the_program_are_absolute(bare: Path) -> None:
-    settings = load_settings(cache_dir="~/cache", state_dir="state", vllm_rs_file="./vllm-rs")
+def test_files_and_folders_are_absolute(bare: Path) -> None:
+    tls = {"tls_cert": "~/server.pem", "tls_key": "~/server.key"}
+    room = {"env": "~/room", **tls}
+    settings = load_settings(
+        cache_dir="~/cache", state_dir="state", vllm_rs_file="./vllm-rs", tls_client_ca="ca.pem", room=room, **tls
+    )
+    assert settings.room.env == Path.home() / "room"
+    for place in (settings, settings.room):
+        assert (place.tls_cert, place.tls_key) == (Path.home() / "server.pem", Path.home() / "server.key")
+    assert settings.tls_client_ca == bare / "ca.pem"
     assert settings.cache_dir == Path.home() / "cache"
     assert settings.state_dir == bare / "state"
     assert settings.vllm_rs_file == bare / "vllm-rs", "a word without a folder is looked for along PATH"
@@ -300,7 +308,7 @@ def test_a_link_to_another_users_file_is_refused_too(bare: Path) -> None:
         load_settings()
 
 
-def test_a_key_that_others_may_read_is_refused(bare: Path) -> None:
+def test_a_key_that_others_may_read_is_refused(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = bare / "servebook.toml"
     file.write_text('api_key = "of-this-test"\n')
     file.chmod(0o644)
@@ -310,8 +318,10 @@ def test_a_key_that_others_may_read_is_refused(bare: Path) -> None:
     assert load_settings().key == "of-this-test"
     (bare / "server.key").write_text("")
     (bare / "server.key").chmod(0o604)
-    with pytest.raises(ServebookError, match="SERVEBOOK_TLS_KEY: others may read"):
-        load_settings(tls_key=bare / "server.key")
+    monkeypatch.setenv("HOME", str(bare))
+    for written in (bare / "server.key", "server.key", "~/server.key"):
+        with pytest.raises(ServebookError, match="SERVEBOOK_TLS_KEY: others may read"):
+            load_settings(tls_key=written)
     room = {"tls_cert": bare / "server.pem", "tls_key": bare / "server.key"}
     with pytest.raises(ServebookError, match="SERVEBOOK_ROOM_TLS_KEY: others may read"):
         load_settings(room=room)

@@ -71,6 +71,17 @@ server could listen somewhere unknown, or to the network without a key."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:  # of ~name
+        raise ValueError(f"there is no home folder for {path.parts[0]}: write the path out") from None
+
+
+OwnPath = Annotated[Path, AfterValidator(_absolute)]
+"""A file or folder of this machine: `~` is a home folder, and a relative path begins at the working folder."""
+
+
 def _private(file: Path) -> Path:
     try:
         if file.is_file() and others_may_read(file):
@@ -80,7 +91,7 @@ def _private(file: Path) -> Path:
     return file
 
 
-PrivateFile = Annotated[Path, AfterValidator(_private)]
+PrivateFile = Annotated[OwnPath, AfterValidator(_private)]
 """A file with a secret, such as a TLS key: refused where others may read it."""
 
 
@@ -97,11 +108,11 @@ class RoomSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    env: Path = Path(sys.prefix) / "room"
+    env: OwnPath = Path(sys.prefix) / "room"
     url: str = ""
     open_sign_up: bool = False
     trusted: bool = False
-    tls_cert: Path | None = None
+    tls_cert: OwnPath | None = None
     tls_key: PrivateFile | None = None
     seats: int = Field(default=40, ge=1)
     places: int = Field(default=64, ge=1)
@@ -154,21 +165,21 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     engine_url: str | None = None
     api_key: SecretStr | None = None
-    tls_cert: Path | None = None
+    tls_cert: OwnPath | None = None
     tls_key: PrivateFile | None = None
-    tls_client_ca: Path | None = None
+    tls_client_ca: OwnPath | None = None
     host: str = LOOPBACK
     max_model_len: int = Field(default=2048, ge=16)
     kv_cache_gib: float = Field(default=1, gt=0)
-    vllm_rs_file: Path | None = None
+    vllm_rs_file: OwnPath | None = None
     cores: str = Field(default="", pattern=r"^(\d+(,\d+)*)?$")
     engine_args: str = ""
     replicas: int = Field(default=2, ge=1)
     fronts: int = Field(default=1, ge=1, le=MAX_FRONTS)
     router_policy: Literal["round_robin", "cache_aware", "random", "power_of_two", "consistent_hash"] = "round_robin"
     start_timeout: float = Field(default=300, gt=0)
-    cache_dir: Path = user_cache_path("servebook")
-    state_dir: Path = user_state_path("servebook")
+    cache_dir: OwnPath = user_cache_path("servebook")
+    state_dir: OwnPath = user_state_path("servebook")
 
     room: RoomSettings = Field(default_factory=RoomSettings)
 
@@ -206,16 +217,6 @@ class Settings(BaseSettings):
             return init_settings, env_settings, toml
         require_trusted(file, holds_key="api_key" in toml.toml_data)
         return init_settings, env_settings, InitSettingsSource(settings_cls, _beside(file, toml.toml_data))
-
-    @field_validator("cache_dir", "state_dir", "vllm_rs_file")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        if not path:
-            return None
-        try:
-            return path.expanduser().absolute()
-        except RuntimeError:  # of ~name
-            raise ValueError(f"there is no home folder for {path.parts[0]}: write the path out") from None
 
     @field_validator("engine_url")
     @classmethod
