@@ -74,6 +74,7 @@ def test_values_become_arrays_of_the_datatypes_that_triton_wants() -> None:
         "--model m --max-model-len 128 --enforce-eager",
         "--model m --served-model-name a b --no-enable-prefix-caching",
         "--model=m --gpu-memory-utilization=0.5 --seed -1",
+        "--model=405 --served-model-name true 1e3 --tokenizer null --revision 405",
         """--model m --override-generation-config '{"temperature": 0.1}' --dtype float32""",
     ],
 )

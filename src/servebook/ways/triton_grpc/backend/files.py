@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 ENGINE_ARGS = "model.json"
 LORAS = "multi_lora.json"
+NAMES = {"model", "served_model_name", "tokenizer", "revision", "code_revision", "tokenizer_revision"}
+"""Engine arguments that name something: a folder may be called `405`, and so the model is."""
 
 
 class ModelFilesError(ValueError):
@@ -56,7 +58,9 @@ def engine_words_as_json(words: list[str]) -> dict[str, Any]:
     """vLLM's command-line words as keys and values for model.json.
 
     `--max-model-len 2048` becomes `"max_model_len": 2048`, a word alone `true`, `--no-…` `false`. Values are
-    read as JSON where they are JSON, and as strings elsewhere.
+    read as JSON where they are JSON, and as strings elsewhere; those of NAMES always are strings. What only vLLM's
+    command line reads, such as `4k` for a number and `--compilation-config.mode 3` for a part of an object, is to be
+    written out.
 
     Raises:
         ModelFilesError: a short option such as `-tp`, which has no key of its own.
@@ -70,18 +74,20 @@ def engine_words_as_json(words: list[str]) -> dict[str, Any]:
             if not given and name.startswith("no_"):
                 values[name.removeprefix("no_")] = False
             else:
-                values[name] = _json_or_text(value) if given else True
+                values[name] = _value(name, value) if given else True
         elif not name or (word.startswith("-") and not word[1:2].isdigit()):
             raise ModelFilesError(f"{word} has no key in {ENGINE_ARGS}: write the long option (`--…`)")
         elif values[name] is True:
-            values[name] = _json_or_text(word)
+            values[name] = _value(name, word)
         else:
             before = values[name] if isinstance(values[name], list) else [values[name]]
-            values[name] = [*before, _json_or_text(word)]
+            values[name] = [*before, _value(name, word)]
     return values
 
 
-def _json_or_text(word: str) -> Any:
+def _value(name: str, word: str) -> Any:
+    if name in NAMES:
+        return word
     try:
         return json.loads(word)
     except ValueError:
