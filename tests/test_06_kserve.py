@@ -391,6 +391,14 @@ def test_more_outputs_than_there_are(kserve: launch.Server) -> None:
     assert (answer.status_code, answer.json()) == (413, {"error": "The request's body is longer than 1048576 bytes."})
 
 
+def test_an_input_that_is_there_twice(kserve: launch.Server, client: V2Client) -> None:
+    """Which of the two would hold?"""
+    answer = infer(kserve, given("text_input", PROMPT), given("text_input", "Another"))
+    assert (answer.status_code, answer.json()) == (400, {"error": "text_input: is there twice"})
+    with pytest.raises(InferenceServerException, match="text_input: is there twice"):
+        client.stub.infer(MODEL, [tensor("text_input", PROMPT), tensor("text_input", "Another")])
+
+
 def test_the_one_version_is_served_and_another_is_not_found(kserve: launch.Server, client: V2Client) -> None:
     root = f"{kserve.url}/v2/models/{MODEL}"
     body = {"inputs": [given("text_input", PROMPT), sampling(max_tokens=1)]}

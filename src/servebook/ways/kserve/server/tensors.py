@@ -10,18 +10,22 @@ from typing import Any
 from kserve import InferInput, InferOutput, InferRequest
 from kserve.protocol.infer_type import to_http_parameters
 
+from servebook.ways.refusals import cut
 from servebook.ways.v2.contract import INPUTS, OUTPUTS, BadRequest, check_description
 
 
 def check_counts(request: InferRequest) -> None:
-    """Refuse more inputs or outputs than there are, before any is looked at.
+    """Refuse more inputs or outputs than there are, and one that is there twice, before any is looked at.
 
     Raises:
-        BadRequest: too many of them.
+        BadRequest: too many of them, or contradictory ones.
     """
     for field, listed, most in (("inputs", request.inputs, INPUTS), ("outputs", request.request_outputs, OUTPUTS)):
         if len(listed or ()) > len(most):
             raise BadRequest(field, f"there are {len(most)} at most, got {len(listed)}")
+    names = [tensor.name for tensor in request.inputs or ()]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise BadRequest(cut(min(twice), 40), "is there twice")
 
 
 def elements(request: InferRequest) -> dict[str, Any]:
