@@ -169,6 +169,18 @@ def test_who_listens(host: str, address: str, other: str, monkeypatch: pytest.Mo
     assert not only_ours(f"http://{in_address(address)}:{port}/path")
 
 
+def test_who_listens_where_a_name_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"localhost:{listener.getsockname()[1]}"
+        assert only_ours(f"http://{address}")
+        assert not others_listen(address)
+        monkeypatch.setattr("os.getuid", lambda: 1_000_000)
+        assert not only_ours(f"http://{address}")
+        assert others_listen(address)
+    assert not others_listen("no-such-host.invalid:80")
+    assert not only_ours("http://no-such-host.invalid")
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to act as another user")
 def test_who_listens_by_ipv6_only_takes_nothing_from_who_listens_by_ipv4() -> None:
     theirs = (

@@ -32,7 +32,7 @@ def others_listen(address: str) -> bool:
     """
     host, _, port = address.rpartition(":")
     with suppress(OSError):
-        return bool(listeners(host.strip("[]"), int(port)) - {os.getuid()})
+        return bool(_who_listens(host.strip("[]"), int(port)) - {os.getuid()})
     return False
 
 
@@ -43,11 +43,19 @@ def only_ours(url: str) -> bool:
     """
     at = urlsplit(url)
     assert at.hostname, f"{url} names no host"
-    try:
-        found = socket.getaddrinfo(at.hostname, at.port, type=socket.SOCK_STREAM)
-    except OSError:
-        return False
-    return set().union(*(listeners(str(each[4][0]), at.port or 80) for each in found)) == {os.getuid()}
+    with suppress(OSError):
+        return _who_listens(at.hostname, at.port or 80) == {os.getuid()}
+    return False
+
+
+def _who_listens(host: str, port: int) -> set[int]:
+    """The users whose programs listen at `host`, at each address that such a name as "localhost" has.
+
+    Raises:
+        OSError: there is no such host, or the kernel does not say.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return set().union(*(listeners(str(each[4][0]), port) for each in found))
 
 
 def http_ok(address: str, path: str, words: bytes = b"") -> bool:
