@@ -34,6 +34,7 @@ from grpc_status import rpc_status
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from servebook import launch, serve
 from servebook.engine.quiet_compiler import TITLE
@@ -490,6 +491,43 @@ async def test_a_stream_that_nobody_reads_gives_its_place_back(monkeypatch: pyte
         assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await call.details() == "Nobody has read this stream for 0.3 s."
     await server.stop(None)
+
+
+async def test_a_call_that_is_just_being_refused_takes_no_place() -> None:
+    account, told, may_end = calls.Calls(1), asyncio.Event(), asyncio.Event()
+
+    async def abort(*_: Any) -> None:
+        await told.wait()  # until the refusal is on its way
+        raise grpc.aio.AbortError
+
+    context: Any = SimpleNamespace(set_trailing_metadata=lambda _: None, abort=abort)
+
+    async def call() -> None:
+        async with account.admit("Generate", context):
+            await may_end.wait()
+
+    before = gauge("servebook_grpc_open_calls")
+    refused = []
+    for _ in range(3):  # the first two leave the place to the third
+        begun = [asyncio.create_task(call()) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert len(account.admitted) == 1
+        assert gauge("servebook_grpc_open_calls") == before + 1
+        refused.append(begun[1])
+        may_end.set()
+        await begun[0]
+        may_end.clear()
+    assert account.open == 3
+    assert not account.none_open.is_set(), "whoever drains waits for the refusals"
+    told.set()
+    await asyncio.gather(*refused, return_exceptions=True)
+    assert account.none_open.is_set()
+    assert gauge("servebook_grpc_open_calls") == before
+
+
+def gauge(name: str) -> float:
+    """A gauge of this process."""
+    return REGISTRY.get_sample_value(name) or 0
 
 
 def test_too_large_a_message(client: GrpcClient) -> None:
@@ -1072,7 +1110,9 @@ def test_a_dead_engine_is_told_to_every_caller_and_to_health(grpc_server: launch
         (["--host", "0.0.0.0"], "opens the server to the network"),
         (["--tls-cert", "a.pem"], "go together"),
         (["--grpc-port", "70000"], "invalid port value: '70000'"),
-        (["--tls-cert", "no.pem", "--tls-key", "no.key", "--grpc-port", "0"], "TLS files"),
+        (["--grpc-port", "0"], "invalid port value: '0'"),
+        (["--metrics-port", "0"], "invalid port value: '0'"),
+        (["--tls-cert", "no.pem", "--tls-key", "no.key", "--grpc-port", str(free_port())], "TLS files"),
     ],
 )
 def test_an_unsafe_start_is_refused(words: list[str], problem: str) -> None:

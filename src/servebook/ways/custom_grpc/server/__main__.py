@@ -18,13 +18,13 @@ from servebook.ways.custom_grpc.server.transport import require_port
 
 
 def port(word: str) -> int:
-    """A port by its number; 0 is any that is free.
+    """A port by its number. Not 0, any that is free: nobody would be told which one it is.
 
     Raises:
         ValueError: there is no such port.
     """
     number = int(word)
-    if not 0 <= number < 2**16:
+    if not 0 < number < 2**16:
         raise ValueError(word)
     return number
 

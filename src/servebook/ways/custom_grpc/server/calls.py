@@ -56,7 +56,7 @@ class Call:
 
 
 class Calls:
-    """The calls that are open, at most `limit`: in the engine, or waiting in its queue."""
+    """The calls that are open. At most `limit` are admitted, to the engine or its queue; others are being refused."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -77,9 +77,10 @@ class Calls:
         context.set_trailing_metadata((request_id,))
         self.enter()
         try:
-            if self.open > self.limit:
+            if len(self.admitted) >= self.limit:
                 raise queue_full(self.limit)
             self.admitted[call.id] = call
+            metrics.OPEN_CALLS.inc()
             yield call
         except asyncio.CancelledError:
             if call.unread:
@@ -102,7 +103,8 @@ class Calls:
                 log.error("failed", extra={"fields": {"id": call.id, "error": type(error).__name__, "at": place}})
             await context.abort(code, str(refusal), (request_id, refusal.trailer()))
         finally:
-            self.admitted.pop(call.id, None)  # not there if it was refused
+            if self.admitted.pop(call.id, None):  # not there if it was refused
+                metrics.OPEN_CALLS.dec()
             self.leave()
             self.account(call, code)
 
@@ -124,13 +126,11 @@ class Calls:
     def enter(self) -> None:
         self.open += 1
         self.none_open.clear()
-        metrics.OPEN_CALLS.inc()
 
     def leave(self) -> None:
         self.open -= 1
         if not self.open:
             self.none_open.set()
-        metrics.OPEN_CALLS.dec()
 
     def account(self, call: Call, code: grpc.StatusCode) -> None:
         """Metrics, and one line of log: sizes and times, never text."""
