@@ -26,13 +26,14 @@ async def stream(server: Server) -> AsyncIterator[Send]:
         service = vllm_engine_pb2_grpc.VllmEngineStub(channel)
 
         async def send(job: Job) -> AsyncIterator[Message]:
+            ids = tokenizer.encode(job.prompt).ids
             request = vllm_engine_pb2.GenerateRequest(
                 request_id=uuid.uuid4().hex,
-                tokenized=vllm_engine_pb2.TokenizedInput(input_ids=tokenizer.encode(job.prompt).ids),
+                tokenized=vllm_engine_pb2.TokenizedInput(input_ids=ids),
                 sampling_params=vllm_engine_pb2.SamplingParams(temperature=0, top_p=1, max_tokens=job.max_tokens, n=1),
                 stream=True,
             )
-            decoder, tokens = DecodeStream(skip_special_tokens=True), 0
+            decoder, tokens = DecodeStream(ids=ids, skip_special_tokens=True), 0
             async for response in service.Generate(request, timeout=DEADLINE_SECONDS):
                 if response.HasField("chunk"):
                     tokens += len(response.chunk.token_ids)
