@@ -17,12 +17,14 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from servebook import launch
+from servebook.engine.model import model_path
 from servebook.errors import LaunchError
 from servebook.lab.checks.c07_vllm_native_grpc import _judge_text
 from servebook.lab.feedback import NotYet
+from servebook.settings import load_settings
 from servebook.ways.client import Answer
 from servebook.ways.vllm_native_grpc.aio_client import VllmGrpcAioClient
-from servebook.ways.vllm_native_grpc.client import ENGINE, VllmGrpcClient
+from servebook.ways.vllm_native_grpc.client import ENGINE, VllmGrpcClient, decoder_after
 from servebook.workbook.notebook import measure_pace
 
 PROMPT = "The capital of France is"
@@ -135,6 +137,13 @@ async def test_a_blank_in_front_is_part_of_the_answer() -> None:
             assert await aio_client.generate("The capital is") == answer
     finally:
         await server.stop(None)
+
+
+@pytest.mark.parametrize("prompt", ["The capital is", "What does \ufffd mean?", "caf\ufffd", ""])
+def test_an_answer_does_not_repeat_its_prompt(prompt: str) -> None:
+    tokenizer = Tokenizer.from_file(str(model_path(load_settings()) / "tokenizer.json"))
+    decoder = decoder_after(tokenizer.encode(prompt).ids, tokenizer)
+    assert "".join(decoder.step(tokenizer, each) or "" for each in tokenizer.encode(" Paris.").ids) == " Paris."
 
 
 def test_lab_07_takes_a_blank_in_front_and_goes_without() -> None:

@@ -75,7 +75,10 @@ def test_what_does_not_fit_together_is_said() -> None:
     choices: list[dict[str, Any]] = [dict(zip(QUESTIONS, each, strict=True)) for each in product(*answers)]
     said = {note for each in choices for note in together(Needs(**each))}
     assert said == {pair.note for pair in PAIRS}, "a pair that nobody can choose"
-    assert together(Needs()) == together(Needs(many_users=True)) == []
+    assert together(Needs()) == together(Needs(many_users=True)) == together(Needs(kserve_cluster=True)) == []
+    for one in ({"other_models": True}, {"kserve_cluster": True}, {"many_users": True}, {"own_rules": True}):
+        needs = one | {"token_ids": True}
+        assert together(Needs(**needs)), f"{needs}: what speaks V2 or REST beside what speaks token ids"
     (router,) = together(Needs(many_users=True, token_ids=True))
     assert "Rust front end" in router
     (fronts,) = together(Needs(tokens_per_s=BUSY_TOKENS_PER_S, typed_contract=True))

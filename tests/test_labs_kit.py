@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import Mock, call, patch
 
 import nbformat
 import psutil
@@ -724,6 +724,23 @@ def test_in_a_room_no_submission_answers_for_a_server_that_was_ended(
     assert asked == launch.Files(tmp_path / "state" if room else scratch / "state", "vllm").socket
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_in_a_room_a_server_that_a_submission_ended_is_up_for_the_next(
+    room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else everybody after it would get no points; by hand it is the affair of who grades."""
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path))
+    monkeypatch.delenv(confine.FROM, raising=False)
+    if room:
+        monkeypatch.setenv(confine.FROM, str(tmp_path))
+    monkeypatch.setattr(provided, "launch", started := Mock())
+    (tmp_path / "handed in").mkdir()
+    resources = {"metadata": {"path": str(tmp_path / "handed in")}, "nbgrader": {"notebook": STEM}}
+    autograde.ExecuteAndEnd().preprocess(new_notebook(), resources)
+    assert started.serve.mock_calls == ([call("vllm")] if room else [])
+
+
 def test_the_servers_that_grade_have_the_settings_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else no submission could attach to them: it has no key."""
     (tmp_path / "submitted/ada" / STEM).mkdir(parents=True)
@@ -731,7 +748,9 @@ def test_the_servers_that_grade_have_the_settings_and_no_key(tmp_path: Path, mon
     (tmp_path / "servebook.toml").chmod(0o600)
     monkeypatch.chdir(tmp_path)
     served: list[Settings] = []
-    monkeypatch.setattr(grading, "launch", Mock(serve=lambda name: served.append(load_settings())))
+    serve = Mock(side_effect=lambda name: served.append(load_settings()))
+    monkeypatch.setattr(provided, "launch", Mock(serve=serve))
+    monkeypatch.setattr(grading, "launch", Mock())
     for name in ("grade_lab", "nbgrader"):
         monkeypatch.setattr(grading, name, Mock(return_value="done"))
     with patch.dict(os.environ, {"SERVEBOOK_STATE_DIR": str(tmp_path / "state"), "SERVEBOOK_API_KEY": KEY}):

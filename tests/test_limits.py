@@ -33,6 +33,10 @@ def properties(number: int) -> dict[str, Any]:
     return {"properties": {f"p{index}": {} for index in range(number)}}
 
 
+HALVES = 'a: %json {"maxLength": 128}\nb: %json {"maxLength": 128}'
+"""Each schema has half of what both may have."""
+
+
 @pytest.mark.parametrize(
     ("field", "fits", "too_much", "limit"),
     [
@@ -60,6 +64,7 @@ def properties(number: int) -> dict[str, Any]:
         ("grammar", 'root ::= "{999}"{9}', 'root ::= "x"{999}', 256),
         ("grammar", 'start: "a"~1..256', 'start: "a"~1..257', 256),
         ("grammar", 'start: %json {"maxLength": 256}', 'start: %json\n{"maxLength": 257}', 256),
+        ("grammar", HALVES, HALVES.replace("128", "129"), 256),
         ("grammar", "start: %json [", "start: %json " + "[" * 8000, 32),
         ("schema", {"type": "array", "minItems": 256}, {"type": "array", "minItems": 10**9}, 256),
         ("schema", '{"minItems": 2}', '{"minItems": 1e9}', 256),
@@ -147,6 +152,9 @@ def test_counted_repetitions_add_up_and_those_in_groups_multiply(pattern: str, c
         ('root ::= "{9}" [{9}] "\\"{9}"', 0),
         ('root ::= [^] "x"{9}', 9),
         ('root ::= Regex ( "(a{3}){3}" ){9}', 81),
+        ('root ::= Regex("a{9}" # )\n){9}', 81),
+        ('root ::= myRegex ("a"{9}){9}\nmyRegex ::= "b"', 81),
+        ('root ::= a-Regex ("a"{9}){9}\na-Regex ::= "b"', 81),
     ],
 )
 def test_an_ebnf_is_counted_as_xgrammar_reads_it(grammar: str, copies: int) -> None:

@@ -23,7 +23,7 @@ from servebook import launch
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
 from servebook.lab import feedback
-from servebook.lab.handout import remarks
+from servebook.lab.handout import provided, remarks
 from servebook.lab.manifest import load_labs
 from servebook.room import admin, cli, collect, grading
 from servebook.room.load import Checked, Outcome
@@ -274,7 +274,8 @@ def test_what_was_graded_is_not_served_again_and_who_has_a_desk_is_enrolled(
         assert load_settings().engine_url is None, "whoever has the engine asks for the key, which is given up"
         served.append(name)
 
-    monkeypatch.setattr(grading, "launch", Mock(serve=serve))
+    monkeypatch.setattr(provided, "launch", Mock(serve=serve))
+    monkeypatch.setattr(grading, "launch", Mock())
     monkeypatch.setattr(grading, "nbgrader", nbgrader)
 
     def graded() -> list[str]:

@@ -175,9 +175,8 @@ def engine_env(settings: Settings) -> dict[str, str]:
 
 
 def _compiles(settings: Settings) -> bool:
-    """Whether SERVEBOOK_ENGINE_ARGS wants what torch.compile makes."""
-    wishes = ("--no-enforce-eager", "--compilation-config", "-cc", "-O", "--optimization-level")
-    return any(word.startswith(wishes) for word in shlex.split(settings.engine_args))
+    """Whether an engine on a CPU compiles: SERVEBOOK_ENGINE_ARGS takes back what prevents it."""
+    return any(word.replace("_", "-").startswith("--no-enforce-e") for word in shlex.split(settings.engine_args))
 
 
 def _threads(settings: Settings) -> int:

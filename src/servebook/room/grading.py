@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import chdir
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -53,9 +52,7 @@ def grade(course: Path, settings: Settings, desks: Path) -> Iterator[str]:
             yield from give_back(course, lab, desks)
     for lab, following in zip(graded, [*graded, None][1:], strict=True):
         try:
-            with chdir(place):
-                for name in lab.servers:
-                    launch.serve(name)
+            provided.start_servers(lab)
             yield grade_lab(course, lab, log)
             yield from give_back(course, lab, desks)
         except LaunchError as error:

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from servebook.engine.quiet_compiler import COMPILE_SECONDS
@@ -35,7 +36,8 @@ COUNTED = r"(?P<repeat>\{\s*+-?\d*\s*+(?:,\s*+-?\d*\s*+)?\})"
 STRING = r'"(?:\\.|[^"\\\r\n])*"?'
 REGEX = re.compile(rf"(?s){COUNTED}|\\.|\[(?:\\.|[^]\\])*\]?|.")
 EBNF = re.compile(
-    rf"{COUNTED}|(?P<blank>\s|#[^\r\n]*)|Regex\s*\(\s*(?P<regex>{STRING})[^)]*\)?|{STRING}"
+    rf"{COUNTED}|(?P<blank>\s|#[^\r\n]*)"
+    rf"|(?<![\w.-])Regex\s*\(\s*(?P<regex>{STRING})(?:{STRING}|#[^\r\n]*|[^)\"#])*\)?|{STRING}"
     r"|\[(?:\\.|[^]\\\r\n])*\]?|(?s:.)"
 )
 LARK = re.compile(
@@ -151,9 +153,8 @@ def check(
         if isinstance(text, str):
             _bytes(called[field], text, limits)
             notation = REGEX if field == "regex" else EBNF if EBNF_RULE.search(text) else LARK
-            _count(called[field], expansion(text, notation), limits.repeats, "counted repetitions")
-            if notation is LARK:
-                _schemas_within(called[field], text, limits)
+            schemas = _schemas_within(called[field], text, limits) if notation is LARK else []
+            _hold(called[field], schemas, limits, expansion(text, notation))
     if isinstance(choice, Sequence):
         _count(called["choice"], len(choice), limits.enum, "options")
         _bytes(called["choice"], "".join(option for option in choice if isinstance(option, str)), limits)
@@ -224,8 +225,13 @@ def _schema(field: str, schema: str | Mapping[str, Any] | bool, limits: Limits) 
             raise
         most = sys.get_int_max_str_digits()
         raise LimitExceeded(field, f"may have integers of {most} digits at most", most) from None
-    properties = enum = repeats = 0
-    for depth, node in _nodes(schema):
+    _hold(field, [schema], limits)
+
+
+def _hold(field: str, schemas: Sequence[Any], limits: Limits, repeats: int = 0) -> None:
+    """Hold what schemas have in all to the limits, with the counted repetitions that stand beside them."""
+    properties = enum = 0
+    for depth, node in chain.from_iterable(map(_nodes, schemas)):
         if depth > limits.depth:
             raise _too_deep(field, limits)
         bounds = BOUNDS | {"min", "max"} if node.get("type") == "repeat" else BOUNDS  # the latter in a structural tag
@@ -244,12 +250,13 @@ def _schema(field: str, schema: str | Mapping[str, Any] | bool, limits: Limits) 
     _count(field, properties, limits.properties, "properties")
     _count(field, enum, limits.enum, "enum values")
     _count(field, repeats, limits.repeats, "counted repetitions")
-    if _refers_to_itself(schema):
+    if any(map(_refers_to_itself, schemas)):
         raise LimitExceeded(field, "may not have a $ref that leads to itself", 0)
 
 
-def _schemas_within(field: str, grammar: str, limits: Limits) -> None:
-    """Hold the schemas of a Lark grammar to the limits: `%json {"type": "string"}`."""
+def _schemas_within(field: str, grammar: str, limits: Limits) -> list[Any]:
+    """The schemas of a Lark grammar: `%json {"type": "string"}`."""
+    found = []
     for begin in re.finditer(r"%json\s*", grammar):
         try:
             schema, _ = json.JSONDecoder().raw_decode(grammar, begin.end())
@@ -257,7 +264,8 @@ def _schemas_within(field: str, grammar: str, limits: Limits) -> None:
             raise _too_deep(field, limits) from None
         except ValueError:
             continue  # no JSON: the engine says so
-        _schema(field, schema, limits)
+        found.append(schema)
+    return found
 
 
 def _too_deep(field: str, limits: Limits) -> LimitExceeded:

@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 import grpc
 from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from servebook.bench.load import DEADLINE_SECONDS, Job, Message, Send
 from servebook.engine.model import model_path
 from servebook.launch import Server
 from servebook.protos.vllm import inference_pb2_grpc
+from servebook.ways.vllm_native_grpc.client import decoder_after
 from servebook.ways.vllm_native_grpc.inference_client import REASONS, request
 
 
@@ -33,7 +33,7 @@ async def stream(server: Server) -> AsyncIterator[Send]:
                 sampling_params=vllm_engine_pb2.SamplingParams(temperature=0, top_p=1, max_tokens=job.max_tokens, n=1),
                 stream=True,
             )
-            decoder, tokens = DecodeStream(ids=ids, skip_special_tokens=True), 0
+            decoder, tokens = decoder_after(ids, tokenizer), 0
             async for response in service.Generate(request, timeout=DEADLINE_SECONDS):
                 if response.HasField("chunk"):
                     tokens += len(response.chunk.token_ids)

@@ -7,6 +7,7 @@ a process of its own asks the kernel, and its verdict becomes the cell's output.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -41,6 +42,7 @@ from servebook.lab.handout import confine, landlock, provided
 from servebook.lab.handout.blanks import student_notebook
 from servebook.lab.handout.remarks import forget_remarks, remark
 from servebook.lab.judge.process import JudgeProcess
+from servebook.lab.manifest import load_labs
 from servebook.processes import end
 from servebook.settings import load_settings
 
@@ -123,6 +125,9 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
         try:
             # A copy: into the folder itself nbgrader writes, and would follow a link that a submission leaves there.
             shutil.copytree(Path(resources["metadata"]["path"]).resolve(), self.folder, symlinks=True)
+            if confine.FROM in os.environ:  # else it is the affair of who grades
+                stem = resources["nbgrader"]["notebook"]
+                provided.start_servers(next(lab for lab in load_labs() if lab.stem == stem))
             provided.make_folders(self.scratch)
             # SPT_NOENV: vLLM's processes rename themselves, and would write over their environment with the mark.
             self.environment = provided.environment(self.scratch) | {MARK: self.mark, "SPT_NOENV": "1"}

@@ -48,8 +48,8 @@ def folders(course: Path, scratch: Path) -> dict[str, list[str]]:
     course, scratch = course.resolve(), scratch.resolve()
     settings = load_settings()
     prefix, state = Path(sys.prefix).resolve(), settings.state_dir.resolve()
-    secret = [course, state, Path(os.environ.get(FROM, state)).resolve(), hub_home().resolve()]
-    hidden = [*secret, ROOT.resolve(), prefix, DEVICES, settings.cache_dir.resolve()]
+    secret = [course, state, Path(os.environ.get(FROM, state)).resolve(), *hub_tokens()]
+    hidden = [*secret, ROOT.resolve(), prefix, DEVICES, settings.cache_dir.resolve(), hub_home().resolve()]
     hidden += [each for each in homes() if each.parts[1:]]  # "/" in some containers
     hidden += [*OF_SERVICES, *not_for_everybody(CONFIGURATION)]  # root without its powers is still their owner
     given = [*(ROOT / name for name in (*BUNDLE, ".venv")), prefix, Path(sys.base_prefix).resolve()]
@@ -93,13 +93,19 @@ def not_for_everybody(folder: Path) -> Iterator[Path]:
 
 
 def hub_home() -> Path:
-    """Where Hugging Face's libraries keep a token."""
+    """Where Hugging Face's libraries keep what is theirs."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface")).expanduser()
 
 
+def hub_tokens() -> Iterator[Path]:
+    """Where they keep tokens, as `huggingface_hub.constants` has it."""
+    for token in (hub_home() / "token", Path(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token").expanduser()):
+        yield from (token.resolve(), token.resolve().with_name("stored_tokens"))
+
+
 def hub_cache() -> Path:
-    """Where models from the hub lie: beside the token, unless somebody has set another place."""
+    """Where models from the hub lie: beside the tokens, unless somebody has set another place."""
     return Path(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub").expanduser()
 
 
@@ -113,7 +119,7 @@ def around(folder: Path, hidden: Iterable[Path]) -> Iterator[Path]:
     inside = [each for each in hidden if each.is_relative_to(folder)]
     if not inside:
         yield folder
-    elif folder not in inside:
+    elif folder not in inside and folder.is_dir():
         for each in sorted(path for path in folder.iterdir() if not path.is_symlink()):
             yield from around(each, inside)
 

@@ -7,10 +7,13 @@ they attach to those, and write nothing into the state folder that whoever serve
 from __future__ import annotations
 
 import os
+from contextlib import chdir
 from fnmatch import fnmatch
 from pathlib import Path
 
+from servebook import launch
 from servebook.lab.handout import confine
+from servebook.lab.manifest import Lab
 from servebook.launch.files import Files
 from servebook.launch.link import Link
 from servebook.launch.table import REPLICA, SERVERS
@@ -62,11 +65,22 @@ def judges_state(scratch: Path) -> Path:
     return scratch.parent / "judge"
 
 
+def start_servers(lab: Lab) -> None:
+    """Start those that a lab needs and that are not up: the submission before may have ended one.
+
+    Raises:
+        LaunchError: one does not start.
+    """
+    with chdir(load_settings().state_dir):  # a servebook.toml in the course may hold the key
+        for name in lab.servers:
+            launch.serve(name)
+
+
 def make_folders(scratch: Path) -> None:
     """Make home and state folders, and end the search for `servebook.toml`: no folder further up is looked into.
 
     The judge looks for a server that is not up where the submission may start it. Not so in a room, where all that a
-    lab needs were started before: one that is gone may have been ended so that the next submission answers for it.
+    lab needs are up before (`start_servers`): else one submission could end a server, and the next one answer for it.
     """
     settings, own, judges = load_settings(), scratch / "state", judges_state(scratch)
     started_before = confine.FROM in os.environ

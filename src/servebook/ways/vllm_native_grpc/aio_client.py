@@ -9,7 +9,6 @@ import grpc
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from servebook.protos.vllm import inference_pb2_grpc
 from servebook.ways.client import Answer, Piece, one_answer
@@ -54,7 +53,7 @@ class VllmGrpcAioClient:
         one_answer(sampling)
         tokenizer = await self.tokenizer()
         prompt_ids = tokenizer.encode(prompt).ids
-        decoder = DecodeStream(ids=prompt_ids, skip_special_tokens=True)
+        decoder = ids.decoder_after(prompt_ids, tokenizer)
         call = self.stub.Generate(ids.request_for(prompt_ids, **sampling), timeout=timeout)
         try:
             async for message in call:

@@ -62,8 +62,7 @@ class VllmGrpcClient:
         """
         one_answer(sampling)
         ids = self.tokenizer.encode(prompt).ids
-        # It goes on from the prompt: alone, a blank in front would be lost with tokenizers such as Llama's.
-        decoder = DecodeStream(ids=ids, skip_special_tokens=True)
+        decoder = decoder_after(ids, self.tokenizer)
         with closing(self.stream_ids(ids, timeout=timeout, **sampling)) as messages:
             for message in messages:
                 yield read_piece(message, decoder, self.tokenizer)
@@ -114,6 +113,15 @@ def read_tokenizer(bundle: bytes) -> Tokenizer:
     """The tokenizer in the zip file that the server sends."""
     with zipfile.ZipFile(io.BytesIO(bundle)) as files:
         return Tokenizer.from_buffer(files.read("tokenizer.json"))
+
+
+def decoder_after(prompt: Sequence[int], tokenizer: Tokenizer) -> DecodeStream:
+    """What makes text of the ids that follow a prompt's: alone, a blank in front is lost with tokenizers like Llama's.
+
+    Where the prompt ends within a character, it would give the whole prompt once more with the answer's first text.
+    """
+    within = tokenizer.decode(prompt, skip_special_tokens=False).endswith("\ufffd")
+    return DecodeStream(ids=[] if within else prompt, skip_special_tokens=True)
 
 
 def read_piece(message: pb.GenerateResponse, decoder: DecodeStream, tokenizer: Tokenizer) -> Piece:
