@@ -209,7 +209,7 @@ def turns(items: list[pytest.Item]) -> dict[str, tuple[int, bool]]:
     return {item.nodeid: (max(due[item.nodeid], last[item.nodeid]), bool(ended_by(item))) for item in items}
 
 
-NEEDS_ENGINE = {*SHARED, "gateway", "run_notebook", "doomed"}
+NEEDS_ENGINE = {*SHARED, "gateway", "run_notebook", "doomed", "starting", "steps"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -56,7 +56,7 @@ from servebook.ways.limits import GIVEN_UP
 from servebook.ways.metrics import metric
 from servebook.workbook.notebook import measure_pace
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 FOREVER = pb.Sampling(ignore_eos=True)
 KOREAN = "안녕하세요 세계 👋🏽 잘 지내요?"
