@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
+from uuid import uuid4
 
 import pytest
 from tritonclient.utils import InferenceServerException
@@ -81,8 +82,9 @@ def test_no_shared_memory_stays_behind(fault: dict[str, Any], monkeypatch: pytes
     client = Triton(**fault)
     monkeypatch.setattr("servebook.bench.tensors.v2_grpc.InferenceServerClient", lambda _: client)
     monkeypatch.setattr(tensors.SharedMemory, "size", 4096)
-    monkeypatch.setattr("servebook.bench.tensors.uuid.uuid4", lambda: SimpleNamespace(hex="of-a-test"))
-    regions = [Path(f"/dev/shm/servebook-{way}-of-a-tes") for way in ("in", "out")]
+    drawn = uuid4()
+    monkeypatch.setattr("servebook.bench.tensors.uuid.uuid4", lambda: drawn)
+    regions = [Path(f"/dev/shm/servebook-{way}-{drawn.hex[:8]}") for way in ("in", "out")]
 
     def use() -> None:
         encoding = tensors.SharedMemory(SERVER)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pty
+import random
 import re
 import resource
 import shutil
@@ -1207,7 +1208,8 @@ def test_who_ends_a_server_waits_for_longer_than_it_takes(tmp_path: Path) -> Non
 
 
 def test_a_name_in_shared_memory_that_somebody_else_has_taken_keeps_no_server_from_ending(tmp_path: Path) -> None:
-    others, ours = (Path(f"/dev/shm/__KMP_REGISTERED_LIB_99999999{end}_{os.getuid()}") for end in ("8", "9"))
+    numbers = random.sample(range(10**8, 10**9), 2)  # of no process: Linux numbers them up to 2^22
+    others, ours = (Path(f"/dev/shm/__KMP_REGISTERED_LIB_{number}_{os.getuid()}") for number in numbers)
     others.mkdir()  # as another user's file, it cannot be removed by `unlink`
     ours.touch()
     try:
