@@ -15,14 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from servebook import launch
 from servebook.launch.files import Files
 from servebook.launch.link import Link
-from servebook.processes import POLL_SECONDS, marked, wait_until
+from servebook.processes import POLL_SECONDS, can_bind, marked, wait_until
 from servebook.settings import Settings, load_settings
 
 TINY = Path(__file__).with_name("tiny_server.py")
+
+
+def has_ipv6() -> bool:
+    """Whether a server can listen at ::1. Where IPv6 is switched off, as in many containers, none can."""
+    try:
+        return can_bind("::1", 0)
+    except OSError:
+        return False
+
+
+IPV6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 
 
 def eventually(condition: Callable[[], Any], what: str, seconds: float = 60, every: float = POLL_SECONDS) -> Any:

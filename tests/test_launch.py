@@ -32,7 +32,7 @@ import pytest
 import requests
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from desk import TINY, Desk, eventually
+from desk import IPV6, TINY, Desk, eventually
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -668,6 +668,7 @@ def test_a_state_folder_deeper_than_a_sockets_name_may_be(tmp_path: Path) -> Non
         desk.close()
 
 
+@IPV6
 def test_an_ipv6_address(desk: Desk) -> None:
     desk.run("up", "vllm", host="::1")
     entry = desk.status()
@@ -722,7 +723,7 @@ def test_a_lease_is_not_a_forks(tmp_path: Path) -> None:
         fork.join()
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=IPV6)])
 def test_ready_is_who_has_opened_all_ports(host: str) -> None:
     """Several open theirs one after the other, and one may answer for the server before another is open."""
     spec = replace(find_server("kserve"), ready=lambda _: True)
