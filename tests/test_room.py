@@ -35,7 +35,7 @@ from servebook.lab.manifest import find_exercise
 from servebook.launch import Server
 from servebook.processes import can_bind, free_port, marked
 from servebook.room import tls
-from servebook.room.hub import why_not_apart
+from servebook.room.hub import view, why_not_apart
 from servebook.settings import load_settings
 
 pytestmark = [pytest.mark.lane("own"), pytest.mark.timeout(600)]
@@ -132,7 +132,6 @@ CLI = [sys.executable, "-c", "from servebook.cli import main; main()"]
 
 @pytest.fixture(scope="module")
 def room(vllm: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room]:
-    accounts = {account.pw_name for account in pwd.getpwall()}
     room = Room(tmp_path_factory.mktemp("room") / "state", vllm.url)
     try:
         with pytest.MonkeyPatch.context() as browsers:  # they know the room's certificate, and no other
@@ -143,7 +142,8 @@ def room(vllm: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Roo
     finally:
         room.process.send_signal(signal.SIGINT)
         room.process.wait(60)
-        for name in {account.pw_name for account in pwd.getpwall()} - accounts:
+        own = view(load_settings(state_dir=room.folder))["accounts"]  # others may get accounts meanwhile
+        for name in [each.pw_name for each in pwd.getpwall() if each.pw_name.startswith(f"{own}-")]:
             subprocess.run(["userdel", name], check=True)
 
 
