@@ -72,7 +72,8 @@ def fronts(
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
         patch.setenv("SERVEBOOK_SCRIPTED_RATE", str(request.param))
         servers = list(pool.map(lambda name: serve_scripted(find_path(name), here), ("sse", "grpc", "rust-grpc")))
-    yield SimpleNamespace(**dict(zip(("vllm", "grpc", "rust"), servers, strict=True)), settings=here)
+    named = dict(zip(("vllm", "grpc", "rust"), servers, strict=True))
+    yield SimpleNamespace(**named, settings=here, rate=request.param)
     for server in servers:
         server.stop()
 
@@ -164,7 +165,9 @@ async def test_a_short_request_overtakes_a_long_one_and_patience_ends(
     ]
 
 
-async def test_who_hangs_up_ends_the_answer(fronts: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_cells_that_hang_up_run_at_any_speed(
+    fronts: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     space = {
         "vllm": fronts.vllm,
         "settings": fronts.settings,
@@ -174,7 +177,10 @@ async def test_who_hangs_up_ends_the_answer(fronts: SimpleNamespace, capsys: pyt
     await run("02", ["s5-close", "s5-watch", "s5-made"], space)
     watched, made = capsys.readouterr().out.splitlines()
     assert watched == "as many requests in the batch as before"
-    assert 5 <= int(re.fullmatch(r"tokens made: (\d+) of 1500", made)[1]) <= 1500  # type: ignore[index]
+    tokens = int(re.fullmatch(r"tokens made: (\d+) of 1500", made)[1])  # type: ignore[index]
+    assert tokens >= 5
+    if fronts.rate < QUICK:  # there all may be made before the engine is told
+        assert tokens < 5 * fronts.rate, "it wrote on for seconds"
 
 
 async def test_a_full_house_refuses(fronts: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
