@@ -12,17 +12,21 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("floor", "words", "code"),
+    ("floor", "words", "said"),
     [
-        (3, [], 1),
-        (2, [], 0),
-        (3, ["-k", "first"], 0),
-        (3, ["-m", "not engine"], 0),
-        (3, ["test_two.py"], 0),
-        (3, ["--collect-only"], 0),
+        (3, [], "FAILED: 2 tests passed, and in a whole run at least 3 must"),
+        (2, [], ""),
+        (1, [], "FAILED: 2 tests are there: raise FLOOR[None] in tests/floor.py, which is 1"),
+        (3, ["-k", "first"], ""),
+        (1, ["-k", "test"], ""),
+        (3, ["-m", "not engine"], ""),
+        (3, ["test_two.py"], ""),
+        (3, ["--collect-only"], ""),
     ],
 )
-def test_a_whole_run_with_too_few_tests_fails(tmp_path: Path, floor: int, words: list[str], code: int) -> None:
+def test_a_whole_run_with_too_few_tests_or_too_low_a_floor_fails(
+    tmp_path: Path, floor: int, words: list[str], said: str
+) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = .\n")
     (tmp_path / "conftest.py").write_text(f"import floor\nfloor.FLOOR = {{None: {floor}}}\n")
     (tmp_path / "test_two.py").write_text("def test_first():\n    pass\n\n\ndef test_second():\n    pass\n")
@@ -33,8 +37,8 @@ def test_a_whole_run_with_too_few_tests_fails(tmp_path: Path, floor: int, words:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert ("FAILED: 2 tests passed, and in a whole run at least 3 must" in done.stdout) == bool(code)
+    assert done.returncode == (pytest.ExitCode.TESTS_FAILED if said else pytest.ExitCode.OK), done.stdout + done.stderr
+    assert re.findall("^FAILED: .*", done.stdout, re.MULTILINE) == ([said] if said else [])
 
 
 def test_this_run_has_the_floor(pytestconfig: pytest.Config) -> None:
