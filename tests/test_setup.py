@@ -837,9 +837,11 @@ def bring(clone: Path, program: Callable[[str, str], Path], tmp_path: Path) -> C
     for tool in ("bash", "basename", "dirname", "grep", "head", "sed", "tail"):
         program(tool, f'exec {shutil.which(tool)} "$@"')
     program("id", "echo 1000")
+    release = tmp_path / "os-release"
+    release.write_text("ID=debian\n")
 
     def run(code: int) -> str:
-        env = {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path)}
+        env = {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path), "OS_RELEASE": str(release)}
         command = [str(tmp_path / "bin/bash"), str(clone / "scripts/browser")]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stderr
@@ -942,10 +944,18 @@ def test_the_library_that_playwright_needs_is_brought_or_named(
         assert bring(0) == ""
 
 
+@pytest.mark.parametrize("system", ["debian", "ubuntu"])
 @pytest.mark.parametrize("user", ["root", "sudo", "nobody"])
 def test_apt_brings_one_where_it_may(
-    bring: Callable[[int], str], clone: Path, program: Callable[[str, str], Path], tmp_path: Path, user: str
+    bring: Callable[[int], str],
+    clone: Path,
+    program: Callable[[str, str], Path],
+    tmp_path: Path,
+    user: str,
+    system: str,
 ) -> None:
+    """Not on Ubuntu, whose package is a snap."""
+    (tmp_path / "os-release").write_text(f"ID={system}\n")
     (clone / ".venv/bin/uv").write_text("#!/bin/bash\necho 'Download failure' >&2\nexit 1\n")
     program("true", "")
     program("id", f"echo {0 if user == 'root' else 1000}")
@@ -953,10 +963,11 @@ def test_apt_brings_one_where_it_may(
     chromium = program("ready", "true")
     copy = f"{shutil.which('cp')} {chromium} {chromium.with_name('chromium')}"
     program("apt-get", f'echo "apt-get $*" >> {clone}/calls; [ "$1" = update ] || {copy}')
-    if user == "nobody":
+    if user == "nobody" or system == "ubuntu":
         said = bring(1)
         assert "Download failure" in said
-        assert "the tests need a Chromium, and none could be fetched\n→ sudo " in said
+        remedy = "apt-get" if system == "debian" else "snap"
+        assert f"the tests need a Chromium, and none could be fetched\n→ sudo {remedy} install chromium\n" in said
         assert "apt-get update" not in said
-    elif "ubuntu" not in Path("/etc/os-release").read_text():
+    else:
         assert "install -y -qq --no-install-recommends chromium" in bring(0)
