@@ -23,6 +23,15 @@ MADE = tempfile.mkdtemp(prefix="servebook-tests-") if OWN else ""
 STATE_DIR = Path(MADE or os.environ["SERVEBOOK_STATE_DIR"])
 os.environ["SERVEBOOK_STATE_DIR"] = str(STATE_DIR)
 
+# Nor do that person's settings reach the tests, but for what the machine needs. And an option that pytest has read by
+# now is not for those that tests start.
+OF_THE_MACHINE = {f"SERVEBOOK_{name}" for name in ("STATE_DIR", "CACHE_DIR", "KV_CACHE_GIB", "DEVICE")}
+OF_THE_MACHINE |= {"SERVEBOOK_VLLM_RS_FILE", "SERVEBOOK_START_TIMEOUT"}
+for variable in list(os.environ):
+    if variable.upper().startswith("SERVEBOOK_") and variable.upper() not in OF_THE_MACHINE:
+        del os.environ[variable]
+os.environ.pop("PYTEST_ADDOPTS", None)
+
 # As in an activated environment: protoc and nbgrader look for their own helpers on the path.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
@@ -42,11 +51,18 @@ from desk import Desk  # noqa: E402
 from servebook import launch  # noqa: E402
 from servebook.lab.manifest import Lab  # noqa: E402
 from servebook.processes import can_bind, free_port, marked, wait_until  # noqa: E402
-from servebook.settings import Settings, load_settings  # noqa: E402
+from servebook.settings import Settings, load_settings, settings_file  # noqa: E402
 from servebook.workbook import gate  # noqa: E402
 from servebook.workbook.doctor import find_browser  # noqa: E402
 
 pytest_plugins = ["floor", "lanes", "seconds", "survived"]
+
+
+def pytest_configure() -> None:
+    """End a run for which a settings file says what is tested."""
+    if file := settings_file():
+        needs = ", ".join(sorted(OF_THE_MACHINE))
+        pytest.exit(f"{file} changes what is tested: move it away. What the machine needs may be in {needs}.", 1)
 
 
 @pytest.fixture(scope="session")

@@ -111,3 +111,26 @@ def test_a_containers_share_of_the_processor(files: dict[str, str], cores: float
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert cpu_quota(tmp_path) == cores
+
+
+TESTS = Path(__file__).parent
+
+
+def test_the_settings_of_the_person_at_work_do_not_reach_the_tests(tmp_path: Path) -> None:
+    """But for what the machine needs; nor do that person's options for pytest reach what tests start."""
+    own = {"SERVEBOOK_API_KEY": "of-the-reader", "servebook_model": "a/b", "PYTEST_ADDOPTS": "--co"}
+    kept = {"SERVEBOOK_STATE_DIR": str(tmp_path), "SERVEBOOK_KV_CACHE_GIB": "0.5"}
+    ask = (
+        "import conftest, os; print([name for name in os.environ if name.upper()[:10] in ('SERVEBOOK_', 'PYTEST_ADD')])"
+    )
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])} | own | kept
+    done = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True)
+    assert done.stdout == f"{list(kept)}\n", done.stderr
+
+
+def test_a_settings_file_ends_a_run_by_name(tmp_path: Path) -> None:
+    (file := tmp_path / "servebook.toml").write_text('model = "a/b"\n')
+    run = [sys.executable, "-m", "pytest", "--collect-only", "-q", str(TESTS / "test_floor.py")]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    assert f"{file} changes what is tested: move it away." in done.stderr
