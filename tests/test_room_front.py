@@ -1227,6 +1227,23 @@ def test_every_command_of_an_opened_room_does_with_the_key_that_is_made(
     assert all(each.key == (no_key_set / "room" / "instructor.key").read_text() for each in started)
 
 
+@pytest.mark.usefixtures("no_key_set")
+@pytest.mark.parametrize("words", ["start", "start --trusted"])
+def test_a_room_is_trusted_where_its_command_says_so(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setenv("SERVEBOOK_ROOM_TRUSTED", "")  # and put back: the command sets it, for the hub
+    started: list[Settings] = []
+
+    def as_far_as_here(settings: Settings) -> None:
+        started.append(settings)
+        raise ServebookError("No further.")
+
+    monkeypatch.setattr(cli, "require_safe", as_far_as_here)
+    done = CliRunner().invoke(cli.app, words.split())
+    assert str(done.exception) == "No further.", done.output
+    assert [each.room.trusted for each in started] == [words == "start --trusted"]
+    assert instructors_settings().room.trusted == (words == "start --trusted"), "as the hub reads them itself"
+
+
 def test_the_folder_of_keys_and_codes_is_the_instructors_alone(no_key_set: Path) -> None:
     before = os.umask(0o002)
     try:

@@ -827,6 +827,20 @@ X""",
     assert len({pid for _, pid in lines}) == at_a_time
 
 
+def test_clean_ends_the_servers_and_removes_what_was_made(clone: Path, tmp_path: Path) -> None:
+    stand_in_environment(clone)
+    command = clone / ".venv/bin/servebook"
+    command.write_text(f'#!/bin/bash\necho "$*" >> {shlex.quote(str(tmp_path))}/ended\nexit 1\n')
+    command.chmod(0o755)
+    (clone / ".pytest_cache").mkdir()
+    for _ in range(2):  # there may be no environment, and a server that would not end
+        done = make(clone, "clean")
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ended").read_text() == "down --all\n"
+    assert not {".venv", ".pytest_cache"} & {path.name for path in clone.iterdir()}
+    assert (clone / "Makefile").is_file()
+
+
 # --- the browser of the tests -------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import symtable
 from collections import defaultdict
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -15,7 +16,7 @@ from servebook.lab.manifest import find_exercise
 from servebook.lab.shell import tagged
 from servebook.workbook.agenda import GUIDE, Agenda, line, load_agendas, sections, written
 from servebook.workbook.chapters import find_chapter, load_chapters
-from servebook.workbook.deck import handout, key_points, read, slides, with_slides
+from servebook.workbook.deck import handout, key_points, read, slides, with_slides, write_deck
 
 agendas = pytest.mark.parametrize("agenda", load_agendas(), ids=lambda agenda: agenda.title)
 
@@ -135,3 +136,13 @@ def test_the_handout_has_every_chapters_key_points_and_no_notes() -> None:
     for chapter in load_chapters():
         assert chapter.title.replace("'", "&#39;") in page or chapter.title in page
     assert page.count("Key points</h2>") + page.count("Key points<a") == len(load_chapters())
+
+
+def test_a_deck_is_the_slides_of_each_chapter_and_the_handout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chapter = find_chapter("09")
+    monkeypatch.setattr("servebook.workbook.deck.load_chapters", lambda: (chapter,))
+    write_deck(tmp_path / "of" / "mine")
+    pages = {str(page.relative_to(tmp_path)): page.read_text() for page in tmp_path.rglob("*.*")}
+    assert pages.keys() == {"of/mine/slides/09_choose.slides.html", "of/mine/handout.html"}
+    assert ["Reveal.initialize" in page for page in pages.values()] == ["slides" in name for name in pages]
+    assert all(chapter.title in page for page in pages.values())
