@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jsonschema
 import pytest
 from smg_grpc_proto import vllm_engine_pb2
+from typer.testing import CliRunner
 
 from servebook.bench import workload
 from servebook.bench.arms import Workload, compare, open_arm
@@ -19,6 +21,7 @@ from servebook.bench.results import Results, load_results
 from servebook.bench.run import Plan, finished, start
 from servebook.bench.tensors import ENCODINGS, KIB, SERVERS, tensor_costs
 from servebook.bench.wire import wire_cost
+from servebook.cli import app
 from servebook.launch import Server
 from servebook.settings import Settings
 
@@ -214,3 +217,14 @@ async def test_a_restless_control_stops_the_run(vllm: Server, tmp_path: Path, mo
     with pytest.raises(BenchError, match="A/A control is off"):
         await start(TINY, vllm.settings, tmp_path / "run.json").all()
     assert not (tmp_path / "run.json").exists()
+
+
+@pytest.mark.usefixtures("vllm")
+def test_the_command_measures_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.bench.arms.Workload", partial(Workload, block_seconds=0.05))
+    words = "bench rest -c 1 --rounds 1 --max-tokens 4 --force --output"
+    done = CliRunner().invoke(app, [*words.split(), str(output := tmp_path / "bench.json")])
+    results = load_results(output)
+    assert (results.done, [found.name for found in results.engine]) == (["control @1", "rest @1"], ["rest @1"])
+    assert "Against vLLM's own server" in done.output
+    assert done.exit_code == (results.verdict == "void"), done.output
