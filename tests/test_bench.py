@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import islice, repeat
 from math import comb
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, ClassVar
-from unittest.mock import AsyncMock, MagicMock
+from unittest.mock import AsyncMock, MagicMock, Mock
 from uuid import uuid4
 
 import aiohttp
@@ -1429,26 +1429,16 @@ def test_an_option_with_an_effect_is_taken(words: str, monkeypatch: pytest.Monke
     ids=["fails", "counts"],
 )
 async def test_a_cross_check_that_fails_has_a_remedy(code: int, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def made(*words: str, **_: Any) -> Any:
+    def made(words: list[str], **_: Any) -> Any:
         result = Path(words[words.index("--result-dir") + 1]) / words[words.index("--result-filename") + 1]
         result.write_text('{"total_output_tokens": 3}')
-        return Ended()
-
-    class Ended:
-        returncode = code
-
-        async def communicate(self) -> tuple[bytes, None]:
-            return b"one\ntwo\n", None
-
-        async def wait(self) -> None: ...
-
-        def kill(self) -> None: ...
+        return nullcontext(Mock(returncode=code, communicate=lambda: (b"one\ntwo\n", None)))
 
     @asynccontextmanager
     async def here(_: Server) -> AsyncIterator[Source]:
         yield Source(0)
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", made)
+    monkeypatch.setattr(subprocess, "Popen", made)
     monkeypatch.setattr(crosscheck, "find_path", lambda _: replace(find_path("sse"), open=here))
     monkeypatch.setattr(workload, "completions", lambda *_, **__: iter([Job("Once", 4)] * 4))
     with pytest.raises(BenchError, match=problem) as failed:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 from pydantic import BaseModel, Field
 
@@ -71,7 +72,7 @@ async def _vllm_bench(server: Server, jobs: list[Job], concurrency: int) -> dict
         prompts, result = Path(folder) / "prompts.jsonl", Path(folder) / "result.json"
         lines = [json.dumps({"prompt": job.prompt, "output_tokens": job.max_tokens}) for job in jobs]
         prompts.write_text("\n".join(lines))
-        process = await asyncio.create_subprocess_exec(
+        words = [
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
             *("--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions"),
             *("--model", server.model, "--tokenizer", str(model_path(server.settings))),
@@ -80,16 +81,13 @@ async def _vllm_bench(server: Server, jobs: list[Job], concurrency: int) -> dict
             *("--max-concurrency", str(concurrency), "--temperature", "0", "--disable-tqdm"),
             *("--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50"),
             *("--save-result", "--result-dir", folder, "--result-filename", result.name),
-            env=_environment(server),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        try:
-            output, _ = await process.communicate()
-        finally:  # Ctrl-C, too: it would go on and load the engine
-            with suppress(ProcessLookupError):
+        ]
+        # Not by the event loop: whoever cancels that while it starts a process has none to end.
+        with subprocess.Popen(words, env=_environment(server), stdout=PIPE, stderr=STDOUT) as process:  # noqa: ASYNC220
+            try:
+                output, _ = await asyncio.to_thread(process.communicate)
+            finally:  # Ctrl-C, too: it would go on and load the engine
                 process.kill()
-            await process.wait()
         if process.returncode:
             last = output.decode(errors="replace").strip().splitlines()[-3:]
             raise BenchError(
