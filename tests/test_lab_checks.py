@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -16,6 +19,7 @@ import pytest
 import requests
 from openai import AsyncOpenAI
 
+from servebook import lab
 from servebook.lab.checks import c01_openai_rest, c06_kserve, c10_scale_out
 from servebook.lab.manifest import find_exercise
 from servebook.lab.submission import Submission
@@ -200,3 +204,15 @@ def test_lab_10_is_passed_whatever_the_context_length(context: int) -> None:
     with router(context) as at:
         c10_scale_out.check_10_2(submission("10.2", whole_text=whole_text, router=at))
         c10_scale_out.check_10_3(submission("10.3", drain=drain, router=at))
+
+
+def test_a_learners_server_loads_no_check(tmp_path: Path) -> None:
+    """What checks need would be imported before each learner's server, and take half a second of every check."""
+    (tmp_path / "answer.py").write_text("import sys\nsys.exit(str('servebook.lab.checking' in sys.modules))\n")
+    command = [sys.executable, "-P", "-m", "servebook.lab.learner_server", str(tmp_path / "answer.py"), "0"]
+    assert subprocess.run(command, capture_output=True, text=True).stderr.strip() == "False"
+
+
+def test_the_labs_package_gives_what_notebooks_import_from_it() -> None:
+    assert [getattr(lab, name).__name__ for name in lab.__all__] == lab.__all__
+    assert not hasattr(lab, "chek")

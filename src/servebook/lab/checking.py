@@ -14,7 +14,6 @@ import requests
 from servebook.bearer import bearer
 from servebook.environment import JUDGE_APART
 from servebook.lab.capstone.contract import ID as CAPSTONE
-from servebook.lab.capstone.judge import judge_service
 from servebook.lab.feedback import NotPassed, NotYet, Result, StillOpen
 from servebook.lab.judge import process
 from servebook.lab.manifest import Exercise, find_exercise
@@ -38,6 +37,8 @@ def check(exercise_id: str) -> None:
     """
     namespace = sys._getframe(1).f_globals
     if exercise_id == CAPSTONE:
+        from servebook.lab.capstone.judge import judge_service  # a seventh of all that would be imported
+
         found = namespace.get("vllm")
         print(judge_service(vllm=found if isinstance(found, Server) else None).render())
         return

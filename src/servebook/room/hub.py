@@ -124,7 +124,8 @@ def why_not_apart(settings: Settings) -> str:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     open_cache(settings)
     where = limits(settings) | view(settings) | {"home": str(ROOT / "labs"), "uid": NOBODY, "gid": NOBODY}
-    command = [sys.executable, "-I", str(ENTER), json.dumps(where), sys.executable, "-P", "-c", "import servebook.lab"]
+    python = [sys.executable, "-P", "-c", "import servebook.lab.checking"]
+    command = [sys.executable, "-I", str(ENTER), json.dumps(where), *python]
     tried = subprocess.run(command, capture_output=True, text=True, check=False)
     return tried.stderr.strip().rpartition("\n")[2] if tried.returncode else ""
 
