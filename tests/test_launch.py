@@ -783,6 +783,7 @@ def test_what_a_log_sends_to_a_terminal_is_shown_and_not_obeyed(desk: Desk) -> N
     log.write_bytes("caf\u00e9\x1b]0;owned\x07 \x9b2J \u202egnp\n\ttab\r50 %\n".encode() + b"\xff")
     text = desk.run("logs", "vllm")
     assert text == "caf\u00e9\\x1b]0;owned\\x07 \\x9b2J \\u202egnp\n\ttab\n50 %\n\ufffd\n"
+    assert desk.run("logs", "vllm", "-n", "2") == "50 %\n\ufffd\n"
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", ".hidden", "a/b", "a\nb", "x" * 65, "", "é"])
