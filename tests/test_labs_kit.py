@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ from servebook.lab.feedback import Result
 from servebook.lab.handout import autograde, confine, landlock, provided
 from servebook.lab.handout.blanks import student_notebook
 from servebook.lab.handout.bundle import write_bundle
-from servebook.lab.handout.remarks import remarks
+from servebook.lab.handout.remarks import not_graded, remarks
 from servebook.lab.manifest import Lab, find_exercise, load_labs
 from servebook.lab.record import Store
 from servebook.lab.shell import LabShell, exercise_of, read_notebook
@@ -1047,6 +1048,52 @@ def test_no_link_in_what_was_handed_in_leads_to_a_solution(tmp_path: Path, monke
     with pytest.raises(ServebookError, match="may lead to a solution"):
         autograde.MendStructure().preprocess(notebook, resources)
     assert remarks()[STEM]["ada"] == [f"not graded: {STEM}.ipynb is a link"]
+
+
+def test_a_cell_that_was_pasted_split_or_made_text_in_jupyterlab_is_graded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JupyterLab gives each part the metadata of the whole; nbgrader would give up, and on all who follow."""
+    monkeypatch.chdir(tmp_path)
+    options = [f"--CourseDirectory.source_directory={ROOT / 'solutions'}", "--CourseDirectory.release_directory=out"]
+    (tmp_path / "nbgrader_config.py").write_bytes((ROOT / "nbgrader_config.py").read_bytes())
+    nbgrader(tmp_path, "generate_assignment", STEM, *options)
+    submit(tmp_path / "ada", {"01-1-answer": "mine = 1\nmine = 2", "01-3-answer": "mine = 3"})
+    notebook = nbformat.read(tmp_path / "ada" / f"{STEM}.ipynb", as_version=4)
+    cells = {cell.id: cell for cell in notebook.cells}
+
+    def paste(cell_id: str, **changes: Any) -> None:
+        new = nbformat.from_dict(deepcopy(cells[cell_id]) | {"id": f"new-{cell_id}", **changes})
+        notebook.cells.insert(notebook.cells.index(cells[cell_id]), new)
+
+    paste("01-1-answer", source="mine = 1")
+    cells["01-1-answer"].source = "mine = 2"
+    paste("01-2-check")
+    cells["01-4-answer"].metadata.nbgrader.schema_version = 2
+    cells["01-4-check"].metadata.nbgrader.schema_version = 9
+    notebook.cells.append(new_code_cell('check("01.5")', metadata={"nbgrader": {}}))
+    for cell_id in ("01-3-answer", "01-3-check"):
+        cells[cell_id].cell_type = "markdown"
+        del cells[cell_id]["outputs"], cells[cell_id]["execution_count"]
+    place = {"student": "ada", "assignment": STEM, "notebook": STEM, "db_url": f"sqlite:///{tmp_path}/gradebook.db"}
+    resources: Any = {"nbgrader": place, "metadata": {"path": str(tmp_path / "ada")}}
+    count = len(notebook.cells)
+    for step in autograde.SANITIZE_STEPS:
+        notebook, resources = step().preprocess(notebook, resources)
+    assert not remarks().get(STEM, {}).get("ada")
+    assert len(notebook.cells) == count
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.source for cell in code if cell.source.startswith("mine")] == ["mine = 1", "mine = 2", "mine = 3"]
+    marks = [cell.metadata.nbgrader.grade_id for cell in code if "nbgrader" in cell.metadata]
+    assert sorted(marks) == sorted(f"01-{k}-{what}" for k in range(1, 6) for what in ("answer", "check"))
+
+
+@pytest.mark.parametrize("text", ["", '{"cells": [', "[]", "{}"])
+def test_a_file_that_is_no_notebook_is_named_in_the_table_of_grades(tmp_path: Path, text: str) -> None:
+    (tmp_path / f"{STEM}.ipynb").write_text(text)
+    assert not_graded(tmp_path, STEM) == f"not graded: {STEM}.ipynb is no notebook, or a damaged one"
+    submit(tmp_path / "whole", {})
+    assert not_graded(tmp_path / "whole", STEM) == ""
 
 
 def nbgrader(course: Path, *words: str, code: int = 0) -> str:

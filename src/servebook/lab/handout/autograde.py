@@ -58,6 +58,8 @@ CHECK = re.compile(r'check\("(\d\d\.\d)"\)')
 class MendStructure(NbGraderPreprocessor):  # type: ignore[misc]
     """Puts back what a notebook has lost: cells that its exercises build on, and the marks of answers and checks.
 
+    nbgrader's marks are those that were handed out, one of each. JupyterLab copies them where a cell is pasted or
+    split; of copies nbgrader empties the marks, takes an empty one for an old version's, and then grades nobody more.
     What a link in the hand-in leads to is left out before.
     """
 
@@ -68,19 +70,26 @@ class MendStructure(NbGraderPreprocessor):  # type: ignore[misc]
         # Made anew: in labs/ the instructor may have tried it.
         source = ROOT / "solutions" / stem / f"{stem}.ipynb"
         if source.is_file():
-            place = 0
+            place, marks = 0, {}
             for cell in nbformat.reads(student_notebook(source), as_version=4).cells:
-                found = next((number for number, each in enumerate(nb.cells) if same_cell(each, cell)), None)
+                found = place_of(cell, nb.cells)
                 if found is not None:
                     place = found + 1
-                    if "nbgrader" in cell.metadata and "nbgrader" not in nb.cells[found].metadata:
-                        nb.cells[found].metadata["nbgrader"] = cell.metadata["nbgrader"]
-                        nb.cells[found]["id"] = cell.id
-                        remark(resources, f"the cell {cell.id} had lost its metadata, and was given them back")
+                    if "nbgrader" in cell.metadata:
+                        if "nbgrader" not in nb.cells[found].metadata:
+                            nb.cells[found]["id"] = cell.id
+                            remark(resources, f"the cell {cell.id} had lost its metadata, and was given them back")
+                        marks[id(nb.cells[found])] = cell.metadata["nbgrader"]
                 elif cell.cell_type == "code":
                     nb.cells.insert(place, cell)
                     place += 1
                     remark(resources, f"the cell {cell.id} was missing, and was put back as it was handed out")
+                    if "nbgrader" in cell.metadata:
+                        marks[id(cell)] = cell.metadata["nbgrader"]
+            for cell in nb.cells:
+                cell.metadata.pop("nbgrader", None)
+                if id(cell) in marks:
+                    cell.metadata["nbgrader"] = marks[id(cell)]
         return nb, resources
 
 
@@ -101,15 +110,26 @@ def leave_out_links(resources: Any) -> None:
         remark(resources, f"{link.relative_to(handed_in)} is a link, and was left out")
 
 
-def same_cell(submitted: Any, released: Any) -> bool:
-    """Whether that is the cell, by its id, by nbgrader's mark, or by the check in it; some programs lose ids."""
-    if submitted.cell_type != released.cell_type:
-        return False
+def place_of(released: Any, cells: list[Any]) -> int | None:
+    """Where that cell is, by nbgrader's mark, by its id, or by the check in it; some programs lose ids.
+
+    Of several the last: all that the student has defined is there by then.
+    """
     mark = released.metadata.get("nbgrader", {}).get("grade_id")
-    if submitted.get("id") == released.id or (mark and submitted.metadata.get("nbgrader", {}).get("grade_id") == mark):
-        return True
     kept = released.id in ("parameters", "setup") or CHECK.fullmatch(released.source)
-    return bool(kept and submitted.source.strip() == released.source.strip())
+
+    def marked(cell: Any) -> bool:  # one that has become text, too: nbgrader makes it code again
+        return bool(mark) and cell.metadata.get("nbgrader", {}).get("grade_id") == mark
+
+    def named(cell: Any) -> bool:
+        return bool(cell.cell_type == released.cell_type and cell.get("id") == released.id)
+
+    def alike(cell: Any) -> bool:
+        same = cell.cell_type == released.cell_type and cell.source.strip() == released.source.strip()
+        return bool(kept and same)
+
+    places = range(len(cells) - 1, -1, -1)
+    return next((place for how in (marked, named, alike) for place in places if how(cells[place])), None)
 
 
 class ExecuteAndEnd(Execute):  # type: ignore[misc]

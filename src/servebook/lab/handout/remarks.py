@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nbformat
 from nbgrader.api import Gradebook
 from nbgrader.plugins import ExportPlugin
 
@@ -100,4 +101,8 @@ def not_graded(folder: Path, assignment: str) -> str:
     if not (folder / f"{assignment}.ipynb").is_file():
         others = ", ".join(sorted(path.name for path in folder.glob("*.ipynb"))) or "no notebook"
         return f"not graded: there is no {assignment}.ipynb, but {others}"
+    try:
+        nbformat.read(folder / f"{assignment}.ipynb", as_version=4)
+    except Exception:  # whatever nbformat meets in a file that a student has written
+        return f"not graded: {assignment}.ipynb is no notebook, or a damaged one"
     return ""
