@@ -14,7 +14,7 @@ here = Path(__file__).parent
 sys.path.insert(0, str(here))
 
 from desks import DeskSpawner  # noqa: E402
-from door import Door  # noqa: E402
+from door import Door, log_request  # noqa: E402
 
 c = get_config()  # noqa: F821
 room = json.loads(os.environ.pop("SERVEBOOK_HUB_CONFIG"))
@@ -36,8 +36,9 @@ c.Door.folder = str(folder)
 c.Door.open_sign_up = room["open_sign_up"]
 c.Door.secure = room["secure"]
 c.Door.proxys_sign = os.environ.pop("SERVEBOOK_PROXY_SECRET")
+c.JupyterHub.tornado_settings = {"log_function": log_request}
 if room["secure"]:
-    c.JupyterHub.tornado_settings = {"cookie_options": {"secure": True}}
+    c.JupyterHub.tornado_settings["cookie_options"] = {"secure": True}
 c.Authenticator.allow_all = True
 c.JupyterHub.template_paths = [str(here / "templates")]
 # The proxy stands in between: whom it names as the caller is believed (proxy.py, Handler). Tornado believes anybody on

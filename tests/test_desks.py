@@ -99,6 +99,26 @@ def test_a_desk_whose_jupyterlab_ended_by_itself_is_cleared_too() -> None:
     assert at_a_desk(ENDING, "http://127.0.0.1:1") == "ended 64999"
 
 
+FAILED = """
+import logging, sys
+from types import SimpleNamespace
+from door import SIGN, log_request
+from tornado.httputil import HTTPHeaders
+logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(message)s")
+headers = HTTPHeaders({"User-Agent": "a browser", SIGN: "the sign"})
+request = SimpleNamespace(method="POST", uri="/hub/login", headers=headers, remote_ip="::1", request_time=lambda: 1)
+log_request(SimpleNamespace(request=request, current_user=None, get_status=lambda: 500, get=None, post=None))
+"""
+
+
+def test_after_an_error_of_its_own_the_hub_logs_headers_without_the_proxys_sign() -> None:
+    told = at_a_desk(FAILED)
+    assert "a browser" in told
+    assert "the sign" not in told
+    config = (ROOT / "jupyterhub" / "jupyterhub_config.py").read_text()
+    assert 'c.JupyterHub.tornado_settings = {"log_function": log_request}' in config
+
+
 @pytest.mark.parametrize("host", [LOOPBACK, "0.0.0.0", "::", "localhost"])
 def test_a_front_that_ends_is_brought_back_where_it_was(
     host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
