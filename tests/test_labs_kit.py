@@ -198,6 +198,24 @@ def test_init_check_and_reset(learner: Run, vllm: launch.Server, tmp_path: Path)
     assert "0 of " in learner("labs", "list").stdout
 
 
+def test_a_reset_takes_both_parts_of_an_answer_that_was_split_and_no_copy(learner: Run, tmp_path: Path) -> None:
+    learner("labs", "init", tmp_path)
+    path = tmp_path / STEM / f"{STEM}.ipynb"
+    blank = nbformat.read(path, as_version=4)
+    notebook = deepcopy(blank)
+    place = next(number for number, cell in enumerate(blank.cells) if cell.id == "01-2-answer")
+    part, copy = deepcopy(notebook.cells[place]), deepcopy(notebook.cells[place])
+    part.update(id="split", source="def account(answer):")  # as JupyterLab does both
+    copy.update(id="pasted", source="my first try")
+    del copy.metadata["deletable"]
+    notebook.cells[place].source = "    return 1"
+    notebook.cells[place:place] = [copy, part]
+    nbformat.write(notebook, path)
+    learner("labs", "reset", "01.2")
+    blank.cells.insert(place, copy)
+    assert nbformat.read(path, as_version=4).cells == blank.cells
+
+
 @pytest.mark.lifetime
 def test_a_check_that_cannot_run_says_what_to_do(learner: Run, tmp_path: Path) -> None:
     """The engine is out of reach, the set-up spoilt, the answer cell gone, the file torn: never a traceback."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nbformat
 
@@ -57,6 +58,15 @@ def reset(exercise_id: str) -> Path:
     if answer is None or "servebook" not in answer.metadata:
         raise ServebookError(f"{path} has no answer cell for {exercise_id}.", again(path))
     answer.source, answer.outputs, answer.execution_count = answer.metadata["servebook"]["stub"], [], None
+    mark = answer.metadata.get("nbgrader")
+
+    def other_part(
+        cell: Any,
+    ) -> bool:  # of an answer that was split; JupyterLab deletes none, as it does what is pasted
+        same = cell is not answer and mark and cell.metadata.get("nbgrader") == mark
+        return bool(same and not cell.metadata.get("deletable", True))
+
+    notebook.cells = [cell for cell in notebook.cells if not other_part(cell)]
     # There is no other copy of the learner's answers.
     write_whole(path, nbformat.writes(notebook) + "\n", path.stat().st_mode & 0o777)
     with Store() as progress:
