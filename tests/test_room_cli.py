@@ -328,13 +328,27 @@ def test_a_loads_waits_are_told_by_nearest_rank(room: dict[str, Any], monkeypatc
     assert "≤" not in run("load", "--learners", "2").output, "not a request was served"
 
 
-@pytest.mark.parametrize(("desk", "advice"), [("1", "File → Hub Control Panel"), ("", "Set SERVEBOOK_API_KEY")])
-def test_a_learner_whose_key_does_not_count_reads_what_a_learner_can_do(
-    monkeypatch: pytest.MonkeyPatch, desk: str, advice: str
+@pytest.mark.parametrize(
+    ("status", "desk", "advice"),
+    [
+        (401, "1", "File → Hub Control Panel"),
+        (401, "", "Set SERVEBOOK_API_KEY"),
+        (503, "1", "Wait a minute, then try again"),
+        (503, "", "Wait a minute, then try again"),
+        (429, "1", "Wait a minute, then try again"),
+        (404, "", "Correct SERVEBOOK_ENGINE_URL"),
+        (0, "1", "Wait a minute, then try again"),
+        (0, "", "Start it there"),
+    ],
+)
+def test_a_learner_whose_engine_does_not_serve_reads_what_a_learner_can_do(
+    monkeypatch: pytest.MonkeyPatch, status: int, desk: str, advice: str
 ) -> None:
     answer = requests.Response()
-    answer.status_code, answer.reason = 401, "Unauthorized"
-    monkeypatch.setattr(requests, "get", lambda *_, **__: answer)
+    answer.status_code, answer.reason = status, "No"
+    monkeypatch.setattr(
+        requests, "get", Mock(side_effect=None if status else requests.ConnectionError, return_value=answer)
+    )
     monkeypatch.delenv("SERVEBOOK_JUDGE_APART", raising=False)
     if desk:
         monkeypatch.setenv("SERVEBOOK_JUDGE_APART", desk)

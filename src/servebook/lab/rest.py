@@ -109,9 +109,10 @@ def had_room(exchange: Exchange) -> None:
 
 
 def not_full(status: int) -> None:
-    """Raise ServebookError if a server that answers with this status is full."""
+    """Raise ServebookError if a server that answers with this status is full, or has lost its engine."""
     if status in (429, 503):
-        raise ServebookError(f"The engine is full ({status}).", "Wait a moment, then check again.")
+        what = "full" if status == 429 else "full, or is being started again"
+        raise ServebookError(f"The engine is {what} ({status}).", "Wait a moment, then check again.")
 
 
 def context_length(server: Server, replica: str = "") -> int:

@@ -10,6 +10,8 @@ from servebook.environment import JUDGE_APART
 from servebook.errors import LaunchError
 from servebook.settings import Settings
 
+AWAY = "Wait a minute, then try again: it is busy, or is being started again."
+
 
 def ask_elsewhere(settings: Settings) -> tuple[str, dict[str, str]]:
     """The name of its model, and its endpoints.
@@ -25,23 +27,32 @@ def ask_elsewhere(settings: Settings) -> tuple[str, dict[str, str]]:
         answer.raise_for_status()
         model = answer.json()["data"][0]["id"]
     except requests.HTTPError as error:
-        refused = error.response.status_code in (401, 403)
+        status = error.response.status_code
+        advice = "Correct SERVEBOOK_ENGINE_URL: it must be a vLLM."
+        if status in (401, 403):
+            advice = for_refused()
+        elif status in (429, 502, 503, 504):
+            advice = AWAY
         raise LaunchError(
-            f"The engine at {url} answers {error.response.status_code} {error.response.reason} to GET /v1/models.",
-            for_refused() if refused else "Correct SERVEBOOK_ENGINE_URL: it must be a vLLM.",
+            f"The engine at {url} answers {status} {error.response.reason} to GET /v1/models.", advice
         ) from None
     except (requests.RequestException, LookupError, TypeError, ValueError):
         raise LaunchError(
             f"No vLLM answers at SERVEBOOK_ENGINE_URL={url}.",
-            "Start it there, correct the URL, or unset it to run an engine here.",
+            AWAY if at_a_desk() else "Start it there, correct the URL, or unset it to run an engine here.",
         ) from None
     http = urlsplit(url).netloc if url.startswith("http://") and not urlsplit(url).path else url
     return model, {"http": http}
 
 
+def at_a_desk() -> bool:
+    """Whether this is a learner's desk in a room, which has its engine and its key from there."""
+    return JUDGE_APART in os.environ
+
+
 def for_refused() -> str:
     """What to do about a key that does not count: a learner in a room was given it, others have set it."""
-    if JUDGE_APART not in os.environ:
+    if not at_a_desk():
         return "Set SERVEBOOK_API_KEY to a key of that engine."
     return (
         "Your key was replaced or taken away: File → Hub Control Panel → Stop My Server, then Start My Server; "
