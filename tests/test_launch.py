@@ -1146,6 +1146,8 @@ def test_the_end_of_a_log_is_its_last_lines(lines: int, tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     log.write_text("".join(f"{number} ü가\x1b\n" for number in range(20_000)) + "half a line")
     assert tail(log, lines) == visible("\n".join(read_log(log).splitlines()[-lines:]))
+    log.write_text("first\nasked\v\f\x1c\x85\u2028for\n")  # by a caller, whose words are no line
+    assert tail(log, 1) == r"asked\x0b\x0c\x1c\x85\u2028for"
     log.write_text("short\r\nlog\n")
     assert tail(log, lines) == ("log" if lines == 1 else "short\nlog")
     assert tail(tmp_path / "none.log", lines) == ""

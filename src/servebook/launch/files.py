@@ -16,6 +16,7 @@ from servebook.trust import not_only_mine
 TAIL_LINES = 15
 TAIL_BYTES = 64 * 1024
 """What is read first of a log's end: a server's grows for as long as it runs, to some 100 MB."""
+LINE_END = re.compile(r"\r\n?|\n")
 NAME = re.compile(r"\w[\w.-]{,63}", re.ASCII)
 
 
@@ -86,7 +87,9 @@ def tail(log: Path, lines: int = TAIL_LINES) -> str:
             if size >= length or end.count(b"\n") > lines:  # more, as the first may be cut off
                 break
             size *= 4
-    return visible("\n".join(end.decode(errors="replace").splitlines()[-lines:]))
+    # Not `splitlines`: it takes more for a line's end than a log's writers do, and what callers sent may hold that.
+    *whole, rest = LINE_END.split(end.decode(errors="replace"))
+    return visible("\n".join([*whole, *([rest] if rest else [])][-lines:]))
 
 
 def read_log(log: Path) -> str:
