@@ -465,6 +465,22 @@ async def test_an_error_of_ours_is_a_500_without_details() -> None:
     assert "engine" not in answer.json()["error"]["message"].removeprefix("The gateway")
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", ""])
+async def test_a_body_that_is_not_said_to_be_json(kind: str) -> None:
+    """As `curl -d` sends it."""
+    app = create_app(Config("http://127.0.0.1:9"))
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://gateway") as client,
+    ):
+        for body in (json.dumps(JAPAN), "", "null"):
+            answer = await client.post("/chat", content=body, headers={"Content-Type": kind})
+            assert answer.status_code == 422
+            said = "The body must be a JSON object, sent with `Content-Type: application/json`."
+            assert answer.json()["error"]["message"] == said
+
+
 async def test_metrics_count_by_route_and_status(app: FastAPI) -> None:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway", timeout=60) as client:
         usage = (await client.post("/chat", json=JAPAN)).json()["usage"]

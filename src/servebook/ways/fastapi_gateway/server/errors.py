@@ -58,8 +58,11 @@ def body_refused(scope: Scope, status: int, reason: str) -> ASGIApp:
 
 def describe(error: RequestValidationError) -> str:
     """Say which fields are wrong and why, without repeating what was sent: it is private, and may not be UTF-8."""
-    if error.errors()[0]["type"] == "json_invalid":
-        return f"The body is not JSON: {error.errors()[0]['ctx']['error']}."
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return f"The body is not JSON: {first['ctx']['error']}."
+    if first["loc"] == ("body",):  # FastAPI reads no JSON where another type is said, as by curl -d
+        return "The body must be a JSON object, sent with `Content-Type: application/json`."
     return cut(
         "; ".join(
             ": ".join(filter(None, [".".join(cut(str(part), 40) for part in each["loc"][1:]), each["msg"]]))
