@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from servebook.launch import Server
-from servebook.ways.limits import GIVEN_UP
+from servebook.ways.limits import GIVEN_UP, LimitExceeded
 from servebook.ways.refusals import MOST_CHARS
 from servebook.ways.v2.contract import INPUTS, OPTIONAL_OUTPUTS, OUTPUTS, BadRequest, GaveUp, UnsupportedRequest
-from servebook.ways.v2.request import GenerateRequest, read_request
+from servebook.ways.v2.request import GenerateRequest, check_limits, read_request
 from servebook.ways.v2.response import Responses
 
 # As plain values
@@ -206,6 +206,20 @@ def test_a_refusal_does_not_repeat_a_long_input() -> None:
     with pytest.raises(BadRequest) as refusal:
         parse(parameters=json.dumps({"x" * 5000: 1}))
     assert len(str(refusal.value)) < MOST_CHARS
+
+
+@pytest.mark.parametrize(
+    "values", [{"top_k": str(10**20)}, {"seed": str(2**64)}, {"logit_bias": {str(10**20): 1}}], ids=str
+)
+def test_a_number_within_a_string_has_64_bits_too(values: dict[str, Any]) -> None:
+    """pydantic makes numbers of them, and the engine's messages could not carry them."""
+    with pytest.raises(BadRequest, match=f"sampling_parameters.{min(values)}: may have integers of 64 bits at most"):
+        parse(parameters=json.dumps(values))
+
+
+def test_half_a_character_is_refused_by_field() -> None:
+    with pytest.raises(LimitExceeded, match="bad_words may not have half of a surrogate pair"):
+        check_limits(SamplingParams(bad_words=["\ud800"]))
 
 
 @pytest.mark.parametrize("name", ["priority", "timeout", "request_id", "sequence_id", "triton_something"])

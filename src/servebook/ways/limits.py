@@ -83,6 +83,8 @@ class Limits:
     repeats: int = 256
 
 
+HALF = "may not have half of a surrogate pair"
+"""Of text: JSON can say it, and neither the engine's messages nor an answer can repeat it."""
 GIVEN_UP = f"takes more than {COMPILE_SECONDS} s of a core to compile, or too long a token, or no token fits it"
 """Of a constraint that the engine has given up, which does not say why."""
 
@@ -135,6 +137,8 @@ def check(
             raise LimitExceeded(called[field], f"may be {most} at most, got {min(value, FAR_BEYOND)}", most)
     if isinstance(request_id, str):
         _count(called["request_id"], len(request_id), limits.request_id, "characters")
+        if any("\ud800" <= letter <= "\udfff" for letter in request_id):
+            raise LimitExceeded(called["request_id"], HALF, 0)
     if isinstance(messages, list):
         for what, count in (("messages", len(messages)), ("parts of messages", _parts(messages))):
             _count(called["messages"], count, limits.messages, what)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-from servebook.ways.limits import LimitExceeded, Limits, check
+from servebook.ways.limits import HALF, LimitExceeded, Limits, check
 from servebook.ways.refusals import reason
 from servebook.ways.v2.contract import INPUTS, OPTIONAL_OUTPUTS, PROTOCOLS_OWN, BadRequest, UnsupportedRequest
 
@@ -116,7 +116,7 @@ def constraint_of(sampling: SamplingParams) -> str | None:
 
 
 def check_limits(sampling: SamplingParams, prefix: str = "") -> None:
-    """Refuse what would keep the engine from everybody else; `prefix` stands before the fields' names.
+    """Refuse what would keep the engine from everybody else, or cannot reach it; `prefix` stands before the names.
 
     Raises:
         LimitExceeded: with the field and the limit.
@@ -139,6 +139,13 @@ def check_limits(sampling: SamplingParams, prefix: str = "") -> None:
         limit = CONSTRAINTS[kind]
         value = getattr(sampling.structured_outputs, kind)
         check(LIMITS, **{limit: value}, names={limit: f"{prefix}structured_outputs.{kind}"})
+    for name in sampling.__struct_fields__:
+        try:
+            msgspec.msgpack.encode(getattr(sampling, name), enc_hook=repr)  # as it goes to the engine
+        except OverflowError:
+            raise LimitExceeded(prefix + name, "may have integers of 64 bits at most", 64) from None
+        except UnicodeEncodeError:
+            raise LimitExceeded(prefix + name, HALF, 0) from None
 
 
 def _text(name: str, value: str | bytes) -> str:
