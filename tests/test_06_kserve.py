@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -272,6 +273,9 @@ HALF = "\ud800"
         (f"/v2/models/{MODEL}/infer", {"inputs": [given("text_input", "x")], "outputs": [{"name": HALF}]}),
         ("/openai/v1/completions", {"model": HALF, "prompt": "x"}),
         ("/openai/v1/completions", {"model": MODEL, "prompt": HALF}),
+        ("/openai/v1/completions", {"model": MODEL, "prompt": "x", "stop": HALF}),
+        ("/openai/v1/completions", {"model": MODEL, "prompt": "x", "bad_words": [HALF], "stream": True}),
+        ("/openai/v1/completions", {"model": MODEL, "prompt": "x", "request_id": HALF}),
         ("/openai/v1/chat/completions", {"model": MODEL, "messages": [{"role": HALF, "content": "x"}]}),
     ],
 )
@@ -355,6 +359,80 @@ def test_what_breaks_a_validator_is_the_callers_error(kserve: launch.Server) -> 
     assert (answer.status_code, answer.json()["error"].partition(":")[0]) == (400, "the body is malformed")
     answer = requests.get(f"{url}/models/nope", timeout=30)
     assert (answer.status_code, answer.json()) == (404, {"error": "Model with name nope does not exist."})
+
+
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize("path", [f"/v2/models/{MODEL}/infer", "/openai/v1/completions"])
+def test_a_body_that_is_not_said_to_be_json(kserve: launch.Server, path: str, kind: str | None) -> None:
+    """As `curl -d` sends it."""
+    for body in (b'{"inputs": []}', b""):
+        answer = requests.post(f"{kserve.url}{path}", data=body, headers={"Content-Type": kind}, timeout=30)
+        assert answer.status_code == 400
+        assert "a JSON object, sent with `Content-Type: application/json`" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "error"),
+    [
+        ("GET", "/v2/nowhere", b"", 404, "Not Found"),
+        ("GET", f"/v2/models/{MODEL}/config", b"", 404, "Not Found"),
+        ("PUT", f"/v2/models/{MODEL}/infer", b"", 405, "Method Not Allowed"),
+        ("POST", f"/v2/models/{MODEL}/infer", b'{"id": "\xff"}', 400, "There was an error parsing the body"),
+        ("POST", f"/v2/models/{MODEL}/infer", b'{"id": 1', 400, "the body is not JSON: Expecting ',' delimiter at 8"),
+    ],
+)
+def test_every_error_is_where_the_protocol_has_it(
+    kserve: launch.Server, method: str, path: str, body: bytes, status: int, error: str
+) -> None:
+    kind = {"Content-Type": "application/json"}
+    answer = requests.request(method, f"{kserve.url}{path}", data=body, headers=kind, timeout=30)
+    assert (answer.status_code, answer.json()) == (status, {"error": error})
+
+
+def test_tritonclient_reads_what_this_server_does_not_have(kserve: launch.Server) -> None:
+    with pytest.raises(InferenceServerException) as caught:
+        v2_http.InferenceServerClient(kserve.http).get_model_config(MODEL)
+    assert (caught.value.status(), caught.value.message()) == ("404", "Not Found")
+
+
+def test_a_number_that_the_engines_messages_cannot_carry(kserve: launch.Server) -> None:
+    body = {"model": MODEL, "prompt": "x", "top_k": 10**20}
+    answer = requests.post(f"{kserve.url}/openai/v1/completions", json=body, timeout=30)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("top_k may have integers of 64 bits at most")
+
+
+def test_openais_client_finds_the_model(kserve: launch.Server) -> None:
+    with openai.OpenAI(base_url=f"{kserve.url}/openai/v1", api_key="none") as asked:
+        found = asked.models.retrieve(MODEL)
+    assert (found.id, found.object) == (MODEL, "model")
+
+
+@pytest.mark.parametrize("ask", ["infer", "is_model_ready", "get_model_metadata"])
+def test_a_name_of_any_length_is_not_found(client: V2Client, ask: str) -> None:
+    """gRPC carries the reason as metadata: of a long one the client would hear of its size only."""
+    inputs = [[tensor("text_input", PROMPT)]] if ask == "infer" else []
+    with pytest.raises(InferenceServerException, match="Model with name mmm") as caught:
+        getattr(client.stub, ask)("m" * 20_000, *inputs)
+    assert caught.value.status() == "StatusCode.NOT_FOUND"
+
+
+def test_a_refusal_is_short_and_writes_no_line_of_its_own_into_the_log(kserve: launch.Server, client: V2Client) -> None:
+    assert kserve.log
+    before = kserve.log.stat().st_size
+    not_text = v2_http.InferInput("text_input", [1], "BYTES")
+    not_text.set_data_from_numpy(np.array([b"\xff" * 900_000], dtype=np.object_))
+    with pytest.raises(InferenceServerException) as caught:
+        v2_http.InferenceServerClient(kserve.http).infer(MODEL, [not_text])
+    assert len(caught.value.message()) < 1000
+    forged = f"forged-{time.time_ns()}"
+    assert requests.get(f"{kserve.url}/v2/models/x%0A{forged}/ready", timeout=30).status_code == 404
+    with pytest.raises(InferenceServerException):
+        client.stub.infer(f"x\n{forged}", [tensor("text_input", PROMPT)])
+    written = kserve.log.read_bytes()[before:].decode()
+    assert len(written) < 50_000
+    assert forged in written
+    assert f"\n{forged}" not in written
 
 
 def test_truncated_raw_bytes_name_the_tensor(kserve: launch.Server, client: V2Client) -> None:

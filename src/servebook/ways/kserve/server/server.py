@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from traceback import extract_tb
@@ -17,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from kserve import InferRequest, ModelRepository, ModelServer
 from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER
-from kserve.errors import InvalidInput, ModelNotFound
+from kserve.errors import InferenceError, InvalidInput, ModelNotFound
 from kserve.model_server import app
 from kserve.protocol.dataplane import DataPlane
 from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc
@@ -25,6 +26,7 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest
 from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor
 from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.grpc.servicer import InferenceServicer
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.exceptions import VLLMError
 
@@ -49,6 +51,8 @@ VERSION = "1"
 
 HALF = "has half of a surrogate pair"
 
+NO_JSON = "the body: expected a JSON object, sent with `Content-Type: application/json`"
+
 NO_LOADING = "this server loads its one model at its start, and keeps it"
 
 
@@ -60,6 +64,8 @@ class NamedDataPlane(DataPlane):  # type: ignore[misc]
         return bool(models) and all([await model.healthy() for model in models])
 
     def decode_inference_request(self, body: Any, headers: dict[str, str], model_name: str) -> InferRequest:
+        if isinstance(body, bytes) and INFERENCE_CONTENT_LENGTH_HEADER not in headers:
+            raise InvalidInput(f"{NO_JSON}, or binary data with Inference-Header-Content-Length")
         names = "?"
         try:
             if isinstance(body, bytes):
@@ -76,7 +82,8 @@ class NamedDataPlane(DataPlane):  # type: ignore[misc]
         except InvalidInput:
             raise
         except Exception as error:  # whatever reading, slicing, unpacking and reshaping the bytes may raise
-            raise InvalidInput(f"{names}: the binary data does not fit its description ({error!r})") from error
+            # Not its cause: of bytes that are no text, error and log would repeat all, and the log several times.
+            raise InvalidInput(f"{names}: the binary data does not fit its description ({cut(repr(error))})") from None
 
 
 class NamedServicer(InferenceServicer):  # type: ignore[misc]
@@ -108,6 +115,23 @@ class NamedServicer(InferenceServicer):  # type: ignore[misc]
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, NO_LOADING)
 
 
+class ShortReasons(ExceptionToStatusInterceptor):  # type: ignore[misc]
+    """KServe's statuses, with reasons that a client can take: as metadata gRPC cuts the call off at some KiB.
+
+    KServe repeats the name of a model that there is not, and writes it into its log.
+    """
+
+    async def handle_exception(self, ex: Exception, *where: Any) -> None:
+        if isinstance(ex, InferenceError | InvalidInput | ModelNotFound):
+            ex.reason = cut(on_one_line(str(ex.reason)))
+        await super().handle_exception(ex, *where)
+
+
+def on_one_line(text: str) -> str:
+    """`text` with its control characters written out: in a log, a line's end of a caller's would begin a line of it."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def check_version(model: str, version: str) -> None:
     """Refuse a version that is not served.
 
@@ -121,15 +145,20 @@ def check_version(model: str, version: str) -> None:
 class V2Paths:
     """ASGI middleware: a model's one version has the paths of the model; models cannot be unloaded by strangers.
 
-    And a model that is unknown is "not found" in the list of OpenAI's API too, where KServe calls it "not ready".
+    And in OpenAI's API a model that is asked for by its name is described, where KServe says null, and one that is
+    unknown is "not found", where KServe calls it "not ready".
     """
 
     def __init__(self, app: ASGIApp, models: ModelRepository) -> None:
         self.app = app
         self.models = models
+        self.started = int(time.time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
+        if not path.isprintable():  # KServe would write it into its log, where a line's end begins another line
+            await refuse(scope, HTTPStatus.NOT_FOUND, "no path here has control characters")(scope, receive, send)
+            return
         if path.startswith("/v2/repository/"):
             await refuse(scope, HTTPStatus.NOT_FOUND, NO_LOADING)(scope, receive, send)
             return
@@ -137,6 +166,10 @@ class V2Paths:
         if listed and listed[1] not in self.models.get_models():
             reason = ModelNotFound(cut(listed[1], 80)).reason
             await refuse(scope, HTTPStatus.NOT_FOUND, reason)(scope, receive, send)
+            return
+        if listed and scope["method"] == "GET" and await self.models.is_model_ready(listed[1]):
+            model_card = {"id": listed[1], "object": "model", "created": self.started, "owned_by": ""}
+            await JSONResponse(model_card)(scope, receive, send)
             return
         if versioned := re.match(r"(/v2/models/([^/]+))/versions/([^/]+)(/.*)?$", path):
             model, name, version, rest = versioned.groups("")
@@ -202,7 +235,7 @@ class BoundGRPCServer(GRPCServer):  # type: ignore[misc]
     async def start(self, max_workers: int) -> None:
         self._server = grpc.aio.server(
             ThreadPoolExecutor(max_workers),
-            interceptors=[ExceptionToStatusInterceptor()],
+            interceptors=[ShortReasons()],
             options=[
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -235,6 +268,7 @@ class BoundModelServer(ModelServer):  # type: ignore[misc]
         app.add_middleware(BodyLimit, limit=MAX_BODY_BYTES, refuse=refuse)
         app.add_middleware(V2Paths, models=self.registered_models)
         app.add_middleware(HeadAsGet)
+        app.add_exception_handler(HTTPException, in_the_protocols_shape)
         app.add_exception_handler(RequestValidationError, malformed_request)
         app.add_exception_handler(VLLMError, vllm_error)
         for kind in (AttributeError, KeyError, TypeError):
@@ -256,6 +290,12 @@ class BoundModelServer(ModelServer):  # type: ignore[misc]
         await super()._serve()
 
 
+async def in_the_protocols_shape(_: Request, error: Exception) -> JSONResponse:
+    """Put what Starlette and FastAPI refuse, such as a path that there is not, under `error`: clients look there."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
 async def malformed_request(request: Request, error: Exception) -> JSONResponse:
     """Answer 400 and name the tensor, where FastAPI would answer 422 and count the list's elements."""
     assert isinstance(error, RequestValidationError)
@@ -265,6 +305,11 @@ async def malformed_request(request: Request, error: Exception) -> JSONResponse:
     match where:
         case ["inputs", int(index), *inside] if name := _name(error.body, index):
             place = ".".join([name, *map(str, inside)])
+        case []:
+            return JSONResponse({"error": NO_JSON}, HTTPStatus.BAD_REQUEST)
+        case [int(character)]:
+            reason = f"the body is not JSON: {problem['ctx']['error']} at {character}"
+            return JSONResponse({"error": reason}, HTTPStatus.BAD_REQUEST)
         case _:
             place = ".".join(map(str, where))
     return JSONResponse({"error": f"{place}: {problem['msg']}"}, status_code=HTTPStatus.BAD_REQUEST)
