@@ -149,6 +149,10 @@ def test_what_does_not_fit_is_named(overrides: dict[str, object], says: str) -> 
     [
         (b"model = \n", r"servebook\.toml cannot be read"),
         (b"modle = 'x'\n", "SERVEBOOK_MODLE"),
+        (b"\xef\xbb\xbfmodel = 'x'\n", "begins with a byte order mark"),
+        (b"max_model_len = " + b"9" * 5000, r"servebook\.toml cannot be read: Exceeds the limit"),
+        (b"model = " + b"[" * 3000 + b"]" * 3000, r"servebook\.toml cannot be read: maximum recursion"),
+        (b"[" + b".".join([b"a"] * 3000) + b"]", r"servebook\.toml cannot be read: maximum recursion"),
         ("model = 'é'\n".encode("latin-1"), r"servebook\.toml cannot be read: 'utf-8' codec"),
     ],
 )

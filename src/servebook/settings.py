@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import ipaddress
 import os
@@ -9,7 +10,6 @@ import re
 import shlex
 import shutil
 import sys
-import tomllib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -403,8 +403,6 @@ def load_settings(**overrides: Any) -> Settings:
     """
     try:
         return Settings(**{k: v for k, v in overrides.items() if v not in (None, "")})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ServebookError(f"{settings_file()} cannot be read: {error}.", "Correct it, or remove it.") from None
     except SettingsError:  # of a variable that would have to be JSON, and there is only one
         raise ServebookError(
             "SERVEBOOK_ROOM cannot be read: it stands for a whole table, in JSON.",
@@ -424,6 +422,19 @@ def load_settings(**overrides: Any) -> Settings:
             f"The settings do not fit: {problems}.",
             "Correct the environment variable, servebook.toml or the parameters cell.",
         ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # beside tomllib's own: a number of 5,000 digits, brackets without end
+        raise ServebookError(f"{(file := settings_file())} cannot be read: {error}.", _remedy_for(file)) from None
+
+
+def _remedy_for(file: Path | None) -> str:
+    """What to do about a settings file that cannot be read; nobody sees the mark that some editors on Windows write."""
+    with suppress(OSError):
+        if file and file.read_bytes().startswith(codecs.BOM_UTF8):
+            return "It begins with a byte order mark: save it as UTF-8 without one."
+    return "Correct it, or remove it."
 
 
 def own_settings() -> Settings:
