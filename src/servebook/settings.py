@@ -422,10 +422,7 @@ def load_settings(**overrides: Any) -> Settings:
             f"The settings do not fit: {problems}.",
             "Correct the environment variable, servebook.toml or the parameters cell.",
         ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # beside tomllib's own: a number of 5,000 digits, brackets without end
+    except (ValueError, RecursionError) as error:  # tomllib's own, a number of 5,000 digits, brackets without end
         raise ServebookError(f"{(file := settings_file())} cannot be read: {error}.", _remedy_for(file)) from None
 
 

@@ -60,9 +60,8 @@ def reset(exercise_id: str) -> Path:
     answer.source, answer.outputs, answer.execution_count = answer.metadata["servebook"]["stub"], [], None
     mark = answer.metadata.get("nbgrader")
 
-    def other_part(
-        cell: Any,
-    ) -> bool:  # of an answer that was split; JupyterLab deletes none, as it does what is pasted
+    # The other part of an answer that was split: JupyterLab deletes none, as it does what was pasted.
+    def other_part(cell: Any) -> bool:
         same = cell is not answer and mark and cell.metadata.get("nbgrader") == mark
         return bool(same and not cell.metadata.get("deletable", True))
 
