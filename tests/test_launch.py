@@ -19,6 +19,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from dataclasses import replace
@@ -26,6 +27,7 @@ from pathlib import Path
 from queue import Empty
 from threading import Event, Thread
 from typing import Any
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
@@ -49,6 +51,7 @@ from servebook.launch.keep import Kept, Phase, await_ready
 from servebook.launch.link import died, root_cause
 from servebook.launch.plan import Start
 from servebook.launch.probes import http_ok
+from servebook.launch.supervisor import Order
 from servebook.launch.table import Endpoints
 from servebook.processes import free_port
 from servebook.settings import in_address, load_settings
@@ -1220,6 +1223,32 @@ def test_a_name_in_shared_memory_that_somebody_else_has_taken_keeps_no_server_fr
     finally:
         others.rmdir()
         ours.unlink(missing_ok=True)
+
+
+def test_two_starts_take_turns_from_the_very_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where both ask for the lock in the moment in which it is made."""
+
+    def slowly(files: Files) -> int:
+        time.sleep(0.05)
+        return hash((files.state_dir, files.instance))
+
+    def look(_: Order) -> tuple[link.Link, Any]:
+        looking.append(len(looking) + 1)
+        time.sleep(0.2)
+        most.append(max(looking))
+        looking.pop()
+        return MagicMock(), {}
+
+    looking: list[int] = []
+    most: list[int] = []
+    monkeypatch.setattr(Files, "__hash__", slowly)
+    monkeypatch.setattr(keep, "model_path", lambda _: tmp_path)
+    monkeypatch.setattr(keep, "attach", look)
+    start = Start(find_server("vllm"), load_settings(state_dir=tmp_path, device="cpu"), "vllm", owner="kernel")
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(keep.begin, start, {}, "", MagicMock(), ExitStack()) for _ in range(2)]:
+            each.result()
+    assert most == [1, 1]
 
 
 def test_choose_port_skips_the_taken_the_claimed_and_other_servers_defaults() -> None:

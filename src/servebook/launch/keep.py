@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ ABANDONED: ContextVar[Event | None] = ContextVar("abandoned", default=None)
 """Set where nobody waits any more for what this thread starts."""
 BROKEN_SECONDS = 30.0
 """How long a server that was ready, and is not, may take to come back: longer than a busy one needs to answer."""
-_turns: defaultdict[Files, Lock] = defaultdict(Lock)
+_turns: dict[Files, Lock] = {}
 """Of two threads that want one server the second finds what the first has begun, and claims no memory for another."""
 
 
@@ -101,7 +100,8 @@ def begin(start: Start, needs: dict[str, Endpoints], remote: str, display: Progr
         say("looking for the model")
         model = model_path(start.settings)
     order = start.order(model, needs, ahead)
-    with _turns[start.files]:
+    # Not a defaultdict's, which lets another thread in while it hashes such a key, and gives each a lock of its own.
+    with _turns.setdefault(start.files, Lock()):
         if lease := attach(order):
             return Kept(start, *lease, attached=True, display=display, claim=claim)
         order["env"] |= start.spec.env(start.settings, say)
