@@ -429,6 +429,13 @@ async def test_a_second_run_sends_none_of_the_firsts_prompts(tmp_path: Path, mon
     assert len(set(drawn)) == len(drawn) == 2 * (4 + 6), "no two arms of a run have one, either"
 
 
+@pytest.mark.parametrize("scripted", [False, True])
+def test_what_is_named_twice_is_measured_once(scripted: bool) -> None:
+    """A step is known by its name: a run that is resumed after the first of two would take both for done."""
+    steps = custom(["grpc", "grpc"], [1, 8, 8], Workload(), scripted).steps
+    assert len(steps) == len(set(steps)) == (4 if scripted else 3)
+
+
 async def test_an_undecided_control_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two pairs, however far off; with a second engine it ends the run, too."""
     found = (await a_run(slower=3.0)).control[0]
@@ -985,11 +992,13 @@ async def test_one_table_on_top_has_every_path_on_every_engine() -> None:
         (0.88, 0.92, "missed", "met"),
         (1.01, 1.20, "met", "missed"),
         (0.99, 1.20, "undecided", "undecided"),
+        (0.90, 1.00, "undecided", "met"),
+        (1.00, 1.20, "met", "undecided"),
         (None, None, "undecided", "undecided"),
     ],
 )
 def test_the_whole_interval_decides(low: float | None, high: float | None, at_least: str, at_most: str) -> None:
-    """A value on the right side is not enough: it is 1.1 in each case."""
+    """A value on the right side is not enough: it is 1.1 in each case. The bound itself is still on the right side."""
     found, results = Estimate(value=1.1, low=low, high=high, pairs=6), new_results("full", "m", "cpu")
     answers = [report.Claim("x", lambda _: found, 1.0, side).judge(results).answer for side in (True, False)]
     assert answers == [at_least, at_most]

@@ -234,7 +234,8 @@ def custom(paths: list[str], loads: list[int], wants: Workload, scripted: bool) 
 
     for path in paths:
         require_turns(find_path(path), wants)
-    chosen = tuple(cell for path in paths for cell in cells(find_path(path).name, *loads))
+    # Each once: a step is known by its name.
+    chosen = tuple(dict.fromkeys(cell for path in paths for cell in cells(find_path(path).name, *loads)))
     asked = [f"{name}={value}" for name, value in wants.model_dump(exclude_none=True).items()]
     return Plan(
         name=f"{'scripted' if scripted else 'custom'} {' '.join(paths)} @{','.join(map(str, loads))} {' '.join(asked)}",

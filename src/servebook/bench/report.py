@@ -51,10 +51,11 @@ class Claim:
         if found is None:
             return Judged(wanted, "–", "not measured")
         measured = f"{interval(found, 3)}, {found.pairs} pairs" if found.pairs else f"{found.value:.2f}, counted"
-        if found.low is None or found.high is None or found.low < self.bound < found.high:
+        low, high, bound = found.low, found.high, self.bound
+        if low is None or high is None:
             return Judged(wanted, measured, "undecided")
-        right = found.low >= self.bound if self.at_least else found.high <= self.bound
-        return Judged(wanted, measured, "met" if right else "missed")
+        met, missed = (low >= bound, high < bound) if self.at_least else (high <= bound, low > bound)
+        return Judged(wanted, measured, "met" if met else "missed" if missed else "undecided")
 
 
 def cell(name: str, field: str, part: str = "engine") -> Callable[[Results], Estimate | None]:
