@@ -229,6 +229,12 @@ def test_model_name(model: str, name: str) -> None:
     assert load_settings(model=model, served_name="other").model_name == "other"
 
 
+def test_a_model_in_the_working_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Mine").mkdir()
+    monkeypatch.chdir(tmp_path / "Mine")
+    assert load_settings(model=".").model_name == "mine"
+
+
 @pytest.mark.parametrize(
     ("device", "driver", "vllm", "on_gpu"),
     [

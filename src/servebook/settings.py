@@ -265,7 +265,9 @@ class Settings(BaseSettings):
         """The model's name in requests: `smollm2`, or the last part of its id or path in small letters."""
         if self.served_name:
             return self.served_name
-        return "smollm2" if self.model == BUNDLED_MODEL else Path(self.model).name.lower()
+        if self.model == BUNDLED_MODEL:
+            return "smollm2"
+        return (Path(self.model).name or Path(self.model).resolve().name).lower()  # "." has none of its own
 
     @property
     def on_gpu(self) -> bool:
