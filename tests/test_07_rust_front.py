@@ -28,7 +28,13 @@ from servebook.settings import Settings, load_settings
 from servebook.ways.client import Answer, Piece
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.vllm_native_grpc.hop import router_over_grpc
-from servebook.ways.vllm_native_grpc.inference_client import SERVICE, InferenceClient, request
+from servebook.ways.vllm_native_grpc.inference_client import (
+    SERVICE,
+    InferenceClient,
+    read_answer,
+    read_piece,
+    request,
+)
 from servebook.workbook.notebook import measure_pace
 
 PROMPT = "The capital of France is"
@@ -80,6 +86,13 @@ def refused(ask: Callable[[], object]) -> grpc.RpcError:
 
 
 # One engine, two ports
+
+
+def test_a_reason_that_is_not_told_is_no_error() -> None:
+    """As by the other ways: it is empty."""
+    untold = pb.Generated(text="a", finish_info=pb.FinishInfo())
+    assert read_answer(pb.GenerateResponse(outputs=[untold])).finish_reason == ""
+    assert read_piece(untold).finish_reason == ""
 
 
 @engine

@@ -14,11 +14,12 @@ from servebook.ways.client import Answer, Piece
 
 SERVICE = "vllm.Inference"
 REASONS = {
+    pb.FINISH_REASON_UNSPECIFIED: "",
     pb.FINISH_REASON_LENGTH: "length",
     pb.FINISH_REASON_STOP: "stop",
     pb.FINISH_REASON_ABORTED: "abort",
 }
-"""In the words of the REST API on the other port."""
+"""In the words of the REST API on the other port; a server may tell none."""
 
 
 def request(
