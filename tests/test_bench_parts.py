@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,16 @@ from unittest.mock import MagicMock
 from uuid import uuid4
 
 import pytest
+from desk import IPV6
 from tritonclient.utils import InferenceServerException
 
 from servebook.bench import generators, tensors, workload
 from servebook.bench.load import BenchError, Load
 from servebook.bench.paths import find_path
 from servebook.launch import Server
+from servebook.launch.child import run_child
+from servebook.launch.probes import http_ok, listens
+from servebook.processes import free_port
 from servebook.settings import load_settings
 
 SERVER = Server("x", "m", {"grpc": "127.0.0.1:1"}, load_settings())
@@ -102,3 +107,13 @@ def test_no_shared_memory_stays_behind(fault: dict[str, Any], monkeypatch: pytes
     finally:
         for region in regions:
             region.unlink(missing_ok=True)
+
+
+@pytest.mark.lifetime
+@IPV6
+def test_the_identity_model_is_served_at_an_ipv6_address() -> None:
+    http, grpc = free_port("::1"), free_port("::1")
+    words = ["--host", "::1", "--http-port", str(http), "--grpc-port", str(grpc)]
+    command = [sys.executable, "-m", "servebook.bench.identity_kserve", *words]
+    with run_child(command, lambda _: http_ok(f"[::1]:{http}", "/v2/models/identity/ready")):
+        assert listens(f"[::1]:{grpc}")

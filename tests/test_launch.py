@@ -1251,6 +1251,13 @@ def test_two_starts_take_turns_from_the_very_first(tmp_path: Path, monkeypatch: 
     assert most == [1, 1]
 
 
+@pytest.mark.parametrize(("name", "host"), [("vllm-grpc", "[::1]"), ("vllm-rs", "::1"), ("vllm", "::1")])
+def test_each_of_vllms_servers_is_told_an_ipv6_address_as_it_reads_it(name: str, host: str) -> None:
+    """vLLM's gRPC server puts a colon and the port behind what it is told."""
+    words = find_server(name).argv(load_settings(host="::1", device="cpu"), Path("/m"), {})
+    assert words[words.index("--host") + 1] == host
+
+
 def test_choose_port_skips_the_taken_the_claimed_and_other_servers_defaults() -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         start = busy.getsockname()[1]

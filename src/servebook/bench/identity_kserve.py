@@ -12,6 +12,8 @@ from typing import Any
 import grpc
 import numpy as np
 
+from servebook.settings import in_address
+
 MAX_MESSAGE_BYTES = 512 * 2**20
 
 
@@ -58,7 +60,7 @@ def main() -> None:
             server = grpc.aio.server(ThreadPoolExecutor(2), options=limits)
             servicer = InferenceServicer(self.dataplane, self.model_repository_extension)
             grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-            server.add_insecure_port(f"{options.host}:{options.grpc_port}")
+            server.add_insecure_port(f"{in_address(options.host)}:{options.grpc_port}")
             await asyncio.gather(server.start(), super()._serve())
 
     Server(http_port=options.http_port, enable_grpc=False).start([Identity("identity"), Identity("identity_base64")])

@@ -19,7 +19,7 @@ from servebook.engine.rust_front import rust_front
 from servebook.engine.start import WITH_ENGINE
 from servebook.errors import LaunchError
 from servebook.launch.probes import grpc_serving, http_ok, https_ok, listens, others_listen
-from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, is_loopback, url_of
+from servebook.settings import LOOPBACK, TENSOR_MODEL_NAME, Settings, in_address, is_loopback, url_of
 from servebook.tls import require_tls
 
 Endpoints = Mapping[str, str]
@@ -123,13 +123,13 @@ def _gateway(settings: Settings, _: Path, needs: dict[str, Endpoints]) -> list[s
 def _vllm_grpc(settings: Settings, model: Path, _: dict[str, Endpoints]) -> list[str]:
     return [
         *(*WITH_ENGINE, "vllm.entrypoints.launchers.grpc_server"),
-        *("--host", settings.host, "--port", "{grpc}"),
+        *("--host", in_address(settings.host), "--port", "{grpc}"),
         *engine_argv(settings, model),
     ]
 
 
 def _vllm_rs(settings: Settings, model: Path, needs: dict[str, Endpoints]) -> list[str]:
-    return [*_vllm(behind(settings), model, needs), "--grpc-port", "{grpc}", *_tls_of_vllm(settings)]
+    return [*_vllm(settings, model, needs), "--grpc-port", "{grpc}", *_tls_of_vllm(settings)]
 
 
 def _tls_of_vllm(settings: Settings) -> list[str]:
