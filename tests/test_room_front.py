@@ -88,6 +88,7 @@ def test_a_key_counts_until_it_is_replaced_or_revoked(tmp_path: Path) -> None:
     assert not again.revoke("nobody")
     assert again.forget("grace")
     assert again.name_of(other) is None
+    assert not again.forget("grace")
     with pytest.raises(ValueError, match="cannot name a learner"):
         roll.issue("../x")
 
@@ -567,8 +568,9 @@ async def test_the_instructor_sees_who_is_where_and_learners_see_nobody(
     engine: tuple[StandIn, str], tmp_path: Path
 ) -> None:
     wrong = {"exercise": "01.2", "state": "wrong", "cause": "<b>that</b> is the prompt's count " + "x" * 9000}
-    async with caller(tmp_path, engine[1], Limits(places=9)) as ada:
+    async with caller(tmp_path, engine[1], Limits(places=9, learner_requests_per_minute=1)) as ada:
         ada.front_app.roll.issue("alan")
+        assert (await ada.ask("GET", "/v1/models"))[0] == 200
         assert (await ada.ask("POST", "/room/checks", {"exercise": "01.1", "state": "passed"}))[0] == 200
         for _ in range(2):
             assert (await ada.ask("POST", "/room/checks", wrong))[0] == 200
@@ -592,7 +594,8 @@ async def test_the_instructor_sees_who_is_where_and_learners_see_nobody(
         first, second = seen["learners"]
         assert (first["name"], first["exercise"], first["state"], first["tries"]) == ("ada", "01.2", "wrong", 2)
         assert (first["passed"], len(first["cause"]), first["needs_help"]) == (1, 300, False)
-        assert (second["name"], second["exercise"], second["passed"]) == ("alan", "", 0)
+        assert (second["name"], second["exercise"], second["passed"], second["share"]) == ("alan", "", 0, 0)
+        assert first["share"] > 50, "of the requests, though it cost no tokens"
         answers = [(await ada.ask("POST", "/room/checks", wrong))[0] for _ in range(60)]
         assert answers[-1] == 429
 
@@ -660,6 +663,23 @@ async def test_a_rooms_own_engine_has_a_key_that_opens_nothing_else(
         assert (await ada.ask("GET", "/metrics", key=""))[0] == 200
         assert stand_in.keys == [f"Bearer {engine_key(KEY) if own else KEY}"] * 2
         assert (await ada.ask("GET", "/room/learners", key=engine_key(KEY)))[0] == 401
+
+
+async def test_a_redirect_is_passed_on_and_not_followed(tmp_path: Path) -> None:
+    """The front would show the engine's key wherever it leads, past the list of what learners reach."""
+    followed: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        if request.path == "/v1/models":
+            return web.json_response({}, status=307, headers={"Location": "/metrics"})
+        followed.append(request.path)
+        return web.json_response({})
+
+    app = web.Application()
+    app.add_routes([web.get("/{path:.*}", answer)])
+    async with TestServer(app) as server, caller(tmp_path, str(server.make_url(""))) as ada:
+        assert (await ada.ask("GET", "/v1/models"))[0] == 307
+    assert followed == []
 
 
 SQUATTER = """
@@ -901,6 +921,7 @@ async def test_an_answer_that_takes_too_long_is_paid_for(
     async with caller(tmp_path, url, Limits(learner_tokens_per_minute=6000)) as ada:
         status, answer, wait = await ada.complete(1000)
         assert (status, answer["error"]["type"], wait) == (504, "engine_timeout", "")
+        assert answer["error"]["message"] == "No word within 0.2 s. Stream it."
         assert ada.level() < 5000 + 400, "the engine was at work"
         assert await ada.counted() == ['room_requests_total{path="/v1/completions",status="504"} 1.0']
 
@@ -1168,6 +1189,8 @@ async def test_too_many_are_refused_and_leavers_free_their_place() -> None:
         await hold(turnstile, "alan", [], leave)
     assert (share.value.status, full.value.status) == (429, 503)
     second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second  # nobody refused it
     with pytest.raises(Refused, match=r"within 0\.2 s"):
         await third
     assert turnstile.waiting == 0
@@ -1450,6 +1473,9 @@ def test_an_opened_room_has_a_certificate_of_its_own_for_its_address(tmp_path: P
     given = load_settings(state_dir=tmp_path, room={"tls_cert": files[0], "tls_key": files[1], "url": "https://x/"})
     assert tls.files(given) == tls.prepare(given) == files
     assert tls.address(given, 8100) == "https://x"
+    for everywhere in ("0.0.0.0", "::"):
+        host = tls.host_for_learners(load_settings(state_dir=tmp_path, **OPENED | {"host": everywhere}))
+        assert host not in ("0.0.0.0", "::"), "no address that a browser could go to"
 
 
 @pytest.mark.parametrize("lost", ["room.key", "room.pem"])
@@ -1659,7 +1685,9 @@ def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_
     (mallorys / foldered).symlink_to(tmp_path)
     (desks / "link").symlink_to(desks / "ada")
     (desks / "ada" / "labs" / other / f"{other}.ipynb").write_text(blanks.handed_out()[f"{other}/{other}.ipynb"])
+    before = os.listdir("/proc/self/fd")
     ada, mallory = collect.collect(desks, submitted)
+    assert len(os.listdir("/proc/self/fd")) == len(before), "a room has hundreds of these folders, a process 1,024 files"
     assert (ada.learner, ada.labs, ada.left) == ("ada", [lab], {f"{lab}/foreign.sh": "not handed out"})
     assert (mallory.learner, mallory.labs) == ("mallory", [lab])
     assert mallory.left.keys() == {f"{lab}/foreign.sh", other, piped, long, foldered}
@@ -1694,6 +1722,9 @@ def test_half_a_notebook_is_neither_laid_out_nor_handed_in(tmp_path: Path, monke
     collect.hand_in(submitted.parent, "lab.ipynb", b"answers")
     assert (at_desk.read_text(), submitted.read_text()) == ("a lab", "answers")
     assert (submitted.parent / "timestamp.txt").exists()
+    at_desk.write_text("a lab, and answers")
+    desk.lay_out(tmp_path / "master", tmp_path / "desk")  # as each time that it is opened
+    assert at_desk.read_text() == "a lab, and answers"
 
 
 class Kept:
