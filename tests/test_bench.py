@@ -52,7 +52,7 @@ from servebook.bench.generators import GENERATOR_LIMIT, BusyGenerator, spread
 from servebook.bench.load import BenchError, Job, Load, Message, Sample, ask, closed_loop, open_loop
 from servebook.bench.paths import PATHS, ServingPath, find_path
 from servebook.bench.paths.openai_rest import http_session
-from servebook.bench.protocol import rate_from, serve_scripted
+from servebook.bench.protocol import rate_from, scripted_instance, serve_scripted
 from servebook.bench.resources import CpuSeconds, ProcessTree, engines_up
 from servebook.bench.results import Results, load_results, new_results, now, stored
 from servebook.bench.run import FULL, QUICK, Plan, Run, finished, start
@@ -920,19 +920,25 @@ def test_a_source_gets_its_rate_and_a_gateway_one_of_that_rate(monkeypatch: pyte
     }
 
 
-def test_a_run_ends_the_vllm_that_it_started_for_a_gateway(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As a run does that goes on at a gateway's step."""
+@pytest.mark.parametrize("scripted", [False, True])
+def test_a_run_ends_the_vllm_that_it_started_for_a_gateway(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scripted: bool
+) -> None:
+    """As a run does that goes on at a gateway's step; and that vLLM's work counts as the gateway's."""
     up: list[str] = []
 
-    def serve(path: ServingPath, settings: Settings) -> Server:
-        up.extend(name for name in ("vllm", path.instance) if name not in up)  # a gateway brings its vLLM
-        return MagicMock(stop=lambda: up.remove(path.instance))
+    def serve(path: ServingPath, settings: Settings, rate: float | None = None) -> Server:
+        names = [scripted_instance(each, rate) if scripted else each for each in ("vllm", path.instance)]
+        up.extend(name for name in names if name not in up)  # a gateway brings its vLLM
+        return MagicMock(stop=lambda: up.remove(names[1]), instance=names[1])
 
     monkeypatch.setattr(ServingPath, "serve", serve)
+    monkeypatch.setattr("servebook.bench.run.serve_scripted", serve)
     monkeypatch.setattr("servebook.launch.status", lambda settings: [{"name": name, "pid": 1} for name in up])
-    run = start(custom(["gateway"], [1], Workload(), scripted=False), load_settings(), tmp_path / "bench.json")
-    run.up(gateway := find_path("gateway"))
-    run.behind(gateway, run.up)
+    run = start(custom(["gateway"], [1], Workload(), scripted), load_settings(), tmp_path / "bench.json")
+    start_of = run.up_scripted if scripted else run.up
+    start_of(gateway := find_path("gateway"))
+    assert [server.instance for server in run.behind(gateway, start_of)] == [up[0]]
     run.end_all()
     assert up == []
 
