@@ -30,7 +30,7 @@ from typing import IO, Any
 import pytest
 import requests
 import tiny_server
-from aiohttp import ClientConnectionError, ClientSession, web
+from aiohttp import ClientConnectionError, ClientSession, ConnectionTimeoutError, web
 from aiohttp.test_utils import BaseTestServer, TestServer, make_mocked_request
 from aiohttp.web_response import ContentCoding
 from classroom import bearer
@@ -60,6 +60,7 @@ from servebook.room.limits import Bucket, Limits, Refused, Turnstile
 from servebook.room.usage import Usage
 from servebook.settings import Settings, load_settings, own_settings
 from servebook.ways.limits import GIVEN_UP
+from servebook.whole import write_whole
 
 KEY = "the-instructors-key"
 
@@ -770,21 +771,21 @@ def test_who_is_longest_at_it_comes_first(monkeypatch: pytest.MonkeyPatch) -> No
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     board = Board()
-    for name, exercise, minutes in (("ada", "01.1", 0), ("alan", "01.1", 3), ("emmy", "01.2", 2)):
+    for name, exercise, minutes in (("ada", "01.1", 0), ("tim", "01.1", 3), ("emmy", "01.2", 2)):
         now += 60 * minutes
         board.note(name, Attempt(exercise=exercise, state="wrong"))
     board.note("grace", Attempt(exercise="01.1", state="passed"))
     now += 60 * 2
 
     def rows() -> list[tuple[str, bool, int]]:
-        found = [{"name": name} | board.row(name) for name in ("newcomer", "grace", "emmy", "alan", "ada")]
+        found = [{"name": name} | board.row(name) for name in ("newcomer", "grace", "emmy", "tim", "ada")]
         return [(row["name"], row["needs_help"], row["since"]) for row in sorted(found, key=stuck_first)]
 
     # 01.1 takes 6 minutes in all.
     assert rows()[0] == ("ada", True, 420)
-    assert rows()[1:] == [("alan", False, 240), ("emmy", False, 120), ("grace", False, 120), ("newcomer", False, 0)]
+    assert rows()[1:] == [("tim", False, 240), ("emmy", False, 120), ("grace", False, 120), ("newcomer", False, 0)]
     board.note("ada", Attempt(exercise="01.1", state="passed"))
-    assert rows()[0][0] == "alan"
+    assert rows()[0][0] == "tim"
     assert board.checks_per_minute() == 1
 
 
@@ -926,6 +927,19 @@ async def test_an_answer_that_takes_too_long_is_paid_for(
         assert await ada.counted() == ['room_requests_total{path="/v1/completions",status="504"} 1.0']
 
 
+async def test_an_engine_that_takes_no_connection_was_not_at_work(
+    engine: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def connect(*_: object, **__: object) -> None:
+        raise ConnectionTimeoutError
+
+    async with caller(tmp_path, engine[1], Limits(learner_tokens_per_minute=6000)) as ada:
+        monkeypatch.setattr(ClientSession, "request", connect)
+        status, answer, wait = await ada.complete(6000)
+        assert (status, answer["error"]["type"], wait) == (503, "engine_unavailable", "5")
+        assert ada.level() == 6000
+
+
 async def test_a_stream_that_falls_silent_is_cut_and_costs_what_it_had(
     engine: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1029,6 +1043,22 @@ async def test_pages_without_a_key_cost_the_engine_one_request_a_second(
         assert 1 <= len(stand_in.seen) <= 2
         assert (await ada.ask("GET", "/room/metrics", key=""))[0] == 401
         assert (await ada.ask("GET", "/room/metrics"))[0] == 401  # a learner's key
+
+
+async def test_an_engine_that_hangs_over_a_page_is_asked_for_it_once(
+    engine: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "PAGE_SECONDS", 0)
+    stand_in, url = engine
+    stand_in.goes_on = asyncio.Event()
+    async with caller(tmp_path, url) as ada:
+        pages = [asyncio.create_task(ada.ask("GET", "/metrics", key=""))]
+        await asyncio.to_thread(eventually, lambda: stand_in.seen, "the first")
+        pages += [asyncio.create_task(ada.ask("GET", "/metrics", key="")) for _ in range(4)]
+        assert not (await asyncio.wait(pages, timeout=0.5))[0]
+        stand_in.goes_on.set()
+        assert [(await page)[0] for page in pages] == [200] * 5
+    assert stand_in.seen == ["/metrics"]
 
 
 async def test_paths_that_are_relayed(engine: tuple[StandIn, str], tmp_path: Path) -> None:
@@ -1359,7 +1389,8 @@ def test_a_second_terminal_goes_on_with_the_rooms_settings(
     monkeypatch.setattr(os, "environ", os.environ | {f"SERVEBOOK_{key}": value for key, value in own.items()})
     given = {"API_KEY": KEY, "HOST": "0.0.0.0", "STATE_DIR": "mine", "ROOM_URL": "https://x", "SUPERVISOR": "/x.sock"}
     words = ["sleep", "600"]
-    with subprocess.Popen(words, env={f"SERVEBOOK_{key}": value for key, value in given.items()}) as process:
+    env = {f"SERVEBOOK_{key}": value for key, value in given.items()} | {"LANG": "of the room"}
+    with subprocess.Popen(words, env=env) as process:
         there = {"pid": process.pid, "host": "192.0.2.7"}
         monkeypatch.setattr(admin, "describe", lambda files: there if files.instance == name else None)
         try:
@@ -1369,9 +1400,25 @@ def test_a_second_terminal_goes_on_with_the_rooms_settings(
     assert (settings.key, settings.host, settings.room.url) == (KEY, "192.0.2.7", "https://x")
     assert (settings.room.seats, settings.model_name) == (40, "smollm2"), "set in this terminal only"
     assert os.environ["SERVEBOOK_TEST_RUN"] == "mine", "which is no setting"
+    assert os.environ.get("LANG") != "of the room", "nor is that"
     assert settings.state_dir == no_key_set
     assert os.environ["SERVEBOOK_API_KEY"] == KEY, "for the processes that a command starts"
     assert "SERVEBOOK_SUPERVISOR" not in os.environ
+
+
+def test_of_commands_that_ask_for_the_key_at_once_one_makes_it(
+    no_key_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that made another would lock out who has read the first."""
+
+    def slowly(*words: Any) -> None:
+        time.sleep(0.1)  # meanwhile the others have seen that there is none
+        write_whole(*words)
+
+    monkeypatch.setattr(admin, "write_whole", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        keys = list(pool.map(lambda _: instructors_key(own_settings()), range(4)))
+    assert keys == [(no_key_set / "room" / "instructor.key").read_text()] * 4
 
 
 def test_the_join_code_is_drawn_and_is_on_no_command_line(tmp_path: Path) -> None:
@@ -1687,7 +1734,9 @@ def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_
     (desks / "ada" / "labs" / other / f"{other}.ipynb").write_text(blanks.handed_out()[f"{other}/{other}.ipynb"])
     before = os.listdir("/proc/self/fd")
     ada, mallory = collect.collect(desks, submitted)
-    assert len(os.listdir("/proc/self/fd")) == len(before), "a room has hundreds of these folders, a process 1,024 files"
+    assert len(os.listdir("/proc/self/fd")) == len(before), (
+        "a room has hundreds of these folders, a process 1,024 files"
+    )
     assert (ada.learner, ada.labs, ada.left) == ("ada", [lab], {f"{lab}/foreign.sh": "not handed out"})
     assert (mallory.learner, mallory.labs) == ("mallory", [lab])
     assert mallory.left.keys() == {f"{lab}/foreign.sh", other, piped, long, foldered}
