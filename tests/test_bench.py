@@ -1010,6 +1010,14 @@ def test_the_whole_interval_decides(low: float | None, high: float | None, at_le
     assert answers == [at_least, at_most]
 
 
+async def test_the_report_says_how_many_requests_failed() -> None:
+    run = await a_run()
+    sent = " + ".join(str(side.summary.requests) for side in (run.engine[0].arm, run.engine[0].reference))
+    assert f"| {sent} |" in report.section(run)
+    run.engine[0].arm.summary.failed, run.engine[0].reference.summary.failed = {"busy": 2}, {"busy": 1, "late": 1}
+    assert f"| {sent}, 4 failed |" in report.section(run)
+
+
 async def test_a_control_is_judged_on_latency_and_a_run_on_its_generator() -> None:
     results = await a_run()
     assert "good" in report.control_line(results)
