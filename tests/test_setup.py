@@ -372,7 +372,7 @@ def test_pips_index_is_handed_to_uv(clone: Path) -> None:
     config = "global.index-url='https://mirror.example/simple'"
     python.write_text(python.read_text() + f'case "$*" in *"config list"*) echo "{config}";; esac\n')
     assert make(clone).returncode == 0
-    assert all(line.endswith("index=https://mirror.example/simple") for line in installs(calls))
+    assert {line.rpartition("index=")[2] for line in installs(calls)} == {"https://mirror.example/simple"}
 
 
 def test_two_at_once_do_not_mix(clone: Path) -> None:
@@ -421,7 +421,7 @@ def test_condas_base_is_left_alone(clone: Path) -> None:
     base = stand_in_environment(clone, where="conda")
     stand_in_environment(clone)
     assert make(clone, CONDA_PREFIX=str(clone / "conda"), CONDA_DEFAULT_ENV="base").returncode == 0
-    assert all("--python .venv/bin/python" in line for line in installs(base))
+    assert {line.partition(" --python ")[2].split()[0] for line in installs(base)} == {".venv/bin/python"}
 
 
 def test_changing_the_device_makes_a_new_environment(clone: Path) -> None:
