@@ -10,6 +10,7 @@ import sys
 import time
 from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from desk import IPV6
@@ -21,6 +22,7 @@ from servebook.launch.child import Child, run_child
 from servebook.launch.link import STOP_SECONDS, Link
 from servebook.launch.probes import only_ours, others_listen
 from servebook.processes import (
+    GIVEN_PORTS,
     KEPT,
     can_bind,
     end,
@@ -141,6 +143,13 @@ def test_ports() -> None:
     assert said == "None\n", "another program would get the same"
     with pytest.raises(OSError, match="assign"):
         can_bind("192.0.2.1", 8000)
+
+
+def test_a_port_on_which_somebody_listens_is_not_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        drawn = [taken := listener.getsockname()[1], *GIVEN_PORTS]
+        monkeypatch.setattr("servebook.processes.random.SystemRandom", lambda: Mock(sample=lambda *_: drawn))
+        assert free_port() != taken
 
 
 @IPV6
