@@ -8,12 +8,13 @@ import select
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 
 import pytest
 import uvicorn
+from desk import eventually
 from fastapi import BackgroundTasks, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from hypothesis import given
@@ -21,6 +22,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
+from servebook.processes import wait_until
 from servebook.ways.asgi import LINE_ENDS, BodyLimit, CancelOnDisconnect, HeadAsGet, Protocol
 
 H2C = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
@@ -210,13 +212,86 @@ def test_who_leaves_is_noticed_also_with_another_request_behind(port: int, behin
     assert GONE.wait(60)
 
 
+@pytest.fixture
+def keep_alive(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets how many seconds a connection may be idle."""
+
+    def set_to(seconds: float) -> None:
+        def made(self: Protocol, transport: asyncio.Transport) -> None:
+            self.timeout_keep_alive = seconds  # type: ignore[assignment]
+            connection_made(self, transport)
+
+        monkeypatch.setattr(Protocol, "connection_made", made)
+
+    connection_made = Protocol.connection_made
+    return set_to
+
+
 @pytest.mark.parametrize("begun", [b"GET /alive HT", b"GET /alive HTTP/1.1\r\nHost: x\r\n\r\nGET /ali"])
-def test_a_head_that_does_not_end_is_given_up(port: int, begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_does_not_end_is_given_up(
+    port: int, begun: bytes, keep_alive: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before a connection that is idle."""
+    keep_alive(600)
     monkeypatch.setattr("servebook.ways.asgi.BODY_SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(begun)
         while connection.recv(4096):
             pass
+
+
+@pytest.mark.parametrize(("idle", "begun", "late"), [(600, 0.1, b"GET /ali"), (0.3, 600, b"\r\n")])
+def test_what_comes_after_an_answer_does_not_keep_a_connection_for_ever(
+    port: int,
+    idle: float,
+    begun: float,
+    late: bytes,
+    keep_alive: Callable[[float], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Uvicorn's own timer of an idle connection ends with its first byte."""
+    keep_alive(idle)
+    monkeypatch.setattr("servebook.ways.asgi.BODY_SECONDS", begun)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(b"GET /alive HTTP/1.1\r\nHost: x\r\n\r\n")
+        got = b""
+        while not got.endswith(b'{"status":"alive"}'):
+            got += connection.recv(4096)
+        connection.sendall(late)
+        assert not connection.recv(4096)
+
+
+def test_a_head_that_does_not_end_leaves_the_answer_before_it_alone(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servebook.ways.asgi.BODY_SECONDS", 0.05)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\nGET /ali")
+        began, got = time.monotonic(), 0
+        while time.monotonic() - began < 0.5 or got < 2**24:
+            got += len(piece := connection.recv(2**20))
+            assert piece
+
+
+def test_nobody_looks_at_the_reader_of_a_connection_that_has_ended(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would be looked at, and kept, for ever."""
+    monkeypatch.setattr("servebook.ways.asgi.READER_SECONDS", 0.05)
+    looked, ended = list[Protocol](), list[Protocol]()
+
+    def noted(self: Protocol) -> None:
+        looked.append(self)
+        look(self)
+
+    def connection_lost(self: Protocol, error: Exception | None) -> None:
+        lost(self, error)
+        ended.append(self)
+
+    look, lost = Protocol.look_at_the_reader, Protocol.connection_lost
+    monkeypatch.setattr(Protocol, "look_at_the_reader", noted)
+    monkeypatch.setattr(Protocol, "connection_lost", connection_lost)
+    with socket.create_connection(("127.0.0.1", port), timeout=60):
+        eventually(lambda: len(looked) > 1, "a second look")
+    eventually(lambda: set(looked) <= set(ended), "its end")
+    before = len(looked)
+    assert not wait_until(lambda: len(looked) > before, 0.5)
 
 
 def test_a_head_that_is_too_long_is_refused(port: int) -> None:
