@@ -62,6 +62,8 @@ def test_expected_error_is_printed_and_kept(capsys: pytest.CaptureFixture[str]) 
         int("x")
     assert capsys.readouterr().out == "ValueError: invalid literal for int() with base 10: 'x'\n"
     assert isinstance(caught.value, ValueError)
+    with expect_error():
+        int("x")
 
 
 def test_no_error_is_a_failure() -> None:
@@ -125,16 +127,26 @@ def test_timeline_says_what_it_shows(displayed: list[dict[str, str]]) -> None:
     alt, svg = svg_of(displayed[0])
     assert alt == "Arrival of tokens. alone: 3 events from 0.10 s to 0.35 s."
     assert "seconds since the request was sent" in svg
+    assert not [text for text in ("alone", "refused", "Arrival of tokens") if f">{text}<" not in svg]
+    assert (marks(svg, "#1f4e79"), marks(svg, "#c55a11")) == (3, 1), "a stroke for each, and the first one's diamond"
+
+
+def marks(svg: str, colour: str) -> int:
+    """How many markers of a colour were drawn."""
+    return len(re.findall(rf"<use [^>]*style=\"[^\"]*{colour}", svg))
 
 
 def test_curves_and_bars_label_their_axes(displayed: list[dict[str, str]]) -> None:
     curves([1, 2, 4], {"REST": [20, 40, 80]}, xlabel="requests at once", ylabel="tokens/s", title="Throughput", log="x")
-    bars({"raw": 9.5, "JSON": 122.0}, xlabel="ms", title="Encoding")
+    bars({"raw": 9.5, "JSON": 1536.0}, xlabel="ms", title="Encoding")
     alt, svg = svg_of(displayed[0])
     assert alt == "Throughput: tokens/s over requests at once. REST: 20 at 1, 80 at 4."
     assert "requests at once" in svg
     assert "tokens/s" in svg
-    assert svg_of(displayed[1])[0] == "Encoding, ms: raw 9.5; JSON 122."
+    assert marks(svg, "#1f4e79") == 3 + 1, "and that of the legend"
+    alt, svg = svg_of(displayed[1])
+    assert alt == "Encoding, ms: raw 9.5; JSON 1,536."
+    assert not [text for text in ("raw", "9.5", "JSON", "1,536", "ms", "Encoding") if f">{text}<" not in svg]
 
 
 def test_pieces_say_when_and_how_long(displayed: list[dict[str, str]]) -> None:
@@ -184,6 +196,22 @@ def test_versions_lists_packages_and_machine(displayed: list[dict[str, str]], mo
     assert rows["device"] == "cpu"
     assert "not installed" not in rows.values()
     assert rows["processor"].endswith(", 3 cores"), "those that this process may use"
+
+
+@pytest.mark.parametrize(("lines", "folded"), [(60, False), (61, True)])
+def test_what_is_long_is_folded_away(displayed: list[dict[str, str]], tmp_path: Path, lines: int, folded: bool) -> None:
+    file = tmp_path / "long.py"
+    file.write_text("a = 1\n" * lines)
+    show(file)
+    assert ("<details><summary>" in displayed[0]["text/html"]) == folded
+
+
+def test_wire_shows_a_binary_protocol_in_hexadecimal(capsys: pytest.CaptureFixture[str]) -> None:
+    wire(b"\x00\x00\x00\x00\x05\n\x03abc" + b"z" * 8, limit=17)
+    first, second, more = capsys.readouterr().out.splitlines()
+    assert first == "   0  00 00 00 00 05 0a 03 61 62 63 7a 7a 7a 7a 7a 7a  ·······abczzzzzz"
+    assert second.split() == ["16", "7a", "z"]
+    assert more == "… and 1 bytes more"
 
 
 def test_wire_shows_bytes_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
