@@ -15,7 +15,7 @@ from itertools import islice, repeat
 from math import comb
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, ClassVar
 from unittest.mock import AsyncMock, MagicMock, Mock
 from uuid import uuid4
@@ -38,6 +38,7 @@ from servebook.bench.arms import (
     WAVES,
     Arm,
     ArmResult,
+    Block,
     Comparison,
     Workload,
     compare,
@@ -45,6 +46,7 @@ from servebook.bench.arms import (
     jobs_for,
     judge_control,
     off_by,
+    open_arm,
 )
 from servebook.bench.cli import custom
 from servebook.bench.cost import Cost, fit
@@ -171,6 +173,21 @@ async def test_open_loop_does_not_wait_for_answers() -> None:
     load = await open_loop(source, workload.take(workload.completions(20, 2), 20), rate=200)
     assert source.most > 10, "a closed loop of one caller would have one in flight"
     assert load.seconds < 20 * 0.4
+
+
+async def test_a_generator_that_is_late_does_not_make_the_server_look_fast() -> None:
+    """The time to the first text counts from when a request was due, and not from when it was sent."""
+    source, sent = Source(0), list[Job]()
+
+    async def held_up(job: Job) -> AsyncIterator[Message]:
+        sent.append(job)
+        if len(sent) == 1:
+            sleep(0.5)  # noqa: ASYNC251  # the whole generator, while the others fall due
+        async for message in source(job):
+            yield message
+
+    load = await open_loop(held_up, workload.take(workload.completions(20, 2), 20), rate=1000)
+    assert min(sample.ttft for sample in load.samples) > 0.3
 
 
 @pytest.mark.parametrize("turns", [1, 5])
@@ -465,8 +482,17 @@ def test_goodput_counts_what_kept_the_service_level() -> None:
     assert goodput(load, ServiceLevel(ttft_ms=1000, tpot_ms=100), rate=10) == 4.0, "two of five, at ten a second"
 
 
-async def test_blocks_are_interleaved_abba_then_baab() -> None:
+async def test_blocks_are_interleaved_abba_then_baab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And neighbours, one of each arm, draw the same times in an open loop."""
     order: list[str] = []
+    seeds: list[int] = []
+
+    async def noted(self: Arm, concurrency: int, count: int, rate: float | None, seed: int) -> Block:
+        seeds.append(seed)
+        return await block(self, concurrency, count, rate, seed)
+
+    block = Arm.block
+    monkeypatch.setattr(Arm, "block", noted)
 
     class Noted(Source):
         async def __call__(self, job: Job) -> AsyncIterator[Message]:
@@ -481,6 +507,18 @@ async def test_blocks_are_interleaved_abba_then_baab() -> None:
     wants = Workload(max_tokens=8, block_seconds=0.001, rounds=2)
     await compare("order", arm(b), arm(a), 1, wants)
     assert "".join(order[-8 * WAVES :: WAVES]) == "ABBABAAB"
+    assert seeds == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+async def test_the_cpu_of_the_servers_behind_counts() -> None:
+    @asynccontextmanager
+    async def opened(_: Server) -> AsyncIterator[Source]:
+        yield Source(0)
+
+    path = replace(find_path("gateway"), open=opened)
+    front, engine = MagicMock(pid=os.getpid()), MagicMock(pid=os.getppid())
+    async with open_arm(path, front, Workload(), 1, [engine]) as it:
+        assert it.tree.roots == [os.getpid(), os.getppid()]
 
 
 async def test_an_open_loop_of_chats_has_blocks_as_long_as_were_asked_for() -> None:
@@ -930,7 +968,7 @@ def test_a_run_ends_the_vllm_that_it_started_for_a_gateway(
     def serve(path: ServingPath, settings: Settings, rate: float | None = None) -> Server:
         names = [scripted_instance(each, rate) if scripted else each for each in ("vllm", path.instance)]
         up.extend(name for name in names if name not in up)  # a gateway brings its vLLM
-        return MagicMock(stop=lambda: up.remove(names[1]), instance=names[1])
+        return MagicMock(stop=lambda: up.remove(names[1]))
 
     monkeypatch.setattr(ServingPath, "serve", serve)
     monkeypatch.setattr("servebook.bench.run.serve_scripted", serve)
@@ -938,7 +976,7 @@ def test_a_run_ends_the_vllm_that_it_started_for_a_gateway(
     run = start(custom(["gateway"], [1], Workload(), scripted), load_settings(), tmp_path / "bench.json")
     start_of = run.up_scripted if scripted else run.up
     start_of(gateway := find_path("gateway"))
-    assert [server.instance for server in run.behind(gateway, start_of)] == [up[0]]
+    assert run.behind(gateway, start_of) == [run.servers[up[0]]]
     run.end_all()
     assert up == []
 
