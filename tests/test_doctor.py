@@ -60,6 +60,7 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_memory(16, 8, 3.3), "OK", "8.0 of 16.0"),
         (doctor.check_memory(16, 2, 3.3), "WARN", "servebook down"),
         (doctor.check_memory(2, 2, 3.3), "FAIL", "SERVEBOOK_ENGINE_URL"),
+        (doctor.check_memory(2, 2, 3.3, elsewhere=True), "WARN", "no engine of their own can be started"),
         (doctor.check_disk({"/a": 9 * GIB, "/b": 2 * GIB}), "OK", "2.0 GiB free in /b"),
         (doctor.check_disk({"/a": 9 * GIB, "/b": GIB // 2}), "FAIL", "/b"),
         (doctor.check_shm(GIB), "OK", "1024 MiB"),

@@ -187,9 +187,11 @@ def check_cpu(flags: set[str], cores: int, on_gpu: bool, quota: float | None = N
 _SIMD = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 
-def check_memory(total_gib: float, available_gib: float, needed_gib: float) -> Finding:
-    """One engine at least must fit."""
+def check_memory(total_gib: float, available_gib: float, needed_gib: float, elsewhere: bool = False) -> Finding:
+    """One engine at least must fit, unless that of `vllm` is `elsewhere`."""
     fact = f"{available_gib:.1f} of {total_gib:.1f} GiB available; an engine takes {needed_gib:.1f}"
+    if total_gib < needed_gib and elsewhere:
+        return Finding("WARN", "memory", fact, "Of the servers those that have no engine of their own can be started.")
     if total_gib < needed_gib:
         return Finding("FAIL", "memory", fact, "Use a larger machine, a smaller model, or SERVEBOOK_ENGINE_URL.")
     if available_gib < needed_gib:
@@ -477,7 +479,12 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
             check_glibc(platform.libc_ver()),
             check_libpython(_libpython()),
             check_cpu(cpu_flags(), len(os.sched_getaffinity(0)), settings.on_gpu, cpu_quota()),
-            check_memory(psutil.virtual_memory().total / GIB, available_gib(), needed_gib(settings, weights)),
+            check_memory(
+                psutil.virtual_memory().total / GIB,
+                available_gib(),
+                needed_gib(settings, weights),
+                elsewhere=bool(settings.engine_url),
+            ),
             *folders,
             check_disk(_free(settings.cache_dir, settings.state_dir, Path(sys.prefix))),
             check_shm(shutil.disk_usage("/dev/shm").free),
