@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -41,12 +42,12 @@ from servebook.engine.quiet_compiler import TITLE
 from servebook.processes import free_port
 from servebook.protos.llm.v1 import llm_pb2 as pb
 from servebook.protos.llm.v1 import llm_pb2_grpc
-from servebook.settings import Settings
+from servebook.settings import LOOPBACK, Settings
 from servebook.ways.custom_grpc.aio_client import GrpcAioClient
 from servebook.ways.custom_grpc.certificates import Certificates, make_certificates
 from servebook.ways.custom_grpc.client import GrpcClient
 from servebook.ways.custom_grpc.frames import Frame, listen_in
-from servebook.ways.custom_grpc.server import calls, metrics, serving
+from servebook.ways.custom_grpc.server import calls, metrics, serving, transport
 from servebook.ways.custom_grpc.server import health as health_service
 from servebook.ways.custom_grpc.server.errors import Refusal
 from servebook.ways.custom_grpc.server.health import Health
@@ -879,6 +880,23 @@ async def test_no_watcher_of_health_keeps_it_from_the_others(monkeypatch: pytest
                 assert (await another.read()).status == NOT_SERVING
     finally:
         await server.stop(0)
+
+
+def test_who_asks_for_no_metrics_keeps_no_thread(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(transport, "BODY_SECONDS", 0.3)
+    port = free_port()
+    transport.show_metrics(port)
+    before = threading.active_count()
+    idle = [socket.create_connection((LOOPBACK, port), timeout=30) for _ in range(5)]
+    eventually(lambda: threading.active_count() == before + len(idle), "a thread for each")
+    for each in idle:
+        with each:
+            assert each.recv(1) == b""
+    eventually(lambda: threading.active_count() == before, "none left")
+    assert requests.get(f"http://{LOOPBACK}:{port}/metrics", timeout=30).status_code == 200
+    assert capfd.readouterr().err == ""
 
 
 def test_health_knows_the_server_and_the_service(client: GrpcClient) -> None:

@@ -16,6 +16,7 @@ from servebook.protos.llm.v1 import llm_pb2_grpc
 from servebook.settings import LOOPBACK, in_address
 from servebook.ways.custom_grpc.server.auth import KeyInterceptor
 from servebook.ways.custom_grpc.server.health import SERVICE, Health
+from servebook.ways.limits import BODY_SECONDS
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 """Of one request or response; a larger request is refused with RESOURCE_EXHAUSTED before it is decoded."""
@@ -110,8 +111,11 @@ def show_metrics(port: int, registry: CollectorRegistry = REGISTRY) -> None:
         LaunchError: the port is taken.
     """
     try:
-        start_http_server(port, LOOPBACK, registry)
+        page, _ = start_http_server(port, LOOPBACK, registry)
     except OSError as error:
         raise LaunchError(
             f"Cannot show metrics on {LOOPBACK}:{port}: {error.strerror}", "Choose another --metrics-port."
         ) from None
+    # Each connection has a thread of the server's, and would keep it while nobody asks for anything.
+    page.RequestHandlerClass.timeout = BODY_SECONDS  # type: ignore[attr-defined]
+    page.handle_error = lambda *_: None  # type: ignore[method-assign]  # it would write a traceback for each
