@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from safetensors import SafetensorError
 
 from servebook.engine import prepare as prepare_model
+from servebook.engine import rust_front
 from servebook.engine.model import CHECKSUMS, bundled_path, context_limit, is_prepared, model_path
 from servebook.errors import ModelError
 from servebook.settings import Settings, load_settings
@@ -93,6 +95,16 @@ def test_a_preparation_that_ends_says_what_to_do(
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(ModelError, match=re.escape(says.format(python=python))):
         model_path(load_settings(cache_dir=tmp_path))
+
+
+@pytest.mark.parametrize(("module", "work"), [(prepare_model, "prepare_bundled"), (rust_front, "rust_front")])
+def test_ctrl_c_ends_it_without_a_traceback(module: ModuleType, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, work, stopped)
+    monkeypatch.setattr(sys, "argv", ["python"])
+    assert module.main() == 130
 
 
 def test_a_preparation_that_failed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,8 @@ def main() -> int:
     except ServebookError as error:
         print(str(error).replace("\n", " "), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # what it was at is nothing for who has stopped the set-up
+        return 130
     return 0
 
 

@@ -155,6 +155,8 @@ def main() -> int:
     except (ServebookError, OSError) as error:
         print(str(error).replace("\n", " "), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # what it was at is nothing for who has stopped the set-up
+        return 130
     print(file)
     return 0
 
