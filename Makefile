@@ -28,10 +28,11 @@ locked := $(wildcard requirements/$(device).txt) pyproject.toml $(wildcard shims
 .PHONY: lab room test browser check lint setup offline lock notebooks pictures labs deck agendas sheets survived protos clean
 
 # The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
+# And a kernel "python3" that the user has of another Python comes after ours, also in a clone of somebody else's.
 # `|| true`: the doctor prints what it found; a failed check must not keep the reader from the notebooks.
 lab: $(ready)
 	@$(bin)/servebook doctor --quiet || true
-	@PATH="$(path)" JUPYTER_CONFIG_PATH=jupyter exec $(bin)/jupyter-lab --ip 127.0.0.1 \
+	@PATH="$(path)" JUPYTER_CONFIG_PATH=jupyter JUPYTER_PREFER_ENV_PATH=1 exec $(bin)/jupyter-lab --ip 127.0.0.1 \
 		--ServerApp.root_dir="$$PWD" $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 # JupyterHub for a room of learners; Ctrl-C ends it with everything in it.

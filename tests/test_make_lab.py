@@ -44,6 +44,11 @@ def test_make_lab(clone: Path, tmp_path: Path) -> None:
     arguments = f"--no-browser --port {port} --ServerApp.port_retries=0 --IdentityProvider.token={TOKEN}"
     env = {k: v for k, v in desk.env.items() if not k.startswith(("CONDA", "MAKE"))}
     env |= {"DEVICE": "cpu", "LAB_ARGS": arguments, "PYTHONPATH": f"{TINY.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    # What the user has is taken first in an environment that is another user's; of the variable it is told here.
+    kernel_json = tmp_path / "jupyter/kernels/python3/kernel.json"
+    kernel_json.parent.mkdir(parents=True)
+    kernel_json.write_text('{"argv": ["/no/such/python"], "display_name": "other", "language": "python"}')
+    env |= {"JUPYTER_DATA_DIR": str(tmp_path / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "0"}
     command = ["make", "-C", str(clone), "lab"]
     log = tmp_path / "lab.log"
     with (
