@@ -5,6 +5,8 @@
 DEVICE ?= auto
 LAB_ARGS ?=
 K ?=
+# What is set for another Python: it ends ours, has it wait for a person, or makes an error of a library's warning.
+unexport PYTHONHOME PYTHONINSPECT PYTHONOPTIMIZE PYTHONWARNINGS
 
 device := $(if $(filter auto,$(DEVICE)),$(if $(shell nvidia-smi -L 2> /dev/null),gpu,cpu),$(DEVICE))
 # In an active conda environment named "servebook" (environment.yml) the same commands work there; any other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -122,7 +124,7 @@ def test_an_environment_with_another_python_is_not_touched(clone: Path) -> None:
 
 
 def test_no_disk_space(clone: Path, program: Callable[[str, str], Path]) -> None:
-    program("df", "printf 'Filesystem 1024-blocks Used Available Capacity Mounted\\n/dev/x 9 9 3145728 99%% /\\n'")
+    program("df", "printf 'Avail\\n3145728\\n'")
     done = make(clone)
     assert done.returncode != 0
     assert "3 GB are free here; the environment takes about 4 GB, and 6 are needed" in done.stderr
@@ -131,10 +133,51 @@ def test_no_disk_space(clone: Path, program: Callable[[str, str], Path]) -> None
 
 def test_no_disk_space_for_a_gpu(clone: Path, program: Callable[[str, str], Path]) -> None:
     """Which would be enough for a CPU."""
-    program("df", "printf 'Filesystem 1024-blocks Used Available Capacity Mounted\\n/dev/x 9 9 8388608 99%% /\\n'")
+    program("df", "printf 'Avail\\n8388608\\n'")
     done = make(clone, DEVICE="gpu")
     assert done.returncode != 0
     assert "8 GB are free here; the environment takes about 10 GB, and 14 are needed" in done.stderr
+    assert not (clone / ".venv").exists()
+
+
+def among_mounts(clone: Path, mounts: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """`make setup` in the folder "$1", as `mounts`, words for a shell, have made it out of the clone "$0"."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("to mount a disk takes root")
+    there = clone.with_name("there")
+    there.mkdir()
+    script = f'{mounts} && exec make -C "$1" setup'
+    command = ["unshare", "--mount", "sh", "-c", script, str(clone), str(there)]
+    return subprocess.run(command, env=environment(clone, **env), capture_output=True, text=True, timeout=120)
+
+
+def test_disk_space_is_read_whatever_the_disk_is_called(clone: Path) -> None:
+    """A blank in its name, as of a shared folder, moves the columns of df's table."""
+    stop = {"PIP_NO_INDEX": "1", "SERVEBOOK_CACHE_DIR": str(clone.with_name("empty")), "PYTHON": sys.executable}
+    done = among_mounts(clone, 'mount -t tmpfs -o size=9g "shared folder" "$1" && cp -r "$0/." "$1"', **stop)
+    assert "uv cannot be installed" in done.stderr, "the next step"
+
+
+def test_a_folder_that_cannot_be_written(clone: Path) -> None:
+    """As another user's is. It was said of Python that it cannot make an environment, and to install that."""
+    done = among_mounts(clone, 'mount --bind "$0" "$1" && mount -o remount,bind,ro "$1"', PYTHON=sys.executable)
+    assert done.returncode != 0
+    where = clone.with_name("there")
+    assert (
+        f"{where} belongs to another user, or its disk cannot be written\n→ clone to a folder of yours" in done.stderr
+    )
+
+
+def test_a_disk_that_runs_no_programs(clone: Path, program: Callable[[str, str], Path]) -> None:
+    """A home folder's may be mounted so; it was said that the network is to be checked."""
+    program("python3", f'case "$*" in *install*) {INSTALL_UV}; chmod +x "$2/bin/uv";; esac')
+    cache = str(clone.with_name("there"))
+    mounts = 'mount -t tmpfs -o noexec none "$1" && set -- "$0"'
+    done = among_mounts(clone, mounts, SERVEBOOK_CACHE_DIR=cache, OFFLINE="", PYTHON=sys.executable)
+    assert done.returncode != 0
+    assert (
+        f"no program may be run from {cache}, whose disk is mounted so (noexec)\n→ SERVEBOOK_CACHE_DIR=" in done.stderr
+    )
     assert not (clone / ".venv").exists()
 
 
@@ -148,14 +191,33 @@ def test_no_network_leaves_nothing_behind(clone: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "empty").iterdir())
 
 
+INSTALL_UV = 'while [ "$1" != --target ]; do shift; done; mkdir -p "$2/bin"; printf "#!/bin/sh" > "$2/bin/uv"'
+
+
+@pytest.mark.parametrize("setting", ["REQUIRE_VIRTUALENV=1", "USER=1", "PREFIX=/somewhere"])
+def test_uv_is_fetched_whatever_pip_is_set_to(
+    clone: Path, program: Callable[[str, str], Path], tmp_path: Path, setting: str
+) -> None:
+    """By somebody who wants pip to work in environments only, say; here from a folder, without a network."""
+    with_pip = f"PYTHONPATH={distribution('pip').locate_file('')}"
+    program("python3", f'{with_pip} exec {Path(sys.executable).resolve()} "$@"')  # of no environment
+    uv = cached_uv(clone)
+    env = environment(clone, OFFLINE="", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
+    shutil.rmtree(uv.parents[1])
+    wheel_of("uv", tmp_path, version=uv.parents[1].name.partition("-")[2], program="#!/bin/sh")
+    name, _, value = setting.partition("=")
+    env[f"PIP_{name}"] = value
+    done = subprocess.run([clone / "scripts/uv"], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{uv}\n"), done.stderr
+
+
 def test_uv_is_fetched_anew_where_only_its_folder_is_left(clone: Path, program: Callable[[str, str], Path]) -> None:
     """As by a cleaner of caches, which took the large file and left the small ones."""
     uv = cached_uv(clone)
     env = environment(clone, OFFLINE="")
     uv.unlink()
     (uv.parents[1] / "uv").mkdir()
-    install = 'while [ "$1" != --target ]; do shift; done; mkdir -p "$2/bin"; printf "#!/bin/sh" > "$2/bin/uv"'
-    program("python3", f'case "$*" in *install*) {install}; chmod +x "$2/bin/uv";; esac')
+    program("python3", f'case "$*" in *install*) {INSTALL_UV}; chmod +x "$2/bin/uv";; esac')
     done = subprocess.run([clone / "scripts/uv"], env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"{uv}\n"), done.stderr
     assert os.access(uv, os.X_OK)
@@ -221,16 +283,18 @@ def test_the_index_answers_and_the_wheels_do_not(clone: Path) -> None:
 def test_the_disk_fills_up_in_the_middle(clone: Path, program: Callable[[str, str], Path]) -> None:
     stand_in_environment(clone)
     (clone / ".venv/bin/uv").write_text("#!/bin/bash\necho 'error: No space left on device' >&2\nexit 2\n")
-    program("df", "printf 'Filesystem 1024-blocks Used Available Capacity Mounted\\n/dev/x 9 9 9216 99%% /\\n'")
+    program("df", "printf 'Avail\\n9216\\n'")
     done = make(clone)
     assert done.returncode != 0
     assert "the disk is full\n→ free 6 GB" in done.stderr
 
 
-def test_a_home_that_cannot_be_written(clone: Path) -> None:
-    done = make(clone, SERVEBOOK_CACHE_DIR="", XDG_CACHE_HOME="", HOME="/dev/null")
+@pytest.mark.parametrize(("env", "place"), [({"SERVEBOOK_CACHE_DIR": ""}, ".cache"), ({}, ".cache/uv")])
+def test_a_home_that_cannot_be_written(clone: Path, env: dict[str, str], place: str) -> None:
+    """Also where the model has another place: uv would then say it, and we that the network is to be checked."""
+    done = make(clone, XDG_CACHE_HOME="", HOME="/dev/null", **env)
     assert done.returncode != 0
-    assert "/dev/null/.cache, which keeps the model and what is fetched, cannot be written" in done.stderr
+    assert f"/dev/null/{place}, which keeps the model or what is fetched, cannot be written" in done.stderr
     assert "→ HOME=/a/folder/of/yours make lab" in done.stderr
     assert not (clone / ".venv").exists()
 
@@ -364,6 +428,41 @@ def test_a_second_run_does_nothing(clone: Path) -> None:
     os.utime(clone / "requirements/cpu.txt", (later, later))  # a newer lock is another matter
     assert make(clone).returncode == 0
     assert calls.read_text() != before
+
+
+@pytest.mark.parametrize(
+    "name", ["PYTHONHOME", "PYTHONINSPECT", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "UV_TORCH_BACKEND"]
+)
+def test_what_is_set_for_another_python_is_not_for_ours(clone: Path, name: str) -> None:
+    calls = stand_in_environment(clone)
+    for program in ("python", "uv"):
+        with (clone / ".venv/bin" / program).open("a") as file:
+            file.write(f'[ -z "${{{name}:-}}" ] || echo "it has {name}" >> {calls}\n')
+    env = environment(clone) | {name: "error"}
+    done = subprocess.run(["make", "-C", clone, "setup"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert name not in calls.read_text()
+
+
+def test_no_home_is_the_users_own(clone: Path) -> None:
+    """As where a service starts it; a line of bash's was all that was said."""
+    calls = stand_in_environment(clone)
+    with (clone / ".venv/bin/uv").open("a") as uv:
+        uv.write(f'echo "home=$HOME" >> {calls}\n')
+    env = {name: value for name, value in environment(clone, XDG_CACHE_HOME=str(clone)).items() if name != "HOME"}
+    done = subprocess.run(["make", "-C", clone, "setup"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"home={pwd.getpwuid(os.getuid()).pw_dir}\n" in calls.read_text()
+
+
+def test_a_project_of_uvs_around_the_clone_is_none_of_ours(clone: Path) -> None:
+    (clone.parent / "uv.toml").write_text("[pip]\nrequire-hashes = true\n")
+    uv = str(Path(sys.executable).with_name("uv"))
+    words = ["--dry-run", "--target", "here", "--no-index", "--python", sys.executable, "--find-links", "..", "tiny==1"]
+    wheel_of("tiny", clone.parent)
+    command = [uv, "pip", "install", *words]
+    done = subprocess.run(command, cwd=clone, env=environment(clone), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_pips_index_is_handed_to_uv(clone: Path) -> None:
@@ -582,14 +681,18 @@ def test_the_folders_proof_runs_in_a_fresh_clone_without_a_network(
     assert re.search(r"make check test K=00, without a network: \d+ s", done.stderr)
 
 
-def wheel_of(name: str, folder: Path) -> None:
-    """A wheel with nothing in it."""
-    info = f"{name}-1.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+def wheel_of(name: str, folder: Path, version: str = "1", program: str = "") -> None:
+    """A wheel with nothing in it, or `program`, which is called as the wheel is."""
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
+        if program:
+            script = zipfile.ZipInfo(f"{name}-{version}.data/scripts/{name}")
+            script.external_attr = 0o100755 << 16
+            wheel.writestr(script, program)
         wheel.writestr(f"{info}/RECORD", "")
 
 
