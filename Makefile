@@ -12,6 +12,9 @@ device := $(if $(filter auto,$(DEVICE)),$(if $(shell nvidia-smi -L 2> /dev/null)
 # In an active conda environment named "servebook" (environment.yml) the same commands work there; any other
 # conda environment, such as "base", is left alone.
 conda := $(if $(filter-out servebook,$(notdir $(CONDA_DEFAULT_ENV))),,$(CONDA_PREFIX))
+ifneq ($(words $(conda)),$(if $(conda),1,0))
+$(error servebook: make cannot have the blank in $(conda); make the conda environment in another folder, or leave it: conda deactivate)
+endif
 # Relative, for a clone in a folder of any name: make splits targets at blanks.
 env := $(or $(conda),.venv)
 bin := $(env)/bin
@@ -24,10 +27,14 @@ part := $(if $(chapter),,$(K))
 # Of a chapter: its own tests, and of those that go through all chapters what bears its number.
 of_chapter = $(if $(chapter),-k "test_$(K)_ or [$(K) or -$(K)" $(wildcard tests/test_$(K)_*.py) \
 	$(addprefix tests/test_,$(addsuffix .py,chapters labs labs_kit notebooks readme)))
+# Of a copied clone, or of two with one conda environment, the programs would run the other's code; those of a moved one
+# run nothing, nor do they without the Python that they were made by: the set-up sees to it.
+stale := $(shell made_in=$$(cat "$(env)/lib/python3.11/site-packages/_editable_impl_servebook.pth" 2> /dev/null); \
+	[ ! -e "$(ready)" ] || { [ -x "$(bin)/python" ] && { [ ! "$$made_in" ] || [ "$$made_in" -ef src ]; }; } || echo stale)
 # A lock that is not there is the set-up's to name.
 locked := $(wildcard requirements/$(device).txt) pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
-.PHONY: lab room test browser check lint setup offline lock notebooks pictures labs deck agendas sheets survived protos clean
+.PHONY: lab room test browser check lint setup offline lock notebooks pictures labs deck agendas sheets survived protos clean stale
 
 # The folder jupyter/ configures this JupyterLab only. It refuses root unless told; in a container root is usual.
 # And a kernel "python3" that the user has of another Python comes after ours, also in a clone of somebody else's.
@@ -64,7 +71,7 @@ lint: $(ready)
 
 setup: $(ready)
 
-$(ready): $(locked)
+$(ready): $(locked) $(stale)
 	@scripts/setup "$(env)" "$(device)"
 
 # JupyterHub and its proxy, in an environment of their own.

@@ -135,7 +135,8 @@ def test_an_environment_out_of_the_builds_cache_is_not_made_anew(tmp_path: Path)
     """The locks that come with the last `COPY` may be younger than it."""
     there = copied_first(tmp_path / "servebook")
     ready = there / ".venv" / ".servebook-cpu"
-    ready.parent.mkdir()
+    (there / ".venv/bin").mkdir(parents=True)
+    (there / ".venv/bin/python").symlink_to(sys.executable)
     ready.touch()
     os.utime(ready, (0, 0))
     left = DOCKERFILE.partition("\nCOPY --chown=1000 . .\n")[2]

@@ -347,6 +347,31 @@ def test_a_package_that_cannot_be_had_keeps_an_older_environment(clone: Path) ->
     assert "replacing the environment for cpu" in for_gpu.stderr
 
 
+@pytest.mark.parametrize("where", [".venv", "conda/envs/servebook"])
+def test_packages_of_which_one_may_be_half_there_are_installed_anew(clone: Path, where: str) -> None:
+    """Where uv was killed torch lacked 9,000 files, and the next set-up took it for installed."""
+    calls = stand_in_environment(clone, where)
+    conda = {"CONDA_PREFIX": str(clone / where), "CONDA_DEFAULT_ENV": "servebook"} if where != ".venv" else {}
+    uv = clone / where / "bin/uv"
+    well = uv.read_text()
+    uv.write_text(f"{well}exit 2\n")
+    make(clone, **conda)
+    uv.write_text(well)
+    done = make(clone, **conda)
+    assert done.returncode == 0, "where the index was not reached nothing is replaced"
+    assert "--reinstall" not in calls.read_text()
+    (clone / where / ".servebook-cpu").unlink()
+    uv.write_text(f"{well}kill -9 $PPID\n")
+    make(clone, **conda)
+    uv.write_text(well)
+    done = make(clone, PYTHON="/no/such/python", **conda)
+    if conda:
+        assert "--no-deps --reinstall --compile-bytecode" in calls.read_text()
+    else:
+        assert "replacing the environment, whose set-up was cut off" in done.stderr
+        assert not (clone / ".venv").exists()
+
+
 def test_ctrl_c_leaves_nothing_behind(clone: Path, program: Callable[[str, str], Path]) -> None:
     # A Python whose venv module takes its time, so that there is something to interrupt. (No `touch`: a bash that waits
     # for a program leaves a Ctrl-C to that, and goes on where it has ended well.)
@@ -428,6 +453,67 @@ def test_a_second_run_does_nothing(clone: Path) -> None:
     os.utime(clone / "requirements/cpu.txt", (later, later))  # a newer lock is another matter
     assert make(clone).returncode == 0
     assert calls.read_text() != before
+
+
+EDITABLE = ".venv/lib/python3.11/site-packages/_editable_impl_servebook.pth"
+
+
+def test_the_installed_environment_says_where_it_was_made() -> None:
+    """By the file that make looks at, whose name is hatchling's."""
+    where = distribution("servebook").locate_file("_editable_impl_servebook.pth")
+    assert (Path(str(where)).read_text().strip()).endswith("/src")
+
+
+@pytest.mark.parametrize("harm", ["copied", "moved"])
+def test_the_environment_of_another_clone_is_made_anew(clone: Path, harm: str) -> None:
+    """In a copy all ran the other clone's code, `make labs` on the other's files; in one that was moved nothing ran."""
+    calls = stand_in_environment(clone)
+    (clone / "src").mkdir()
+    (clone / EDITABLE).parent.mkdir(parents=True)
+    (clone / EDITABLE).write_text(str(clone / "src"))
+    assert make(clone).returncode == 0
+    link = clone.with_name("link")
+    link.symlink_to(clone)
+    before = calls.read_text()
+    assert make(link).returncode == 0
+    assert calls.read_text() == before, "a link to it is the same clone"
+    other = clone.with_name("other")
+    clone.rename(other) if harm == "moved" else shutil.copytree(clone, other)
+    done = make(other, PYTHON="/no/such/python")
+    assert f"replacing the environment, which was made in {clone}\n" in done.stderr
+    assert not (other / ".venv").exists()
+    assert harm == "moved" or (clone / ".venv/bin/python").exists()
+
+
+def test_the_environment_of_a_python_that_is_gone_is_made_anew(clone: Path) -> None:
+    stand_in_environment(clone)
+    assert make(clone).returncode == 0
+    (clone / ".venv/bin/python").unlink()
+    (clone / ".venv/bin/python").symlink_to("/no/such/python3.11")
+    done = make(clone, PYTHON="/no/such/python")
+    assert "the lock is made for Python 3.11, and /no/such/python is missing" in done.stderr
+
+
+def test_a_conda_environment_of_two_clones_is_each_ones_in_turn(clone: Path) -> None:
+    stand_in_environment(clone, where="conda/envs/servebook")
+    conda = clone / "conda/envs/servebook"
+    env = {"CONDA_PREFIX": str(conda), "CONDA_DEFAULT_ENV": "servebook"}
+    assert make(clone, **env).returncode == 0
+    there = conda / EDITABLE.removeprefix(".venv/")
+    there.parent.mkdir(parents=True)
+    there.write_text("/another/clone/src")
+    calls = clone / "calls"
+    before = calls.read_text()
+    assert make(clone, **env).returncode == 0
+    assert "--quiet --no-build-isolation -e ." in calls.read_text().removeprefix(before)
+    assert conda.is_dir()
+
+
+def test_a_blank_in_a_conda_environments_path_is_said(clone: Path) -> None:
+    conda = {"CONDA_PREFIX": str(clone / "my envs/servebook"), "CONDA_DEFAULT_ENV": "servebook"}
+    done = make(clone, **conda)
+    assert done.returncode != 0
+    assert f"servebook: make cannot have the blank in {clone}/my envs/servebook; make the conda" in done.stderr
 
 
 @pytest.mark.parametrize(
