@@ -76,12 +76,30 @@ def test_values_come_as_they_are(asking: Asking) -> None:
 
 
 def test_what_cannot_be_said_is_an_error_and_not_an_endless_wait(asking: Asking) -> None:
-    submission = asking({"number": 10**5000, "numbers": lambda: 10**5000})
-    with pytest.raises(ValueError, match="4300 digits"):
-        submission.function("number")
+    deep: list[Any] = []
+    for _ in range(10_000):
+        deep = [deep]
+    submission = asking({"nest": deep, "nests": lambda: deep})
+    with pytest.raises(RecursionError):
+        submission.function("nest")
     with pytest.raises(NotYet) as told:
-        submission.call(submission.function("numbers"))
-    assert "4300 digits" in told.value.got
+        submission.call(submission.function("nests"))
+    assert "RecursionError" in told.value.got
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        return 404  # type: ignore[return-value]
+
+
+def test_an_error_that_says_nothing_is_told(asking: Asking) -> None:
+    def fail() -> None:
+        raise Mute(Mute())
+
+    submission = asking({"fail": fail})
+    with pytest.raises(NotYet) as told:
+        submission.call(submission.function("fail"))
+    assert told.value.got.startswith("Mute: ")
 
 
 def test_nothing_that_equals_everything_reaches_a_check(asking: Asking) -> None:

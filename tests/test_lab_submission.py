@@ -7,19 +7,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain, repeat
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import pytest
 from desk import eventually
+from nbformat.v4 import new_code_cell, new_notebook
+from smg_grpc_proto import vllm_engine_pb2 as pb
 
 from servebook.lab import submission
+from servebook.lab.checking import evaluate
 from servebook.lab.feedback import NotYet
 from servebook.lab.learner_server.judge import written
 from servebook.lab.manifest import find_exercise
-from servebook.lab.submission import Submission, waited_for_a_core
+from servebook.lab.shell import LabShell
+from servebook.lab.submission import Submission, plain, waited_for_a_core
 
 
 @pytest.fixture
@@ -31,6 +38,62 @@ def test_code_that_waits_for_ever_is_told_so(learner: Submission) -> None:
     with pytest.raises(NotYet) as told:
         learner.run(threading.Event().wait)
     assert told.value.expected == "an end"
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        return 404  # type: ignore[return-value]
+
+
+def raising(error: BaseException) -> Callable[..., object]:
+    def function(*_: object) -> object:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("remembered", "got", "cause"),
+    [
+        pytest.param(lambda *_: input("How many?"), "nobody types", "take its arguments", id="input"),
+        pytest.param(raising(SystemExit(1)), "SystemExit: 1", "the whole program", id="exit"),
+        pytest.param(raising(Mute()), "Mute: ", "your code raised this error", id="an error without words"),
+        pytest.param(lambda *_: 10**5000, "a number of 16610 bits", "the same beginning", id="a number too long"),
+        pytest.param(lambda *_: "x" * 10**6, "…", "the same beginning", id="a text beyond any screen"),
+    ],
+)
+def test_whatever_an_answer_does_is_told(remembered: Callable[..., object], got: str, cause: str) -> None:
+    result = evaluate("11.3", {"remembered": remembered})
+    assert result.state == "wrong", result.render()
+    assert got in result.got
+    assert cause in result.cause
+    assert len(result.render()) < 5000
+
+
+@pytest.mark.parametrize(
+    ("value", "right"),
+    [
+        (np.array([[0.5, 1.5]]), [[0.5, 1.5]]),
+        ({"a": [1], "b": [2]}.values(), [[1], [2]]),
+        (pb.TokenizedInput(input_ids=[3, 4]).input_ids, [3, 4]),
+        (deque([1]), [1]),
+        ({1: 2}.keys(), {1}),
+        (OrderedDict(a=np.float64(0.5)), {"a": 0.5}),
+    ],
+)
+def test_whatever_holds_values_comes_by_them(value: object, right: object) -> None:
+    assert plain(value) == right
+    assert type(plain(value)) is type(right)
+
+
+def test_a_cell_that_asks_a_person_is_told_that_nobody_types(tmp_path: Path) -> None:
+    """A check shows nothing while it runs, so nobody would see what it asks."""
+    path = tmp_path / "lab.ipynb"
+    notebook = new_notebook(cells=[new_code_cell("n = input('How many?')", id="11-3-answer")])
+    nbformat.write(notebook, path)
+    result = LabShell(path).check("11.3")
+    assert result.state == "wrong"
+    assert "nobody types" in result.got
 
 
 def test_a_server_at_work_is_waited_for(learner: Submission, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isclose
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from servebook.lab.manifest import Exercise
 
 WIDTH = 400
 """How many characters of a value are shown."""
+MOST = 2000
+"""How many of a text that a check has put together: a value in it may have any length."""
 
 
 class NotYet(Exception):
@@ -19,8 +22,8 @@ class NotYet(Exception):
 
     def __init__(self, expected: Any, got: Any, cause: str) -> None:
         super().__init__(cause)
-        self.expected = expected if isinstance(expected, str) else shorten(expected)
-        self.got = (got or "nothing") if isinstance(got, str) else shorten(got)
+        self.expected = cut(expected, MOST) if isinstance(expected, str) else shorten(expected)
+        self.got = cut(got or "nothing", MOST) if isinstance(got, str) else shorten(got)
         self.cause = cause
 
 
@@ -83,7 +86,7 @@ def judge(
     """
     if _holds(fits or (lambda got, right: got == right), got, right):
         return
-    cause = next((cause for mistake, cause in known if _holds(mistake, got, right)), otherwise)
+    cause = next((cause for mistake, cause in (TEXT, *known) if _holds(mistake, got, right)), otherwise)
     raise NotYet(right if expected is None else expected, got if shown is None else shown, cause)
 
 
@@ -106,7 +109,27 @@ def rounded(got: Any, right: Any) -> bool:
 ROUNDED: Known = (rounded, "rounded: return the number as it comes")
 
 
+def _text_for_number(got: Any, right: Any) -> bool:
+    """Whether `got` has a number as text where `right` has a number: itself, or one of several in the same place."""
+    if isinstance(right, Mapping):
+        return any(_text_for_number(got[name], each) for name, each in right.items())
+    if isinstance(right, tuple) and isinstance(got, tuple | list):
+        return any(map(_text_for_number, got, right))
+    if isinstance(got, str) and isinstance(right, int | float):
+        with suppress(ValueError):
+            float(got)
+            return True
+    return False
+
+
+TEXT: Known = (_text_for_number, "a number, not a text: whoever reads it wants to reckon with it")
+
+
 def shorten(value: Any) -> str:
     """`repr(value)`, cut in the middle where it is long."""
-    text = repr(value)
-    return text if len(text) <= WIDTH else f"{text[: WIDTH // 2]} … {text[-WIDTH // 2 :]}"
+    return cut(repr(value), WIDTH)
+
+
+def cut(text: str, width: int) -> str:
+    """`text`, without its middle where it is longer than that."""
+    return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"

@@ -18,7 +18,7 @@ from servebook.errors import ServebookError
 from servebook.lab.checking import evaluate
 from servebook.lab.feedback import Result
 from servebook.lab.manifest import Exercise, find_exercise
-from servebook.lab.submission import where
+from servebook.lab.submission import nobody_types, where, words_of
 
 PART = re.compile(r"(\d\d)-(\d)-(brief|given|answer|check|try)")
 """The ids of an exercise's cells; every other cell belongs to the lab as a whole."""
@@ -30,7 +30,7 @@ class CellError(ServebookError):
     def __init__(self, cell_id: str, error: BaseException) -> None:
         # An error of ours brings its own remedy.
         remedy = "" if isinstance(error, ServebookError) else "Run the notebook from its top to that cell, and mend it."
-        super().__init__(f"The cell {cell_id!r} failed: {type(error).__name__}: {error}", remedy)
+        super().__init__(f"The cell {cell_id!r} failed: {type(error).__name__}: {words_of(error)}", remedy)
 
 
 def read_notebook(path: Path) -> Any:
@@ -146,7 +146,7 @@ class LabShell:
         Raises:
             KeyboardInterrupt: Ctrl-C, which IPython keeps to itself, is no error of the cell's.
         """
-        with capture_output():
+        with capture_output(), nobody_types():
             done = self.shell.run_cell(source)
         error: BaseException | None = done.error_before_exec or done.error_in_exec
         if isinstance(error, KeyboardInterrupt):
@@ -170,6 +170,6 @@ def _broken(exercise: Exercise, error: BaseException) -> Result:
         exercise,
         "wrong",
         "a cell that runs",
-        f"{type(error).__name__}: {error}{where(error)}",
+        f"{type(error).__name__}: {words_of(error)}{where(error)}",
         "the answer cell itself raised this error",
     )

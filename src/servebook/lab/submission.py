@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import ctypes
 import inspect
 import linecache
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from google.protobuf.message import Message
 
@@ -26,11 +29,39 @@ LIMIT_SECONDS = 100.0
 """How long one call of it may last at most; a check makes several."""
 
 
+MOST_BITS = 10_000
+"""Of a whole number: far beyond any that is asked for, and Python writes no number of very many digits out."""
+
+
 Causes = Mapping[Any, str]
 """What an error of a learner's code most likely comes from, by its class or by `(class, pattern)` of its message.
 
 The first that fits counts.
 """
+NOBODY_TYPES = "input(): nobody types during a check"
+ANYWHERE: Causes = {
+    (EOFError, re.escape(NOBODY_TYPES)): "the check calls your function with all that it needs: take its arguments",
+    SystemExit: "that ends the whole program and not the function: return, or raise an error for the caller to catch",
+}
+"""The same for any exercise, where its own causes do not say."""
+
+
+@contextmanager
+def nobody_types() -> Iterator[None]:
+    """Let code that asks a person hear that nobody is there: a check would wait for what nobody sees asked."""
+
+    def none(prompt: object = "") -> str:
+        raise EOFError(NOBODY_TYPES)
+
+    with patch.object(builtins, "input", none):  # a kernel has one of its own there
+        yield
+
+
+def words_of(error: object) -> str:
+    """What an error says; "" where saying it is one, too, as of a class whose `__str__` returns no text."""
+    with suppress(Exception):
+        return str(error)
+    return ""
 
 
 class Foreign:
@@ -52,16 +83,18 @@ def plain(value: Any) -> Any:
         return value
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         return plain(value.item())
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        return Foreign(f"a number of {value.bit_length()} bits")
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, bytes | bytearray):
         return bytes(value)
-    if isinstance(value, list | tuple | set | frozenset):
-        kept = [plain(each) for each in value]
-        return tuple(kept) if isinstance(value, tuple) else set(kept) if isinstance(value, Set) else kept
     if isinstance(value, Mapping):
         return {plain(key): plain(each) for key, each in value.items()}
+    if isinstance(value, Collection):  # numpy's arrays, a dict's values and protobuf's repeated fields among them
+        kept = [plain(each) for each in value]
+        return tuple(kept) if isinstance(value, tuple) else set(kept) if isinstance(value, Set) else kept
     if isinstance(value, Iterator):
         return Pieces(value)
     if isinstance(value, Message) or type(value).__name__ == "InferInput":
@@ -250,10 +283,11 @@ class Submission:
             raise StillOpen
         if isinstance(error, NeedsAwait):
             raise NotYet("a plain function", str(error), "the check calls it without await: write a plain def")
-        cause = next((text for kind, text in causes.items() if meant(kind, error)), "your code raised this error")
+        known = [*causes.items(), *ANYWHERE.items()]
+        cause = next((text for kind, text in known if meant(kind, error)), "your code raised this error")
         raise NotYet(
             "no error",
-            f"{type(error).__name__}: {str(error)[:300]}{getattr(error, 'place', '') or where(error)}",
+            f"{type(error).__name__}: {words_of(error)[:300]}{getattr(error, 'place', '') or where(error)}",
             cause,
         ) from error
 
@@ -261,7 +295,7 @@ class Submission:
 def meant(kind: Any, error: BaseException) -> bool:
     """Whether an error is what a key of `Causes` stands for."""
     of_class, pattern = kind if isinstance(kind, tuple) else (kind, "")
-    return isinstance(error, of_class) and re.search(pattern, str(error)) is not None
+    return isinstance(error, of_class) and re.search(pattern, words_of(error)) is not None
 
 
 def waited_for_a_core(thread: threading.Thread) -> float:

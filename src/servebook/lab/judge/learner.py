@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from servebook.lab.judge.wire import Failed, Wire
-from servebook.lab.submission import Function, OverTime, plain, ungrouped, where
+from servebook.lab.submission import Function, OverTime, plain, ungrouped, where, words_of
 
 
 class Session(Wire):
@@ -49,8 +49,8 @@ class Session(Wire):
             return error.told
         told: dict[str, Any] = {
             "kinds": [f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__],
-            "text": str(error)[:2000],
-            "args": [str(each) for each in error.args[:2]],
+            "text": words_of(error)[:2000],
+            "args": [words_of(each) for each in error.args[:2]],
             "where": where(error),
         }
         for name in ("status", "message", "code", "details"):

@@ -19,6 +19,7 @@ from servebook.environment import short_tmpdir
 from servebook.lab.feedback import Result
 from servebook.lab.judge.learner import Session
 from servebook.lab.manifest import find_exercise
+from servebook.lab.submission import nobody_types
 from servebook.launch.bound import bound
 
 IMPORT_SECONDS = 120.0
@@ -112,7 +113,8 @@ def judged_apart(exercise_id: str, namespace: Mapping[str, Any]) -> Result:
                 connection.connect(str(address))
                 session = Session(connection, namespace)
                 try:
-                    session.listen()
+                    with nobody_types():
+                        session.listen()
                 except KeyboardInterrupt:
                     session.abort()
                     raise

@@ -98,7 +98,7 @@ class Wire:
                 self._send({"reply": message["ask"], **self.answer(message)})
             except Broken:
                 raise
-            except BaseException as error:  # what JSON cannot say is among them, such as a number of 5,000 digits
+            except BaseException as error:  # what JSON cannot say is among them, such as lists nested too deep
                 self._send({"reply": message["ask"], "failed": self.describe(error)})
         self.threads.discard(threading.current_thread())
 
