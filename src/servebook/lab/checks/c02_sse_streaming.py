@@ -347,6 +347,10 @@ def _judge_times(
         (_near(ttft, whole) and _near(total, first), "the two times are the wrong way round"),
         (_near(ttft, whole), "the first time was taken at the end, or the list was gathered first"),
         (
+            ttft < TOLERANCE,
+            "hardly any time: is the clock started anew, or one that stands still while code waits, as process_time?",
+        ),
+        (
             _near(ttft, begun - asked_at),
             "the first event carries the role and no text yet: wait for one with content",
         ),

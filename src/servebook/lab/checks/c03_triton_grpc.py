@@ -451,7 +451,7 @@ class LeaveWatch:
 
 
 def check_03_5(submission: Submission) -> None:
-    """The text until it is enough; then the engine stops, as its own count of running requests shows."""
+    """The text until it is enough; then the engine stops, as its own count of running requests shows. And all of it."""
     until, triton = submission.function("until"), submission.server("triton")
     asked: list[str] = []
 
@@ -513,6 +513,24 @@ def check_03_5(submission: Submission) -> None:
         passed_over = [text for text in texts if text and len(text) <= len(right) and text not in asked]
         each = "ask after every piece: one that makes it enough must not be passed over"
         require(not passed_over, "enough asked after every piece", asked, each)
+    _judge_never(submission, triton, until)
+
+
+def _judge_never(submission: Submission, triton: Server, until: Callable[..., Any]) -> None:
+    """Judge what comes of an answer that ends before it is enough."""
+    inputs = infer_inputs("One, two, three, four,", stream=True, max_tokens=8, temperature=0, ignore_eos=True)
+    causes: Causes = {
+        TimeoutError: "an answer that is never enough has an end, too: triton_final_response says which is the last",
+        InferenceServerException: "the answer is whole: what cancelling its stream brings after that is no error of it",
+    }
+    with TritonTap(triton.grpc, cuts=True) as tap, client_of(tap) as client:
+        got = submission.run(lambda: until(client, inputs, lambda _: False), causes, tap.busy)
+        judge(
+            tap.streams[-1].text,
+            got,
+            (lambda got, right: right.startswith(got or ""), "it was never enough: all of the text is returned then"),
+            otherwise="it was never enough: return all of this answer's text, and nothing else",
+        )
 
 
 def running(triton: Server) -> float:

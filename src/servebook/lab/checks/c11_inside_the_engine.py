@@ -74,7 +74,10 @@ def _judge_cost(lengths: Sequence[int], seconds: list[float], got: Any) -> None:
             lambda got, _: any(_same(got["per_token"], each) for each in through_zero),
             "this line goes through 0: a request costs something even without tokens, and that is fixed",
         ),
-        (lambda got, _: _same(got["per_token"], 1 / slope), "that is tokens per second"),
+        (
+            lambda got, _: any(_same(got["per_token"], each) for each in (1 / slope, np.polyfit(y, x, 1)[0])),
+            "that is tokens per second: seconds are to follow from lengths, which come first",
+        ),
         ROUNDED,
         (
             lambda got, _: _same(got["per_token"], slope),
@@ -101,7 +104,7 @@ def check_11_2(submission: Submission) -> None:
     room_for, vllm = submission.function("room_for"), submission.server("vllm")
     own = cache_of(vllm.url, key_of(vllm))
     size = own.block_size
-    others = [(1001, 16, 100), (15, 16, 100), (1001, 16, 96), (3, 16, 100)]
+    others = [(1001, 16, 100), (17, 16, 100), (15, 16, 100), (1001, 16, 96), (3, 16, 100)]
     cases = [*others, *((own.blocks, size, length) for length in (3 * size + 1, 2 * size, size // 2, 2 * size - 1))]
     for blocks, block_size, length in cases:
         _judge_room(blocks, block_size, length, submission.call(room_for, blocks, block_size, length))
@@ -126,6 +129,10 @@ def _judge_room(blocks: int, block_size: int, length: int, got: Any) -> None:
             lambda got, _: got in by_tokens,
             "no two requests share a block: the rest of each one's last block stays empty",
         ),
+        (
+            lambda got, _: got == blocks // each - 1 != (blocks - 2) // each,
+            "the engine keeps a block, and not the room of a request: take it off before you divide",
+        ),
         (lambda got, _: got != int(got), "half a request is none: round down"),
         (lambda got, right: got > right, "so many do not fit: each needs whole blocks, rounded up"),
         (lambda got, right: got < right, "more fit than that"),
@@ -133,6 +140,9 @@ def _judge_room(blocks: int, block_size: int, length: int, got: Any) -> None:
         expected=f"{(blocks - 1) // each} for {blocks} blocks of {block_size}, {length} tokens each",
         fits=lambda got, right: got == right and not isinstance(got, bool),
     )
+
+
+SHORTER = "either prompt may be the shorter one: look no further than it goes, as zip does"
 
 
 def check_11_3(submission: Submission) -> None:
@@ -154,7 +164,8 @@ def check_11_3(submission: Submission) -> None:
         (text, text[:35] + other, 7),
     ]
     for first, second, size in cases:
-        _judge_memory(first, second, size, submission.call(remembered, list(first), list(second), size))
+        got = submission.call(remembered, list(first), list(second), size, causes={IndexError: SHORTER})
+        _judge_memory(first, second, size, got)
 
 
 def _judge_memory(first: list[int], second: list[int], size: int, got: Any) -> None:

@@ -108,14 +108,15 @@ NOBODY = "nobody asked: no promise was kept, none was broken; add the buckets fi
 
 
 def check_12_2(submission: Submission) -> None:
-    """One replica, two unlike ones, one that nobody asked, none that anybody asked, and this engine."""
+    """One replica, two unlike ones, one that nobody asked, one that kept no promise, none asked, and this engine."""
     kept, vllm = submission.function("kept"), submission.server("vllm")
     before, *_, after = pages_of(vllm)
     own = increase(TTFT, before, after)
     one = {0.1: 5.0, 0.5: 8.0, 1.0: 9.0, inf: 10.0}
     two = [{0.1: 90.0, 0.5: 98.0, inf: 100.0}, {0.1: 0.0, 0.5: 2.0, inf: 10.0}]
     idle = {0.1: 0.0, 0.5: 0.0, inf: 0.0}
-    cases = [([one], 0.5), (two, 0.5), (two, 0.1), ([idle, two[0]], 0.1), ([own], sorted(own)[-2]), ([idle], 0.5)]
+    cases = [([one], 0.5), (two, 0.5), (two, 0.1), (two[1:], 0.1), ([idle, two[0]], 0.1)]
+    cases += [([own], sorted(own)[-2]), ([idle], 0.5)]
     causes = {ZeroDivisionError: NOBODY, KeyError: "a bound is a number, the last one math.inf"}
     for replicas, limit in cases:
         _judge_kept(replicas, limit, submission.call(kept, [dict(each) for each in replicas], limit, causes=causes))
@@ -133,6 +134,10 @@ def _judge_kept(replicas: Sequence[Mapping[float, float]], limit: float, got: An
         right,
         got,
         (right is None, NOBODY),
+        (
+            got is None and right == 0,
+            "somebody asked, and got no promise kept: a share of 0; None is for nobody",
+        ),
         (got is None, "somebody asked, and the function returns nothing: is `return` missing?"),
         (lambda got, right: _same(got, 100 * right), "that is in percent; the brief asks for a share, 0 to 1"),
         (lambda got, right: _same(got, 1 - right), "that is the share that had to wait longer"),

@@ -25,7 +25,8 @@ def check_13_1(submission: Submission) -> None:
         schema = submission.call(ticket_schema, list(teams))
         require(isinstance(schema, dict), "a dict", schema, "return the schema as a dict, not as a text")
         try:
-            schema = json.loads(json.dumps(schema))  # on its way to the engine a tuple is a list
+            # On its way to the engine a tuple is a list.
+            schema = json.loads(json.dumps(schema, default=_no_json))
         except (TypeError, ValueError) as error:
             plain = "a schema is JSON: dicts, lists, texts, numbers, True, False and None"
             raise NotYet("a dict that can be sent as JSON", f"{type(error).__name__}: {error}", plain) from None
@@ -43,13 +44,19 @@ def check_13_1(submission: Submission) -> None:
     require(answer.ok, "a schema that the engine takes", answer.text[:300], cause)
 
 
+def _no_json(value: Any) -> None:
+    raise TypeError(f"{shorten(value)} among the schema's values")
+
+
 def _judge_schema(schema: dict[str, Any], teams: list[str]) -> None:
     def fits(instance: Any) -> bool:
         try:
             Draft202012Validator.check_schema(schema)
             return bool(Draft202012Validator(schema).is_valid(instance))
         except Exception as error:  # whatever a reference to nothing, or to itself, may raise
-            raise NotYet("a JSON schema", f"{type(error).__name__}: {error}"[:300], "this is no JSON schema") from None
+            no_list = "required" in getattr(error, "path", ()) and "required is a list of names, beside properties"
+            cause = no_list or "this is no JSON schema"
+            raise NotYet("a JSON schema", f"{type(error).__name__}: {error}"[:300], cause) from None
 
     ticket = TICKET | {"team": teams[-1]}
     nulls = [ticket | {name: None} for name in ticket]
@@ -258,6 +265,10 @@ def _judge_messages(got: Any, right: list[dict[str, Any]]) -> None:
         ),
         (lambda got, right: len(got) < len(right), "a message is missing: one for each call, beside all that was said"),
         (lambda got, right: len(got) > len(right), "there are more messages than were said"),
+        (
+            lambda got, right: all(message in right for message in got) and all(message in got for message in right),
+            "the results stand in the order of their calls, whichever was there first",
+        ),
         (
             lambda got, _: (
                 [each.get("tool_call_id") for each in got if each["role"] == "tool"]
