@@ -86,6 +86,29 @@ def test_a_grpc_server_that_has_gone_is_no_learners_fault() -> None:
             find_fault(tap, ask)
 
 
+class Locked(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # at run time it takes none
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        def refuse(_: bytes, context: grpc.ServicerContext) -> bytes:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "This protocol is restricted, expecting header 'x'")
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+def test_a_call_that_triton_locks_is_the_learners_own_doing() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        server = grpc.server(pool, [Locked()])
+        tap = GrpcTap(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        server.start()
+
+        def ask() -> None:
+            with pytest.raises(grpc.RpcError, match="restricted"), grpc.insecure_channel(tap.address) as channel:
+                channel.unary_unary("/a.Service/Method", None, None)(b"", timeout=10)
+
+        with pytest.raises(NotYet):
+            find_fault(tap, ask)
+        server.stop(None).wait()
+
+
 def test_a_caller_who_leaves_is_the_learners_own_doing() -> None:
     left = threading.Event()
 

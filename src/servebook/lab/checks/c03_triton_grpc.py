@@ -22,7 +22,7 @@ from servebook.lab.dry_run.load import Refused, engine_facts, loaded_config, vll
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.rest import asked_there
 from servebook.lab.submission import Causes, Submission
-from servebook.lab.taps.grpc import Call, Lost
+from servebook.lab.taps.grpc import RESTRICTED, Call, Lost
 from servebook.lab.taps.triton import Stream, TritonTap, is_final, text_of
 from servebook.launch import Server
 from servebook.processes import wait_until
@@ -55,7 +55,10 @@ def check_03_1(submission: Submission) -> None:
         inputs = list(client.get_model_config(TENSOR_MODEL_NAME).config.input)
         types = {output.name: output.datatype for output in client.get_model_metadata(TENSOR_MODEL_NAME).outputs}
     keys = {"required", "outputs", "decoupled"}
-    causes: Causes = {(KeyError, "optional|decoupled|model_transaction_policy"): LEFT_OUT}
+    causes: Causes = {
+        (KeyError, "optional|decoupled|model_transaction_policy"): LEFT_OUT,
+        (InferenceServerException, RESTRICTED): "this Triton lets nobody list or load its models: ask about this one",
+    }
     with TritonTap(triton.grpc) as tap, triton_grpc.InferenceServerClient(tap.address) as client:
         got = submission.call(describe, client, TENSOR_MODEL_NAME, causes=causes)
         asked_there(tap.calls, got, "a question to the server that was handed in")

@@ -22,6 +22,8 @@ from servebook.lab.taps.http import not_lost
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 FOREVER = 1e6
 """gRPC says "no deadline" with a time far beyond anybody's life (seconds)."""
+RESTRICTED = "protocol is restricted"
+"""So Triton answers a call that is locked, with the code of a server that is not there."""
 GRACE_SECONDS = 0.5
 """Without any grace a client's library complains on stderr, which nbgrader takes for a failure."""
 
@@ -143,7 +145,7 @@ class GrpcTap:
         except grpc.RpcError:
             if call.left is None:
                 call.code, call.details = upstream.code(), upstream.details() or ""
-                call.lost = call.code is grpc.StatusCode.UNAVAILABLE
+                call.lost = call.code is grpc.StatusCode.UNAVAILABLE and RESTRICTED not in call.details
                 context.abort(call.code, call.details)
         finally:
             upstream.cancel()  # where the filter ended before the server did
