@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
@@ -20,7 +21,8 @@ from desk import eventually
 from nbformat.v4 import new_code_cell, new_notebook
 from smg_grpc_proto import vllm_engine_pb2 as pb
 
-from servebook.lab import submission
+from servebook.errors import ServebookError
+from servebook.lab import check, hint, submission
 from servebook.lab.checking import evaluate
 from servebook.lab.feedback import NotYet
 from servebook.lab.learner_server.judge import written
@@ -70,6 +72,27 @@ def test_whatever_an_answer_does_is_told(remembered: Callable[..., object], got:
     assert len(result.render()) < 5000
 
 
+@pytest.mark.parametrize("ask", [check, hint])
+def test_an_exercise_without_its_quotes_is_told(ask: Callable[[Any], None]) -> None:
+    with pytest.raises(ServebookError, match="Put quotes around it"):
+        ask(11.3)
+
+
+def test_an_answer_that_leaves_ends_no_kernel(tmp_path: Path) -> None:
+    """An exit() in a notebook is IPython's own: it ends the kernel once the cell is done, with all that is in it."""
+    path = tmp_path / "lab.ipynb"
+    nbformat.write(new_notebook(cells=[]), path)
+    shell = LabShell(path).shell
+    ended: list[bool] = []
+    shell.ask_exit = lambda: ended.append(True)  # as a kernel's has it
+    cell = (
+        "from servebook.lab.checking import evaluate\nstate = evaluate('11.3', {'remembered': lambda *_: exit()}).cause"
+    )
+    shell.run_cell(cell).raise_error()
+    assert "the whole program" in shell.user_ns["state"]
+    assert not ended
+
+
 @pytest.mark.parametrize(
     ("value", "right"),
     [
@@ -86,7 +109,7 @@ def test_whatever_holds_values_comes_by_them(value: object, right: object) -> No
     assert type(plain(value)) is type(right)
 
 
-def test_a_cell_that_asks_a_person_is_told_that_nobody_types(tmp_path: Path) -> None:
+def test_a_cell_that_asks_a_person_is_told_that_unattended(tmp_path: Path) -> None:
     """A check shows nothing while it runs, so nobody would see what it asks."""
     path = tmp_path / "lab.ipynb"
     notebook = new_notebook(cells=[new_code_cell("n = input('How many?')", id="11-3-answer")])

@@ -266,6 +266,21 @@ def test_a_check_builds_on_all_that_stands_above(tmp_path: Path) -> None:
 
 
 @pytest.mark.lifetime
+def test_a_check_ends_whatever_its_answer_has_left_at_work(learner: Run, tmp_path: Path) -> None:
+    """Python waits at its end for the threads of a pool, and these wait for ever."""
+    learner("labs", "init", tmp_path)
+    path = tmp_path / OTHER / f"{OTHER}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    cells = {each.id: each for each in notebook.cells}
+    cells["setup"].source = cells["02-1-given"].source = "pass"
+    pool = "from concurrent.futures import ThreadPoolExecutor\nimport threading\n"
+    cells["02-1-answer"].source = f"{pool}ThreadPoolExecutor().submit(threading.Event().wait)\nexit()"
+    nbformat.write(notebook, path)
+    assert "SystemExit" in learner("labs", "check", "02.1", code=1).stdout
+    assert "✗" in learner("labs", "list").stdout
+
+
+@pytest.mark.lifetime
 def test_an_interrupt_ends_a_check_and_is_no_attempt(learner: Run, tmp_path: Path) -> None:
     """Ctrl-C in the set-up, and in the answer."""
     learner("labs", "init", tmp_path)

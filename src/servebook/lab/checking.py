@@ -18,7 +18,7 @@ from servebook.lab.feedback import NotPassed, NotYet, Result, StillOpen
 from servebook.lab.judge import process
 from servebook.lab.manifest import Exercise, find_exercise
 from servebook.lab.record import Store
-from servebook.lab.submission import CheckFunction, Submission, nobody_types
+from servebook.lab.submission import CheckFunction, Submission, unattended
 from servebook.launch import Server
 from servebook.settings import own_settings
 
@@ -80,7 +80,7 @@ def evaluate(exercise_id: str, namespace: Mapping[str, Any]) -> Result:
     function = find_check(lab.stem, exercise)
     try:
         # nbgrader takes any output on stderr for a failure, a mere warning too.
-        with contextlib.redirect_stderr(sys.stdout), nobody_types():
+        with contextlib.redirect_stderr(sys.stdout), unattended():
             function(Submission(exercise, namespace))
     except StillOpen:
         return Result(exercise, "open")

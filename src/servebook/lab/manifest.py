@@ -89,8 +89,12 @@ def find_exercise(exercise_id: str) -> tuple[Lab, Exercise]:
     """The exercise of that id, such as "04.2", and its lab.
 
     Raises:
-        ServebookError: there is none; the message lists those of the same chapter.
+        ServebookError: there is none; the message lists those of the same chapter. Or it is a number, as of check(4.2).
     """
+    if not isinstance(exercise_id, str):
+        raise ServebookError(
+            f"An exercise is named by a text, and {exercise_id!r} is none.", 'Put quotes around it: check("04.2").'
+        )
     for lab, exercise in exercises():
         if exercise.id == exercise_id:
             return lab, exercise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from servebook.errors import ServebookError
 from servebook.lab.checking import evaluate
 from servebook.lab.feedback import Result
 from servebook.lab.manifest import Exercise, find_exercise
-from servebook.lab.submission import nobody_types, where, words_of
+from servebook.lab.submission import unattended, where, words_of
 
 PART = re.compile(r"(\d\d)-(\d)-(brief|given|answer|check|try)")
 """The ids of an exercise's cells; every other cell belongs to the lab as a whole."""
@@ -96,6 +97,7 @@ class LabShell:
         quiet.HistoryManager.enabled = False
         # A module of its own: the default would take the place of this process's __main__.
         self.shell = InteractiveShell(user_module=ModuleType("lab"), config=quiet)
+        self.shell.ask_exit = sys.exit  # what its exit() and quit() call, and only a terminal's shell has
 
     def prepare(self, exercise_id: str | None = None) -> None:
         """Run the cells that the exercises build on: the shared ones, and what is given for them.
@@ -146,7 +148,7 @@ class LabShell:
         Raises:
             KeyboardInterrupt: Ctrl-C, which IPython keeps to itself, is no error of the cell's.
         """
-        with capture_output(), nobody_types():
+        with capture_output(), unattended():
             done = self.shell.run_cell(source)
         error: BaseException | None = done.error_before_exec or done.error_in_exec
         if isinstance(error, KeyboardInterrupt):

@@ -8,10 +8,11 @@ import ctypes
 import inspect
 import linecache
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,16 @@ ANYWHERE: Causes = {
 
 
 @contextmanager
-def nobody_types() -> Iterator[None]:
-    """Let code that asks a person hear that nobody is there: a check would wait for what nobody sees asked."""
+def unattended() -> Iterator[None]:
+    """Let input() and exit() raise: a check would wait for what nobody sees asked, and a kernel would end."""
 
     def none(prompt: object = "") -> str:
         raise EOFError(NOBODY_TYPES)
 
-    with patch.object(builtins, "input", none):  # a kernel has one of its own there
+    with ExitStack() as changed:
+        changed.enter_context(patch.object(builtins, "input", none))  # a kernel has one of its own there
+        if shell := getattr(builtins, "get_ipython", None):  # and what its exit() and quit() call
+            changed.enter_context(patch.object(shell(), "ask_exit", sys.exit))
         yield
 
 

@@ -19,7 +19,7 @@ from servebook.environment import short_tmpdir
 from servebook.lab.feedback import Result
 from servebook.lab.judge.learner import Session
 from servebook.lab.manifest import find_exercise
-from servebook.lab.submission import nobody_types
+from servebook.lab.submission import unattended
 from servebook.launch.bound import bound
 
 IMPORT_SECONDS = 120.0
@@ -113,7 +113,7 @@ def judged_apart(exercise_id: str, namespace: Mapping[str, Any]) -> Result:
                 connection.connect(str(address))
                 session = Session(connection, namespace)
                 try:
-                    with nobody_types():
+                    with unattended():
                         session.listen()
                 except KeyboardInterrupt:
                     session.abort()
