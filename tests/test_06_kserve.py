@@ -31,6 +31,7 @@ from servebook.settings import TENSOR_MODEL_NAME
 from servebook.ways.client import Answer
 from servebook.ways.kserve.client import V2Client, tensor
 from servebook.ways.kserve.steps import ladder
+from servebook.ways.limits import GIVEN_UP
 from servebook.ways.metrics import metric
 from servebook.workbook.notebook import Pace, measure_pace
 
@@ -400,6 +401,21 @@ def test_a_number_that_the_engines_messages_cannot_carry(kserve: launch.Server) 
     answer = requests.post(f"{kserve.url}/openai/v1/completions", json=body, timeout=30)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith("top_k may have integers of 64 bits at most")
+
+
+def test_a_constraint_that_no_token_fits_is_the_callers_error(kserve: launch.Server) -> None:
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 4, "structured_outputs": {"regex": r"[^\s\S]"}}
+    answer = requests.post(f"{kserve.url}/openai/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(f"structured_outputs.regex {GIVEN_UP}")
+
+
+def test_an_output_that_there_is_not_is_refused_before_the_engine_works(kserve: launch.Server) -> None:
+    before = generated(kserve)
+    answer = infer(kserve, given("text_input", PROMPT), outputs=[{"name": "text_output"}, {"name": "finish_reason"}])
+    assert answer.status_code == 400
+    assert answer.json()["error"] == "outputs: finish_reason is unknown, or was not asked for by its return_ tensor"
+    assert generated(kserve) == before
 
 
 def test_openais_client_finds_the_model(kserve: launch.Server) -> None:

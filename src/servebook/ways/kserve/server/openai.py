@@ -17,15 +17,15 @@ from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine import protocol as serve_protocol
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.renderers import chat_utils
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from servebook.ways.asgi import LINE_ENDS
-from servebook.ways.limits import LimitExceeded, check
-from servebook.ways.v2.request import LIMITS, check_limits
+from servebook.ways.limits import GIVEN_UP, LimitExceeded, check
+from servebook.ways.v2.request import LIMITS, check_limits, constraint_of
 
 # KServe 0.21 was built for vLLM 0.24 and looks for these two modules where they were then. Without them its
 # import fails, and the server leaves the OpenAI endpoints out with one line in its log.
@@ -75,7 +75,8 @@ async def guarded(answer: Callable[[Any, Request], Awaitable[Any]], request: Any
     """Let `answer` have a request that is within the limits, and keep a stream's events one line each.
 
     Raises:
-        VLLMValidationError: it is beyond a limit, or cannot be answered by this model.
+        VLLMValidationError: it is beyond a limit, cannot be answered by this model, or has a constraint that the engine
+            gave up; in a stream vLLM tells it as an error without a cause.
     """
     prompt = getattr(request, "prompt", None)
     is_list = isinstance(prompt, list) and not all(isinstance(part, int) for part in prompt)  # token ids are one prompt
@@ -87,15 +88,21 @@ async def guarded(answer: Callable[[Any, Request], Awaitable[Any]], request: Any
             messages=getattr(request, "messages", None),
             names={"prompts": "prompt"},
         )
-        check_limits(sampling_of(request))
+        check_limits(sampling := sampling_of(request))
     except LimitExceeded as error:
         raise VLLMValidationError(str(error), parameter=error.field) from None
+    constraint = constraint_of(sampling)
     if task := asyncio.current_task():  # vLLM's decorator began it, and would let it run on
         raw_request.scope["tasks"].add(task)
     try:
         answered = await answer(request, raw_request)
     except (ValueError, TypeError) as error:  # as of a picture for a model that reads text; vLLM's own says 400
         raise VLLMValidationError(str(error)) from None
+    except GenerationError:
+        if constraint is None:
+            raise
+        field = f"structured_outputs.{constraint}"
+        raise VLLMValidationError(f"{field} {GIVEN_UP}", parameter=field) from None
     if isinstance(answered, AsyncGenerator):
         return (event.translate(LINE_ENDS) async for event in answered)
     return answered

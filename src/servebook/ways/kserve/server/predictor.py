@@ -76,16 +76,17 @@ class Predictor(Model, OpenAIAnswers):  # type: ignore[misc]
             if request.stream or request.lora_name:
                 field = "stream" if request.stream else "sampling_parameters.lora_name"
                 raise BadRequest(field, ONE_ANSWER if request.stream else "this model has no adapters")
-            values = Responses(request).values(await self.generate(request))
-            if unknown := [each.name for each in payload.request_outputs or () if each.name not in values]:
+            asked = [output.name for output in payload.request_outputs or ()]
+            if unknown := [name for name in asked if name not in ("text_output", *request.outputs)]:
                 raise BadRequest("outputs", f"{unknown[0]} is unknown, or was not asked for by its return_ tensor")
+            values = Responses(request).values(await self.generate(request))
         except BadRequest as error:
             raise InvalidInput(str(error)) from None
         except GaveUp as error:
             raise EngineDown(self.name, str(error)) from None
         for output in payload.request_outputs or ():  # KServe forgets what holds for all outputs where some are listed
             output.parameters = {"binary_data": payload.use_binary_outputs} | (output.parameters or {})
-        wanted = {output.name for output in payload.request_outputs or ()} or values.keys()
+        wanted = asked or values.keys()
         return InferResponse(
             response_id=payload.id or str(uuid.uuid4()),
             model_name=self.name,
