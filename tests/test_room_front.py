@@ -27,6 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+import nbformat
 import psutil
 import pytest
 import requests
@@ -39,6 +40,7 @@ from desk import eventually
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from nbformat.v4 import new_notebook
 from typer.testing import CliRunner
 
 from servebook import launch
@@ -1743,13 +1745,18 @@ def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_
     files = {str(path.relative_to(submitted)): path.read_text() for path in submitted.rglob("*.*") if path.is_file()}
     times = {name: files.pop(f"{name}/{lab}/timestamp.txt") for name in ("ada", "mallory")}
     assert files == {f"{name}/{lab}/{lab}.ipynb": f"by {name}" for name in ("ada", "mallory")}
-    (mallorys / lab / f"{lab}.ipynb").write_text("by mallory, later")
+    (mallorys / lab / f"{lab}.ipynb").write_text(later := nbformat.writes(new_notebook()))
     collect.collect(desks, submitted)
     assert (submitted / "ada" / lab / "timestamp.txt").read_text() == times["ada"], "nothing new to grade"
     shutil.rmtree(desks / "ada" / "labs")
     collect.collect(desks, submitted)
     assert (submitted / "ada" / lab / f"{lab}.ipynb").read_text() == "by ada", "handed in before it was deleted"
     assert (submitted / "mallory" / lab / "timestamp.txt").read_text() > times["mallory"]
+    for torn in (b"", later[:-9].encode(), b"[]", b"\xff"):
+        (mallorys / lab / f"{lab}.ipynb").write_bytes(torn)
+        _, mallory = collect.collect(desks, submitted)
+        assert (mallory.labs, mallory.left[lab][:11]) == ([], "no notebook")
+    assert (submitted / "mallory" / lab / f"{lab}.ipynb").read_text() == later
 
 
 def test_half_a_notebook_is_neither_laid_out_nor_handed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ def collect(desks: Path, submitted: Path, root: Path = ROOT) -> list[Collected]:
         ServebookError: this is not the instructor's repository.
     """
     from servebook.lab.handout.blanks import handed_out
+    from servebook.lab.handout.remarks import DAMAGED, is_notebook
 
     found, blank = [], handed_out(root)
     for desk in sorted(path for path in desks.iterdir() if path.is_dir() and not path.is_symlink()):
@@ -60,7 +61,11 @@ def collect(desks: Path, submitted: Path, root: Path = ROOT) -> list[Collected]:
                 continue
             if text == blank[lab.path].encode():
                 continue
-            hand_in(submitted / desk.name / lab.stem, f"{lab.stem}.ipynb", text)
+            target = submitted / desk.name / lab.stem
+            if (target / f"{lab.stem}.ipynb").is_file() and not is_notebook(text):
+                left[lab.stem] = f"{DAMAGED}; what was handed in before stays"
+                continue
+            hand_in(target, f"{lab.stem}.ipynb", text)
             labs.append(lab.stem)
         found.append(Collected(desk.name, labs, left))
     return found

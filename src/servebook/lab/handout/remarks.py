@@ -20,6 +20,7 @@ from servebook.whole import write_whole
 
 FILE = Path("remarks.json")
 """In the course's folder: remarks by assignment and student."""
+DAMAGED = "no notebook, or a damaged one"
 COLUMNS = (
     *("assignment", "duedate", "timestamp", "student_id", "last_name", "first_name", "email"),
     *("raw_score", "late_submission_penalty", "score", "max_score", "remark"),
@@ -101,8 +102,15 @@ def not_graded(folder: Path, assignment: str) -> str:
     if not (folder / f"{assignment}.ipynb").is_file():
         others = ", ".join(sorted(path.name for path in folder.glob("*.ipynb"))) or "no notebook"
         return f"not graded: there is no {assignment}.ipynb, but {others}"
-    try:
-        nbformat.read(folder / f"{assignment}.ipynb", as_version=4)
-    except Exception:  # whatever nbformat meets in a file that a student has written
-        return f"not graded: {assignment}.ipynb is no notebook, or a damaged one"
+    if not is_notebook((folder / f"{assignment}.ipynb").read_bytes()):
+        return f"not graded: {assignment}.ipynb is {DAMAGED}"
     return ""
+
+
+def is_notebook(content: bytes) -> bool:
+    """Whether a file that a student has written can be read as a notebook."""
+    try:
+        nbformat.reads(content.decode(), as_version=4)
+    except Exception:  # whatever nbformat meets in it
+        return False
+    return True
