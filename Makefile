@@ -30,7 +30,7 @@ of_chapter = $(if $(chapter),-k "test_$(K)_ or [$(K) or -$(K)" $(wildcard tests/
 # Of a copied clone, or of two with one conda environment, the programs would run the other's code; those of a moved one
 # run nothing, nor do they without the Python that they were made by: the set-up sees to it.
 stale := $(shell made_in=$$(cat "$(env)/lib/python3.11/site-packages/_editable_impl_servebook.pth" 2> /dev/null); \
-	[ ! -e "$(ready)" ] || { [ -x "$(bin)/python" ] && { [ ! "$$made_in" ] || [ "$$made_in" -ef src ]; }; } || echo stale)
+	[ -e "$(ready)" ] && [ -x "$(bin)/python" ] && { [ ! "$$made_in" ] || [ "$$made_in" -ef src ]; } || echo stale)
 # A lock that is not there is the set-up's to name.
 locked := $(wildcard requirements/$(device).txt) pyproject.toml $(wildcard shims/*/pyproject.toml) scripts/setup
 
@@ -74,8 +74,8 @@ setup: $(ready)
 $(ready): $(locked) $(stale)
 	@scripts/setup "$(env)" "$(device)"
 
-# JupyterHub and its proxy, in an environment of their own.
-$(room)/.ready: requirements/room.txt scripts/setup-room | $(ready)
+# JupyterHub and its proxy, in an environment of their own; it goes with the one that is made anew.
+$(room)/.ready: requirements/room.txt scripts/setup-room $(stale) | $(ready)
 	@scripts/setup-room "$(env)" "$(room)"
 
 # A folder with all that a machine without a network needs; there, `make lab OFFLINE=DIR`.

@@ -347,21 +347,24 @@ def test_a_package_that_cannot_be_had_keeps_an_older_environment(clone: Path) ->
     assert "replacing the environment for cpu" in for_gpu.stderr
 
 
+@pytest.mark.parametrize("harm", ["kill -9 $PPID", 'mkdir "${0%/bin/uv}/lib/half"; exit 2'])
 @pytest.mark.parametrize("where", [".venv", "conda/envs/servebook"])
-def test_packages_of_which_one_may_be_half_there_are_installed_anew(clone: Path, where: str) -> None:
+def test_packages_of_which_one_may_be_half_there_are_installed_anew(clone: Path, where: str, harm: str) -> None:
     """Where uv was killed torch lacked 9,000 files, and the next set-up took it for installed."""
     calls = stand_in_environment(clone, where)
     conda = {"CONDA_PREFIX": str(clone / where), "CONDA_DEFAULT_ENV": "servebook"} if where != ".venv" else {}
     uv = clone / where / "bin/uv"
     well = uv.read_text()
-    uv.write_text(f"{well}exit 2\n")
-    make(clone, **conda)
-    uv.write_text(well)
-    done = make(clone, **conda)
-    assert done.returncode == 0, "where the index was not reached nothing is replaced"
-    assert "--reinstall" not in calls.read_text()
-    (clone / where / ".servebook-cpu").unlink()
-    uv.write_text(f"{well}kill -9 $PPID\n")
+    (packages := clone / where / "lib").mkdir()
+    for no_harm in ("exit 2", f'case "$*" in *" -e ."*) exit 2;; *) touch {packages}/one;; esac'):
+        uv.write_text(f"{well}{no_harm}\n")  # the index was not reached, or servebook itself could not be built
+        assert make(clone, **conda).returncode
+        uv.write_text(well)
+        done = make(clone, **conda)
+        assert done.returncode == 0, "nothing is replaced"
+        assert "--reinstall" not in calls.read_text()
+        (clone / where / ".servebook-cpu").unlink()
+    uv.write_text(f"{well}{harm}\n")
     make(clone, **conda)
     uv.write_text(well)
     done = make(clone, PYTHON="/no/such/python", **conda)
@@ -477,8 +480,12 @@ def test_the_environment_of_another_clone_is_made_anew(clone: Path, harm: str) -
     before = calls.read_text()
     assert make(link).returncode == 0
     assert calls.read_text() == before, "a link to it is the same clone"
+    (clone / ".venv/room").mkdir()
+    (clone / ".venv/room/.ready").touch()
+    assert "scripts/setup-room" not in make(clone, "-n", ".venv/room/.ready").stdout
     other = clone.with_name("other")
     clone.rename(other) if harm == "moved" else shutil.copytree(clone, other)
+    assert "scripts/setup-room" in make(other, "-n", ".venv/room/.ready").stdout, "it goes with the other"
     done = make(other, PYTHON="/no/such/python")
     assert f"replacing the environment, which was made in {clone}\n" in done.stderr
     assert not (other / ".venv").exists()
