@@ -162,7 +162,7 @@ def test_a_bad_file(bare: Path, content: bytes, says: str) -> None:
         load_settings()
 
 
-@pytest.mark.parametrize("value", ["foo", "{", "5"])
+@pytest.mark.parametrize("value", ["foo", "{", "5", "[" * 100_000], ids=["a word", "half", "a number", "brackets"])
 def test_a_variable_that_stands_for_a_whole_table(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("SERVEBOOK_ROOM", value)
     with pytest.raises(ServebookError, match="SERVEBOOK_ROOM"):
@@ -232,7 +232,8 @@ def test_model_name(model: str, name: str) -> None:
 def test_a_model_in_the_working_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "Mine").mkdir()
     monkeypatch.chdir(tmp_path / "Mine")
-    assert load_settings(model=".").model_name == "mine"
+    for model in (".", "..", "../.."):
+        assert load_settings(model=model).model_name == Path(model).resolve().name.lower()
 
 
 @pytest.mark.parametrize(

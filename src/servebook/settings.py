@@ -267,7 +267,8 @@ class Settings(BaseSettings):
             return self.served_name
         if self.model == BUNDLED_MODEL:
             return "smollm2"
-        return (Path(self.model).name or Path(self.model).resolve().name).lower()  # "." has none of its own
+        path = Path(self.model)
+        return (path.resolve() if path.name in ("", "..") else path).name.lower()
 
     @property
     def on_gpu(self) -> bool:
@@ -397,6 +398,13 @@ def variables() -> set[str]:
     return {f"SERVEBOOK_{name.upper()}" for name in names}
 
 
+ROOM_UNREADABLE = (
+    "SERVEBOOK_ROOM cannot be read: it stands for a whole table, in JSON.",
+    "Unset it, and set what it was meant for: SERVEBOOK_ROOM_SEATS, for example.",
+)
+"""Of the one variable that would have to be JSON."""
+
+
 def load_settings(**overrides: Any) -> Settings:
     """Read the settings; `overrides` win, and those that are None or "" count as not given.
 
@@ -405,11 +413,8 @@ def load_settings(**overrides: Any) -> Settings:
     """
     try:
         return Settings(**{k: v for k, v in overrides.items() if v not in (None, "")})
-    except SettingsError:  # of a variable that would have to be JSON, and there is only one
-        raise ServebookError(
-            "SERVEBOOK_ROOM cannot be read: it stands for a whole table, in JSON.",
-            "Unset it, and set what it was meant for: SERVEBOOK_ROOM_SEATS, for example.",
-        ) from None
+    except SettingsError:
+        raise ServebookError(*ROOM_UNREADABLE) from None
     except OSError as error:
         raise ServebookError(
             f"The settings cannot be read: {error}.", "Correct or remove that file; work in a folder that is there."
@@ -425,13 +430,15 @@ def load_settings(**overrides: Any) -> Settings:
             "Correct the environment variable, servebook.toml or the parameters cell.",
         ) from None
     except (ValueError, RecursionError) as error:  # tomllib's own, a number of 5,000 digits, brackets without end
-        raise ServebookError(f"{(file := settings_file())} cannot be read: {error}.", _remedy_for(file)) from None
+        if not (file := settings_file()):
+            raise ServebookError(*ROOM_UNREADABLE) from None
+        raise ServebookError(f"{file} cannot be read: {error}.", _remedy_for(file)) from None
 
 
-def _remedy_for(file: Path | None) -> str:
+def _remedy_for(file: Path) -> str:
     """What to do about a settings file that cannot be read; nobody sees the mark that some editors on Windows write."""
     with suppress(OSError):
-        if file and file.read_bytes().startswith(codecs.BOM_UTF8):
+        if file.read_bytes().startswith(codecs.BOM_UTF8):
             return "It begins with a byte order mark: save it as UTF-8 without one."
     return "Correct it, or remove it."
 
