@@ -28,7 +28,7 @@ from servebook.lab.dry_run import load
 from servebook.lab.feedback import NotYet, StillOpen, judge
 from servebook.lab.handout import landlock
 from servebook.lab.judge import __main__ as judging
-from servebook.lab.judge import process
+from servebook.lab.judge import learner, process
 from servebook.lab.judge.__main__ import Judge, Names
 from servebook.lab.judge.learner import Session
 from servebook.lab.judge.process import judged_apart
@@ -334,6 +334,16 @@ def test_an_interrupt_ends_what_the_learner_wrote() -> None:
     finally:
         process.judge().end()
         process.judge.cache_clear()
+
+
+def test_nobody_types_where_a_submission_is_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nbgrader's kernel would be ended by an exit(), and all of the lab be ungraded."""
+    monkeypatch.setattr(Session, "listen", lambda self: input())
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "judge"))
+        listener.listen()
+        with pytest.raises(EOFError, match="nobody types"):
+            learner.serve(str(tmp_path / "judge"))
 
 
 @pytest.mark.parametrize(

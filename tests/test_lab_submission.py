@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict, UserString, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain, repeat
@@ -24,11 +24,11 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from servebook.errors import ServebookError
 from servebook.lab import check, hint, submission
 from servebook.lab.checking import evaluate
-from servebook.lab.feedback import NotYet
+from servebook.lab.feedback import NotYet, shorten
 from servebook.lab.learner_server.judge import written
 from servebook.lab.manifest import find_exercise
 from servebook.lab.shell import LabShell
-from servebook.lab.submission import Submission, plain, waited_for_a_core
+from servebook.lab.submission import Foreign, Submission, plain, waited_for_a_core
 
 
 @pytest.fixture
@@ -97,6 +97,7 @@ def test_an_answer_that_leaves_ends_no_kernel(tmp_path: Path) -> None:
     ("value", "right"),
     [
         (np.array([[0.5, 1.5]]), [[0.5, 1.5]]),
+        (np.matrix([[0.5, 1.5]]), [[0.5, 1.5]]),
         ({"a": [1], "b": [2]}.values(), [[1], [2]]),
         (pb.TokenizedInput(input_ids=[3, 4]).input_ids, [3, 4]),
         (deque([1]), [1]),
@@ -109,7 +110,14 @@ def test_whatever_holds_values_comes_by_them(value: object, right: object) -> No
     assert type(plain(value)) is type(right)
 
 
-def test_a_cell_that_asks_a_person_is_told_that_unattended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [range(10**12), UserString("16"), {"a": [1]}.items()], ids=["range", "text", "items"])
+def test_what_no_check_asks_for_is_shown(value: object) -> None:
+    found = plain(value)
+    assert isinstance(found, Foreign)
+    assert repr(found) == shorten(value)
+
+
+def test_a_cell_that_asks_a_person_is_told_that_nobody_types(tmp_path: Path) -> None:
     """A check shows nothing while it runs, so nobody would see what it asks."""
     path = tmp_path / "lab.ipynb"
     notebook = new_notebook(cells=[new_code_cell("n = input('How many?')", id="11-3-answer")])

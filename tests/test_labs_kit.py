@@ -273,11 +273,16 @@ def test_a_check_ends_whatever_its_answer_has_left_at_work(learner: Run, tmp_pat
     notebook = nbformat.read(path, as_version=4)
     cells = {each.id: each for each in notebook.cells}
     cells["setup"].source = cells["02-1-given"].source = "pass"
-    pool = "from concurrent.futures import ThreadPoolExecutor\nimport threading\n"
-    cells["02-1-answer"].source = f"{pool}ThreadPoolExecutor().submit(threading.Event().wait)\nexit()"
+    threads = (
+        "import concurrent.futures as pools, threading\npools.ThreadPoolExecutor().submit(threading.Event().wait)\n"
+    )
+    processes = "pools.ProcessPoolExecutor(1).submit(pow, 2, 2).result()\n"
+    cells["02-1-answer"].source = f"{threads}{processes}exit()"
+    cells["02-4-given"].source = "raise ValueError('torn')"
     nbformat.write(notebook, path)
     assert "SystemExit" in learner("labs", "check", "02.1", code=1).stdout
     assert "✗" in learner("labs", "list").stdout
+    assert "torn" in learner("labs", "check", "02.4", code=1).stderr
 
 
 @pytest.mark.lifetime

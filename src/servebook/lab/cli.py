@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from servebook.errors import ServebookError
 from servebook.lab.capstone.contract import ID as CAPSTONE
 from servebook.lab.manifest import find_exercise, load_labs
 from servebook.lab.record import Store
@@ -64,13 +67,31 @@ def check(exercise_id: ID) -> None:
 
     lab, _ = find_exercise(exercise_id)
     notebook = lab_notebook(lab)
-    with contextlib.chdir(notebook.parent):  # some answers are files
-        session = LabShell(notebook)
-        session.prepare(exercise_id)
-        result = session.check(exercise_id)
-    print(result.render(remember(result)), flush=True)
-    # Python's own end waits for what the answer has left at work, such as a pool of threads that wait for ever.
-    os._exit(0 if result.passed else 1)
+    try:
+        with contextlib.chdir(notebook.parent):  # some answers are files
+            session = LabShell(notebook)
+            session.prepare(exercise_id)
+            result = session.check(exercise_id)
+        print(result.render(remember(result)))
+    except ServebookError as error:
+        print(f"servebook: {error}", file=sys.stderr)
+        leave(1)
+    except KeyboardInterrupt:
+        print("servebook: stopped", file=sys.stderr)
+        leave(130)
+    leave(0 if result.passed else 1)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: Python would wait for what an answer has left at work, such as a pool of threads.
+
+    A pool's processes would outlive this one.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(code)
 
 
 @app.command()

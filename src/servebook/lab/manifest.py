@@ -89,7 +89,8 @@ def find_exercise(exercise_id: str) -> tuple[Lab, Exercise]:
     """The exercise of that id, such as "04.2", and its lab.
 
     Raises:
-        ServebookError: there is none; the message lists those of the same chapter. Or it is a number, as of check(4.2).
+        ServebookError: there is none (the message lists those of the same chapter), or the id is no text, as in
+            check(4.2).
     """
     if not isinstance(exercise_id, str):
         raise ServebookError(

@@ -11,7 +11,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections import UserString
+from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -85,8 +86,8 @@ def plain(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool | Foreign):
         return value
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
-        return plain(value.item())
+    if hasattr(value, "shape") and hasattr(value, "tolist"):  # numpy's and torch's, also of no dimension
+        return plain(value.tolist())
     if isinstance(value, int) and value.bit_length() > MOST_BITS:
         return Foreign(f"a number of {value.bit_length()} bits")
     for kind in (int, float, str):
@@ -96,7 +97,8 @@ def plain(value: Any) -> Any:
         return bytes(value)
     if isinstance(value, Mapping):
         return {plain(key): plain(each) for key, each in value.items()}
-    if isinstance(value, Collection):  # numpy's arrays, a dict's values and protobuf's repeated fields among them
+    # A dict's values and protobuf's repeated fields among them.
+    if isinstance(value, Collection) and not isinstance(value, range | UserString | ItemsView):
         kept = [plain(each) for each in value]
         return tuple(kept) if isinstance(value, tuple) else set(kept) if isinstance(value, Set) else kept
     if isinstance(value, Iterator):

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from servebook.lab.judge.wire import Failed, Wire
-from servebook.lab.submission import Function, OverTime, plain, ungrouped, where, words_of
+from servebook.lab.submission import Function, OverTime, plain, unattended, ungrouped, where, words_of
 
 
 class Session(Wire):
@@ -65,7 +65,8 @@ def serve(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         session = Session(connection, sys._getframe(1).f_globals)
-        session.listen()
+        with unattended():
+            session.listen()
         for client in session.made.values():
             with suppress(Exception):
                 client.stop_stream(cancel_requests=True)
