@@ -443,6 +443,17 @@ def test_a_refusal_is_short_and_writes_no_line_of_its_own_into_the_log(kserve: l
     assert len(caught.value.message()) < 1000
     forged = f"forged-{time.time_ns()}"
     assert requests.get(f"{kserve.url}/v2/models/x%0A{forged}/ready", timeout=30).status_code == 404
+    for asked in (
+        {"inputs": [given(f"x\n{forged}", "x")]},
+        {"inputs": [given("text_input", PROMPT)], "outputs": [{"name": f"x\n{forged}"}]},
+    ):
+        refused = requests.post(f"{kserve.url}/v2/models/{MODEL}/infer", json=asked, timeout=30)
+        assert refused.status_code == 400
+        assert forged in refused.json()["error"]
+    binary = v2_http.InferInput(f"x\n{forged}", [1], "BYTES")
+    binary.set_data_from_numpy(np.array([b"x"], dtype=np.object_))
+    with pytest.raises(InferenceServerException):
+        v2_http.InferenceServerClient(kserve.http).infer(MODEL, [binary])
     with pytest.raises(InferenceServerException):
         client.stub.infer(f"x\n{forged}", [tensor("text_input", PROMPT)])
     written = kserve.log.read_bytes()[before:].decode()

@@ -26,6 +26,7 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest
 from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor
 from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.grpc.servicer import InferenceServicer
+from kserve.protocol.rest import server as rest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.exceptions import VLLMError
@@ -273,6 +274,8 @@ class BoundModelServer(ModelServer):  # type: ignore[misc]
         app.add_exception_handler(VLLMError, vllm_error)
         for kind in (AttributeError, KeyError, TypeError):
             app.add_exception_handler(kind, broken_validator)
+        # KServe adds these when it starts, and would put its own in the place of ours.
+        rest.invalid_input_handler = rest.model_not_found_handler = callers_fault
 
     async def _serve(self) -> None:
         self._rest_server.config.host = self.host
@@ -288,6 +291,12 @@ class BoundModelServer(ModelServer):  # type: ignore[misc]
         )
         self.servers.append(self._grpc_server.start(self.max_threads))
         await super()._serve()
+
+
+async def callers_fault(_: Request, error: Exception) -> JSONResponse:
+    """Answer as KServe does, without its traceback in the log, which has the caller's words with their line ends."""
+    status = HTTPStatus.NOT_FOUND if isinstance(error, ModelNotFound) else HTTPStatus.BAD_REQUEST
+    return JSONResponse({"error": cut(str(error))}, status)
 
 
 async def in_the_protocols_shape(_: Request, error: Exception) -> JSONResponse:
