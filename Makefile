@@ -74,7 +74,7 @@ setup: $(ready)
 $(ready): $(locked) $(stale)
 	@scripts/setup "$(env)" "$(device)"
 
-# JupyterHub and its proxy, in an environment of their own; it goes with the one that is made anew.
+# JupyterHub and its proxy, in an environment of their own, which goes with that of the workbook if it is made anew.
 $(room)/.ready: requirements/room.txt scripts/setup-room $(stale) | $(ready)
 	@scripts/setup-room "$(env)" "$(room)"
 

@@ -110,7 +110,9 @@ def test_whatever_holds_values_comes_by_them(value: object, right: object) -> No
     assert type(plain(value)) is type(right)
 
 
-@pytest.mark.parametrize("value", [range(10**12), UserString("16"), {"a": [1]}.items()], ids=["range", "text", "items"])
+@pytest.mark.parametrize(
+    "value", [range(10**12), UserString("16"), {"a": [1]}.items(), np.float32, np.longdouble(1)], ids=repr
+)
 def test_what_no_check_asks_for_is_shown(value: object) -> None:
     found = plain(value)
     assert isinstance(found, Foreign)

@@ -430,7 +430,7 @@ def load_settings(**overrides: Any) -> Settings:
             "Correct the environment variable, servebook.toml or the parameters cell.",
         ) from None
     except (ValueError, RecursionError) as error:  # tomllib's own, a number of 5,000 digits, brackets without end
-        if not (file := settings_file()):
+        if "JSON" in str(error) or not (file := settings_file()):
             raise ServebookError(*ROOM_UNREADABLE) from None
         raise ServebookError(f"{file} cannot be read: {error}.", _remedy_for(file)) from None
 

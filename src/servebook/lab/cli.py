@@ -87,10 +87,11 @@ def leave(code: int) -> NoReturn:
 
     A pool's processes would outlive this one.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
     for process in multiprocessing.active_children():
         process.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it has left
+            stream.flush()
     os._exit(code)
 
 

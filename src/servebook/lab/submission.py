@@ -86,8 +86,9 @@ def plain(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool | Foreign):
         return value
-    if hasattr(value, "shape") and hasattr(value, "tolist"):  # numpy's and torch's, also of no dimension
-        return plain(value.tolist())
+    if hasattr(value, "shape") and hasattr(value, "tolist") and not isinstance(value, type):
+        found = value.tolist()  # numpy's and torch's, also of no dimension
+        return Foreign(shorten(value)) if type(found) is type(value) else plain(found)
     if isinstance(value, int) and value.bit_length() > MOST_BITS:
         return Foreign(f"a number of {value.bit_length()} bits")
     for kind in (int, float, str):
