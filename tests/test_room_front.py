@@ -1251,6 +1251,19 @@ def no_key_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "of" / "mine"
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """The settings with which `room start` would open a room; it goes no further."""
+    seen: list[Settings] = []
+
+    def as_far_as_here(settings: Settings) -> None:
+        seen.append(settings)
+        raise ServebookError("The room is not up.")
+
+    monkeypatch.setattr(cli, "require_safe", as_far_as_here)
+    return seen
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -1267,15 +1280,8 @@ def no_key_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_every_command_of_an_opened_room_does_with_the_key_that_is_made(
-    no_key_set: Path, monkeypatch: pytest.MonkeyPatch, words: str
+    no_key_set: Path, started: list[Settings], words: str
 ) -> None:
-    started: list[Settings] = []
-
-    def as_far_as_here(settings: Settings) -> None:
-        started.append(settings)
-        raise ServebookError("The room is not up.")
-
-    monkeypatch.setattr(cli, "require_safe", as_far_as_here)
     done = CliRunner().invoke(cli.app, words.split())
     assert isinstance(done.exception, ServebookError), done.output
     assert re.search(r"The room is (not up|stopped)|No ada has signed up|There are no desks yet", str(done.exception))
@@ -1285,17 +1291,12 @@ def test_every_command_of_an_opened_room_does_with_the_key_that_is_made(
 
 @pytest.mark.usefixtures("no_key_set")
 @pytest.mark.parametrize("words", ["start", "start --trusted"])
-def test_a_room_is_trusted_where_its_command_says_so(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+def test_a_room_is_trusted_where_its_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, started: list[Settings], words: str
+) -> None:
     monkeypatch.setenv("SERVEBOOK_ROOM_TRUSTED", "")  # and put back: the command sets it, for the hub
-    started: list[Settings] = []
-
-    def as_far_as_here(settings: Settings) -> None:
-        started.append(settings)
-        raise ServebookError("No further.")
-
-    monkeypatch.setattr(cli, "require_safe", as_far_as_here)
     done = CliRunner().invoke(cli.app, words.split())
-    assert str(done.exception) == "No further.", done.output
+    assert str(done.exception) == "The room is not up.", done.output
     assert [each.room.trusted for each in started] == [words == "start --trusted"]
     assert instructors_settings().room.trusted == (words == "start --trusted"), "as the hub reads them itself"
 
