@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -15,6 +16,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings as hypothesis_settings
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+# What the tests import is some million objects, which stay: nothing is searched for garbage until all is collected.
+gc.disable()
 
 # Before servebook is imported anywhere: this run's servers are its own, apart from those of the person at work, and
 # where pytest-xdist runs tests side by side, each of its workers has a folder of its own.
@@ -229,7 +233,7 @@ NEEDS_ENGINE = {*SHARED, "gateway", "run_notebook", "doomed", "starting", "steps
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what uses an engine, or a desk with servers: `make check` leaves it out. In the order of SHARED.
+    """Mark what uses an engine, a desk with servers, or a clone: `make check` leaves it out. In the order of SHARED.
 
     And labs come one after the other, as their proofs are made.
     """
@@ -243,7 +247,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         lane = "own" if "router" in shared else "several" if set(shared) - {"vllm"} else "one"
         if lane != "one" or (shared and lab_of(item)):
             item.add_marker(pytest.mark.lane(lane))
-        if "desk" in fixtures:
+        if {"desk", "clone"} & fixtures:
             item.add_marker("lifetime")
     if config.option.keyword:
         side_by_side(items)
@@ -277,6 +281,8 @@ ENDING = pytest.StashKey[dict[str, list[str]]]()
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Note which test is the last of each shared server, and end a run that will want a browser and has none."""
+    gc.freeze()
+    gc.enable()
     last = {name: item.nodeid for item in session.items for name in shared_by(item)}
     session.config.stash[ENDING] = {nodeid: [name for name in last if last[name] == nodeid] for nodeid in last.values()}
     wanted = any("chromium" in getattr(item, "fixturenames", ()) for item in session.items)

@@ -318,7 +318,7 @@ def test_a_body_that_comes_with_the_heads_end_is_no_head(port: int) -> None:
 
 def test_a_connection_may_stand_by_before_its_first_request(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of a pool do; and one whose answer came before the body that nobody wanted."""
-    monkeypatch.setattr("servebook.ways.asgi.BODY_SECONDS", 0.05)
+    monkeypatch.setattr("servebook.ways.asgi.BODY_SECONDS", 0.5)  # the time that this test has between two pieces
     early = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 105\r\n\r\n" + b"x" * 101
     for before, then in ((b"", b""), (early, b"late"), (b"\r\n", b"\r\n")):
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
@@ -326,7 +326,7 @@ def test_a_connection_may_stand_by_before_its_first_request(port: int, monkeypat
             if before == early:
                 assert connection.recv(4096).startswith(b"HTTP/1.1 413")
             connection.sendall(then)
-            assert not select.select([connection], [], [], 0.3)[0], "it is not closed"
+            assert not select.select([connection], [], [], 0.8)[0], "it is not closed"
             connection.sendall(b"GET /alive HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert b'{"status":"alive"}' in b"".join(iter(lambda: connection.recv(4096), b""))
 

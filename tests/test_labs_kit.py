@@ -162,6 +162,7 @@ def test_a_task_says_how_long_its_solution_is(lab: Lab) -> None:
         assert abs(sum(bool(line.strip()) for line in told[1].split("\n")) - int(told[0])) <= 2, exercise.id
 
 
+@pytest.mark.lifetime
 def test_list_hint_and_progress(learner: Run) -> None:
     _, exercise = find_exercise("01.2")
     assert "0/3" in learner("labs", "list").stdout
@@ -198,6 +199,7 @@ def test_init_check_and_reset(learner: Run, vllm: launch.Server, tmp_path: Path)
     assert "0 of " in learner("labs", "list").stdout
 
 
+@pytest.mark.lifetime
 def test_a_reset_takes_both_parts_of_an_answer_that_was_split_and_no_copy(learner: Run, tmp_path: Path) -> None:
     learner("labs", "init", tmp_path)
     path = tmp_path / STEM / f"{STEM}.ipynb"
@@ -458,6 +460,7 @@ def test_neither_a_word_nor_a_wait_is_held_against_the_learner(
     assert result.passed, result.render()
 
 
+@pytest.mark.lifetime
 def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     learner("release", bundle)
@@ -484,6 +487,7 @@ def test_bundle_holds_neither_solutions_nor_notes(learner: Run, tmp_path: Path) 
     assert "is not empty" in learner("release", bundle, code=1).stderr
 
 
+@pytest.mark.lifetime
 def test_after_the_course_the_bundle_has_solutions_and_still_no_notes(learner: Run, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     learner("release", bundle, "--solutions")
@@ -531,6 +535,7 @@ def test_a_bundle_is_not_written_into_the_repository(target: str) -> None:
     assert (ROOT / "dist").exists() == before
 
 
+@pytest.mark.lifetime
 def test_notebooks_without_cell_ids(learner: Run, tmp_path: Path) -> None:
     """As Colab and old versions of Jupyter save them."""
     learner("labs", "init", tmp_path / "course")
@@ -660,6 +665,7 @@ def another() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
+@pytest.mark.lifetime
 def test_what_a_submission_started_ends_with_it(
     another: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -710,6 +716,7 @@ print(json.dumps([here, dict(os.environ)]))
 """
 
 
+@pytest.mark.lifetime
 def test_a_submission_has_the_settings_and_the_servers_and_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -764,6 +771,7 @@ def test_in_a_room_no_submission_answers_for_a_server_that_was_ended(
     assert asked == launch.Files(tmp_path / "state" if room else scratch / "state", "vllm").socket
 
 
+@pytest.mark.lifetime
 @pytest.mark.parametrize("room", [True, False])
 def test_in_a_room_a_server_that_a_submission_ended_is_up_for_the_next(
     room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -781,6 +789,7 @@ def test_in_a_room_a_server_that_a_submission_ended_is_up_for_the_next(
     assert started.serve.mock_calls == ([call("vllm")] if room else [])
 
 
+@pytest.mark.lifetime
 def test_the_servers_that_grade_have_the_settings_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else no submission could attach to them: it has no key."""
     (tmp_path / "submitted/ada" / STEM).mkdir(parents=True)
@@ -960,6 +969,7 @@ def test_what_is_hidden_and_what_a_client_needs(tmp_path: Path, monkeypatch: pyt
     assert confine.homes() == {tmp_path, Path(pwd.getpwuid(os.getuid()).pw_dir).resolve()}
 
 
+@pytest.mark.lifetime
 @pytest.mark.skipif(not landlock.possible(), reason="needs Landlock (Linux 6.2 or newer)")
 def test_a_submission_leaves_nothing_that_others_run_and_reads_no_home(tmp_path: Path) -> None:
     names = ("course", "scratch", "home", "state", "cache")
@@ -1020,6 +1030,7 @@ def reading(a, b, control):
 """
 
 
+@pytest.mark.lifetime
 def test_a_check_may_last_longer_than_a_cell_and_is_reached_from_a_long_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1088,6 +1099,7 @@ def test_no_link_in_what_was_handed_in_leads_to_a_solution(tmp_path: Path, monke
     assert remarks()[STEM]["ada"] == [f"not graded: {STEM}.ipynb is a link"]
 
 
+@pytest.mark.lifetime
 def test_a_cell_that_was_pasted_split_or_made_text_in_jupyterlab_is_graded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ KEPT_OUT = re.compile(r"> [a-z]+(?:-rs|-grpc)?: \w[^<]*; port \d+ was taken")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(root|home|tmp|work|Users)/")
 
 
+@pytest.mark.lifetime
 @pytest.mark.parametrize(
     ("canary", "problem"),
     [
@@ -48,6 +49,7 @@ def test_canary_turns_the_gate_red(canary: str, problem: str) -> None:
     assert problem in notebook_gate.run(CANARIES / f"{canary}.ipynb").problem
 
 
+@pytest.mark.lifetime
 def test_green_canary_runs_in_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the user has a kernel of the same name that belongs to another Python."""
     spec = tmp_path / "data/kernels/python3/kernel.json"
@@ -93,10 +95,12 @@ def test_a_kernel_that_does_not_come_up_is_no_traceback(monkeypatch: pytest.Monk
     assert problem.startswith("the kernel did not start: Kernel didn't respond in 60 seconds")
 
 
+@pytest.mark.lifetime
 def test_parameters_reach_the_notebook() -> None:
     assert "+bye" in notebook_gate.run(CANARIES / "green.ipynb", {"greeting": "bye"}).problem
 
 
+@pytest.mark.lifetime
 def test_a_red_notebook_is_an_exit_code_and_a_row_and_is_not_stored(tmp_path: Path) -> None:
     copy = tmp_path / "error.ipynb"
     copy.write_bytes((CANARIES / "error.ipynb").read_bytes())
@@ -287,6 +291,7 @@ def showable(path: Path) -> set[str]:
     return found
 
 
+@pytest.mark.lifetime
 def test_nbval_agrees() -> None:
     """People who use nbval by itself get the same answer as from the gate; here of a chapter that needs no server."""
     nbval = [
