@@ -192,6 +192,43 @@ def test_port_taken_by_a_stranger(desk: Desk) -> None:
         assert entry["endpoints"]["http"] != f"127.0.0.1:{port}"
 
 
+def test_a_server_that_died_comes_back_where_it_was(desk: Desk) -> None:
+    """A router, say, still looks for it there: at its own port, which is free by now, nobody found it."""
+    own = f"127.0.0.1:{desk.env['SERVEBOOK_VLLM_HTTP_PORT']}"
+    with socket.create_server(("127.0.0.1", int(desk.env["SERVEBOOK_VLLM_HTTP_PORT"]))):
+        desk.run("up", "vllm")
+    first = desk.status()
+    os.kill(first["pid"], signal.SIGKILL)
+    eventually(lambda: desk.status()["state"] == "failed", "its end in the status")
+    desk.run("up", "vllm")
+    assert desk.status()["endpoints"] == first["endpoints"] != {"http": own}
+    desk.run("down", "vllm")
+    desk.run("up", "vllm")
+    assert desk.status()["endpoints"] == {"http": own}, "it was ended in order"
+
+
+def test_where_a_server_was_is_taken_only_from_a_record_that_can_be_true(tmp_path: Path) -> None:
+    files = Files(tmp_path / "state", "vllm")
+    files.make_folders()
+    own, other = free_port(), free_port()
+    order: Any = {"name": "vllm", "state_dir": str(tmp_path / "state"), "ports": {"http": own}}
+    right = {"was_ready": True, "preferred": {"http": own}, "endpoints": {"http": f"127.0.0.1:{other}"}}
+
+    def chosen(record: dict[str, Any]) -> int:
+        files.record.write_text(json.dumps(record))
+        port, claim = supervisor.choose_port("127.0.0.1", own, {own, other}, supervisor.ports_before(order).get("http"))
+        claim.close()
+        return port
+
+    assert chosen(right) == other
+    assert chosen(right | {"was_ready": False}) == own
+    assert chosen(right | {"preferred": {"http": other}}) == own
+    for place in (None, 1, [], {"http": None}, {"http": "h:x"}, {"http": "h:99999"}, {"grpc": f"h:{other}"}):
+        assert chosen(right | {"endpoints": place}) == own, place
+    with socket.create_server(("127.0.0.1", other)):
+        assert chosen(right) == own
+
+
 def test_two_people_on_one_machine(desk: Desk, tmp_path: Path) -> None:
     other = Desk(tmp_path / "other", int(desk.env["SERVEBOOK_VLLM_HTTP_PORT"]))
     starts = [desk.start(TINY, "cli", "up", "vllm"), other.start(TINY, "cli", "up", "vllm")]

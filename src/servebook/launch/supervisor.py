@@ -58,6 +58,7 @@ MOST_OPEN_FILES = 65536
 """As many a server may open, where the machine lets it; what it needs is `link.OPEN_FILES`."""
 LOG_BYTES = 1 << 20
 """How much room a disk must have for the log of a server that starts; one says 20 to 200 KB."""
+PORTS = range(1, 65536)
 CONNECT_SECONDS = 10.0
 """How long a supervisor may take to see that somebody is there; one that is well takes no time."""
 TERM_SECONDS = 15.0
@@ -179,14 +180,28 @@ def is_kept(path: Path) -> bool:
     return False
 
 
-def choose_port(host: str, preferred: int, others: set[int]) -> tuple[int, socket.socket]:
-    """Return `preferred`, or the first free port after it that is none of `others`, and its claim.
+def ports_before(order: Order) -> dict[str, int]:
+    """Where a server of this order was that was ready and died; {} where there was none, or it was ended in order.
+
+    What stands in front of it still looks for it there, though its own port may be free again.
+    """
+    record = files_of(order).read_record()
+    endpoints = record.get("endpoints")
+    if not record.get("was_ready") or record.get("preferred") != order["ports"] or not isinstance(endpoints, dict):
+        return {}
+    with suppress(ValueError):
+        return {kind: int(str(address).rpartition(":")[2]) for kind, address in endpoints.items()}
+    return {}
+
+
+def choose_port(host: str, preferred: int, others: set[int], before: int | None = None) -> tuple[int, socket.socket]:
+    """Return the port `before`, else `preferred`, or the first free one after it that is none of `others`; and a claim.
 
     The claim is among all users' supervisors. Another user can take its name, as he can take the port itself: then it
     is the next one.
     """
-    for port in range(preferred, 65536):
-        if port != preferred and port in others:
+    for port in (*([before] if before in PORTS else []), *range(preferred, PORTS.stop)):
+        if port not in (before, preferred) and port in others:
             continue
         if can_bind(host, port) and (claimed := claim_name(f"port-{port}")):
             return port, claimed
@@ -255,7 +270,7 @@ def remove_leftovers(scratch: str) -> None:
 class Supervisor:
     """One server's life: start, answer, end."""
 
-    def __init__(self, order: Order, listener: socket.socket, scratch: str) -> None:
+    def __init__(self, order: Order, before: dict[str, int], listener: socket.socket, scratch: str) -> None:
         self.order = order
         self.scratch = scratch
         self.keep = False
@@ -270,7 +285,9 @@ class Supervisor:
         self.claims: dict[str, socket.socket] = {}
         self.ports: dict[str, int] = {}
         for kind, preferred in order["ports"].items():
-            self.ports[kind], self.claims[kind] = choose_port(order["hosts"][kind], preferred, set(order["avoid"]))
+            self.ports[kind], self.claims[kind] = choose_port(
+                order["hosts"][kind], preferred, set(order["avoid"]), before.get(kind)
+            )
         self.files = files_of(order)
         self.child = self.spawn()
         self.pidfd = os.pidfd_open(self.child.pid)
@@ -411,6 +428,7 @@ def main() -> int:
         listener = claim(files.socket)
         if listener is None:
             return EX_TEMPFAIL
+        before = ports_before(order)
         files.record.unlink(missing_ok=True)  # how the run before ended says nothing about this one
         open_log(files.log)
     except OSError as error:
@@ -427,7 +445,7 @@ def main() -> int:
     for sig in (signal.SIGINT, signal.SIGHUP):
         signal.signal(sig, lambda *_: None)  # not SIG_IGN, which the server would inherit
     try:
-        supervisor = Supervisor(order, listener, scratch)
+        supervisor = Supervisor(order, before, listener, scratch)
     except OSError as error:
         complain(f"cannot start {order['name']} on {order['host']}: {error}")
         return 1
