@@ -145,6 +145,23 @@ def test_a_router_that_is_slow_is_not_said_to_be_away(monkeypatch: pytest.Monkey
         RouterClient("http://127.0.0.1:1", "").replicas()
 
 
+def test_only_a_replica_that_the_router_has_can_be_removed(desk: Desk) -> None:
+    """The router says of any name that it has removed it: drain() returned, and requests went on going there."""
+    desk.run("up", "router")
+    client = client_of(desk)
+    leaving, kept = client.replicas()
+    for other in (f"{leaving}/", leaving.removeprefix("http://"), leaving.replace("127.0.0.1", "localhost")):
+        for leave in (client.remove, client.drain):
+            with pytest.raises(ServebookError, match=f"no replica {other}: nothing was removed.\n.*{leaving}, {kept}"):
+                leave(other)
+    assert list(client.replicas()) == [leaving, kept]
+    client.remove(leaving)
+    client.remove(leaving)  # as a second drain() does, of one that was still at work
+    assert list(client.replicas()) == [kept]
+    client.add(leaving)
+    assert list(client.replicas()) == [leaving, kept]
+
+
 def test_each_replica_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 8, 9})
     wanted = settings.model_copy(update={"device": "cpu", "replicas": 2})

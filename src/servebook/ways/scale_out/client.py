@@ -27,6 +27,7 @@ class RouterClient:
     def __init__(self, url: str, metrics: str) -> None:
         self.url = url
         self.metrics = metrics
+        self._removed: set[str] = set()  # `drain` may be called again for one that was still at work
 
     def replicas(self) -> dict[str, bool]:
         """Each replica's URL, and whether the router's health check finds it healthy."""
@@ -48,10 +49,22 @@ class RouterClient:
             ServebookError: it is there already.
         """
         self._ask("POST", "/add_worker", url=replica)
+        self._removed.discard(replica)
 
     def remove(self, replica: str) -> None:
-        """Send no further request to `replica`; those that it has go on."""
+        """Send no further request to `replica`; those that it has go on.
+
+        Raises:
+            ServebookError: it has none of this name, which it takes to the letter.
+        """
+        # The router itself says of any name that it has removed it.
+        if replica not in (known := self.replicas()) and replica not in self._removed:
+            raise ServebookError(
+                f"The router has no replica {replica}: nothing was removed.",
+                f"Name it as replicas() does: {', '.join(known) or 'there is none'}.",
+            )
         self._ask("POST", "/remove_worker", url=replica)
+        self._removed.add(replica)
 
     def drain(self, replica: str, seconds: float = 60) -> None:
         """Remove `replica`, and wait until it has finished what it has.
