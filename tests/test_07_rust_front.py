@@ -95,6 +95,16 @@ def test_a_reason_that_is_not_told_is_no_error() -> None:
     assert read_piece(untold).finish_reason == ""
 
 
+@pytest.mark.parametrize(
+    "two", [{"regex": "a", "json": "{}"}, {"choice": ["a"], "grammar": "g"}, {"choice": ["a"], "regex": ""}]
+)
+def test_of_two_constraints_none_is_dropped(two: dict[str, Any]) -> None:
+    """The message keeps one of them, and says nothing of the others: the answer was of another form."""
+    with pytest.raises(TypeError, match="at most one of choice, regex, json and grammar"):
+        request(PROMPT, **two)
+    assert request(PROMPT, choice=[], regex="a").decoding.regex == "a"
+
+
 @engine
 def test_text_ids_and_usage_are_those_of_rest(client: InferenceClient, right: Answer) -> None:
     assert client.generate(PROMPT, token_ids=True, **GREEDY) == right

@@ -44,7 +44,12 @@ def request(
 
     At most one of `choice`, `regex`, `json` (a JSON Schema) and `grammar` (EBNF); `token_ids` asks for ids beside the
     text.
+
+    Raises:
+        TypeError: there are several of them.
     """
+    if sum(each is not None for each in (choice or None, regex, json, grammar)) > 1:  # a oneof keeps one, silently
+        raise TypeError("at most one of choice, regex, json and grammar: the message has room for one")
     message = pb.GenerateRequest(
         request_id=request_id,
         model=model,
