@@ -223,7 +223,8 @@ def test_where_a_server_was_is_taken_only_from_a_record_that_can_be_true(tmp_pat
     assert chosen(right) == other
     assert chosen(right | {"was_ready": False}) == own
     assert chosen(right | {"preferred": {"http": other}}) == own
-    for place in (None, 1, [], {"http": None}, {"http": "h:x"}, {"http": "h:99999"}, {"grpc": f"h:{other}"}):
+    places: list[Any] = [None, 1, [], {"http": None}, {"http": "h:x"}, {"http": "h:99999"}, {"grpc": f"h:{other}"}]
+    for place in places:
         assert chosen(right | {"endpoints": place}) == own, place
     with socket.create_server(("127.0.0.1", other)):
         assert chosen(right) == own
