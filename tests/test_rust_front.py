@@ -196,6 +196,29 @@ def test_a_file_of_ones_own(here: Settings, tmp_path: Path) -> None:
     assert rust_front(mine, silent) == own == available(mine)
 
 
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        (
+            "echo; echo 'libc.so.6: version GLIBC_2.38 not found' >&2; exit 1",
+            "does not run: libc.so.6: version GLIBC_2",
+        ),
+        ("exit 3", "does not run: it ended with 3."),
+        ("kill -9 $$", "does not run: it ended with -9."),
+        (r"printf '\377'", "is \ufffd, and the engine is vLLM"),
+        ("echo one; echo two", "is one, and the engine is vLLM"),
+    ],
+)
+def test_why_a_file_of_ones_own_does_not_do_is_in_its_words(
+    here: Settings, tmp_path: Path, script: str, says: str
+) -> None:
+    """On a system that is too old it was Python's words about a command; not UTF-8, and it was a traceback."""
+    own = tmp_path / "vllm-rs"
+    own.write_text(f"#!/bin/sh\n{script}\n")
+    own.chmod(0o755)
+    assert says in refused(here.model_copy(update={"vllm_rs_file": own}))
+
+
 def test_no_room_in_the_cache(here: Settings, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     words = refused(here.model_copy(update={"cache_dir": tmp_path / "file"}))

@@ -105,13 +105,21 @@ def _installed() -> Path | None:
 def _of_this_version(file: Path) -> Path:
     """`file`, once it has told its version: front and engine speak a protocol that each version may change."""
     try:
-        done = subprocess.run([file, "--version"], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise LaunchError(f"vLLM's Rust front end {file} does not run: {why}.", ELSEWHERE) from None
-    if (said := done.stdout.strip()) != f"{NAME} {engine_version()}":
+        done = subprocess.run([file, "--version"], capture_output=True, text=True, errors="replace", timeout=30)
+        # What it lacks, such as a newer glibc, is in its last words.
+        words = [*filter(None, done.stderr.splitlines())] or [f"it ended with {done.returncode}"]
+        why = words[-1] if done.returncode else ""
+    except OSError as error:
+        why = str(error.strerror)
+    except subprocess.TimeoutExpired:
+        why = "it has not told its version within 30 s"
+    if why:
+        raise LaunchError(f"vLLM's Rust front end {file} does not run: {why}.", ELSEWHERE)
+    said = done.stdout.strip()
+    if said != f"{NAME} {engine_version()}":
+        first, _, _ = said.partition("\n")
         raise LaunchError(
-            f"{file} is {said or 'no vllm-rs'}, and the engine is vLLM {engine_version()}.",
+            f"{file} is {first or 'no vllm-rs'}, and the engine is vLLM {engine_version()}.",
             "Use the vllm-rs of that version's wheel; where SERVEBOOK_VLLM_RS_FILE is unset it is fetched.",
         )
     return file
