@@ -30,6 +30,7 @@ from servebook.settings import Settings
 from servebook.ways.fastapi_gateway.server.app import create_app
 from servebook.ways.fastapi_gateway.server.config import Config
 from servebook.ways.fastapi_gateway.server.tracing import Traced
+from servebook.ways.metrics import samples
 from servebook.ways.watch_it import prometheus
 from servebook.ways.watch_it.alarm import DASHBOARD, RULES, Rule, evaluate, increase, read_rule
 from servebook.ways.watch_it.histogram import quantile
@@ -95,6 +96,14 @@ hits_total{path="/b",status="200"} 5
         found.value("hits")
     with pytest.raises(ServebookError, match="no hits_bucket"):
         found.buckets("hits")
+
+
+@pytest.mark.parametrize("text", ["<!doctype html>\n<title>Sign in</title>", '{"detail": "Not Found"}', "ok so far"])
+def test_a_page_of_another_kind_is_said_to_be_one(text: str) -> None:
+    with pytest.raises(ServebookError, match=rf"no Prometheus page.*{re.escape(text[:9])}"):
+        parse(text, 0)
+    with pytest.raises(ServebookError, match="no Prometheus page"):
+        samples(text, "up")
 
 
 def test_buckets_of_several_labels_are_added() -> None:
@@ -166,6 +175,8 @@ def test_without_callers_nobody_is_woken() -> None:
 
 def test_a_server_that_began_anew_counts_from_nothing() -> None:
     assert increase("wait", page(0, 100, 50), page(1, 2, 3)) == {1: 2, 5: 5, INF: 5}
+    nothing_yet = parse("# TYPE wait histogram\n", 0)
+    assert increase("wait", nothing_yet, page(1, 2, 3)) == {1: 2, 5: 5, INF: 5}
 
 
 def test_pages_far_apart_still_have_a_window() -> None:

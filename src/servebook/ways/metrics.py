@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import requests
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from servebook.bearer import bearer
 from servebook.errors import ServebookError
 from servebook.settings import url_of
+from servebook.ways.refusals import cut
 
 
 def page_text(url: str, key: str | None = None) -> str:
@@ -28,11 +30,30 @@ def page_text(url: str, key: str | None = None) -> str:
     return answer.text
 
 
+def families(page: str) -> list[Metric]:
+    """What the text of a page says, metric by metric.
+
+    Raises:
+        ServebookError: it is another kind of page, such as one for people.
+    """
+    try:
+        return list(text_string_to_metric_families(page))
+    except ValueError:
+        raise ServebookError(
+            f"What came is no Prometheus page; it begins with {cut(page.strip(), 40)!r}.",
+            "Is that the address of a server that has metrics?",
+        ) from None
+
+
 def samples(page: str, name: str, **labels: str) -> list[float]:
-    """The values of all samples `name` in the text of a page that have `labels`."""
+    """The values of all samples `name` in the text of a page that have `labels`.
+
+    Raises:
+        ServebookError: it is no Prometheus page.
+    """
     return [
         sample.value
-        for family in text_string_to_metric_families(page)
+        for family in families(page)
         for sample in family.samples
         if sample.name == name and labels.items() <= sample.labels.items()
     ]
@@ -44,7 +65,7 @@ def metric(url: str, name: str, *, key: str | None = None, **labels: str) -> flo
     A counter's sample ends in `_total`, a histogram's in `_sum`, `_count` or `_bucket`, as the page has it.
 
     Raises:
-        ServebookError: the page cannot be read, or has no such sample.
+        ServebookError: the page cannot be read, is no Prometheus page, or has no such sample.
     """
     found = samples(page_text(url, key), name, **labels)
     if not found:

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from servebook.errors import ServebookError
-from servebook.ways.metrics import page_text
+from servebook.ways.metrics import families, page_text
 
 T = TypeVar("T")
 
@@ -97,7 +95,7 @@ def cache_of(url: str, key: str | None = None) -> Cache:
     Raises:
         ServebookError: the page cannot be read, or is not that of a vLLM server.
     """
-    for family in text_string_to_metric_families(page_text(url, key)):
+    for family in families(page_text(url, key)):
         if family.name == "vllm:cache_config_info":
             labels = family.samples[0].labels
             size = labels["kv_cache_memory_bytes"]

@@ -8,10 +8,8 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from servebook.errors import ServebookError
-from servebook.ways.metrics import page_text
+from servebook.ways.metrics import families, page_text
 
 EVERY_SECONDS = 0.25
 """Between two readings. A Prometheus takes 15 s or 60 s; this one watches a few seconds."""
@@ -64,15 +62,19 @@ def read(url: str, key: str | None = None) -> Page:
     """Read the page of the server at `url` once; `key` is shown to one that asks for it.
 
     Raises:
-        ServebookError: it cannot be read.
+        ServebookError: it cannot be read, or is no Prometheus page.
     """
     return parse(page_text(url, key), time.time())
 
 
 def parse(text: str, at: float) -> Page:
-    """A page from its text."""
+    """A page from its text.
+
+    Raises:
+        ServebookError: it is no Prometheus page.
+    """
     samples: dict[str, dict[Labels, float]] = {}
-    for family in text_string_to_metric_families(text):
+    for family in families(text):
         for suffix in SUFFIXES.get(family.type, ("",)):
             samples.setdefault(f"{family.name}{suffix}", {})
         for sample in family.samples:
