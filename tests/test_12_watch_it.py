@@ -204,6 +204,14 @@ def test_rules_that_cannot_be_read_say_why() -> None:
         read_rule("ServerGone")
 
 
+@pytest.mark.parametrize("hold", ["1m30s", "1d", "500ms", "90"])
+def test_a_hold_beyond_the_small_evaluation_is_said_too(tmp_path: Path, hold: str) -> None:
+    rules = tmp_path / RULES.name
+    rules.write_text(RULES.read_text().replace("for: 2m", f"for: {hold}"))
+    with pytest.raises(ServebookError, match=rf"FirstTokenSlow is beyond this small evaluation: for {hold}\.\n→ Write"):
+        read_rule("FirstTokenSlow", rules)
+
+
 # What ships with the chapter.
 
 

@@ -21,6 +21,7 @@ DASHBOARD = FOLDER / "dashboard.json"
 """The pictures that come with it, for Grafana."""
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
+DURATION = re.compile(r"\d+[smh]")
 FORM = re.compile(
     r"histogram_quantile\((?P<share>[\d.]+), sum by \(le\) "
     r"\(rate\((?P<metric>[\w:]+)_bucket\[(?P<window>\d+[smh])\]\)\)\) > (?P<limit>[\d.]+)"
@@ -70,8 +71,11 @@ def read_rule(alert: str, path: Path = RULES) -> Rule:
     match = FORM.fullmatch(expression)
     if not match:
         raise ServebookError(f"{alert} is beyond this small evaluation: {expression}.", "Ask a Prometheus.")
-    window, hold = _seconds(match["window"]), _seconds(str(found[0].get("for", "0s")))
-    return Rule(alert, match["metric"], float(match["share"]), window, float(match["limit"]), hold)
+    hold = str(found[0].get("for", "0s"))
+    if not DURATION.fullmatch(hold):
+        raise ServebookError(f"{alert} is beyond this small evaluation: for {hold}.", "Write it in s, m or h alone.")
+    window = _seconds(match["window"])
+    return Rule(alert, match["metric"], float(match["share"]), window, float(match["limit"]), _seconds(hold))
 
 
 def evaluate(rule: Rule, pages: Sequence[Page]) -> Iterator[Moment]:
