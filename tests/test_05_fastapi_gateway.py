@@ -357,6 +357,13 @@ def test_other_origins_are_shut_out_unless_named(gateway: launch.Server, vllm: l
     assert "access-control-allow-origin" not in other.headers
 
 
+async def test_an_origin_may_be_named_as_the_address_bar_shows_it() -> None:
+    app = create_app(Config("http://127.0.0.1:9", cors_origins=("https://elsewhere.example/",)))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        answer = await client.get("/healthz", headers={"Origin": "https://elsewhere.example"})
+    assert answer.headers["access-control-allow-origin"] == "https://elsewhere.example"
+
+
 def test_a_whole_number_may_be_written_with_a_point(gateway: launch.Server) -> None:
     answer = requests.post(f"{gateway.url}/chat", json=JAPAN | {"max_tokens": 2.0}, timeout=60)
     assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 2)

@@ -72,9 +72,9 @@ def create_app(config: Config) -> FastAPI:
         app.add_middleware(KeyFirst, key=config.key, routes=chat.router.routes)
     app.add_middleware(HeadAsGet)
     if config.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["POST"], allow_headers=["*"]
-        )
+        # A browser says its origin without the slash that its address bar shows.
+        origins = [origin.rstrip("/") for origin in config.cors_origins]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["POST"], allow_headers=["*"])
     app.add_middleware(Telemetry, metrics=metrics)
     if tracing:
         app.add_middleware(tracing.middleware)
