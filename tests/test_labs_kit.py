@@ -825,6 +825,22 @@ def test_no_link_leads_a_submission_to_what_is_hidden(tmp_path: Path) -> None:
     assert list(confine.around(tmp_path, [tmp_path / "room"])) == [tmp_path / "grading"]
 
 
+def test_where_nobody_may_list_the_homes_submissions_are_graded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("home/instructor", "home/student", "usr"):
+        (tmp_path / name).mkdir(parents=True)
+    listed = Path.iterdir
+
+    def only_by_root(folder: Path) -> Iterator[Path]:
+        if folder == tmp_path / "home":  # rwx--x--x
+            raise PermissionError(folder)
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", only_by_root)
+    assert list(confine.around(tmp_path, [tmp_path / "home/instructor"])) == [tmp_path / "usr"]
+
+
 CONFINED = """
 import json, os, sys
 from functools import partial

@@ -120,8 +120,9 @@ def around(folder: Path, hidden: Iterable[Path]) -> Iterator[Path]:
     if not inside:
         yield folder
     elif folder not in inside and folder.is_dir():
-        for each in sorted(path for path in folder.iterdir() if not path.is_symlink()):
-            yield from around(each, inside)
+        with suppress(PermissionError):  # /home on a machine of many users, each of whom sees his own folder alone
+            for each in sorted(path for path in folder.iterdir() if not path.is_symlink()):
+                yield from around(each, inside)
 
 
 def scratch_folder() -> Path:
