@@ -62,6 +62,10 @@ def raising(error: BaseException) -> Callable[..., object]:
         pytest.param(raising(Mute()), "Mute: ", "your code raised this error", id="an error without words"),
         pytest.param(lambda *_: 10**5000, "a number of 16610 bits", "the same beginning", id="a number too long"),
         pytest.param(lambda *_: "x" * 10**6, "…", "the same beginning", id="a text beyond any screen"),
+        pytest.param(lambda *_: "half \ud83d", r"half \ud83d", "the same beginning", id="half of a surrogate pair"),
+        pytest.param(
+            raising(ValueError("\ud83d")), r"ValueError: \ud83d", "this error", id="an error with such a half"
+        ),
     ],
 )
 def test_whatever_an_answer_does_is_told(remembered: Callable[..., object], got: str, cause: str) -> None:
@@ -69,7 +73,7 @@ def test_whatever_an_answer_does_is_told(remembered: Callable[..., object], got:
     assert result.state == "wrong", result.render()
     assert got in result.got
     assert cause in result.cause
-    assert len(result.render()) < 5000
+    assert len(result.render().encode()) < 5000  # UTF-8, as a notebook has it
 
 
 @pytest.mark.parametrize("ask", [check, hint])
@@ -127,6 +131,15 @@ def test_a_cell_that_asks_a_person_is_told_that_nobody_types(tmp_path: Path) -> 
     result = LabShell(path).check("11.3")
     assert result.state == "wrong"
     assert "nobody types" in result.got
+
+
+def test_a_cell_that_raises_any_text_is_told_in_what_a_screen_and_a_notebook_hold(tmp_path: Path) -> None:
+    path = tmp_path / "lab.ipynb"
+    cell = new_code_cell(r"raise ValueError('\ud83d' + 'x' * 10**6)", id="11-3-answer")
+    nbformat.write(new_notebook(cells=[cell]), path)
+    result = LabShell(path).check("11.3")
+    assert result.state == "wrong"
+    assert len(result.render().encode()) < 5000
 
 
 def test_a_server_at_work_is_waited_for(learner: Submission, monkeypatch: pytest.MonkeyPatch) -> None:

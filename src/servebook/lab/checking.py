@@ -14,7 +14,7 @@ import requests
 from servebook.bearer import bearer
 from servebook.environment import JUDGE_APART
 from servebook.lab.capstone.contract import ID as CAPSTONE
-from servebook.lab.feedback import NotPassed, NotYet, Result, StillOpen
+from servebook.lab.feedback import MOST, NotPassed, NotYet, Result, StillOpen, cut
 from servebook.lab.judge import process
 from servebook.lab.manifest import Exercise, find_exercise
 from servebook.lab.record import Store
@@ -90,7 +90,7 @@ def evaluate(exercise_id: str, namespace: Mapping[str, Any]) -> Result:
         return Result(
             exercise,
             "stuck",
-            got=f"{type(error).__name__}: {error}",
+            got=cut(f"{type(error).__name__}: {error}", MOST),
             cause="the check itself could not run; `servebook status` shows whether the server is well",
         )
     return Result(exercise, "passed")

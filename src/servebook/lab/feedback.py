@@ -131,5 +131,9 @@ def shorten(value: Any) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """`text`, without its middle where it is longer than that."""
+    """`text`, without its middle where it is longer than that.
+
+    Half of a surrogate pair is written out: neither a notebook nor a graded file could hold it.
+    """
+    text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"

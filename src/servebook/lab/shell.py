@@ -17,7 +17,7 @@ from traitlets.config import Config
 from servebook.checkout import ROOT
 from servebook.errors import ServebookError
 from servebook.lab.checking import evaluate
-from servebook.lab.feedback import Result
+from servebook.lab.feedback import MOST, Result, cut
 from servebook.lab.manifest import Exercise, find_exercise
 from servebook.lab.submission import unattended, where, words_of
 
@@ -172,6 +172,6 @@ def _broken(exercise: Exercise, error: BaseException) -> Result:
         exercise,
         "wrong",
         "a cell that runs",
-        f"{type(error).__name__}: {words_of(error)}{where(error)}",
+        cut(f"{type(error).__name__}: {words_of(error)}{where(error)}", MOST),
         "the answer cell itself raised this error",
     )
