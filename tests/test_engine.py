@@ -185,6 +185,33 @@ def test_a_containers_limit_counts_in_the_older_layout(tmp_path: Path) -> None:
     assert engine.available_gib(tmp_path) == pytest.approx(0.5)
 
 
+@pytest.mark.usefixtures("no_engines")
+def test_the_limits_of_a_users_slice_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd's, in which JupyterHub may start a server, or a batch system's job: the root has none of its own."""
+    member = tmp_path / "cgroup"
+    member.write_text("0::/user.slice/user-1000.slice/session-2.scope\n")
+    monkeypatch.setattr(engine, "MEMBERSHIP", member)
+    mine = tmp_path / "user.slice/user-1000.slice"
+    write(mine, memory__max=GIB, memory__current=GIB // 2, memory__stat="inactive_file 0", cpu__max="150000 100000")
+    write(mine / "session-2.scope", memory__max="max", memory__current=0, memory__stat="", cpu__max="max 100000")
+    write(tmp_path / "user.slice", cpu__max="400000 100000")
+    write(tmp_path / "user.slice/user-1001.slice", memory__max=0, memory__current=0, memory__stat="inactive_file 0")
+    assert engine.available_gib(tmp_path) == pytest.approx(0.5)
+    assert engine.cpu_quota(tmp_path) == 1.5
+
+
+@pytest.mark.usefixtures("no_engines")
+def test_the_limits_of_a_job_count_in_the_older_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    member = tmp_path / "cgroup"
+    member.write_text("5:cpuacct,cpu:/slurm/job_7\n4:memory:/slurm/job_7/step_0\n1:name=systemd:/\n0::/\n")
+    monkeypatch.setattr(engine, "MEMBERSHIP", member)
+    limit = {"memory__limit_in_bytes": GIB, "memory__usage_in_bytes": GIB // 4, "memory__stat": "total_inactive_file 0"}
+    write(tmp_path / "memory/slurm/job_7", **limit)
+    write(tmp_path / "cpu/slurm/job_7", cpu__cfs_quota_us=50000, cpu__cfs_period_us=100000)
+    assert engine.available_gib(tmp_path) == pytest.approx(0.75)
+    assert engine.cpu_quota(tmp_path) == 0.5
+
+
 CACHE = """
 import sys, torch
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE, mmap

@@ -7,7 +7,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -51,6 +51,9 @@ CORE_GIB = 2.1
 """EngineCore with the workbook's own model on a CPU, when all of its KV cache has been used (measured)."""
 LARGE = 128 * 2**20
 """Bytes of unused memory in one piece that is a cache: what malloc keeps for each thread is half of it."""
+CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where the kernel has its control groups, and in which of them this process is, a line `number:controllers:path`
+each; of the newer layout there is one, without controllers."""
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 """A processor with one of these computes in bfloat16. The others, most laptops among them, only emulate it."""
 
@@ -198,36 +201,55 @@ def _threads(settings: Settings) -> int:
     return logical if logical <= 2 else max(2, min(logical, psutil.cpu_count(logical=False) or logical) - 1)
 
 
-def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """The cores' worth of time that a container may use, such as 0.5; None where there is no limit."""
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota, period = (int(word) for file in files for word in (cgroups / file).read_text().split())
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
-        if quota > 0:
-            return quota / period
-    return None
+def control_groups(cgroups: Path, controller: str = "") -> Iterator[Path]:
+    """The folders below `cgroups` with the limits on this process: of its control group, and of each around that one.
+
+    In a container that is mostly the root. A user's slice, which JupyterHub may start a server in, and a batch system's
+    job lie deeper. In the older layout each `controller` has folders of its own.
+    """
+    own = Path("/")
+    with suppress(OSError):
+        for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                own = Path(path)
+    for group in (own, *own.parents):
+        yield cgroups / controller / group.relative_to("/")
 
 
-def available_gib(cgroups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Memory that a new process can have, in GiB: the machine's, or the container's where that is less.
+def cpu_quota(cgroups: Path = CGROUPS) -> float | None:
+    """The cores' worth of time that a container, slice or job may use, such as 0.5; None where there is no limit."""
+    found = []
+    for controller, *files in (("", "cpu.max"), ("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        for group in control_groups(cgroups, controller):
+            try:
+                quota, period = (int(word) for file in files for word in (group / file).read_text().split())
+            except (OSError, ValueError):  # no such controller, or "max"
+                continue
+            if quota > 0:
+                found.append(quota / period)
+    return min(found, default=None)
+
+
+def available_gib(cgroups: Path = CGROUPS) -> float:
+    """Memory that a new process can have, in GiB: the machine's, or that of a container, slice or job if it is less.
 
     What running engines have not used yet of their KV caches is theirs.
     """
     available = psutil.virtual_memory().available
-    for limit_file, usage_file, cache in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    for controller, limit_file, usage_file, cache in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        try:
-            limit = int((cgroups / limit_file).read_text())
-            used = int((cgroups / usage_file).read_text())
-            words = (cgroups / limit_file).with_name("memory.stat").read_text().split()
-            # A container's usage counts the files that it has read; those are given back when memory is asked for.
-            available = min(available, limit - used + int(words[words.index(cache) + 1]))
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
+        for group in control_groups(cgroups, controller):
+            try:
+                limit = int((group / limit_file).read_text())
+                used = int((group / usage_file).read_text())
+                words = (group / "memory.stat").read_text().split()
+                # A group's usage counts the files that it has read; those are given back when memory is asked for.
+                available = min(available, limit - used + int(words[words.index(cache) + 1]))
+            except (OSError, ValueError):  # no such controller, or "max"
+                continue
     return max(0, available - promised_bytes()) / GIB
 
 

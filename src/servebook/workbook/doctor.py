@@ -177,7 +177,10 @@ def check_cpu(flags: set[str], cores: int, on_gpu: bool, quota: float | None = N
         )
     if quota is not None and quota < min(cores, 2) and not on_gpu:
         return Finding(
-            "WARN", "cpu", f"{best}, the time of {quota:g} of {cores} cores", "Give the container 2 cores (--cpus 2)."
+            "WARN",
+            "cpu",
+            f"{best}, the time of {quota:g} of {cores} cores",
+            "Give the container 2 cores (--cpus 2), or the slice (CPUQuota=200%).",
         )
     if cores < 2 and not on_gpu:
         return Finding("WARN", "cpu", f"{best}, one core", "Expect everything to take twice as long as it says.")
