@@ -191,6 +191,18 @@ def test_two_starts_do_not_count_on_the_same_memory(
     assert other.exitcode == 0
 
 
+def test_what_is_claimed_of_another_card_is_not_missing_here(
+    settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two users, each with a card by CUDA_VISIBLE_DEVICES, neither waits for the other."""
+    install(monkeypatch, FakeCard(8, 4, "theirs", "GPU-theirs"), FakeCard(8, 4, "mine", "GPU-mine"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with memory_for(settings, model, quiet):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        with memory_for(settings, model, quiet):
+            pass
+
+
 def test_a_start_that_nobody_waits_for_any_more_does_not_wait_for_memory(
     settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
