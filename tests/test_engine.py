@@ -174,6 +174,7 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
     assert engine.available_gib(tmp_path) == 3
     write(tmp_path, memory__max=GIB, memory__current=GIB // 2, memory__stat=f"anon 1\ninactive_file {GIB // 4}")
     assert engine.available_gib(tmp_path) == pytest.approx(0.75)
+    assert engine.total_gib(tmp_path) == 1, "an engine that needs more will not fit, whatever is ended"
 
 
 @pytest.mark.usefixtures("no_engines")

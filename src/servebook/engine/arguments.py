@@ -236,7 +236,17 @@ def available_gib(cgroups: Path = CGROUPS) -> float:
 
     What running engines have not used yet of their KV caches is theirs.
     """
-    available = psutil.virtual_memory().available
+    left = [psutil.virtual_memory().available, *(limit - used for limit, used in memory_limits(cgroups))]
+    return max(0, min(left) - promised_bytes()) / GIB
+
+
+def total_gib(cgroups: Path = CGROUPS) -> float:
+    """Memory that all processes here can have together, in GiB, by the same limits."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in memory_limits(cgroups))]) / GIB
+
+
+def memory_limits(cgroups: Path) -> Iterator[tuple[int, int]]:
+    """The limits on this process, and what is taken of each, in bytes."""
     for controller, limit_file, usage_file, cache in (
         ("", "memory.max", "memory.current", "inactive_file"),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -247,10 +257,9 @@ def available_gib(cgroups: Path = CGROUPS) -> float:
                 used = int((group / usage_file).read_text())
                 words = (group / "memory.stat").read_text().split()
                 # A group's usage counts the files that it has read; those are given back when memory is asked for.
-                available = min(available, limit - used + int(words[words.index(cache) + 1]))
+                yield limit, used - int(words[words.index(cache) + 1])
             except (OSError, ValueError):  # no such controller, or "max"
                 continue
-    return max(0, available - promised_bytes()) / GIB
 
 
 def promised_bytes(processes: Iterable[psutil.Process] | None = None) -> int:

@@ -28,7 +28,15 @@ from requests.utils import get_netrc_auth
 from servebook import launch
 from servebook.checkout import ROOT
 from servebook.engine import rust_front, start
-from servebook.engine.arguments import available_gib, cpu_flags, cpu_quota, gpu_gib, needed_gib, weights_gib
+from servebook.engine.arguments import (
+    available_gib,
+    cpu_flags,
+    cpu_quota,
+    gpu_gib,
+    needed_gib,
+    total_gib,
+    weights_gib,
+)
 from servebook.engine.gpu import GIB, Card, cards
 from servebook.engine.model import bundled_path, given_folder, given_model, is_prepared, sufficient_limit
 from servebook.environment import (
@@ -483,7 +491,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
             check_libpython(_libpython()),
             check_cpu(cpu_flags(), len(os.sched_getaffinity(0)), settings.on_gpu, cpu_quota()),
             check_memory(
-                psutil.virtual_memory().total / GIB,
+                total_gib(),
                 available_gib(),
                 needed_gib(settings, weights),
                 elsewhere=bool(settings.engine_url),
