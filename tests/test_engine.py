@@ -83,10 +83,22 @@ def test_a_readers_arguments_come_last_and_win(cpu: Settings) -> None:
     assert args.enforce_eager is True
 
 
-@pytest.mark.parametrize(("logical", "physical", "threads"), [(1, 1, 1), (2, 1, 2), (8, 4, 3), (8, 8, 7), (4, None, 3)])
+@pytest.mark.parametrize(
+    ("logical", "physical", "quota", "threads"),
+    [
+        *((1, 1, None, 1), (2, 1, None, 2), (8, 4, None, 3), (8, 8, None, 7), (4, None, None, 3)),
+        *((8, 4, 2.5, 2), (8, 4, 0.5, 1), (2, 2, 2.0, 2), (2, 2, 1.5, 1), (8, 4, 64.0, 3)),
+    ],
+)
 def test_threads(
-    cpu: Settings, monkeypatch: pytest.MonkeyPatch, logical: int, physical: int | None, threads: int
+    cpu: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    logical: int,
+    physical: int | None,
+    quota: float | None,
+    threads: int,
 ) -> None:
+    monkeypatch.setattr(engine, "cpu_quota", lambda: quota)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(logical)))
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: physical)
@@ -98,6 +110,7 @@ def test_who_sets_openmps_own_variable_is_followed(
     cpu: Settings, monkeypatch: pytest.MonkeyPatch, given: str, threads: str
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(engine, "cpu_quota", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert engine.engine_env(cpu)["OMP_NUM_THREADS"] == threads
 
