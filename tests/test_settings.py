@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -25,6 +26,7 @@ from servebook.cli import app
 from servebook.engine import prepare, rust_front
 from servebook.errors import ServebookError
 from servebook.settings import Settings, is_loopback, load_settings, settings_file
+from servebook.trust import not_only_mine, others_may_read
 
 
 @pytest.fixture(autouse=True)
@@ -318,6 +320,23 @@ def test_a_link_to_another_users_file_is_refused_too(bare: Path) -> None:
     (bare / "servebook.toml").symlink_to(theirs)
     with pytest.raises(ServebookError, match="is not read"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("group", "members", "others"),
+    [("ann", [], False), ("ann", ["ann"], False), ("ann", ["ann", "bob"], True), ("users", [], True)],
+)
+def test_a_group_is_nobody_elses_where_it_is_this_users_own_and_has_no_other_member(
+    group: str, members: list[str], others: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    file.chmod(0o660)
+    me = SimpleNamespace(pw_name="ann", pw_gid=file.stat().st_gid)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: me)
+    monkeypatch.setattr("grp.getgrgid", lambda _: SimpleNamespace(gr_name=group, gr_mem=members))
+    assert others_may_read(file) == others
+    assert not_only_mine(file) == (f"group {group} may write to it" if others else "")
 
 
 def test_a_key_that_others_may_read_is_refused(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
