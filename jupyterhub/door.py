@@ -9,6 +9,7 @@ import hmac
 import pwd
 import re
 import secrets
+import shutil
 import sqlite3
 import time
 from pathlib import Path
@@ -32,6 +33,8 @@ SIGN = "X-Servebook-Proxy"
 COOKIE = "servebook-door"
 """What a browser that has signed in shows: its tries are counted apart from those of strangers."""
 REMEMBERED = 4096
+NEEDED_BYTES = 2**24
+"""Some desks. On a disk without a byte the hub has whoever has signed in sign in again, and again."""
 
 
 class Tries:
@@ -84,8 +87,11 @@ class Door(Authenticator):
         """The learner's name, None for a wrong password.
 
         Raises:
-            HTTPError: 403 for what cannot be, in words; 429 for who tries too often.
+            HTTPError: 403 for what cannot be, in words; 429 for who tries too often; 507 where the disk is full.
         """
+        if shutil.disk_usage(self.folder).free < NEEDED_BYTES:
+            self.log.error("Nobody comes in: the disk of %s is full", self.folder)
+            raise HTTPError(507, "The disk of the room's machine is full: nobody can come in. Tell the instructor.")
         raw = handler.request.body_arguments.get("username", [b""])[-1].decode(errors="replace").strip(" ")
         name = self.normalize_username(raw)
         if not self.validate_username(name):

@@ -119,6 +119,28 @@ def test_after_an_error_of_its_own_the_hub_logs_headers_without_the_proxys_sign(
     assert 'c.JupyterHub.tornado_settings = {"log_function": log_request}' in config
 
 
+FULL = """
+import asyncio, shutil, sys
+from types import SimpleNamespace
+from door import Door, HTTPError
+usage = shutil.disk_usage(sys.argv[1])
+shutil.disk_usage = lambda _: usage._replace(free=100_000)
+door = Door(folder=sys.argv[1], open_sign_up=True)
+request = SimpleNamespace(body_arguments={"username": [b"ada"]}, headers={}, remote_ip="::1")
+handler = SimpleNamespace(request=request, set_secure_cookie=lambda *_, **__: None)
+try:
+    print(asyncio.run(door.authenticate(handler, {"password": "long enough"})), "came in")
+except HTTPError as error:
+    print(error.status_code, error.log_message)
+"""
+
+
+def test_on_a_full_disk_the_door_says_so(tmp_path: Path) -> None:
+    """A password could not be kept there; and whoever had one came in, and was asked to sign in again and again."""
+    told = at_a_desk(FULL, str(tmp_path))
+    assert told == "507 The disk of the room's machine is full: nobody can come in. Tell the instructor."
+
+
 @pytest.mark.parametrize("host", [LOOPBACK, "0.0.0.0", "::", "localhost"])
 def test_a_front_that_ends_is_brought_back_where_it_was(
     host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
