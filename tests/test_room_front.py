@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
@@ -47,9 +48,11 @@ from servebook import launch
 from servebook.bearer import engine_key
 from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ModelError, ServebookError
+from servebook.lab.feedback import Result
 from servebook.lab.handout import blanks
-from servebook.lab.manifest import load_labs
+from servebook.lab.manifest import Lab, load_labs
 from servebook.lab.record import Store
+from servebook.launch.display import TerminalProgress
 from servebook.launch.files import Files
 from servebook.launch.table import SERVERS, Endpoints, find_server, rooms_engine
 from servebook.processes import free_port
@@ -1935,6 +1938,35 @@ def test_learners_of_a_load_that_cannot_begin_are_struck_off(monkeypatch: pytest
     with pytest.raises(ServebookError, match="2 learners were not all ready within 120 s"):
         load.run(room, 2)
     assert not room.there
+
+
+def test_who_waits_for_a_load_sees_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = threading.Event()
+    shown: list[str] = []
+
+    class Shown(TerminalProgress):
+        def show(self, text: str, final: bool = False) -> None:
+            shown.append(text.partition(" … ")[0])
+            if "50 %" in text:
+                half.set()
+
+    def do_lab(lab: Lab, *_: object) -> Iterator[load.Checked]:
+        if lab.stem == load.LABS[1]:
+            assert half.wait(30)
+        for exercise in lab.exercises:
+            yield load.Checked(Result(exercise, "passed"), 0)
+
+    monkeypatch.setattr(load, "progress", Shown)
+    monkeypatch.setattr(load, "do_lab", do_lab)
+    monkeypatch.setattr(load, "samples", lambda _: Counter())
+    monkeypatch.setattr(load, "die_with_asker", lambda: None)
+    monkeypatch.setattr(load, "made", None, raising=False)
+    monkeypatch.setattr(load, "ProcessPoolExecutor", lambda n, _, **options: ThreadPoolExecutor(n, **options))
+    room: Any = AdmitsTwo()
+    assert load.run(room, 1).count("passed") == 10
+    assert shown[0] == "load: getting ready"
+    assert "load: 50 % of 10 checks made" in shown
+    assert shown[-1] == "load: 10 checks made"
 
 
 def test_feedback_lands_on_the_desk_and_nowhere_that_a_learner_points_at(tmp_path: Path) -> None:

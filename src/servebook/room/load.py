@@ -12,10 +12,11 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Barrier
 from threading import BrokenBarrierError
 
@@ -27,6 +28,7 @@ from servebook.lab.feedback import Result
 from servebook.lab.handout.blanks import require_solutions
 from servebook.lab.manifest import Lab, load_labs
 from servebook.lab.shell import CellError, LabShell
+from servebook.launch.display import progress
 from servebook.processes import die_with_asker
 from servebook.room.admin import RoomAdmin
 
@@ -35,6 +37,8 @@ LABS = ("01_openai_rest", "02_sse_streaming")
 START_SECONDS = 120
 """How long all processes together may take to be ready."""
 REFUSAL = re.compile(r"\b(429|503)\b")
+made: Synchronized[int]
+"""In a learner's process: how many checks all of them have made."""
 
 
 @dataclass
@@ -79,10 +83,20 @@ class Outcome:
         return next((at for at, n in buckets if whole and n >= share * whole), math.nan)
 
 
+def labs() -> list[Lab]:
+    """The labs that are done."""
+    return [lab for lab in load_labs() if lab.stem in LABS]
+
+
 def learn(url: str, key: str) -> list[Checked]:
     """Do the labs silently, as a learner with that key would, one cell after the other."""
+    checks = []
     with contextlib.redirect_stdout(io.StringIO()):
-        return [check for lab in load_labs() if lab.stem in LABS for check in do_lab(lab, url, key)]
+        for check in (check for lab in labs() for check in do_lab(lab, url, key)):
+            checks.append(check)
+            with made.get_lock():
+                made.value += 1
+    return checks
 
 
 def do_lab(lab: Lab, url: str, key: str) -> Iterator[Checked]:
@@ -109,21 +123,27 @@ def run(room: RoomAdmin, learners: int) -> Outcome:
     # A process for each, as in the room, out of one that has imported what they need.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, "openai.resources.chat", "openai.resources.completions"])
-    ready = context.Barrier(learners + 1)
+    ready, count = context.Barrier(learners + 1), context.Value("i", 0)
+    whole = learners * sum(len(lab.exercises) for lab in labs())
     before = samples(room)
     keys = []
-    with contextlib.ExitStack() as admitted:  # it forgets all of them, also where one cannot be
+    # It forgets all of them, also where one cannot be admitted.
+    with progress("load") as display, contextlib.ExitStack() as admitted:
         for number in range(1, learners + 1):
             name = f"load@{number:03}"  # as no learner can be called: the door lets no @ in
             keys.append(room.admit(name))
             admitted.callback(room.forget, name)
         try:
-            with ProcessPoolExecutor(learners, context, initializer=get_ready, initargs=(ready,)) as pool:
+            with ProcessPoolExecutor(learners, context, initializer=get_ready, initargs=(ready, count)) as pool:
                 working = [pool.submit(learn, room.url, key) for key in keys]
+                display.phase("getting ready")
                 ready.wait(START_SECONDS)
                 began = time.monotonic()
+                while wait(working, timeout=1).not_done:  # in tenths: where it is no terminal, each is a line
+                    display.phase(f"{10 * count.value // whole * 10} % of {whole} checks made")
                 checks = [check for work in working for check in work.result()]
                 seconds = time.monotonic() - began
+                display.done(f"{len(checks)} checks made")
         except (BrokenBarrierError, BrokenProcessPool):
             raise ServebookError(
                 f"The processes of {learners} learners were not all ready within {START_SECONDS} s, or one was ended.",
@@ -134,9 +154,11 @@ def run(room: RoomAdmin, learners: int) -> Outcome:
     return Outcome(learners, seconds, checks, grown)
 
 
-def get_ready(ready: Barrier) -> None:
-    """In a learner's process: end with the command, and wait for the others."""
+def get_ready(ready: Barrier, count: Synchronized[int]) -> None:
+    """In a learner's process: end with the command, note where its checks are counted, and wait for the others."""
+    global made
     die_with_asker()
+    made = count
     ready.wait(START_SECONDS)
 
 
