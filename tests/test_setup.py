@@ -568,6 +568,32 @@ def test_pips_index_is_handed_to_uv(clone: Path) -> None:
     assert {line.rpartition("index=")[2] for line in installs(calls)} == {"https://mirror.example/simple"}
 
 
+def test_what_pip_goes_by_in_a_company_is_handed_to_uv(clone: Path) -> None:
+    """Where nothing is set for uv itself. But not an extra index: of a first one uv takes all that it has a name of."""
+    calls = stand_in_environment(clone)
+    python, uv = clone / ".venv/bin/python", clone / ".venv/bin/uv"
+    config = r"""
+global.cert='~/company.pem'
+global.extra-index-url='https://user:secret@extra.example/simple'
+global.proxy='user:secret@proxy.example:8080'
+global.trusted-host='\nmirror.example\nfiles.example'
+"""
+    python.write_text(f'{python.read_text()}case "$*" in *"config list"*) echo {shlex.quote(config)};; esac\n')
+    uv.write_text(f'{uv.read_text()}echo "$ALL_PROXY $SSL_CERT_FILE $UV_INSECURE_HOST" >> {shlex.quote(str(calls))}\n')
+    plain = {name: "" for name in os.environ if name.lower() == "all_proxy" or name.startswith("SSL_CERT")}
+    home = str(clone.parent)
+    assert make(clone, HOME=home, **plain).returncode == 0
+    handed = f"http://user:secret@proxy.example:8080 {home}/company.pem mirror.example files.example"
+    assert calls.read_text().count(f"{handed}\n") == 2
+    (clone / ".venv/.servebook-cpu").unlink()
+    uv.write_text(f"{uv.read_text()}exit 2\n")
+    own = {"ALL_PROXY": "socks5://own:1", "SSL_CERT_FILE": "/own.pem", "UV_INSECURE_HOST": "own"}
+    said = make(clone, HOME=home, **plain | own).stderr
+    assert calls.read_text().endswith("\nsocks5://own:1 /own.pem own\n")
+    assert "uv does not ask the extra-index-url of pip: UV_INDEX=URL" in said
+    assert "secret" not in said
+
+
 def test_two_at_once_do_not_mix(clone: Path) -> None:
     calls = stand_in_environment(clone)
     uv, go_on = clone / ".venv/bin/uv", clone / "go_on"
