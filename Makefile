@@ -114,6 +114,7 @@ survived: $(ready)
 protos: $(ready)
 	PATH="$(path)" $(python) -m grpc_tools.protoc -I servebook/protos=protos --python_out=src --pyi_out=src --grpc_python_out=src --mypy_grpc_out=quiet:src servebook/protos/llm/v1/llm.proto servebook/protos/vllm/inference.proto
 
+# Not by the command, which names the Python of the folder where it was made: of a moved clone it would not run.
 clean:
-	@-[ ! -x $(bin)/servebook ] || $(bin)/servebook down --all
+	@-[ ! -x $(bin)/servebook ] || PYTHONPATH=src $(python) -c "from servebook.cli import main; main()" down --all
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1051,15 +1051,17 @@ X""",
 
 
 def test_clean_ends_the_servers_and_removes_what_was_made(clone: Path, tmp_path: Path) -> None:
+    """In a clone that was moved, too: `servebook` does not run there."""
     stand_in_environment(clone)
-    command = clone / ".venv/bin/servebook"
-    command.write_text(f'#!/bin/bash\necho "$*" >> {shlex.quote(str(tmp_path))}/ended\nexit 1\n')
-    command.chmod(0o755)
+    (clone / ".venv/bin/servebook").write_text("#!/no/such/python\n")
+    (clone / ".venv/bin/servebook").chmod(0o755)
+    python = clone / ".venv/bin/python"
+    python.write_text(f'#!/bin/bash\necho "$PYTHONPATH $*" >> {shlex.quote(str(tmp_path))}/ended\nexit 1\n')
     (clone / ".pytest_cache").mkdir()
     for _ in range(2):  # there may be no environment, and a server that would not end
         done = make(clone, "clean")
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "ended").read_text() == "down --all\n"
+    assert (tmp_path / "ended").read_text() == "src -P -c from servebook.cli import main; main() down --all\n"
     assert not {".venv", ".pytest_cache"} & {path.name for path in clone.iterdir()}
     assert (clone / "Makefile").is_file()
 
