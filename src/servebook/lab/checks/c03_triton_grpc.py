@@ -348,9 +348,7 @@ def check_03_4(submission: Submission) -> None:
         causes: dict[Any, str] = {
             TimeoutError: "nothing comes after the last response: triton_final_response says which one that is"
         }
-        causes[queue.Empty] = (
-            "silence is not the end of an answer: triton_final_response says which response is the last"
-        )
+        causes[queue.Empty] = SILENT
         causes[InferenceServerException] = "this request is in order: start_stream, then async_stream_infer"
         try:
             pieces = submission.run(lambda: read(long), causes, tap.busy)
@@ -430,8 +428,9 @@ def _judge_pieces(pieces: list[str], stream: Stream, early: bool) -> None:
     )
 
 
-SILENCE_SECONDS = 1.6
+SILENCE_SECONDS = 2.5
 """How long an engine falls silent in the midst of a stream: longer than anybody waits at a guess."""
+SILENT = "silence is not the end of an answer: triton_final_response says which response is the last"
 LATE = 3
 """Responses that come after it was enough, before the next ones are held back for a caller who leaves."""
 LEAVE_SECONDS = 3.0
@@ -524,10 +523,19 @@ def _judge_never(submission: Submission, triton: Server, until: Callable[..., An
     inputs = infer_inputs("One, two, three, four,", stream=True, max_tokens=8, temperature=0, ignore_eos=True)
     causes: Causes = {
         TimeoutError: "an answer that is never enough has an end, too: triton_final_response says which is the last",
+        queue.Empty: SILENT,
         InferenceServerException: "the answer is whole: what cancelling its stream brings after that is no error of it",
     }
-    with TritonTap(triton.grpc, cuts=True) as tap, client_of(tap) as client:
+    before: list[str] = []
+
+    def fall_silent(response: Any, stream: Stream) -> None:
+        if stream.text and text_of(response) and not before:
+            before.append(stream.text)
+            stream.call.done.wait(SILENCE_SECONDS)
+
+    with TritonTap(triton.grpc, fall_silent, cuts=True) as tap, client_of(tap) as client:
         got = submission.run(lambda: until(client, inputs, lambda _: False), causes, tap.busy)
+        require([got] != before, "the text up to the last response", got, SILENT)
         judge(
             tap.streams[-1].text,
             got,
