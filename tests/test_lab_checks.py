@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import requests
 from openai import AsyncOpenAI
 
 from servebook import lab
-from servebook.lab.checks import c01_openai_rest, c06_kserve, c10_scale_out
+from servebook.lab.checks import c01_openai_rest, c02_sse_streaming, c06_kserve, c10_scale_out
+from servebook.lab.feedback import NotYet
 from servebook.lab.manifest import find_exercise
 from servebook.lab.submission import Submission
 from servebook.launch import Server
@@ -139,6 +141,30 @@ def test_questions_may_be_taken_off_the_list_one_by_one() -> None:
     with up() as at:
         vllm = Server("vllm", "m", {"http": at}, load_settings())
         c01_openai_rest.check_01_5(submission("01.5", ask_all=ask_all, vllm=vllm))
+
+
+def stream_text(url: str, key: str, model: str, prompt: str, max_tokens: int, most: int = 100) -> Iterator[str]:
+    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "stream": True}
+    headers = {"Authorization": f"Bearer {key}"}
+    with requests.post(f"{url}/v1/completions", json=body, headers=headers, stream=True, timeout=60) as answer:
+        for number, line in enumerate(line for line in answer.iter_lines() if line):
+            if line == b"data: [DONE]" or number == most:
+                return
+            yield json.loads(line[6:])["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("most", [1, 5, 100])
+def test_a_stream_that_is_left_before_its_end_is_no_whole_text(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What had come by then would pass for all of it."""
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS_A_TOKEN", 0.05)  # so that the leaving is noticed
+    with up() as at:
+        vllm = Server("vllm", "m", {"http": at}, load_settings())
+        answer = submission("02.2", stream_text=partial(stream_text, most=most), vllm=vllm)
+        if most == 100:
+            c02_sse_streaming.check_02_2(answer)
+            return
+        with pytest.raises(NotYet, match="read on until"):
+            c02_sse_streaming.check_02_2(answer)
 
 
 def test_outputs_may_be_taken_off_an_answer_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,11 +141,28 @@ def answer_to(exchange: Exchange) -> Any:
     return answer
 
 
+def text_to_its_end(exchange: Exchange) -> str:
+    """The text of a stream, all of which the learner's code has waited for.
+
+    Raises:
+        NotYet: it left before: the text so far would pass for the whole.
+    """
+    exchange.done.wait(60)
+    text = streamed_text(exchange)
+    reasons = [choice.get("finish_reason") for event in exchange.events() for choice in event["choices"]]
+    require(
+        exchange.ended is not None or any(reasons),
+        "the engine's stream read to its end",
+        f"it was left after {text!r}",
+        "the text is not whole: read on until the event with a finish_reason, or until [DONE]",
+    )
+    return text
+
+
 def reply_of(exchange: Exchange) -> str:
     """The text that the engine answered with, whole or as a stream."""
     if isinstance(exchange.body, dict) and exchange.body.get("stream"):
-        exchange.done.wait(60)
-        return streamed_text(exchange)
+        return text_to_its_end(exchange)
     choice = answer_to(exchange)["choices"][0]
     return str(choice["message"]["content"] or "") if "chat" in exchange.path else text_of(choice)
 

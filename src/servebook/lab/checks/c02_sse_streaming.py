@@ -16,7 +16,17 @@ from openai import OpenAI
 from servebook.bearer import bearer
 from servebook.errors import ServebookError
 from servebook.lab.feedback import NotYet, judge, require
-from servebook.lab.rest import RELIABLE, asked, asked_to_continue, key_of, sends, sends_key, sends_question, through
+from servebook.lab.rest import (
+    RELIABLE,
+    asked,
+    asked_to_continue,
+    key_of,
+    sends,
+    sends_key,
+    sends_question,
+    text_to_its_end,
+    through,
+)
 from servebook.lab.submission import LIMIT_SECONDS, Causes, Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import content_of, events_of, streamed_text, text_of
@@ -212,7 +222,7 @@ def check_02_2(submission: Submission) -> None:
         require(not sdk, "a request without the SDK's own headers", ", ".join(sdk), by_hand)
         in_json = "the server streams only when the request's JSON says so; stream=True for requests is not that"
         sends(exchange, {"stream": in_json}, stream=True, model=vllm.model, prompt=prompt, max_tokens=12)
-        right, got = streamed_text(exchange), "".join(map(str, pieces))
+        right, got = text_to_its_end(exchange), "".join(map(str, pieces))
         judge(
             right,
             got,
@@ -345,6 +355,10 @@ def _judge_times(
         ttft,
         (_near(ttft / 1000, first), "these are milliseconds"),
         (_near(ttft, whole) and _near(total, first), "the two times are the wrong way round"),
+        (
+            ttft > whole + TOLERANCE and _near(total - ttft, whole - first),
+            "that is what the clock shows: subtract what it showed at the asking",
+        ),
         (_near(ttft, whole), "the first time was taken at the end, or the list was gathered first"),
         (
             ttft < TOLERANCE,

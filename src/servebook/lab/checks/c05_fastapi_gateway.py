@@ -17,10 +17,9 @@ import requests
 from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.learner_server.judge import GATHERED, USED_UP, StreamWatch, own_server
 from servebook.lab.learner_server.run import OwnServer
-from servebook.lab.rest import RELIABLE, accepted, context_length, reply_of, sends, sends_question
+from servebook.lab.rest import RELIABLE, accepted, context_length, reply_of, sends, sends_question, text_to_its_end
 from servebook.lab.submission import Submission
 from servebook.lab.taps.http import Exchange, Tap, answering
-from servebook.lab.taps.sse import streamed_text
 from servebook.launch import Server
 from servebook.processes import wait_until
 
@@ -28,6 +27,7 @@ ASK = {"message": "Name three colours.", "max_tokens": 11}
 SECONDS = 60
 """For one answer; the engine of a full room is slow."""
 FROM_ENGINE = "the answer does not come from the engine"
+AN_OBJECT = "the reply is an object of the SDK: its text is in message.content"
 
 
 class Caller:
@@ -65,6 +65,11 @@ def body_of(answer: requests.Response) -> Any:
         return answer.json()
     except ValueError:
         return answer.text
+
+
+def no_text(body: Any) -> bool:
+    """Whether the `response` of an answer is something else than text."""
+    return isinstance(body, dict) and not isinstance(body.get("response", ""), str)
 
 
 def answers_200(answer: requests.Response) -> None:
@@ -157,10 +162,7 @@ def check_05_1(submission: Submission) -> None:
         judge(
             right,
             bodies,
-            (
-                any(isinstance(body, dict) and not isinstance(body.get("response", ""), str) for body in bodies),
-                "the reply is an object of the SDK: its text is in message.content",
-            ),
+            (any(map(no_text, bodies)), AN_OBJECT),
             otherwise="answer {response: the text of the reply}",
             expected={"response": right[0]},
             shown=bodies[0],
@@ -220,7 +222,7 @@ def check_05_2(submission: Submission) -> None:
         )
         two = "an event ends with an empty line: two line feeds"
         require(ends >= len(data), "an empty line after each event", shown, two)
-        got, whole = "".join(map(str, texts)), streamed_text(exchange)
+        got, whole = "".join(map(str, texts)), text_to_its_end(exchange)
         judge(
             whole,
             got,
@@ -243,7 +245,8 @@ def check_05_2(submission: Submission) -> None:
             tap.exchanges[-1].left is not None,
             "the engine's stream closed when the caller leaves",
             f"{len(tap.exchanges[-1].events())} events, all read from the engine for nobody",
-            "the handler's end must end the engine's stream too: read it in the generator itself, in an `async with`",
+            "the handler's end must end the engine's stream too: read it in the generator itself, in an `async with` "
+            "(a plain generator waits in a thread, which cannot be cancelled)",
         )
 
 
@@ -290,6 +293,7 @@ def check_05_3(submission: Submission) -> None:
             {"response": reply_of(tap.exchanges[0])},
             body_of(answer),
             (lambda got, _: "response" not in got, "answer {response: the text of the reply}"),
+            (lambda got, _: no_text(got), AN_OBJECT),
             otherwise="a caller who waits gets the whole answer: stop only for one who has left",
         )
         leaving.set()
@@ -342,6 +346,10 @@ def check_05_4(submission: Submission) -> None:
                 (right, status) == (504, 200),
                 "the answer was waited for all the same: the time-out is the client's, in upstream.py; leave it alone",
             ),
+            (
+                (right, status) == (400, 200) and caller.tap.exchanges[-1].status == 200,
+                "the engine did not refuse, as it was asked for something else: hand max_tokens on as it comes",
+            ),
             (status == 200, "programs read the status, not the text: raise HTTPException(status_code=…)"),
             ((right, status) == (504, 503), "APITimeoutError is a kind of APIConnectionError: it goes first"),
             (
@@ -384,5 +392,7 @@ def check_05_4(submission: Submission) -> None:
                 answer.status_code >= 500,
                 "a status from 500 on, where the engine says 500",
                 f"{answer.status_code} {answer.text[:200]}",
-                "the engine's own fault is called the caller's: of what it answers, only BadRequestError is a 400",
+                "the engine's own fault is called the caller's: of what it answers, only BadRequestError is a 400"
+                if answer.status_code >= 400
+                else "the engine's own fault looks like an answer: let what you have no status for go on",
             )

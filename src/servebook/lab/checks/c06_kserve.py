@@ -25,7 +25,9 @@ from servebook.ways.kserve.client import tensor
 PROMPT = "The capital of France is"
 LOOK: dict[Any, str] = {KeyError: "the answer has no such field: print response.json() and look"}
 PROMPT_IN_FRONT = "the prompt stands in front of the answer unless exclude_input_in_output is true"
+A_LIST = "outputs is a list of tensors: look for the one with the name that you want"
 TRIMMED = "the text was trimmed: a leading space is part of it"
+DEADLINE = "pass client_timeout=, which is in seconds"
 SERVERS = {"kserve": "KServe", "triton": "Triton"}
 
 
@@ -37,12 +39,13 @@ def check_06_1(submission: Submission) -> None:
         with Tap(submission.server(name).url) as tap:
             got, made = through(tap, submission, signature, tap.url, MODEL, causes=LOOK)
             path = f"/v2/models/{MODEL}"
-            exchange = next((each for each in made if each.path.rstrip("/") == path), made[-1])
+            # With a slash at its end KServe sends the caller elsewhere, past the tap.
+            exchange = next((each for each in made if each.path == path), made[-1])
             require(
-                exchange.path.rstrip("/") == path,
+                exchange.path == path,
                 f"GET {path}",
                 f"{exchange.method} {exchange.path}",
-                "the metadata of a model is at /v2/models/ and its name",
+                "the metadata of a model is at /v2/models/ and its name, and nothing behind it",
             )
             metadata = answer_to(exchange)
             _judge_signature(metadata, got, title)
@@ -91,7 +94,7 @@ def check_06_2(submission: Submission) -> None:
     infer = submission.function("infer")
     causes = LOOK | {
         json.JSONDecodeError: "there is no JSON in this answer: look at the path, and at response.text",
-        (TypeError, "indices"): "outputs is a list of tensors: look for the one whose name is text_output",
+        (TypeError, "indices"): A_LIST,
         TypeError: "json.dumps takes text, numbers and truth values: what is in a tensor's data is a list of those",
     }
     with Tap(submission.server("kserve").url) as tap:
@@ -150,7 +153,10 @@ def check_06_3(submission: Submission) -> None:
     """Answers of one and of two texts, with the outputs at other places each time."""
     read_answer, server = submission.function("read_answer"), submission.server("kserve")
     by_name = "not every answer has every output: look by name"
-    causes: Causes = dict.fromkeys((KeyError, IndexError, StopIteration, TypeError), by_name)
+    causes: Causes = {
+        (TypeError, "indices"): A_LIST,
+        **dict.fromkeys((KeyError, IndexError, StopIteration, TypeError), by_name),
+    }
     flags = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
     for choices, asked_for in ((1, flags), (1, flags[2:]), (2, flags), (2, flags[:2])):
         answer = _answer(server.url, choices, asked_for)
@@ -278,6 +284,10 @@ def check_06_4(submission: Submission) -> None:
                     got,
                     (bool(got) and got == whole, PROMPT_IN_FRONT),
                     (isinstance(got, bytes), "BYTES arrive as bytes: decode them"),
+                    (
+                        got is None and call.method == "ModelInfer",
+                        "the function returns nothing: `return` is missing",
+                    ),
                     (not got, "the answer comes to the callback, later: wait for it"),
                     (lambda got, right: got.strip() == right.strip(), TRIMMED),
                     (
@@ -293,11 +303,19 @@ def check_06_4(submission: Submission) -> None:
                 require(
                     isinstance(error, InferenceServerException) and "max_tokens" in error.message(),
                     f"{title}'s error for max_tokens -1, raised",
-                    f"{error!r}",
+                    f"{type(error).__name__}: {error}",
                     "raise the very error that came: who calls you catches InferenceServerException"
                     if isinstance(error, ValueError | RuntimeError)
+                    else "that error is of a stream which this server does not have: stream only where there is one"
+                    if not_there(error)
                     else "an error on a stream is handed to the callback: raise it in your function",
                 )
+
+
+def not_there(error: object) -> bool:
+    """Whether these are the words for a call that a server does not have."""
+    # A stream that the server refused may be found broken before anything was asked on it.
+    return any(words in str(error) for words in ("UNIMPLEMENTED", "no longer in valid state"))
 
 
 def _ask_both(submission: Submission, tap: GrpcTap, causes: dict[Any, str], action: Callable[[], Any]) -> Any:
@@ -307,9 +325,7 @@ def _ask_both(submission: Submission, tap: GrpcTap, causes: dict[Any, str], acti
         if "already running" in str(fault.got):
             cause = "a client has one stream at a time: stop_stream() when the answer has come, or when it failed"
             raise NotYet(fault.expected, fault.got, cause) from None
-        # A stream that the server refused may be found broken before anything was asked on it.
-        refused = any(words in str(fault.got) for words in ("UNIMPLEMENTED", "no longer in valid state"))
-        if not refused and fault.cause == causes[InferenceServerException]:
+        if not not_there(fault.got) and fault.cause == causes[InferenceServerException]:
             raise NotYet(fault.expected, fault.got, "the server refused this request: its message says why") from None
         raise
 
@@ -338,6 +354,7 @@ def check_06_5(submission: Submission) -> None:
         call.done.wait(2)
         cause = "the server refused this request, which was in order as it was handed in: its message says why"
         require(bool(call.responses), "a request that the server accepts", call.details, cause)
+        require(call.timeout is None or call.timeout <= 60, "a deadline of 60 s", f"one of {call.timeout} s", DEADLINE)
         judge(
             (200, answered_text(call)),
             tuple(got) if isinstance(got, list) else got,
@@ -377,7 +394,7 @@ def _judge_status(status: int, what: str, got: Any, details: str) -> None:
         (not isinstance(got, tuple | list) or len(got) != 2, "return two things: the status, and a text"),
         (
             lambda got, right: (got, right) == (200, 504),
-            "the server must know until when to work: pass client_timeout=",
+            f"the server must know until when to work: {DEADLINE}",
         ),
         (lambda got, _: got == 400, "400 tells the caller to mend the request: here the request is in order"),
         (

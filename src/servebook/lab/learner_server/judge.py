@@ -20,6 +20,7 @@ from servebook.processes import wait_until
 
 LAST_ERROR = re.compile(r"^(\w+(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*)$", re.M)
 NEVER_AWAITED = re.compile(r"coroutine '(?:\w+\.)*(\w+)' was never awaited")
+LOOP_RUNS = re.compile(r"cannot be called from a running event loop|event loop is already running")
 MESSAGE = re.compile(r"^\s*message\b", re.M)
 GATHERED = "everything is gathered before it goes out: send inside the loop over the engine's stream"
 USED_UP = "the first call closed or used up what the next one needs: end the engine's stream, keep the client open"
@@ -46,7 +47,9 @@ def own_server(submission: Submission, file: str, tap: Tap, vllm: Server, timeou
                     had_room(exchange)
                 output = server.last_words()
                 cause = fault.cause
-                if forgotten := NEVER_AWAITED.search(output):
+                if LOOP_RUNS.search(output):  # it leaves a coroutine without await, too
+                    cause = "a handler is on an event loop already, which can run no other: await the call in it"
+                elif forgotten := NEVER_AWAITED.search(output):
                     cause = f"{forgotten[1]}() was called without await: it returns a coroutine, and does nothing yet"
                 error = last_error(output)
                 raise NotYet(
