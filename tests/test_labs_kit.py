@@ -581,6 +581,18 @@ def test_a_record_of_more_hints_than_there_are_is_no_error(
     assert said.startswith(exercise.hints[0 if shown < 0 else -1])
 
 
+def test_what_was_passed_once_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner who tries something else with an answer that was right loses no points."""
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path))
+    exercise = find_exercise("01.2")[1]
+    seen = []
+    for state in ("wrong", "passed", "wrong", "stuck", "open"):
+        checking.remember(Result(exercise, state))
+        with Store() as progress:
+            seen.append(progress.of("01.2").state)
+    assert seen == ["tried", *["passed"] * 4]
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("fault", ["cannot be read", "cannot be put aside"])
 def test_a_record_that_failed_once_holds_up_no_later_check(
