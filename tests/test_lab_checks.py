@@ -156,7 +156,7 @@ def stream_text(url: str, key: str, model: str, prompt: str, max_tokens: int, mo
 @pytest.mark.parametrize("most", [1, 5, 100])
 def test_a_stream_that_is_left_before_its_end_is_no_whole_text(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What had come by then would pass for all of it."""
-    monkeypatch.setattr(sys.modules[__name__], "SECONDS_A_TOKEN", 0.05)  # so that the leaving is noticed
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS_A_TOKEN", 0.3)  # so that the leaving is noticed
     with up() as at:
         vllm = Server("vllm", "m", {"http": at}, load_settings())
         answer = submission("02.2", stream_text=partial(stream_text, most=most), vllm=vllm)

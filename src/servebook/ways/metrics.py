@@ -38,7 +38,7 @@ def families(page: str) -> list[Metric]:
     """
     try:
         return list(text_string_to_metric_families(page))
-    except ValueError:
+    except (ValueError, IndexError):  # the parser's own, at some texts
         raise ServebookError(
             f"What came is no Prometheus page; it begins with {cut(page.strip(), 40)!r}.",
             "Is that the address of a server that has metrics?",

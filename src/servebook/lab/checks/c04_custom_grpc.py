@@ -622,14 +622,14 @@ def check_04_5(submission: Submission) -> None:
             "a method that there is not, with the key",
         )
     require(
-        _names(written(submission, "door.py").read_text(encoding="utf-8"), "compare_digest"),
+        _names(written(submission, "door.py").read_bytes(), "compare_digest"),
         "keys compared with hmac.compare_digest",
         "no compare_digest in door.py",
         "== ends at the first letter that differs: the time it takes tells how much of a guess was right",
     )
 
 
-def _names(code: str, function: str) -> bool:
+def _names(code: bytes, function: str) -> bool:
     """Whether the code has to do with a function of that name: not in a comment or a text, nor by an import alone."""
     nodes = [*ast.walk(ast.parse(code))]
     names = {function} | {node.asname for node in nodes if isinstance(node, ast.alias) and node.name == function}
