@@ -62,8 +62,10 @@ from servebook.workbook.doctor import find_browser  # noqa: E402
 pytest_plugins = ["floor", "lanes", "seconds", "survived"]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """End a run for which a settings file says what is tested."""
+    if config.pluginmanager.hasplugin("dsession"):  # the workers of pytest-xdist collect, and this process does not
+        gc.enable()
     if file := settings_file():
         needs = ", ".join(sorted(OF_THE_MACHINE))
         pytest.exit(f"{file} changes what is tested: move it away. What the machine needs may be in {needs}.", 1)

@@ -177,7 +177,7 @@ def no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever runs on this machine, beside these tests perhaps, is not to be reckoned with."""
     memory = psutil.virtual_memory()._replace(available=3 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(engine, "promised_bytes", lambda: 0)
+    monkeypatch.setattr(engine, "promised_bytes", lambda *_: 0)
 
 
 @pytest.mark.usefixtures("no_engines")
@@ -210,8 +210,19 @@ def test_the_limits_of_a_users_slice_count(tmp_path: Path, monkeypatch: pytest.M
     write(mine / "session-2.scope", memory__max="max", memory__current=0, memory__stat="", cpu__max="max 100000")
     write(tmp_path / "user.slice", cpu__max="400000 100000")
     write(tmp_path / "user.slice/user-1001.slice", memory__max=0, memory__current=0, memory__stat="inactive_file 0")
-    assert engine.available_gib(tmp_path) == pytest.approx(0.5)
+    monkeypatch.setattr(engine, "promised_bytes", lambda of=None: GIB if of is None else 0)
+    assert engine.available_gib(tmp_path) == pytest.approx(0.5), "a neighbour's engine takes nothing of it"
     assert engine.cpu_quota(tmp_path) == 1.5
+    member.write_bytes(b"0::/caf\xe9.slice\n")
+    assert engine.cpu_quota(tmp_path) is None
+
+
+def test_whose_engines_count_in_a_group(tmp_path: Path) -> None:
+    (tmp_path / "within").mkdir()
+    (tmp_path / "cgroup.procs").write_text(f"0\n{2**30}\n")  # one of another container, and one that has just ended
+    (tmp_path / "within/cgroup.procs").write_text(f"{os.getpid()}\n")
+    assert [process.pid for process in engine.inside(tmp_path)] == [os.getpid()]
+    assert not [*engine.inside(tmp_path / "gone")]
 
 
 @pytest.mark.usefixtures("no_engines")
@@ -260,7 +271,7 @@ def test_a_cache_that_is_not_used_yet_is_taken_all_the_same(tmp_path: Path, monk
             elsewhere = engine.promised_bytes([process])
             assert elsewhere == pytest.approx(engine.CORE_GIB * GIB - process.memory_info().rss)
         core.communicate()
-    monkeypatch.setattr(engine, "promised_bytes", lambda: promised)
+    monkeypatch.setattr(engine, "promised_bytes", lambda *_: promised)
     write(tmp_path, memory__max=3 * GIB, memory__current=GIB, memory__stat="inactive_file 0")
     assert engine.available_gib(tmp_path) == pytest.approx(2 - promised / GIB)
 

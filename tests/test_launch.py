@@ -214,13 +214,15 @@ def test_where_a_server_was_is_taken_only_from_a_record_that_can_be_true(tmp_pat
     order: Any = {"name": "vllm", "state_dir": str(tmp_path / "state"), "ports": {"http": own}}
     right = {"was_ready": True, "preferred": {"http": own}, "endpoints": {"http": f"127.0.0.1:{other}"}}
 
-    def chosen(record: dict[str, Any]) -> int:
+    def chosen(record: dict[str, Any], others: tuple[int, ...] = ()) -> int:
         files.record.write_text(json.dumps(record))
-        port, claim = supervisor.choose_port("127.0.0.1", own, {own, other}, supervisor.ports_before(order).get("http"))
+        before = supervisor.ports_before(order).get("http")
+        port, claim = supervisor.choose_port("127.0.0.1", own, {own, *others}, before)
         claim.close()
         return port
 
     assert chosen(right) == other
+    assert chosen(right, (other,)) == own, "another server has been given that port since"
     assert chosen(right | {"was_ready": False}) == own
     assert chosen(right | {"preferred": {"http": other}}) == own
     places: list[Any] = [None, 1, [], {"http": None}, {"http": "h:x"}, {"http": "h:99999"}, {"grpc": f"h:{other}"}]

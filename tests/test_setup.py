@@ -576,14 +576,14 @@ def test_what_pip_goes_by_in_a_company_is_handed_to_uv(clone: Path) -> None:
 global.cert='~/company.pem'
 global.extra-index-url='https://user:secret@extra.example/simple'
 global.proxy='user:secret@proxy.example:8080'
-global.trusted-host='\nmirror.example\nfiles.example'
+global.trusted-host='\n[::1]:80\nmirror.example\nfd00::1\nfiles.example:8080'
 """
     python.write_text(f'{python.read_text()}case "$*" in *"config list"*) echo {shlex.quote(config)};; esac\n')
     uv.write_text(f'{uv.read_text()}echo "$ALL_PROXY $SSL_CERT_FILE $UV_INSECURE_HOST" >> {shlex.quote(str(calls))}\n')
     plain = {name: "" for name in os.environ if name.lower() == "all_proxy" or name.startswith("SSL_CERT")}
     home = str(clone.parent)
     assert make(clone, HOME=home, **plain).returncode == 0
-    handed = f"http://user:secret@proxy.example:8080 {home}/company.pem mirror.example files.example"
+    handed = f"http://user:secret@proxy.example:8080 {home}/company.pem mirror.example files.example:8080"
     assert calls.read_text().count(f"{handed}\n") == 2
     (clone / ".venv/.servebook-cpu").unlink()
     uv.write_text(f"{uv.read_text()}exit 2\n")

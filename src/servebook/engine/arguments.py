@@ -208,7 +208,7 @@ def control_groups(cgroups: Path, controller: str = "") -> Iterator[Path]:
     job lie deeper. In the older layout each `controller` has folders of its own.
     """
     own = Path("/")
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # or a name that is no text
         for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if controller in controllers.split(","):
@@ -236,17 +236,18 @@ def available_gib(cgroups: Path = CGROUPS) -> float:
 
     What running engines have not used yet of their KV caches is theirs.
     """
-    left = [psutil.virtual_memory().available, *(limit - used for limit, used in memory_limits(cgroups))]
-    return max(0, min(left) - promised_bytes()) / GIB
+    left = [psutil.virtual_memory().available - promised_bytes()]
+    left += [limit - used - promised_bytes(inside(group)) for limit, used, group in memory_limits(cgroups)]
+    return max(0, min(left)) / GIB
 
 
 def total_gib(cgroups: Path = CGROUPS) -> float:
     """Memory that all processes here can have together, in GiB, by the same limits."""
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in memory_limits(cgroups))]) / GIB
+    return min([psutil.virtual_memory().total, *(limit for limit, _, _ in memory_limits(cgroups))]) / GIB
 
 
-def memory_limits(cgroups: Path) -> Iterator[tuple[int, int]]:
-    """The limits on this process, and what is taken of each, in bytes."""
+def memory_limits(cgroups: Path) -> Iterator[tuple[int, int, Path]]:
+    """The limits on this process, what is taken of each, in bytes, and the folder of the group that has it."""
     for controller, limit_file, usage_file, cache in (
         ("", "memory.max", "memory.current", "inactive_file"),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -257,9 +258,19 @@ def memory_limits(cgroups: Path) -> Iterator[tuple[int, int]]:
                 used = int((group / usage_file).read_text())
                 words = (group / "memory.stat").read_text().split()
                 # A group's usage counts the files that it has read; those are given back when memory is asked for.
-                yield limit, used - int(words[words.index(cache) + 1])
+                yield limit, used - int(words[words.index(cache) + 1]), group
             except (OSError, ValueError):  # no such controller, or "max"
                 continue
+
+
+def inside(group: Path) -> Iterator[psutil.Process]:
+    """The processes in a control group, and in those within it: a neighbour's engine takes nothing of its limit."""
+    with suppress(OSError):  # a group has just ended
+        for file in group.rglob("cgroup.procs"):
+            with suppress(OSError):
+                for pid in file.read_text().split():
+                    with suppress(psutil.Error):
+                        yield psutil.Process(int(pid))
 
 
 def promised_bytes(processes: Iterable[psutil.Process] | None = None) -> int:

@@ -201,7 +201,7 @@ def choose_port(host: str, preferred: int, others: set[int], before: int | None 
     is the next one.
     """
     for port in (*([before] if before in PORTS else []), *range(preferred, PORTS.stop)):
-        if port not in (before, preferred) and port in others:
+        if port != preferred and port in others:
             continue
         if can_bind(host, port) and (claimed := claim_name(f"port-{port}")):
             return port, claimed
