@@ -310,6 +310,7 @@ def test_http_answers_refusals_with_400(triton: Server) -> None:
 
 def test_malformed_requests_in_bulk_harm_nobody(triton: Server) -> None:
     stub = family(triton)["stub"].pid
+    sure = GREEDY | {"max_tokens": 2}  # the fourth is a near tie, which may go the other way in a batch
     pieces = ["{", "}", "[", '"n"', ":", "1e999", "-1", "null", '"temperature"', ",", "\\u0000", "\ud55c", "9" * 40]
     chance = random.Random(3)
     malformed = ["".join(chance.choices(pieces, k=chance.randint(1, 8))) for _ in range(200)]
@@ -329,7 +330,7 @@ def test_malformed_requests_in_bulk_harm_nobody(triton: Server) -> None:
 
     async def all_at_once() -> tuple[list[Answer], int]:
         async with TritonAioClient(triton.grpc) as client:
-            good = [asyncio.create_task(client.generate(PROMPT, **GREEDY)) for _ in range(8)]
+            good = [asyncio.create_task(client.generate(PROMPT, **sure)) for _ in range(8)]
             bad = [
                 asyncio.to_thread(ask, triton, tensor("text_input", "x"), tensor("sampling_parameters", text))
                 for text in malformed
@@ -338,11 +339,10 @@ def test_malformed_requests_in_bulk_harm_nobody(triton: Server) -> None:
             return await asyncio.gather(*good), sum(isinstance(got[-1], Exception) for got in outcomes)
 
     answers, refused = asyncio.run(all_at_once())
-    # In a batch a near tie may go the other way: what is sure is the beginning.
-    assert {answer.text[:7] for answer in answers} == {" Paris."}
+    assert {answer.text for answer in answers} == {" Paris."}
     assert refused > 200
     assert family(triton)["stub"].pid == stub
-    assert TritonClient(triton.grpc).generate(PROMPT, **GREEDY).text.startswith(" Paris.")
+    assert TritonClient(triton.grpc).generate(PROMPT, **sure) == answers[0]
 
 
 # Many at once, and those who leave
