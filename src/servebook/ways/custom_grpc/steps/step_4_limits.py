@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 
-MOST_SECONDS = 4
+MOST_SECONDS = 60
 MOST_CALLS = 4
 MOST_BYTES = 64 * 1024
 SERVICES = ("llm.v1.LLMService", "grpc.health.v1.Health")
