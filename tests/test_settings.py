@@ -132,9 +132,14 @@ def test_the_file_is_found_from_a_notebooks_folder(bare: Path, monkeypatch: pyte
         ({"engine_args": "--grpc"}, "`servebook up vllm-grpc` is that server"),
         ({"engine_args": "--config my.yaml"}, "write out here what the file says"),
         ({"vllm_http_port": 70000}, "SERVEBOOK_VLLM_HTTP_PORT"),
+        ({"cores": "0-1"}, "SERVEBOOK_CORES"),
+        ({"cores": "9998,9999"}, "SERVEBOOK_CORES: no core 9998 and no core 9999 can be used here, only [0-9, ]+"),
         ({"host": "0.0.0.0"}, "SERVEBOOK_API_KEY"),
         ({"host": "::"}, "SERVEBOOK_API_KEY"),
         ({"host": "gpu-box"}, "SERVEBOOK_API_KEY"),
+        ({"host": "[::]"}, "host :: opens the servers to the network"),
+        ({"host": "0"}, "host 0.0.0.0 opens the servers to the network"),
+        ({"host": "::ffff:10.0.0.1"}, "host 10.0.0.1 opens the servers to the network"),
         ({"modle": "x"}, "SERVEBOOK_MODLE"),
         ({"cache_dir": "~nosuchuser/x"}, "SERVEBOOK_CACHE_DIR: there is no home folder for ~nosuchuser"),
         ({"room": {"tls_cert": "x.pem"}}, "SERVEBOOK_ROOM: .*_CERT and SERVEBOOK_ROOM_TLS_KEY go together"),
@@ -261,6 +266,23 @@ def test_on_gpu(monkeypatch: pytest.MonkeyPatch, device: str, driver: bool, vllm
 )
 def test_is_loopback(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize(
+    ("host", "plain"),
+    [
+        *(("[::1]", "::1"), ("0:0:0:0:0:0:0:1", "::1"), ("::ffff:127.0.0.1", "127.0.0.1")),
+        *(("127.1", "127.0.0.1"), ("0x7f000001", "127.0.0.1"), (" 127.0.0.2 ", "127.0.0.2")),
+        *(("LOCALHOST", "localhost"), ("localhost.", "localhost")),
+    ],
+)
+def test_this_machine_by_any_of_its_spellings_is_not_open(host: str, plain: str) -> None:
+    assert load_settings(host=host).host == plain
+
+
+def test_each_core_that_may_be_had_may_be_chosen() -> None:
+    cores = ",".join(map(str, os.sched_getaffinity(0)))
+    assert load_settings(cores=cores).cores == cores
 
 
 @pytest.mark.parametrize("words", ["labs list", "labs hint 01.1", "prepare", "rust_front"])

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -78,6 +79,22 @@ def _absolute(path: Path) -> Path:
         raise ValueError(f"there is no home folder for {path.parts[0]}: write the path out") from None
 
 
+def _plain(host: str) -> str:
+    """A host in the one spelling that every server takes and `is_loopback` judges: of `[::1]`, `127.1`, `LOCALHOST`."""
+    bare = host.strip().removeprefix("[").removesuffix("]")
+    if bare.lower().removesuffix(".") == "localhost":
+        return "localhost"
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        try:
+            return socket.inet_ntoa(socket.inet_aton(bare))  # with fewer than four numbers, or in other digits
+        except (OSError, ValueError):
+            return bare
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+Host = Annotated[str, AfterValidator(_plain)]
 OwnPath = Annotated[Path, AfterValidator(_absolute)]
 """A file or folder of this machine: `~` is a home folder, and a relative path begins at the working folder."""
 
@@ -168,7 +185,7 @@ class Settings(BaseSettings):
     tls_cert: OwnPath | None = None
     tls_key: PrivateFile | None = None
     tls_client_ca: OwnPath | None = None
-    host: str = LOOPBACK
+    host: Host = LOOPBACK
     max_model_len: int = Field(default=2048, ge=16)
     kv_cache_gib: float = Field(default=1, gt=0)
     vllm_rs_file: OwnPath | None = None
@@ -239,6 +256,15 @@ class Settings(BaseSettings):
         if text and not (printable and len(text) >= KEY_CHARACTERS):
             raise ValueError(f"a key has at least {KEY_CHARACTERS} characters, all of them printable ASCII")
         return key if text else None
+
+    @field_validator("cores")
+    @classmethod
+    def _cores_to_be_had(cls, cores: str) -> str:
+        here = os.sched_getaffinity(0)
+        if lacking := [core for core in cores.split(",") if core and int(core) not in here]:
+            those = ", ".join(map(str, sorted(here)))
+            raise ValueError(f"no core {' and no core '.join(lacking)} can be used here, only {those}")
+        return cores
 
     @field_validator("engine_args")
     @classmethod
