@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -74,6 +77,19 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def settings() -> Settings:
     return load_settings()
+
+
+@pytest.fixture
+def low_ports_barred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ports below 1024 are not for this process, as they are not for most users: the tests may be root's."""
+    bind = socket.socket.bind
+
+    def barred(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and address[1] < 1024:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        bind(self, address)
+
+    monkeypatch.setattr(socket.socket, "bind", barred)
 
 
 SHARED = {

@@ -39,6 +39,7 @@ from prometheus_client import REGISTRY
 
 from servebook import launch, serve
 from servebook.engine.quiet_compiler import TITLE
+from servebook.errors import ServebookError
 from servebook.processes import free_port
 from servebook.protos.llm.v1 import llm_pb2 as pb
 from servebook.protos.llm.v1 import llm_pb2_grpc
@@ -1151,6 +1152,11 @@ def test_a_taken_port_is_refused(grpc_server: launch.Server, taken: str, free: s
     assert ended.returncode == 1
     assert f"Choose another --{taken}-port" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_port_that_is_not_for_this_user_is_told_as_that(low_ports_barred: None) -> None:
+    with pytest.raises(ServebookError, match=r"Cannot listen on 127.0.0.1:80: .*\n→ Choose another --grpc-port, from"):
+        transport.require_port("127.0.0.1", 80, "--grpc-port")
 
 
 # From what one writes first to this server

@@ -67,6 +67,7 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_shm(64 * 2**20), "WARN", "--shm-size"),
         (doctor.check_ports({("vllm http", 8000): "", ("grpc grpc", 50051): "ours"}), "OK", "1 free, 1 in use by our"),
         (doctor.check_ports({("vllm http", 8000): "nginx, pid 7"}), "WARN", "8000 (vllm http) by nginx, pid 7"),
+        (doctor.check_ports({("vllm http", 80): None, ("grpc grpc", 50051): ""}), "FAIL", "not for this user: 80"),
         (doctor.check_ports(None, "192.0.2.1"), "FAIL", "no address of this machine"),
         (doctor.check_gpu(None, "", 2.8, "auto", True), "OK", "none"),
         (doctor.check_gpu(None, "", 2.8, "gpu", False), "FAIL", "no driver answers"),
@@ -193,6 +194,11 @@ def test_a_strangers_port_is_named(here: Settings) -> None:
         assert f"pid {os.getpid()}" in holders[0]["vllm http", port]
         assert holders[1]["vllm http", port] == "ours"
     assert (doctor._port_holders(settings, []) or {})["vllm http", port] == ""
+
+
+def test_a_port_that_is_not_for_this_user_is_not_called_taken(here: Settings, low_ports_barred: None) -> None:
+    settings = load_settings(**here.model_dump() | {"vllm_http_port": 80})
+    assert (doctor._port_holders(settings, []) or {})["vllm http", 80] is None
 
 
 @pytest.fixture

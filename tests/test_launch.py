@@ -49,7 +49,7 @@ from servebook.launch import display, find_server, keep, lifetime, link, supervi
 from servebook.launch.files import Files, read_log, tail, visible
 from servebook.launch.keep import Kept, Phase, await_ready
 from servebook.launch.link import died, root_cause
-from servebook.launch.plan import Start
+from servebook.launch.plan import Start, plan
 from servebook.launch.probes import http_ok
 from servebook.launch.supervisor import Order
 from servebook.launch.table import Endpoints
@@ -1296,6 +1296,13 @@ def test_each_of_vllms_servers_is_told_an_ipv6_address_as_it_reads_it(name: str,
     """vLLM's gRPC server puts a colon and the port behind what it is told."""
     words = find_server(name).argv(load_settings(host="::1", device="cpu"), Path("/m"), {})
     assert words[words.index("--host") + 1] == host
+
+
+@pytest.mark.parametrize("name", ["vllm", "gateway"])
+def test_a_port_that_is_not_for_this_user_is_told_before_anything_starts(name: str, low_ports_barred: None) -> None:
+    start = Start(find_server(name), load_settings(vllm_http_port=80, device="cpu"), name, "cli")
+    with pytest.raises(LaunchError, match=r"vllm cannot listen on port 80 \(http\): .*\n→ Choose a port from 1024"):
+        plan(start)
 
 
 def test_choose_port_skips_the_taken_the_claimed_and_other_servers_defaults() -> None:

@@ -165,6 +165,7 @@ def can_bind(host: str, port: int) -> bool:
     """Whether a server could listen on `host`:`port` now.
 
     Raises:
+        PermissionError: never on this port, which is not for this user: mostly one below 1024.
         OSError: not on any port: `host` is not an address of this machine.
     """
     with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
@@ -172,7 +173,7 @@ def can_bind(host: str, port: int) -> bool:
         try:
             probe.bind((host, port))
         except OSError as error:
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            if error.errno == errno.EADDRINUSE:
                 return False
             raise
     return True

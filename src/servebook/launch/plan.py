@@ -14,6 +14,7 @@ from servebook.errors import LaunchError
 from servebook.launch.files import Files
 from servebook.launch.supervisor import Order, Owner
 from servebook.launch.table import SERVERS, Endpoints, ServerSpec, behind, kind_of
+from servebook.processes import can_bind
 from servebook.settings import LOOPBACK, Settings, in_address, is_loopback
 
 ANY = {"0.0.0.0": LOOPBACK, "::": "::1"}
@@ -84,6 +85,14 @@ def plan(start: Start) -> list[list[Start]]:
         )
     if start.elsewhere:
         return [[start]]
+    for kind in start.spec.ports:
+        try:
+            can_bind(LOOPBACK, port := start.settings.port(start.spec.name, kind))
+        except PermissionError as error:
+            raise LaunchError(
+                f"{start.instance} cannot listen on port {port} ({kind}): {error.strerror}.",
+                "Choose a port from 1024 upwards: those below take rights that this user has not.",
+            ) from None
     before = [
         plan(Start(kind_of(instance), settings, instance, start.owner))
         for instance, settings in start.spec.needs(start.settings).items()

@@ -228,14 +228,24 @@ def check_shm(free: int) -> Finding:
     return Finding("WARN", "shm", f"{free / 2**20:.0f} MiB of shared memory", "Start the container with --shm-size=1g.")
 
 
-def check_ports(holders: Mapping[tuple[str, int], str] | None, host: str = "127.0.0.1") -> Finding:
-    """`holders` maps (what for, port) to "" where free, "ours", or the name of a stranger; None: not on `host`."""
+def check_ports(holders: Mapping[tuple[str, int], str | None] | None, host: str = "127.0.0.1") -> Finding:
+    """`holders` maps (what for, port) to "" where free, "ours", or the name of a stranger; None: not on `host`.
+
+    A port that this user may not have is mapped to None.
+    """
     if holders is None:
         return Finding(
             "FAIL",
             "ports",
             f"no server can listen on {host}: it is no address of this machine",
             "Unset SERVEBOOK_HOST, or set it to one of this machine's addresses (`ip address`), or to 0.0.0.0 for all.",
+        )
+    if barred := [f"{port} ({use})" for (use, port), who in holders.items() if who is None]:
+        return Finding(
+            "FAIL",
+            "ports",
+            f"not for this user: {'; '.join(barred)}",
+            "Choose ports from 1024 upwards: those below take rights that this user has not.",
         )
     taken = [f"{port} ({use}) by {who}" for (use, port), who in holders.items() if who not in ("", "ours")]
     ours = sum(who == "ours" for who in holders.values())
@@ -560,20 +570,31 @@ def _free(*folders: Path) -> dict[str, int]:
     return {str(folder): shutil.disk_usage(folder).free for folder in folders if os.access(folder, os.F_OK)}
 
 
-def _port_holders(settings: Settings, entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], str] | None:
+def _port_holders(
+    settings: Settings, entries: Iterable[Mapping[str, Any]]
+) -> dict[tuple[str, int], str | None] | None:
     """As `check_ports` wants it."""
     ours = {int(where.rpartition(":")[2]) for entry in entries for where in entry["endpoints"].values()}
     uses = [(spec.name, kind) for spec in launch.SERVERS.values() for kind in spec.ports]
     wanted = {(f"{name} {kind}", settings.port(name, kind)) for name, kind in uses}
+    taken, barred = set(), set()
     try:
-        taken = {port for _, port in wanted if not can_bind(settings.host, port)}
+        for _, port in wanted:
+            try:
+                if not can_bind(settings.host, port):
+                    taken.add(port)
+            except PermissionError:
+                barred.add(port)
     except OSError:
         return None
     names = _listeners() if taken - ours else {}
-    return {
-        (use, port): "" if port not in taken else "ours" if port in ours else names.get(port, "another user's program")
-        for use, port in sorted(wanted, key=lambda item: item[1])
-    }
+
+    def holder(port: int) -> str | None:
+        if port in taken:
+            return "ours" if port in ours else names.get(port, "another user's program")
+        return None if port in barred else ""
+
+    return {(use, port): holder(port) for use, port in sorted(wanted, key=lambda item: item[1])}
 
 
 def _listeners() -> dict[int, str]:

@@ -89,16 +89,16 @@ def require_port(host: str, port: int, option: str) -> None:
     """Look whether a server can listen there.
 
     Raises:
-        LaunchError: the port is taken, or `host` is no address of this machine.
+        LaunchError: the port is taken or not for this user, or `host` is no address of this machine.
     """
     address = f"{in_address(host)}:{port}"
     try:
         if can_bind(host, port):
             return
-        problem, remedy = (
-            f"Cannot listen on {address}: the port is taken, or not for this user.",
-            f"Choose another {option}.",
-        )
+        problem, remedy = f"Cannot listen on {address}: the port is taken.", f"Choose another {option}."
+    except PermissionError as error:
+        problem = f"Cannot listen on {address}: {error.strerror}."
+        remedy = f"Choose another {option}, from 1024 upwards."
     except OSError as error:
         problem, remedy = f"Cannot listen on {address}: {error.strerror}.", "Choose another --host."
     raise LaunchError(problem, remedy)
