@@ -268,6 +268,29 @@ def test_is_loopback(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
 
 
+NAMELESS = """
+import pwd
+
+def unknown(_):
+    raise KeyError
+
+pwd.getpwuid = unknown
+from servebook.environment import writable_homes
+from servebook.settings import load_settings
+
+settings = load_settings()
+writable_homes(settings.cache_dir)
+print(settings.cache_dir, settings.state_dir)
+"""
+
+
+def test_a_user_without_a_name_or_a_home_has_the_shells() -> None:
+    """As a container's `--user 12345`; what cannot be written there is told with the variable to set."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HOME", "XDG_", "SERVEBOOK_"))}
+    done = subprocess.run([sys.executable, "-c", NAMELESS], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "/.cache/servebook /.local/state/servebook\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("host", "plain"),
     [

@@ -40,6 +40,11 @@ from pydantic_settings import (
 from servebook.errors import ServebookError
 from servebook.trust import not_only_mine, others_may_read
 
+try:
+    Path.home()
+except RuntimeError:  # no HOME and no such user, as with a container's `--user 12345`: as the shell has it then
+    os.environ["HOME"] = "/"
+
 FILE_NAME = "servebook.toml"
 LOOPBACK = "127.0.0.1"
 BUNDLED_MODEL = "bundled"
