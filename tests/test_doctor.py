@@ -65,6 +65,7 @@ def here(tmp_path: Path) -> Settings:
         (doctor.check_disk({"/a": 9 * GIB, "/b": GIB // 2}), "FAIL", "/b"),
         (doctor.check_shm(GIB), "OK", "1024 MiB"),
         (doctor.check_shm(64 * 2**20), "WARN", "--shm-size"),
+        (doctor.check_shm(None), "FAIL", "no /dev/shm"),
         (doctor.check_ports({("vllm http", 8000): "", ("grpc grpc", 50051): "ours"}), "OK", "1 free, 1 in use by our"),
         (doctor.check_ports({("vllm http", 8000): "nginx, pid 7"}), "WARN", "8000 (vllm http) by nginx, pid 7"),
         (doctor.check_ports({("vllm http", 80): None, ("grpc grpc", 50051): ""}), "FAIL", "not for this user: 80"),
@@ -191,7 +192,7 @@ def test_a_strangers_port_is_named(here: Settings) -> None:
         settings = load_settings(**here.model_dump() | {"vllm_http_port": port})
         entry = {"endpoints": {"http": f"127.0.0.1:{port}"}}
         holders = [doctor._port_holders(settings, entries) or {} for entries in ([], [entry])]
-        assert f"pid {os.getpid()}" in holders[0]["vllm http", port]
+        assert f"pid {os.getpid()}" in str(holders[0]["vllm http", port])
         assert holders[1]["vllm http", port] == "ours"
     assert (doctor._port_holders(settings, []) or {})["vllm http", port] == ""
 
@@ -260,6 +261,11 @@ def test_a_host_that_is_not_this_machine() -> None:
     (ports,) = [finding for finding in json.loads(done.stdout) if finding["level"] == "FAIL"]
     assert "no server can listen on 192.0.2.1" in ports["fact"]
     assert "SERVEBOOK_HOST" in ports["remedy"]
+
+
+def test_a_machine_without_shared_memory_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "SHM", Path("/there/is/none"))
+    assert "shm" in {finding.name for finding in doctor.run(quick=True) if finding.level == "FAIL"}
 
 
 def test_a_host_without_a_key_is_one_finding_of_many() -> None:

@@ -72,6 +72,7 @@ DRIVER = 580
 """The oldest NVIDIA driver for CUDA 13, with which vLLM's wheel is built (CUDA 13.0 release notes)."""
 DISK_GIB = 1.0
 """For logs, caches and the prepared model (0.3 GiB)."""
+SHM = Path("/dev/shm")
 SHM_MIB = 256
 """vLLM and Triton pass data between their processes through /dev/shm; containers often have 64 MiB."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -221,8 +222,12 @@ def check_disk(free: Mapping[str, int]) -> Finding:
     return Finding("FAIL", "disk", fact, f"Free at least {DISK_GIB:.0f} GiB there.")
 
 
-def check_shm(free: int) -> Finding:
-    """Shared memory (bytes)."""
+def check_shm(free: int | None) -> Finding:
+    """Shared memory (bytes); None where there is none that this user may use."""
+    if free is None:
+        return Finding(
+            "FAIL", "shm", f"no {SHM} that this user may write to", f"mount -t tmpfs -o mode=1777 tmpfs {SHM}, as root."
+        )
     if free >= SHM_MIB * 2**20:
         return Finding("OK", "shm", f"{free / 2**20:.0f} MiB of shared memory")
     return Finding("WARN", "shm", f"{free / 2**20:.0f} MiB of shared memory", "Start the container with --shm-size=1g.")
@@ -508,7 +513,7 @@ def run(settings: Settings | None = None, quick: bool = False) -> Report:
             ),
             *folders,
             check_disk(_free(settings.cache_dir, settings.state_dir, Path(sys.prefix))),
-            check_shm(shutil.disk_usage("/dev/shm").free),
+            check_shm(shutil.disk_usage(SHM).free if os.access(SHM, os.W_OK | os.X_OK) else None),
             check_ports(_port_holders(settings, entries), settings.host),
             check_gpu(
                 card,
@@ -570,9 +575,7 @@ def _free(*folders: Path) -> dict[str, int]:
     return {str(folder): shutil.disk_usage(folder).free for folder in folders if os.access(folder, os.F_OK)}
 
 
-def _port_holders(
-    settings: Settings, entries: Iterable[Mapping[str, Any]]
-) -> dict[tuple[str, int], str | None] | None:
+def _port_holders(settings: Settings, entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], str | None] | None:
     """As `check_ports` wants it."""
     ours = {int(where.rpartition(":")[2]) for entry in entries for where in entry["endpoints"].values()}
     uses = [(spec.name, kind) for spec in launch.SERVERS.values() for kind in spec.ports]
