@@ -237,6 +237,13 @@ def test_the_limits_of_a_job_count_in_the_older_layout(tmp_path: Path, monkeypat
     assert engine.cpu_quota(tmp_path) == 0.5
 
 
+def test_what_limits_nothing_is_not_reckoned_with(tmp_path: Path) -> None:
+    """As the older layout has it where no limit was set: each process in such a group would be looked at."""
+    none = {"memory__limit_in_bytes": 2**63 - 4096, "memory__usage_in_bytes": GIB}
+    write(tmp_path / "memory", **none, memory__stat="total_inactive_file 0")
+    assert not [*engine.memory_limits(tmp_path)]
+
+
 CACHE = """
 import sys, torch
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE, mmap

@@ -247,14 +247,20 @@ def total_gib(cgroups: Path = CGROUPS) -> float:
 
 
 def memory_limits(cgroups: Path) -> Iterator[tuple[int, int, Path]]:
-    """The limits on this process, what is taken of each, in bytes, and the folder of the group that has it."""
+    """The limits on this process, what is taken of each, in bytes, and the folder of the group that has it.
+
+    None that is more than the machine has, as it is in the older layout where none was set: to reckon with one takes a
+    look at each process in its group.
+    """
+    machine = psutil.virtual_memory().total
     for controller, limit_file, usage_file, cache in (
         ("", "memory.max", "memory.current", "inactive_file"),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         for group in control_groups(cgroups, controller):
             try:
-                limit = int((group / limit_file).read_text())
+                if (limit := int((group / limit_file).read_text())) >= machine:
+                    continue
                 used = int((group / usage_file).read_text())
                 words = (group / "memory.stat").read_text().split()
                 # A group's usage counts the files that it has read; those are given back when memory is asked for.
