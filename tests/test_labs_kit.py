@@ -51,7 +51,7 @@ from servebook.lab.handout.bundle import write_bundle
 from servebook.lab.handout.remarks import not_graded, remarks
 from servebook.lab.manifest import Lab, find_exercise, load_labs
 from servebook.lab.record import Store
-from servebook.lab.shell import LabShell, exercise_of, read_notebook
+from servebook.lab.shell import LabShell, again, exercise_of, read_notebook
 from servebook.processes import free_port, marked
 from servebook.room import grading
 from servebook.settings import Settings, load_settings
@@ -244,7 +244,12 @@ def test_a_check_that_cannot_run_says_what_to_do(learner: Run, tmp_path: Path) -
     for command in ("check", "reset"):
         said = learner("labs", command, "01.2", code=1).stderr
         assert f"{path} cannot be read as a notebook: " in said
-        assert "→ Remove 01_openai_rest.ipynb and run `servebook labs init` again." in said
+        assert f"→ Remove 01_openai_rest.ipynb and run `servebook labs init {tmp_path}` again." in said
+
+
+def test_a_notebook_to_copy_from_is_not_to_be_copied_anew() -> None:
+    lab = Path("labs") / STEM / f"{STEM}.ipynb"
+    assert again(ROOT / lab) == f"Take {lab} anew from where the course came from, or by `git checkout` of it."
 
 
 def test_a_check_builds_on_all_that_stands_above(tmp_path: Path) -> None:

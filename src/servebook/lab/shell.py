@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -67,7 +68,10 @@ def _restore_ids(notebook: Any, blank: list[Any]) -> None:
 
 def again(path: Path) -> str:
     """The remedy where a lab's notebook has lost what it needs."""
-    return f"Remove {path.name} and run `servebook labs init` again."
+    folder = path.parents[1]
+    if folder == ROOT / "labs":  # of which copies are made
+        return f"Take {path.relative_to(ROOT)} anew from where the course came from, or by `git checkout` of it."
+    return f"Remove {path.name} and run `servebook labs init {shlex.quote(str(folder))}` again."
 
 
 def exercise_of(cell: Any) -> tuple[str, str] | None:
