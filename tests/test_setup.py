@@ -594,6 +594,36 @@ global.trusted-host='\n[::1]:80\nmirror.example\nfd00::1\nfiles.example:8080'
     assert "secret" not in said
 
 
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({}, "--no-index --find-links {home}/wheels --find-links https://w.example/a -r"),
+        ({"UV_DEFAULT_INDEX": "https://own.example"}, "--find-links {home}/wheels --find-links https://w.example/a -r"),
+        ({"UV_FIND_LINKS": "/own"}, "--torch-backend cpu --no-index -r"),
+        ({"PIP_NO_INDEX": "0", "PIP_FIND_LINKS": "file://{home}"}, "--find-links {home} -r"),
+    ],
+)
+def test_where_pip_looks_for_wheels_uv_looks_too(clone: Path, own: dict[str, str], words: str) -> None:
+    calls = stand_in_environment(clone)
+    home = clone.parent
+    (home / "wheels").mkdir()
+    (home / "wheels/torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").touch()
+    config = r"""
+global.find-links='~/wheels /there/is/none\nhttps://w.example/a'
+global.index-url='https://mirror.example/simple'
+global.no-index='yes'
+"""
+    python = clone / ".venv/bin/python"
+    python.write_text(f'{python.read_text()}case "$*" in *"config list"*) echo {shlex.quote(config)};; esac\n')
+    done = make(clone, HOME=str(home), **{name: value.format(home=home) for name, value in own.items()})
+    assert done.returncode == 0, done.stderr
+    packages = installs(calls)[0]
+    assert words.format(home=home) in packages
+    assert ("--no-index" in packages) is ("--no-index" in words)
+    assert ("--torch-backend" in packages) is ("/wheels" not in words)
+    assert ("find-links /there/is/none: it is no folder" in done.stderr) is ("/wheels" in words)
+
+
 def test_two_at_once_do_not_mix(clone: Path) -> None:
     calls = stand_in_environment(clone)
     uv, go_on = clone / ".venv/bin/uv", clone / "go_on"

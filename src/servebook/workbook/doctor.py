@@ -226,7 +226,10 @@ def check_shm(free: int | None) -> Finding:
     """Shared memory (bytes); None where there is none that this user may use."""
     if free is None:
         return Finding(
-            "FAIL", "shm", f"no {SHM} that this user may write to", f"mount -t tmpfs -o mode=1777 tmpfs {SHM}, as root."
+            "FAIL",
+            "shm",
+            f"no {SHM} that this user may write to",
+            f"As root: mkdir -p {SHM} && mount -t tmpfs -o mode=1777 tmpfs {SHM}",
         )
     if free >= SHM_MIB * 2**20:
         return Finding("OK", "shm", f"{free / 2**20:.0f} MiB of shared memory")
