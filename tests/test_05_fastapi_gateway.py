@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 from http.client import HTTPConnection
 from itertools import product
 from types import SimpleNamespace
@@ -61,6 +61,14 @@ def texts(body: str) -> list[dict[str, Any]]:
     assert (done, end) == ("data: [DONE]", "")
     assert all(event.startswith("data: ") for event in events)
     return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+EVENTS = {"Content-Type": "text/event-stream"}
+
+
+def piece(content: str, finish_reason: str | None = None) -> dict[str, Any]:
+    """A chunk as vLLM streams it."""
+    return {"choices": [{"delta": {"content": content}, "finish_reason": finish_reason}]}
 
 
 def running(engine: str) -> float:
@@ -177,10 +185,10 @@ async def test_a_slow_reader_gets_everything_and_holds_up_nobody() -> None:
     sent = []
 
     async def stream(request: web.Request) -> web.StreamResponse:
-        answer = web.StreamResponse()
+        answer = web.StreamResponse(headers=EVENTS)
         await answer.prepare(request)
         last = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": len(words)}}
-        for chunk in [*({"choices": [{"delta": {"content": each}, "finish_reason": None}]} for each in words), last]:
+        for chunk in [*(piece(each) for each in words), piece("", "stop"), last]:
             await answer.write(b"data: %b\n\n" % json.dumps(chunk).encode())
         sent.append(request)
         await answer.write(b"data: [DONE]\n\n")
@@ -551,14 +559,25 @@ def test_the_page_asks_no_other_host_and_has_a_strict_policy(gateway: launch.Ser
     assert not re.search(r"<script>|<style|\son\w+=|style=", page.text)
 
 
+YES: dict[str, Any] = {
+    "choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+}
+"""An answer as vLLM gives it."""
+
+
 async def test_a_proxy_before_the_engine_is_not_asked_to_pack_an_answer() -> None:
-    async def what_was_asked_for(request: web.Request) -> web.Response:
-        return web.json_response({"asked": request.headers.getall("Accept-Encoding")})
+    asked = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.headers.getall("Accept-Encoding"))
+        return web.json_response(YES)
 
     app = web.Application()
-    app.add_routes([web.post("/v1/chat/completions", what_was_asked_for)])
+    app.add_routes([web.post("/v1/chat/completions", answer)])
     async with TestServer(app) as upstream, Engine(Config(str(upstream.make_url("")), key=KEY)) as engine:
-        assert await engine.call("1").complete({}) == {"asked": ["identity"]}
+        assert await engine.call("1").complete({}) == YES
+    assert asked == [["identity"]]
 
 
 async def test_the_clients_have_no_limit_beside_the_gateways() -> None:
@@ -634,6 +653,82 @@ async def test_an_answer_that_the_engine_broke_off_is_no_success() -> None:
     with pytest.raises(GatewayError) as caught:
         await chat(SimpleNamespace(), ChatRequest(message="Hello"), SimpleNamespace(complete=complete))  # type: ignore[arg-type]
     assert (caught.value.status, caught.value.code) == (503, "engine_unavailable")
+
+
+@asynccontextmanager
+async def in_front_of(body: str, kind: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a gateway whose upstream answers 200 and `body` to everything."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text=body, content_type=kind)
+
+    upstream = web.Application()
+    upstream.add_routes([web.post("/v1/chat/completions", answer)])
+    async with TestServer(upstream) as server:
+        app = create_app(Config(str(server.make_url(""))))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://gateway") as client,
+        ):
+            yield client
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"choices": None},
+    {"choices": []},
+    {"choices": [{}]},
+    {"choices": [{"message": {}, "finish_reason": "stop"}]},
+    {"choices": [{"message": {"content": 5}, "finish_reason": "stop"}]},
+    {"choices": [{"message": {"content": "yes"}, "finish_reason": None}]},
+    {"usage": {"prompt_tokens": 1}},
+    {"usage": {"prompt_tokens": 1, "completion_tokens": -1}},
+]
+NO_COMPLETION = "The engine answered with what is no chat completion."
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("", "<html>Sign in</html>", "null", "[]", "[" * 100_000, '{"detail": "ok"}', '{"error": {"message": "no"}}'),
+        json.dumps({"choices": YES["choices"]}),
+        *(json.dumps(YES | other) for other in OTHERS),
+    ],
+    ids=lambda body: body[:100],
+)
+async def test_a_success_that_is_no_completion_is_a_bad_gateway(body: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever else may listen where vLLM should: the caller is told, and the log says what came."""
+    for kind in ("application/json", "text/html"):
+        async with in_front_of(body, kind) as gateway:
+            for path in ("/chat", "/chat/stream"):
+                answer = await gateway.post(path, json=JAPAN)
+                error = answer.json()["error"]
+                assert (answer.status_code, error["code"], error["message"]) == (502, "engine_failed", NO_COMPLETION)
+                assert f"id={error['request_id']}" in caplog.text
+    assert caplog.text.count("no vLLM at http://127.0.0.1") == 4
+    assert "Sign in" not in caplog.text
+
+
+DONE = "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        *((f"data: {each}\n\n", NO_COMPLETION) for each in ("null", "5", "[]", "{", "{}", '{"choices": null}')),
+        *((f'data: {{"choices": [{each}]}}\n\n', NO_COMPLETION) for each in ("5", "{}", '{"delta": {}}')),
+        ('data: {"choices": [], "usage": {"prompt_tokens": "a"}}\n\n', NO_COMPLETION),
+        *((events, "The engine broke off its answer.") for events in ("", 'data: {"error": {"code": 500}}\n\n')),
+    ],
+)
+async def test_an_event_that_is_no_part_of_one_is_told_in_an_event(events: str, message: str) -> None:
+    """And an end before the engine has said why it ended is none: some servers and proxies say [DONE] in any case."""
+    async with in_front_of(f"data: {json.dumps(piece('Tok'))}\n\n{events}{DONE}", EVENTS["Content-Type"]) as gateway:
+        answer = await gateway.post("/chat/stream", json=JAPAN)
+    first, error, end = answer.text.split("\n\n")
+    assert (answer.status_code, first, end) == (200, 'data: {"text": "Tok"}', "")
+    assert error.startswith("event: error\n")
+    assert json.loads(error.partition("data: ")[2])["error"]["message"] == message
 
 
 @pytest.fixture(scope="module")

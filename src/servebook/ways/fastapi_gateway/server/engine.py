@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Annotated, Any, NotRequired, Self, TypedDict
 
 import aiohttp
-import orjson
+import msgspec
 
 from servebook.ways.fastapi_gateway.server.config import Config
 from servebook.ways.fastapi_gateway.server.errors import GatewayError
@@ -18,6 +18,49 @@ log = logging.getLogger("servebook.ways.fastapi_gateway.server")
 
 TOO_LONG = {"input_tokens", "max_tokens"}
 """The parameters that vLLM blames when prompt and answer do not fit the model's context."""
+
+# What is read of an answer. Whatever else may listen at `upstream` is found out here, and not where it is used.
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Tokens(TypedDict):
+    prompt_tokens: Count
+    completion_tokens: Count
+
+
+class Message(TypedDict):
+    content: str | None
+
+
+class Choice(TypedDict):
+    message: Message
+    finish_reason: str
+
+
+class Completion(TypedDict):
+    choices: Annotated[list[Choice], msgspec.Meta(min_length=1)]
+    usage: Tokens
+
+
+class Delta(TypedDict):
+    content: NotRequired[str | None]
+
+
+class Part(TypedDict):
+    delta: Delta
+    finish_reason: str | None
+
+
+class Chunk(TypedDict):
+    """Of a stream; where the engine fails half-way it has an `error` instead."""
+
+    choices: NotRequired[list[Part]]
+    usage: NotRequired[Tokens | None]
+    error: NotRequired[Any]
+
+
+COMPLETION, CHUNK = msgspec.json.Decoder(Completion), msgspec.json.Decoder(Chunk)
 
 
 @contextmanager
@@ -85,8 +128,7 @@ class EngineCall:
         """
         with engine_failures():
             response = await self._post(body, idle_seconds=None)
-            answer: dict[str, Any] = await response.json()
-            return answer
+            return self._read(COMPLETION, await response.read())
 
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Send the request; when vLLM has accepted it, return its chunks.
@@ -97,22 +139,42 @@ class EngineCall:
         body = body | {"stream": True, "stream_options": {"include_usage": True}}
         with engine_failures():
             response = await self._post(body, self.engine.config.idle_seconds)
+        if response.content_type != "text/event-stream":
+            raise self._unreadable(f"{response.content_type} instead of a stream")
         return self._chunks(response)
 
     async def _chunks(self, response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-        rest = b""
+        rest, ended = b"", False
         with engine_failures():
             async for piece in response.content.iter_any():
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in lines:
                     if line == b"data: [DONE]":
+                        if not ended:
+                            raise broken_off()
                         return
                     if line.startswith(b"data: "):
-                        chunk = orjson.loads(line[6:])
+                        chunk = self._read(CHUNK, line[6:])
                         if "error" in chunk:
                             raise broken_off()
+                        if "choices" not in chunk:
+                            raise self._unreadable("an event without choices")
+                        ended = ended or any(part["finish_reason"] for part in chunk["choices"])
                         yield chunk
         raise broken_off()
+
+    def _read(self, form: msgspec.json.Decoder[Any], answer: bytes) -> dict[str, Any]:
+        try:
+            read: dict[str, Any] = form.decode(answer)
+        except (ValueError, RecursionError) as error:  # names the place, and nothing of what was said
+            raise self._unreadable(str(error)) from None
+        return read
+
+    def _unreadable(self, why: str) -> GatewayError:
+        """For a success that is no chat completion: it is told to the operator what listens there."""
+        upstream = self.engine.config.upstream
+        log.error("no vLLM at %s? What came is no chat completion: %s id=%s", upstream, why, self.request_id)
+        return GatewayError(502, "engine_failed", "The engine answered with what is no chat completion.")
 
     async def _post(self, body: dict[str, Any], idle_seconds: float | None) -> aiohttp.ClientResponse:
         config = self.engine.config
