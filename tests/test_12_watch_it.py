@@ -77,6 +77,11 @@ def test_an_empty_histogram_has_no_quantile() -> None:
     assert math.isnan(quantile(0.95, {})), "one with labels has no buckets before its first observation"
 
 
+def test_a_histogram_without_bounds_has_no_quantile() -> None:
+    """Prometheus gives NaN too: its `histogram_quantile` wants two buckets."""
+    assert math.isnan(quantile(0.95, {INF: 16}))
+
+
 # Pages.
 
 
