@@ -147,6 +147,7 @@ async def test_a_look_that_fails_ends_the_work() -> None:
             asked += 1
             self.send_response(200 if asked == 1 else 500)
             self.end_headers()
+            self.wfile.write(b"vllm:num_requests_running 0.0\n")
 
         def log_message(self, *_: object) -> None:
             pass
@@ -213,6 +214,24 @@ def test_a_prompt_seen_before_is_found_in_whole_blocks(vllm: Server) -> None:
 def test_what_is_no_engine_is_refused_with_what_to_do(vllm: Server) -> None:
     with pytest.raises(ServebookError, match=r"no metrics at .*HTTPError"):
         look(f"{vllm.url}/v1")
+
+
+@pytest.mark.parametrize("text", ["", "<html>Sign in</html>", "gateway_requests_running 3.0\n"])
+def test_a_page_without_vllms_figures_is_no_idle_engine(text: str) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with pytest.raises(ServebookError, match=r"nothing of an engine's work\.\n→ Is it a vLLM server"):
+            look(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
 
 
 # The reckoning.

@@ -77,14 +77,19 @@ def look(url: str, key: str | None = None) -> Look:
     """Read the page of the vLLM server at `url` once. The values of several engines behind it are summed.
 
     Raises:
-        ServebookError: the page cannot be read.
+        ServebookError: the page cannot be read, or is not that of a vLLM server.
     """
     page, at = page_text(url, key), time.perf_counter()
-    found = dict.fromkeys(SAMPLES, 0.0)
-    for field, name in SAMPLES.items():
+    lines = page.splitlines()
+    values = {
         # The few lines that are wanted: parsing the whole page would take as long as a step of the engine.
-        lines = [line for line in page.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
-        found[field] = sum(float(line.rpartition(" ")[2]) for line in lines)
+        field: [float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        for field, name in SAMPLES.items()
+    }
+    if not any(values.values()):
+        said = f"{url} says nothing of an engine's work."
+        raise ServebookError(said, "Is it a vLLM server, without --disable-log-stats?")
+    found = {field: sum(each) for field, each in values.items()}
     usage = found.pop("usage")
     return Look(at, usage=usage, **{field: round(value) for field, value in found.items()})
 
