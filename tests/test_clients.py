@@ -148,6 +148,7 @@ class HalfATriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignor
 
     def __init__(self) -> None:
         self.asked_for_status: list[bool] = []
+        self.more = 0
 
     def ServerMetadata(self, request: Any, context: Any) -> Any:
         return service_pb2.ServerMetadataResponse(name="triton", extensions=["model_configuration"])
@@ -166,6 +167,9 @@ class HalfATriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignor
             response.infer_response.outputs.add(name=name, datatype=datatype, shape=[1])
             response.infer_response.raw_output_contents.append(raw)
         yield response
+        for _ in range(self.more):
+            response.infer_response.parameters["triton_final_response"].bool_param = True
+            yield response
 
 
 TOLD_BY_HALF = {"text_output": b"half", "finish_reason": b"None"}
@@ -197,6 +201,14 @@ def test_half_a_stream_of_tritons_is_no_answer_either(
             client.generate("Once")
     assert pieces == [Piece("half", 1)]
     assert servicer.asked_for_status == [True, True]
+
+
+def test_several_responses_are_no_answer_of_infers(half_a_triton: tuple[str, HalfATriton]) -> None:
+    """A decoupled model gives as many as it likes, Triton's `vllm` where it is asked to stream."""
+    address, servicer = half_a_triton
+    servicer.more = 1
+    with V2Client(address) as client, pytest.raises(InferenceServerException, match=r"got 2: use stream\(\)"):
+        client.infer("Once", stream=True)
 
 
 async def test_nor_in_asyncio(half_a_triton: tuple[str, HalfATriton]) -> None:

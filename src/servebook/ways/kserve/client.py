@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc as v2
+from tritonclient.utils import InferenceServerException
 
 from servebook.ways.client import Answer, Piece, one_answer
 from servebook.ways.v2.answers import Tensors, outputs, read_answer, read_piece, stream_infer
@@ -64,8 +65,11 @@ class V2Client:
         inputs = infer_inputs(text, sampling or {}, **flags)
         if not self.decoupled:
             return outputs(self.stub.infer(self.model, inputs, client_timeout=timeout))
-        (answer,) = stream_infer(self.stub, self.model, inputs, timeout)
-        return answer
+        answers = list(stream_infer(self.stub, self.model, inputs, timeout))
+        if len(answers) != 1:  # as with the flag stream=True
+            said = f"infer() reads one response and got {len(answers)}: use stream()"
+            raise InferenceServerException(said, status="StatusCode.INTERNAL")
+        return answers[0]
 
     def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
         """Return the whole answer within `timeout` seconds; `sampling` are fields of vLLM's SamplingParams."""
