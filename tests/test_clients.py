@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import io
+import re
+import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+import zipfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,9 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 import requests
-from openai import APIConnectionError
+from openai import APIConnectionError, APITimeoutError
+from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
@@ -29,9 +40,13 @@ from servebook.ways.more_than_text.carries import Cell
 from servebook.ways.openai_rest.client import OpenAIAioClient, OpenAIClient
 from servebook.ways.triton_grpc.aio_client import TritonAioClient
 from servebook.ways.triton_grpc.client import TritonClient
+from servebook.ways.vllm_native_grpc.aio_client import VllmGrpcAioClient
+from servebook.ways.vllm_native_grpc.client import VllmGrpcClient
 
 MESSAGE = "Count from 1 to 100."
 GREEDY = {"max_tokens": 24, "temperature": 0}
+TIMEOUTS = (APITimeoutError, httpx.TimeoutException, grpc.RpcError, InferenceServerException)
+"""What the clients' libraries say of time that is over; the last two with a status."""
 
 
 def test_every_server_has_clients() -> None:
@@ -102,6 +117,63 @@ async def test_a_client_reads_one_answer(name: str, settings: Settings) -> None:
             await aio_client.generate(MESSAGE, n=2)
         with pytest.raises(TypeError, match="one answer"):
             _ = [piece async for piece in aio_client.stream(MESSAGE, n=2)]
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of a server that takes connections and says nothing, as one that was stopped."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", CLIENTS)
+async def test_a_calls_time_is_that_of_all_that_it_asks(name: str, settings: Settings, silent: str) -> None:
+    """Also the first one's, which may have to ask for a model's name or a tokenizer first."""
+    server = Server(name, "m", {"http": silent, "grpc": silent}, settings)
+    began = time.monotonic()
+    with CLIENTS[name].client(server) as client:
+        for ask in (client.generate, lambda *args, **more: list(client.stream(*args, **more))):
+            with pytest.raises(TIMEOUTS) as caught:
+                ask(MESSAGE, timeout=0.3)
+            assert re.search("timed? ?out|deadline", str(caught.value), re.I)
+    async with CLIENTS[name].aio_client(server) as aio_client:
+        with pytest.raises(TIMEOUTS):
+            await aio_client.generate(MESSAGE, timeout=0.3)
+        with pytest.raises(TIMEOUTS):
+            _ = [piece async for piece in aio_client.stream(MESSAGE, timeout=0.3)]
+    assert time.monotonic() - began < 8, "four calls of 0.3 s"
+
+
+async def test_what_the_tokenizer_took_is_not_given_to_the_answer() -> None:
+    left: list[float] = []
+
+    class Engine(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
+        async def GetTokenizer(self, _: Any, context: Any) -> AsyncIterator[Any]:
+            await asyncio.sleep(0.5)  # it is large
+            left.append(context.time_remaining())
+            bundle = io.BytesIO()
+            with zipfile.ZipFile(bundle, "w") as files:
+                files.writestr("tokenizer.json", Tokenizer(WordLevel({"a": 0}, unk_token="a")).to_str())
+            yield common_pb2.GetTokenizerChunk(data=bundle.getvalue())
+
+        async def Generate(self, _: Any, context: Any) -> AsyncIterator[Any]:
+            left.append(context.time_remaining())
+            yield vllm_engine_pb2.GenerateResponse(complete=vllm_engine_pb2.GenerateComplete(finish_reason="stop"))
+
+    server = grpc.aio.server()
+    vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(Engine(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        with VllmGrpcClient(address) as client:
+            await asyncio.to_thread(client.generate, "a", timeout=5)
+        async with VllmGrpcAioClient(address) as aio_client:
+            await aio_client.generate("a", timeout=5)
+    finally:
+        await server.stop(None)
+    assert len(left) == 4
+    assert max(left) <= 4.6
 
 
 HALF = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from functools import cached_property
@@ -18,6 +19,9 @@ from servebook.ways.v2.answers import Tensors, outputs, read_answer, read_piece,
 WANTED = {f"return_{name}": True for name in ("finish_reason", "num_input_tokens", "num_output_tokens")}
 """Inputs that ask for what an Answer consists of."""
 
+ASK_SECONDS = 10
+"""How long a server may take to say what it is."""
+
 
 class V2Client:
     """A client of one model on the server at `address` ("host:port"); use it in a `with` block.
@@ -32,27 +36,37 @@ class V2Client:
     @cached_property
     def server(self) -> dict[str, Any]:
         """Name, version and extensions of the server: the part of the protocol that says what else it can do."""
-        return dict(self.stub.get_server_metadata(as_json=True))
+        return self._metadata(ASK_SECONDS)
+
+    def _metadata(self, seconds: float) -> dict[str, Any]:
+        return dict(self.stub.get_server_metadata(as_json=True, client_timeout=seconds))
 
     @cached_property
     def decoupled(self) -> bool:
         """Whether one request may have any number of responses: Triton's extension, which refuses unary calls."""
         if "model_configuration" not in self.server["extensions"]:
             return False
-        config = self.stub.get_model_config(self.model).config
+        config = self.stub.get_model_config(self.model, client_timeout=ASK_SECONDS).config
         return bool(config.model_transaction_policy.decoupled)
+
+    def _left_of(self, timeout: float) -> float:
+        """Ask what `decoupled` wants to know of the server, which the first call does within its own time."""
+        end = time.monotonic() + timeout
+        if "server" not in vars(self):
+            self.server = self._metadata(timeout)
+        return end - time.monotonic()
 
     def state(self) -> dict[str, bool]:
         """Liveness and readiness of the server, and readiness of the model."""
         return {
-            "live": self.stub.is_server_live(),
-            "ready": self.stub.is_server_ready(),
-            "model ready": self.stub.is_model_ready(self.model),
+            "live": self.stub.is_server_live(client_timeout=ASK_SECONDS),
+            "ready": self.stub.is_server_ready(client_timeout=ASK_SECONDS),
+            "model ready": self.stub.is_model_ready(self.model, client_timeout=ASK_SECONDS),
         }
 
     def tensors(self) -> dict[str, tuple[str, list[int]]]:
         """Datatype and shape of every input that the model takes."""
-        metadata = self.stub.get_model_metadata(self.model)
+        metadata = self.stub.get_model_metadata(self.model, client_timeout=ASK_SECONDS)
         return {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in metadata.inputs}
 
     def infer(
@@ -63,6 +77,7 @@ class V2Client:
         `sampling` holds fields of vLLM's SamplingParams; `flags` are inputs such as `return_finish_reason=True`.
         """
         inputs = infer_inputs(text, sampling or {}, **flags)
+        timeout = self._left_of(timeout)
         if not self.decoupled:
             return outputs(self.stub.infer(self.model, inputs, client_timeout=timeout))
         answers = list(stream_infer(self.stub, self.model, inputs, timeout))
@@ -79,6 +94,7 @@ class V2Client:
     def stream(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
         """Yield the answer as it comes, where the server is decoupled; from any other all of it is one piece."""
         one_answer(sampling)
+        timeout = self._left_of(timeout)
         if not self.decoupled:
             yield whole_piece(self.generate(prompt, timeout=timeout, **sampling))
             return

@@ -15,6 +15,9 @@ from servebook.ways.client import Answer, Piece, one_answer
 NO_KEY = "no-key"
 """The SDK wants one, also for a server that asks for none."""
 
+SECONDS = 60
+"""The longest wait for bytes, where no call has its own."""
+
 COUNTED = {"include_usage": True, "continuous_usage_stats": True}
 """Stream options: the number of tokens so far comes with every event, and in a last one without text.
 
@@ -30,17 +33,26 @@ class OpenAIClient:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        self.client = OpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0, timeout=60)
+        self.client = OpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0, timeout=SECONDS)
 
     @cached_property
     def model(self) -> str:
         """The name of the first model that the server has."""
-        return next(iter(self.client.models.list())).id
+        return self._first_model(SECONDS)
+
+    def _first_model(self, seconds: float) -> str:
+        return next(iter(self.client.models.list(timeout=seconds))).id
+
+    def _model_within(self, seconds: float) -> str:
+        if "model" not in vars(self):  # the first call asks for it, with its own timeout
+            self.model = self._first_model(seconds)
+        return self.model
 
     def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
         """Return the whole answer; `timeout` bounds each wait for bytes, in seconds."""
         one_answer(sampling)
-        asked = self.client.completions.create(model=self.model, prompt=prompt, timeout=timeout, extra_body=sampling)
+        model = self._model_within(timeout)
+        asked = self.client.completions.create(model=model, prompt=prompt, timeout=timeout, extra_body=sampling)
         return read_answer(asked)
 
     def stream(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
@@ -48,7 +60,7 @@ class OpenAIClient:
         one_answer(sampling)
         more = sampling | {"stream_options": COUNTED}
         with self.client.completions.create(
-            model=self.model, prompt=prompt, stream=True, timeout=timeout, extra_body=more
+            model=self._model_within(timeout), prompt=prompt, stream=True, timeout=timeout, extra_body=more
         ) as events:
             tokens = 0
             end: Piece | None = None
@@ -76,19 +88,19 @@ class OpenAIAioClient:
     """The same for asyncio; use it in an `async with` block."""
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        self.client = AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0, timeout=60)
+        self.client = AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0, timeout=SECONDS)
         self._model = ""
 
-    async def model(self) -> str:
-        """The name of the first model that the server has."""
+    async def model(self, seconds: float = SECONDS) -> str:
+        """The name of the first model that the server has; `seconds` bound each wait for bytes."""
         if not self._model:
-            self._model = (await self.client.models.list()).data[0].id
+            self._model = (await self.client.models.list(timeout=seconds)).data[0].id
         return self._model
 
     async def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:  # noqa: ASYNC109
         """Return the whole answer; cancelling the task closes the connection."""
         one_answer(sampling)
-        model = await self.model()
+        model = await self.model(timeout)
         asked = self.client.completions.create(model=model, prompt=prompt, timeout=timeout, extra_body=sampling)
         return read_answer(await asked)
 
@@ -103,7 +115,7 @@ class OpenAIAioClient:
         one_answer(sampling)
         more = sampling | {"stream_options": COUNTED}
         asked = self.client.completions.create(
-            model=await self.model(), prompt=prompt, stream=True, timeout=timeout, extra_body=more
+            model=await self.model(timeout), prompt=prompt, stream=True, timeout=timeout, extra_body=more
         )
         async with await asked as events:
             tokens = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -27,10 +28,10 @@ class VllmGrpcAioClient:
         self.stub = vllm_engine_pb2_grpc.VllmEngineStub(self.channel)
         self._tokenizer: Tokenizer | None = None
 
-    async def tokenizer(self) -> Tokenizer:
-        """The engine's own tokenizer, fetched from the server once."""
+    async def tokenizer(self, seconds: float = ids.TOKENIZER_SECONDS) -> Tokenizer:
+        """The engine's own tokenizer, fetched from the server once, within `seconds`."""
         if self._tokenizer is None:
-            chunks = self.stub.GetTokenizer(common_pb2.GetTokenizerRequest(), timeout=30)
+            chunks = self.stub.GetTokenizer(common_pb2.GetTokenizerRequest(), timeout=seconds)
             self._tokenizer = ids.read_tokenizer(b"".join([chunk.data async for chunk in chunks]))
         return self._tokenizer
 
@@ -51,10 +52,11 @@ class VllmGrpcAioClient:
     ) -> AsyncGenerator[Piece]:
         """Yield text as it becomes whole; to leave early, wrap it in `contextlib.aclosing`."""
         one_answer(sampling)
-        tokenizer = await self.tokenizer()
+        end = time.monotonic() + timeout
+        tokenizer = await self.tokenizer(timeout)
         prompt_ids = tokenizer.encode(prompt).ids
         decoder = ids.decoder_after(prompt_ids, tokenizer)
-        call = self.stub.Generate(ids.request_for(prompt_ids, **sampling), timeout=timeout)
+        call = self.stub.Generate(ids.request_for(prompt_ids, **sampling), timeout=end - time.monotonic())
         try:
             async for message in call:
                 yield ids.read_piece(message, decoder, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 import uuid
 import zipfile
 from collections.abc import Generator, Sequence
@@ -23,6 +24,9 @@ from servebook.ways.client import Answer, Piece, one_answer
 ENGINE = "vllm.grpc.engine.VllmEngine"
 """The name under which health answers for the engine; "" is the process."""
 
+TOKENIZER_SECONDS = 30
+"""How long a tokenizer is waited for, where no call needs it sooner."""
+
 
 class VllmGrpcClient:
     """A client of the server at `address` ("host:port"); use it in a `with` block, from any number of threads.
@@ -38,7 +42,10 @@ class VllmGrpcClient:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The engine's own tokenizer, fetched from the server: ids from any other would be another language."""
-        chunks = self.stub.GetTokenizer(common_pb2.GetTokenizerRequest(), timeout=30)
+        return self._fetch_tokenizer(TOKENIZER_SECONDS)
+
+    def _fetch_tokenizer(self, seconds: float) -> Tokenizer:
+        chunks = self.stub.GetTokenizer(common_pb2.GetTokenizerRequest(), timeout=seconds)
         return read_tokenizer(b"".join(chunk.data for chunk in chunks))
 
     def stream_ids(
@@ -61,9 +68,12 @@ class VllmGrpcClient:
         The string of `stop` that ended it is still in the text; the server's last message names it (`stream_ids`).
         """
         one_answer(sampling)
+        end = time.monotonic() + timeout
+        if "tokenizer" not in vars(self):  # the first call fetches it, within its own time
+            self.tokenizer = self._fetch_tokenizer(timeout)
         ids = self.tokenizer.encode(prompt).ids
         decoder = decoder_after(ids, self.tokenizer)
-        with closing(self.stream_ids(ids, timeout=timeout, **sampling)) as messages:
+        with closing(self.stream_ids(ids, timeout=end - time.monotonic(), **sampling)) as messages:
             for message in messages:
                 yield read_piece(message, decoder, self.tokenizer)
 
