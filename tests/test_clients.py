@@ -26,12 +26,13 @@ from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+from tritonclient.grpc import InferenceServerClient, model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from servebook.bearer import bearer
 from servebook.clients import CLIENTS
 from servebook.launch import SERVERS, Server
+from servebook.processes import free_port
 from servebook.settings import Settings
 from servebook.ways.client import AioClient, Answer, Client, Piece
 from servebook.ways.kserve.client import V2Client
@@ -292,6 +293,22 @@ async def test_nor_in_asyncio(half_a_triton: tuple[str, HalfATriton]) -> None:
         assert caught.value.status() == "StatusCode.INTERNAL"
         with pytest.raises(InferenceServerException, match="ended before the answer"):
             await aio.generate("Once")
+
+
+@pytest.mark.timeout(60)
+def test_a_triton_that_is_away_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where `tritonclient` knows it before the request is sent, and would say that the stream is not valid."""
+    start_stream = InferenceServerClient.start_stream
+
+    def and_fail(self: InferenceServerClient, *args: Any, **more: Any) -> None:
+        start_stream(self, *args, **more)
+        self._stream._handler.join()
+
+    monkeypatch.setattr(InferenceServerClient, "start_stream", and_fail)
+    with TritonClient(f"127.0.0.1:{free_port()}") as client, pytest.raises(InferenceServerException) as caught:
+        client.generate("Once")
+    assert caught.value.status() == "StatusCode.UNAVAILABLE"
+    assert "refused" in caught.value.message()
 
 
 @pytest.mark.timeout(60)

@@ -43,7 +43,8 @@ def stream_infer(
     )
     stream, final = client._stream, False
     try:
-        client.async_stream_infer(model, inputs, enable_empty_final_response=True)
+        with suppress(InferenceServerException):  # of a stream that has failed already: what has arrived says why
+            client.async_stream_infer(model, inputs, enable_empty_final_response=True)
         for result, error in arrivals(arrived, stream._handler):
             if error:
                 raise error
