@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import io
+import json
 import re
 import socket
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 import grpc
 import httpx
+import openai
 import pytest
 import requests
 from openai import APIConnectionError, APITimeoutError
@@ -35,6 +37,7 @@ from servebook.launch import SERVERS, Server
 from servebook.processes import free_port
 from servebook.settings import Settings
 from servebook.ways.client import AioClient, Answer, Client, Piece
+from servebook.ways.fastapi_gateway.client import GatewayAioClient, GatewayClient
 from servebook.ways.kserve.client import V2Client
 from servebook.ways.more_than_text import others
 from servebook.ways.more_than_text.carries import Cell
@@ -214,6 +217,108 @@ async def test_half_a_stream_that_ends_in_order_is_no_answer() -> None:
                 pieces.extend([piece async for piece in aio.stream("Once")])
         proxy.shutdown()
     assert [piece.text for piece in pieces] == ["half"]
+
+
+class Says(BaseHTTPRequestHandler):
+    """One thing to everybody, whatever is asked."""
+
+    status, kind, said = 200, "text/html", b"<html>Sign in</html>"
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(self.status)
+        self.send_header("Content-Type", self.kind)
+        self.send_header("Content-Length", str(len(self.said)))
+        self.end_headers()
+        self.wfile.write(self.said)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def says() -> Iterator[Callable[..., str]]:
+    """Begins to answer so, and gives the address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Says) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+
+        def begin(status: int, kind: str, said: str) -> str:
+            server.RequestHandlerClass = type("Other", (Says,), {"status": status, "kind": kind, "said": said.encode()})
+            return f"127.0.0.1:{server.server_port}"
+
+        yield begin
+        server.shutdown()
+
+
+async def errors_of(url: str, kinds: tuple[type, type]) -> list[Exception]:
+    """What the two clients at `url` raise, each asked for an answer and for a stream."""
+    found: list[Exception] = []
+    with kinds[0](url) as client:
+        for ask in (client.generate, lambda prompt: list(client.stream(prompt))):
+            with pytest.raises((openai.APIError, httpx.HTTPError)) as caught:
+                ask("Once")
+            found.append(caught.value)
+    async with kinds[1](url) as aio_client:
+        with pytest.raises((openai.APIError, httpx.HTTPError)) as caught:
+            await aio_client.generate("Once")
+        found.append(caught.value)
+        with pytest.raises((openai.APIError, httpx.HTTPError)) as caught:
+            _ = [piece async for piece in aio_client.stream("Once")]
+        found.append(caught.value)
+    return found
+
+
+OVER_HTTP = [(OpenAIClient, OpenAIAioClient), (GatewayClient, GatewayAioClient)]
+
+
+@pytest.mark.parametrize("kinds", OVER_HTTP, ids=["openai", "gateway"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("text/html", "<html>Sign in</html>"),
+        *(("application/json", said) for said in ("null", "[]", "{}", '{"data": []}', '{"detail": "Not Found"}')),
+        *(("text/event-stream", f"data: {said}\n\ndata: [DONE]\n\n") for said in ("null", "{", "{}", "[DONE]")),
+    ],
+)
+async def test_what_is_no_answer_is_an_error_of_the_clients(
+    kind: str, said: str, kinds: tuple[type, type], says: Callable[..., str]
+) -> None:
+    """Of another server at the address, or a page to sign in at; and no traceback from a parser."""
+    errors = await errors_of(f"http://{says(200, kind, said)}", kinds)
+    assert all(re.search(r"no list of models|no answer of the gateway's|text/event-stream", str(e)) for e in errors)
+
+
+@pytest.mark.parametrize("kinds", OVER_HTTP, ids=["openai", "gateway"])
+async def test_a_proxys_page_of_an_error_is_one_with_its_status(
+    kinds: tuple[type, type], says: Callable[..., str]
+) -> None:
+    assert all("502" in str(e) for e in await errors_of(f"http://{says(502, 'text/html', '<html>')}", kinds))
+
+
+async def test_the_gateways_own_words_reach_who_asked(says: Callable[..., str]) -> None:
+    error = {"code": "unauthorized", "message": "Send the gateway's key", "request_id": "1"}
+    address = says(401, "application/json", json.dumps({"error": error}))
+    for caught in await errors_of(f"http://{address}", OVER_HTTP[1]):
+        assert str(caught).startswith(f"401 Unauthorized from http://{address}/chat")
+        assert str(caught).endswith(": Send the gateway's key")
+
+
+@pytest.mark.parametrize("form", ["{}", "http://{}/"])
+async def test_an_address_may_lack_http_and_end_in_a_slash(form: str, says: Callable[..., str]) -> None:
+    address = says(200, "application/json", json.dumps({"data": [{"id": "m"}]}))
+    with OpenAIClient(form.format(address)) as client:
+        assert client.model == "m"
+        assert str(client.client.base_url) == f"http://{address}/v1/"
+    async with OpenAIAioClient(form.format(address)) as aio_client:
+        assert await aio_client.model() == "m"
+    usage = {"prompt_tokens": 1, "completion_tokens": 1}
+    address = says(200, "application/json", json.dumps({"response": "yes", "usage": usage, "finish_reason": "stop"}))
+    with GatewayClient(form.format(address)) as gateway:
+        assert gateway.generate("Here?").text == "yes"
+    async with GatewayAioClient(form.format(address)) as aio_gateway:
+        assert (await aio_gateway.generate("Here?")).text == "yes"
 
 
 class HalfATriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]

@@ -7,9 +7,10 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from openai import APIConnectionError, AsyncOpenAI, AsyncStream, OpenAI, Stream
+from openai import APIConnectionError, APIResponseValidationError, AsyncOpenAI, AsyncStream, OpenAI, Stream
 from openai.types import Completion
 
+from servebook.settings import url_of
 from servebook.ways.client import Answer, Piece, one_answer
 
 NO_KEY = "no-key"
@@ -33,7 +34,7 @@ class OpenAIClient:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        self.client = OpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0, timeout=SECONDS)
+        self.client = OpenAI(base_url=v1(url), api_key=api_key or NO_KEY, max_retries=0, timeout=SECONDS)
 
     @cached_property
     def model(self) -> str:
@@ -41,7 +42,7 @@ class OpenAIClient:
         return self._first_model(SECONDS)
 
     def _first_model(self, seconds: float) -> str:
-        return next(iter(self.client.models.list(timeout=seconds))).id
+        return first_model(self.client.models.with_raw_response.list(timeout=seconds).http_response)
 
     def _model_within(self, seconds: float) -> str:
         if "model" not in vars(self):  # the first call asks for it, with its own timeout
@@ -88,13 +89,14 @@ class OpenAIAioClient:
     """The same for asyncio; use it in an `async with` block."""
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
-        self.client = AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or NO_KEY, max_retries=0, timeout=SECONDS)
+        self.client = AsyncOpenAI(base_url=v1(url), api_key=api_key or NO_KEY, max_retries=0, timeout=SECONDS)
         self._model = ""
 
     async def model(self, seconds: float = SECONDS) -> str:
         """The name of the first model that the server has; `seconds` bound each wait for bytes."""
         if not self._model:
-            self._model = (await self.client.models.list(timeout=seconds)).data[0].id
+            asked = self.client.models.with_raw_response.list(timeout=seconds)
+            self._model = first_model((await asked).http_response)
         return self._model
 
     async def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:  # noqa: ASYNC109
@@ -138,6 +140,24 @@ class OpenAIAioClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.client.close()
+
+
+def v1(url: str) -> str:
+    """Where the API of the server at `url` begins."""
+    return f"{url_of(url).rstrip('/')}/v1"
+
+
+def first_model(response: Any) -> str:
+    """The name of the first model of those that the server lists, read here: of a page the SDK makes an AttributeError.
+
+    Raises:
+        APIResponseValidationError: it lists none.
+    """
+    try:
+        return str(response.json()["data"][0]["id"])
+    except (ValueError, LookupError, TypeError):
+        said = f"What {response.url} answers is no list of models: is it a server with OpenAI's API?"
+        raise APIResponseValidationError(response, None, message=said) from None
 
 
 def cut_off(events: Stream[Completion] | AsyncStream[Completion]) -> APIConnectionError:
