@@ -35,6 +35,8 @@ from servebook.bearer import bearer
 from servebook.clients import CLIENTS
 from servebook.launch import SERVERS, Server
 from servebook.processes import free_port
+from servebook.protos.llm.v1 import llm_pb2
+from servebook.protos.vllm import inference_pb2
 from servebook.settings import Settings
 from servebook.ways.client import AioClient, Answer, Client, Piece
 from servebook.ways.fastapi_gateway.client import GatewayAioClient, GatewayClient
@@ -398,6 +400,58 @@ async def test_nor_in_asyncio(half_a_triton: tuple[str, HalfATriton]) -> None:
         assert caught.value.status() == "StatusCode.INTERNAL"
         with pytest.raises(InferenceServerException, match="ended before the answer"):
             await aio.generate("Once")
+
+
+HALVES: dict[str, tuple[str, Any]] = {
+    "grpc": (
+        "llm.v1.LLMService/StreamGenerate",
+        llm_pb2.StreamGenerateResponse(text="half", token_ids=[4]),
+    ),
+    "vllm-rs": (
+        "vllm.Inference/GenerateStream",
+        inference_pb2.GenerateResponse(outputs=[inference_pb2.Generated(text="half", num_tokens=1)]),
+    ),
+    "vllm-grpc": (
+        "vllm.grpc.engine.VllmEngine/Generate",
+        vllm_engine_pb2.GenerateResponse(chunk=vllm_engine_pb2.GenerateStreamChunk(token_ids=[0])),
+    ),
+}
+"""A method that streams, and what it says before it ends in order and without the answer's end."""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("messages", [1, 0], ids=["half", "nothing"])
+@pytest.mark.parametrize("name", HALVES)
+async def test_nor_of_any_other_way_over_grpc(name: str, messages: int, settings: Settings) -> None:
+    """And no IndexError where nothing came at all."""
+    path, message = HALVES[name]
+    service, method = path.split("/")
+
+    async def half(*__: object) -> AsyncIterator[bytes]:
+        for _ in range(messages):
+            yield message.SerializeToString()
+
+    server = grpc.aio.server()
+    handler = grpc.unary_stream_rpc_method_handler(half)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    tokenizer = Tokenizer(WordLevel({"half": 0}, unk_token="half"))
+    pieces: list[Piece] = []
+    try:
+        there = Server(name, "m", {"http": "127.0.0.1:9", "grpc": address}, settings)
+        with CLIENTS[name].client(there) as client:
+            vars(client)["tokenizer"] = tokenizer
+            with pytest.raises(grpc.RpcError, match="ended before") as caught:
+                await asyncio.to_thread(pieces.extend, client.stream("half"))
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        async with CLIENTS[name].aio_client(there) as aio:
+            vars(aio)["_tokenizer"] = tokenizer
+            with pytest.raises(grpc.aio.AioRpcError, match="ended before"):
+                _ = [piece async for piece in aio.stream("half")]
+    finally:
+        await server.stop(None)
+    assert [piece.text.strip() for piece in pieces] == ["half"][:messages]
 
 
 @pytest.mark.timeout(60)

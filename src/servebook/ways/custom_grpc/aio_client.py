@@ -10,6 +10,7 @@ import grpc
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.ways.client import Answer, Piece
 from servebook.ways.custom_grpc.client import OPTIONS, read_answer, read_piece
+from servebook.ways.grpc_streams import check_end
 
 
 class GrpcAioClient:
@@ -50,9 +51,11 @@ class GrpcAioClient:
         """Yield what is new as it comes. To leave early, wrap it in `contextlib.aclosing`: that cancels the call."""
         request = llm_pb2.StreamGenerateRequest(prompt=prompt, **sampling)
         call = self.stub.StreamGenerate(request, timeout=timeout)
+        piece = None
         try:
             async for message in call:
-                yield read_piece(message)
+                yield (piece := read_piece(message))
+            check_end(piece)
         finally:
             call.cancel()
 

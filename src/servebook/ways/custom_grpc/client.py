@@ -10,6 +10,7 @@ import grpc
 
 from servebook.protos.llm.v1 import llm_pb2, llm_pb2_grpc
 from servebook.ways.client import Answer, Piece
+from servebook.ways.grpc_streams import check_end
 
 RETRY_UNAVAILABLE = json.dumps(
     {
@@ -64,9 +65,11 @@ class GrpcClient:
         """Yield what is new as it comes; leaving the loop, or closing the generator, cancels the call."""
         request = llm_pb2.StreamGenerateRequest(prompt=prompt, **sampling)
         call = self.stub.StreamGenerate(request, timeout=timeout)
+        piece = None
         try:
             for message in call:
-                yield read_piece(message)
+                yield (piece := read_piece(message))
+            check_end(piece)
         finally:
             call.cancel()  # type: ignore[no-untyped-call]
 

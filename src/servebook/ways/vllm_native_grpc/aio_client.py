@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from servebook.protos.vllm import inference_pb2_grpc
 from servebook.ways.client import Answer, Piece, one_answer
+from servebook.ways.grpc_streams import check_end
 from servebook.ways.vllm_native_grpc import client as ids
 from servebook.ways.vllm_native_grpc import inference_client as texts
 
@@ -57,9 +58,11 @@ class VllmGrpcAioClient:
         prompt_ids = tokenizer.encode(prompt).ids
         decoder = ids.decoder_after(prompt_ids, tokenizer)
         call = self.stub.Generate(ids.request_for(prompt_ids, **sampling), timeout=end - time.monotonic())
+        piece = None
         try:
             async for message in call:
-                yield ids.read_piece(message, decoder, tokenizer)
+                yield (piece := ids.read_piece(message, decoder, tokenizer))
+            check_end(piece)
         finally:
             call.cancel()
 
@@ -100,10 +103,12 @@ class InferenceAioClient:
     ) -> AsyncGenerator[Piece]:
         """Yield what is new as it comes; to leave early, wrap it in `contextlib.aclosing`."""
         call = self.stub.GenerateStream(texts.request(prompt, **sampling), timeout=timeout)
+        piece = None
         try:
             async for response in call:
                 for output in response.outputs:
-                    yield texts.read_piece(output)
+                    yield (piece := texts.read_piece(output))
+            check_end(piece)
         finally:
             call.cancel()
 

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from servebook.ways.client import Answer, Piece, one_answer
+from servebook.ways.grpc_streams import check_end
 
 ENGINE = "vllm.grpc.engine.VllmEngine"
 """The name under which health answers for the engine; "" is the process."""
@@ -74,8 +75,10 @@ class VllmGrpcClient:
         ids = self.tokenizer.encode(prompt).ids
         decoder = decoder_after(ids, self.tokenizer)
         with closing(self.stream_ids(ids, timeout=end - time.monotonic(), **sampling)) as messages:
+            piece = None
             for message in messages:
-                yield read_piece(message, decoder, self.tokenizer)
+                yield (piece := read_piece(message, decoder, self.tokenizer))
+            check_end(piece)
 
     def generate(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Answer:
         """The whole answer; what `stream` says holds here, too."""

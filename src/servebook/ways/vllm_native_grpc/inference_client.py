@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servebook.protos.vllm import inference_pb2 as pb
 from servebook.protos.vllm import inference_pb2_grpc
 from servebook.ways.client import Answer, Piece
+from servebook.ways.grpc_streams import check_end
 
 SERVICE = "vllm.Inference"
 REASONS = {
@@ -85,9 +86,12 @@ class InferenceClient:
     def stream(self, prompt: str | Sequence[int], *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
         """Yield what is new as it comes; leaving the loop, or closing the generator, cancels the call."""
         call = self.stub.GenerateStream(request(prompt, **sampling), timeout=timeout)
+        piece = None
         try:
             for response in call:
-                yield from map(read_piece, response.outputs)
+                for output in response.outputs:
+                    yield (piece := read_piece(output))
+            check_end(piece)
         finally:
             call.cancel()  # type: ignore[no-untyped-call]
 
