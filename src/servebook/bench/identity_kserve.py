@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import numpy as np
 
+from servebook.numbers import port
 from servebook.settings import in_address
 
 MAX_MESSAGE_BYTES = 512 * 2**20
@@ -21,8 +22,8 @@ def main() -> None:
     """Serve the models `identity` and `identity_base64` until a signal comes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--http-port", type=int, required=True)
-    parser.add_argument("--grpc-port", type=int, required=True)
+    parser.add_argument("--http-port", type=port, required=True)
+    parser.add_argument("--grpc-port", type=port, required=True)
     options = parser.parse_args()
     sys.argv[1:] = []  # KServe's import parses them for options of its own
 

@@ -12,6 +12,7 @@ import uvloop
 from aiohttp import web
 
 from servebook.errors import ServebookError
+from servebook.numbers import HOUR_SECONDS, MOST_PORT
 from servebook.room.front import Front
 from servebook.room.keys import Roll
 from servebook.room.limits import Limits
@@ -20,19 +21,24 @@ from servebook.settings import load_settings
 SHUTDOWN_SECONDS = 5.0
 """What is running when SIGTERM comes has so long to end, unless `--drain-seconds` says more."""
 
+AtLeastOne = Annotated[int, typer.Option(min=1)]
+
 
 def main(
     upstream: Annotated[str, typer.Option(help="vLLM's root URL.")],
     roll: Annotated[Path, typer.Option(help="Where the digests of the learners' keys are kept.")],
     own_engine: Annotated[bool, typer.Option("--own-engine", help="It is this user's, started for this room.")] = False,
     host: str = "127.0.0.1",
-    http_port: int = 8095,
-    places: int = Limits.places,
-    learner_places: int = Limits.learner_places,
-    requests_per_minute: int = Limits.learner_requests_per_minute,
-    tokens_per_minute: int = Limits.learner_tokens_per_minute,
+    http_port: Annotated[int, typer.Option(min=1, max=MOST_PORT)] = 8095,
+    places: AtLeastOne = Limits.places,
+    learner_places: AtLeastOne = Limits.learner_places,
+    requests_per_minute: AtLeastOne = Limits.learner_requests_per_minute,
+    tokens_per_minute: AtLeastOne = Limits.learner_tokens_per_minute,
     drain_seconds: Annotated[  # not 0, which aiohttp takes for no limit
-        float, typer.Option(min=0.1, help="At SIGTERM, what is running has so long to end; when it has, all ends.")
+        float,
+        typer.Option(
+            min=0.1, max=HOUR_SECONDS, help="At SIGTERM, what is running has so long to end; when it has, all ends."
+        ),
     ] = SHUTDOWN_SECONDS,
 ) -> None:
     """Serve until a signal comes. SERVEBOOK_API_KEY is the instructor's key; an engine that is not own has it too."""

@@ -30,6 +30,7 @@ from servebook.checkout import ROOT
 from servebook.errors import LaunchError, ServebookError
 from servebook.lab.handout.confine import OF_THE_CACHE, hub_cache
 from servebook.launch.probes import only_ours
+from servebook.numbers import MOST_PORT
 from servebook.processes import adopt_orphans, children
 from servebook.room.admin import join_code
 from servebook.room.desk import make_master
@@ -229,9 +230,9 @@ def renew_routes(name: str, routes_url: str, hub_url: str, key: str) -> bool:
 
 def main(
     front: Annotated[str, typer.Option(help="The root URL of the room's front.")],
-    http_port: Annotated[int, typer.Option(help="Where learners come in: the proxy.")],
-    routes_port: Annotated[int, typer.Option(help="Where the hub tells the proxy its routes.")],
-    api_port: Annotated[int, typer.Option(help="The hub itself; desks and proxy ask it.")],
+    http_port: Annotated[int, typer.Option(min=1, max=MOST_PORT, help="Where learners come in: the proxy.")],
+    routes_port: Annotated[int, typer.Option(min=1, max=MOST_PORT, help="Where the hub tells the proxy its routes.")],
+    api_port: Annotated[int, typer.Option(min=1, max=MOST_PORT, help="The hub itself; desks and proxy ask it.")],
     host: str = "127.0.0.1",
 ) -> None:
     """Serve until a signal comes; SERVEBOOK_API_KEY is the instructor's key, for the hub's API too."""

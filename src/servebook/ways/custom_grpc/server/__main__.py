@@ -11,22 +11,11 @@ from pathlib import Path
 import uvloop
 
 from servebook.errors import ServebookError
+from servebook.numbers import HOUR_SECONDS, number, port
 from servebook.settings import LOOPBACK, MAX_FRONTS, is_loopback, load_settings
 from servebook.tls import require_tls
 from servebook.ways.custom_grpc.server.serving import serve, set_up_log, start_engine
 from servebook.ways.custom_grpc.server.transport import require_port
-
-
-def port(word: str) -> int:
-    """A port by its number. Not 0, any that is free: nobody would be told which one it is.
-
-    Raises:
-        ValueError: there is no such port.
-    """
-    number = int(word)
-    if not 0 < number < 2**16:
-        raise ValueError(word)
-    return number
 
 
 def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -35,17 +24,16 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--grpc-port", type=port, default=50051)
     parser.add_argument("--metrics-port", type=port, default=9051, help="Prometheus, plain HTTP, on 127.0.0.1 only")
-    parser.add_argument("--max-calls", type=int, default=512, help="open calls of a front; more get RESOURCE_EXHAUSTED")
-    parser.add_argument("--fronts", type=int, default=1, help="processes that share the port and the engine")
-    parser.add_argument("--grace", type=float, default=8.0, help="seconds that open calls have after SIGTERM")
+    calls, fronts, seconds = number(int, 1), number(int, 1, MAX_FRONTS), number(float, 0, HOUR_SECONDS)
+    parser.add_argument("--max-calls", type=calls, default=512, help="open calls of a front; more: RESOURCE_EXHAUSTED")
+    parser.add_argument("--fronts", type=fronts, default=1, help="processes that share the port and the engine")
+    parser.add_argument("--grace", type=seconds, default=8.0, help="seconds that open calls have after SIGTERM")
     parser.add_argument("--tls-cert", type=Path, help="PEM; clients must then use TLS")
     parser.add_argument("--tls-key", type=Path, help="PEM")
     parser.add_argument("--tls-client-ca", type=Path, help="PEM; clients must then show a certificate of it (mTLS)")
     ours, engine_words = parser.parse_known_args(argv)
     if (ours.tls_cert is None) != (ours.tls_key is None) or (ours.tls_client_ca and not ours.tls_cert):
         parser.error("--tls-cert and --tls-key go together, and --tls-client-ca needs both")
-    if not 1 <= ours.fronts <= MAX_FRONTS:
-        parser.error(f"--fronts must be from 1 to {MAX_FRONTS}, got {ours.fronts}")
     ours.key = load_settings().key
     if not is_loopback(ours.host) and not (ours.tls_cert and ours.key):
         parser.error(

@@ -11,6 +11,7 @@ import uvicorn
 
 from servebook.engine.arguments import KEEP_ALIVE_SECONDS
 from servebook.errors import ServebookError
+from servebook.numbers import MOST_PORT
 from servebook.settings import load_settings
 from servebook.ways.asgi import Protocol
 from servebook.ways.fastapi_gateway.server.app import create_app
@@ -20,7 +21,7 @@ from servebook.ways.fastapi_gateway.server.config import Config
 def main(
     upstream: Annotated[str, typer.Option(help="vLLM's root URL.")],
     host: str = "127.0.0.1",
-    http_port: int = 8080,
+    http_port: Annotated[int, typer.Option(min=1, max=MOST_PORT)] = 8080,
     max_concurrent: Annotated[int, typer.Option(min=1, help="Requests at a time; beyond, 503.")] = 128,
     otlp_traces_endpoint: Annotated[str | None, typer.Option(help="Where spans go, by OTLP over gRPC.")] = None,
     cors_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may call; repeatable.")] = None,

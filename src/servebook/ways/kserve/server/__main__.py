@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
+from servebook.numbers import port
+
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="servebook.ways.kserve.server", allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--http-port", type=int, default=8086)
-    parser.add_argument("--grpc-port", type=int, default=8085)
+    parser.add_argument("--http-port", type=port, default=8086)
+    parser.add_argument("--grpc-port", type=port, default=8085)
     ours, engine_words = parser.parse_known_args(argv)
     # KServe's import parses sys.argv for options of its own and would stop at vLLM's.
     sys.argv[1:] = []

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from servebook.errors import ServebookError
+from servebook.numbers import port
 from servebook.settings import load_settings
 from servebook.ways.triton_grpc.backend.files import ModelFilesError
 from servebook.ways.triton_grpc.backend.repository import MODEL_REPOSITORY, render_repository
@@ -22,9 +23,9 @@ def main() -> None:
         allow_abbrev=False,  # --model is vLLM's, not --model-repository
     )
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--grpc-port", type=int, default=8001)
-    parser.add_argument("--metrics-port", type=int, default=8002)
-    parser.add_argument("--http-port", type=int, default=8003)
+    parser.add_argument("--grpc-port", type=port, default=8001)
+    parser.add_argument("--metrics-port", type=port, default=8002)
+    parser.add_argument("--http-port", type=port, default=8003)
     parser.add_argument("--model-repository", type=Path, help="serve this one as it is, without vLLM's words")
     parser.add_argument("--shared-memory", action="store_true", help="let clients have their tensors there")
     options, engine_words = parser.parse_known_args()
