@@ -10,6 +10,7 @@ import platform
 import pwd
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -308,6 +309,31 @@ def test_an_interrupt_ends_a_check_and_is_no_attempt(learner: Run, tmp_path: Pat
         assert "stopped" in ended.stderr
         assert not ended.stdout
         assert "✗" not in learner("labs", "list").stdout
+
+
+@pytest.mark.lifetime
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_reader_has_left_ends_by_sigpipe(unbuffered: str, learner: Run, tmp_path: Path) -> None:
+    """As in `servebook labs check 02.1 | head -1`; the answer has left a thread at work, which waits for ever."""
+    learner("labs", "init", tmp_path)
+    path = tmp_path / OTHER / f"{OTHER}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    cells = {each.id: each for each in notebook.cells}
+    cells["setup"].source = cells["02-1-given"].source = "pass"
+    at_work = "import threading\nthreading.Thread(target=threading.Event().wait).start()\n"
+    cells["02-1-answer"].source = f"{at_work}raise ValueError"
+    nbformat.write(notebook, path)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    for words in (["labs", "check", "02.1"], ["labs", "check", "99.1"], ["labs", "list"], ["nonsense"]):
+        reader, pipe = os.pipe()
+        os.close(reader)
+        try:
+            argv = [sys.executable, "-c", "from servebook.cli import main; main()", *words]
+            done = subprocess.run(argv, stdout=pipe, stderr=pipe, env=environment, timeout=100)
+        finally:
+            os.close(pipe)
+        assert done.returncode == -signal.SIGPIPE, words
+    assert "✗" in learner("labs", "list").stdout, "it was an attempt all the same"
 
 
 INTERRUPTING = """

@@ -20,6 +20,7 @@ from servebook.errors import ServebookError
 from servebook.lab import cli as lab_cli
 from servebook.launch.display import plain_console
 from servebook.launch.link import remedy_for
+from servebook.processes import end_without_reader
 from servebook.room import cli as room_cli
 from servebook.settings import installed, installed_vllm, own_settings, unusable
 
@@ -174,6 +175,18 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no ✓ shows a ?
     try:
+        run()
+    except BrokenPipeError:
+        end_without_reader()
+
+
+def run() -> None:
+    """The same, but for a reader of what is printed who has left.
+
+    Raises:
+        BrokenPipeError: that one has.
+    """
+    try:
         app(standalone_mode=True)
     except ServebookError as error:
         print(f"servebook: {error}", file=sys.stderr)
@@ -182,6 +195,9 @@ def main() -> None:
         print(f"servebook: {of_the_machine(error)}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # of which typer makes an exit code
+            raise end.__context__ from None
         if end.code == 130:  # what typer makes of Ctrl-C
             print("servebook: stopped; what had not finished starting was ended", file=sys.stderr)
+        sys.stdout.flush()
         raise

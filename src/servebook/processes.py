@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
@@ -43,6 +43,13 @@ def wait_until(condition: Callable[[], T], seconds: float, every: float = POLL_S
     while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(every)
     return value
+
+
+def end_without_reader() -> NoReturn:
+    """End this process as one that writes to a pipe which nobody reads any more: by SIGPIPE, without a word."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, for the sake of sockets
+    os.kill(os.getpid(), signal.SIGPIPE)
+    os._exit(128 + signal.SIGPIPE)  # where it is blocked
 
 
 def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from servebook.errors import ServebookError
 from servebook.lab.capstone.contract import ID as CAPSTONE
 from servebook.lab.manifest import find_exercise, load_labs
 from servebook.lab.record import Store
+from servebook.processes import end_without_reader
 
 app = typer.Typer(no_args_is_help=True, help="The labs: what there is, checks, hints, a copy to work in.")
 out = Console(highlight=False)
@@ -72,26 +73,29 @@ def check(exercise_id: ID) -> None:
             session = LabShell(notebook)
             session.prepare(exercise_id)
             result = session.check(exercise_id)
-        print(result.render(remember(result)))
+        text = result.render(remember(result))
     except ServebookError as error:
-        print(f"servebook: {error}", file=sys.stderr)
-        leave(1)
+        leave(1, f"servebook: {error}", sys.stderr)
     except KeyboardInterrupt:
-        print("servebook: stopped", file=sys.stderr)
-        leave(130)
-    leave(0 if result.passed else 1)
+        leave(130, "servebook: stopped", sys.stderr)
+    leave(0 if result.passed else 1, text, sys.stdout)
 
 
-def leave(code: int) -> NoReturn:
-    """End this process at once: Python would wait for what an answer has left at work, such as a pool of threads.
+def leave(code: int, text: str, stream: TextIO) -> NoReturn:
+    """Print it and end this process at once: Python would wait for what an answer has left at work, such as threads.
 
     A pool's processes would outlive this one.
     """
     for process in multiprocessing.active_children():
         process.kill()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # whoever read it has left
-            stream.flush()
+    try:
+        print(text, file=stream)
+        for each in (sys.stdout, sys.stderr):
+            each.flush()
+    except BrokenPipeError:
+        end_without_reader()
+    except OSError:  # a full disk
+        code = 1
     os._exit(code)
 
 
