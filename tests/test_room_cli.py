@@ -251,6 +251,19 @@ def test_who_has_passed_and_saved_nothing_is_named_and_a_new_course_too(
     assert f"ada: 0 of {labs} labs\n" in run("collect", "--course", course).output, "the board is not at hand"
 
 
+def test_where_nobody_has_come_in_there_is_nothing_to_collect(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the room is up or not, and also where the hub has made the folder for desks."""
+    (state / "room" / "desks").mkdir(parents=True)
+    for hub, remedy in (({"name": "hub"}, "`servebook room code` shows how learners come in"), (None, "`make room`")):
+        monkeypatch.setattr(cli, "describe", lambda _, hub=hub: hub)
+        done = run("collect", "--course", tmp_path / "course")
+        assert str(done.exception).startswith("Nobody has come in yet")
+        assert remedy in str(done.exception)
+    assert not (tmp_path / "course").exists()
+
+
 def test_what_was_graded_is_not_served_again_and_who_has_a_desk_is_enrolled(
     state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

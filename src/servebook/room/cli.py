@@ -328,8 +328,12 @@ def collect(
     """Copy what learners have saved in the labs to nbgrader's `submitted/`."""
     settings = own_settings()
     desks, submitted = settings.state_dir / "room" / "desks", course / "submitted"
-    if not desks.is_dir():
-        raise ServebookError("There are no desks yet.", "Start a room with `servebook room start`.")
+    if not any(desks.glob("*/")):
+        up = describe(Files(settings.state_dir, "hub"))
+        remedy = (
+            "The room is up: `servebook room code` shows how learners come in." if up else "Start a room: `make room`."
+        )
+        raise ServebookError(f"Nobody has come in yet, so there are no desks in {desks}.", remedy)
     passed = passed_on_the_board(settings)
     if not course.exists():
         course.mkdir(parents=True, mode=0o700)  # else every desk could read it

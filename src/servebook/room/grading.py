@@ -102,9 +102,13 @@ def grade_lab(course: Path, lab: Lab, log: Path) -> str:
             nbgrader(course, log, "generate_assignment", lab.stem, *options)
     nbgrader(course, log, "autograde", lab.stem)
     nbgrader(course, log, "generate_feedback", lab.stem)
-    count = {step: len([*(course / step).glob(f"*/{lab.stem}")]) for step in ("submitted", "autograded")}
-    left = count["submitted"] - count["autograded"]
-    return f"{lab.stem}: {count['autograded']} graded" + (f", {left} not: {GRADES} says why" if left else "")
+    handed_in, graded = (
+        {path.parent.name for path in (course / step).glob(f"*/{lab.stem}")} for step in ("submitted", "autograded")
+    )
+    said = f"{lab.stem}: {len(graded)} graded"
+    if left := sorted(handed_in - graded):
+        said += f", {len(left)} not, and tried again at the next collection ({', '.join(left)}): {GRADES} says why"
+    return said
 
 
 def give_back(course: Path, lab: Lab, desks: Path) -> Iterator[str]:
