@@ -26,7 +26,7 @@ from servebook.errors import LaunchError
 from servebook.lab.checks.c13_more_than_text import check_13_3
 from servebook.lab.dry_run import load
 from servebook.lab.feedback import NotYet, StillOpen, judge
-from servebook.lab.handout import landlock
+from servebook.lab.handout import landlock, provided
 from servebook.lab.judge import __main__ as judging
 from servebook.lab.judge import learner, process
 from servebook.lab.judge.__main__ import Judge, Names
@@ -398,6 +398,22 @@ def test_a_learners_settings_choose_no_server_for_the_judge(
     judge = asking({}).namespace.judge  # type: ignore[attr-defined]
     Names(judge, ROOT)["vllm"]
     assert (seen, Path.cwd()) == ([ROOT], tmp_path)
+
+
+def test_a_server_that_is_gone_is_named_and_the_judge_starts_none(
+    asking: Asking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has but a link to the server of who grades; a state folder that it cannot write to is nobody's affair."""
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path / "state"))
+    (scratch := tmp_path / "submission" / "its").mkdir(parents=True)
+    provided.make_folders(scratch)
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(provided.judges_state(scratch)))
+    monkeypatch.setattr(judging, "serve", lambda name: name)
+    names = Names(asking({}).namespace.judge)  # type: ignore[attr-defined]
+    with pytest.raises(LaunchError, match=r"The server grpc is gone.*\n→ Start it with `servebook up grpc`"):
+        names["grpc"]
+    monkeypatch.setenv("SERVEBOOK_ENGINE_URL", "http://127.0.0.1:1")
+    assert names["vllm"] == "vllm", "it is asked by its URL"
 
 
 @pytest.mark.skipif(not landlock.possible(), reason="needs Landlock (Linux 6.2 or newer)")

@@ -479,6 +479,7 @@ def test_an_engine_that_has_gone_is_not_held_against_the_learner(
     result = check_in(GoneRoom, exercise_id, tmp_path, monkeypatch)
     assert result.state == "stuck"
     assert result.got.startswith("ServebookError: The server cannot serve, or does not answer.")
+    assert "set-up cell starts what is not up" in result.got
 
 
 @pytest.mark.lifetime
@@ -796,6 +797,30 @@ def test_a_submission_has_the_settings_and_the_servers_and_no_secret(
         assert KEY not in given_to.values()
         assert {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SERVEBOOK_API_KEY", "JUPYTERHUB_API_TOKEN"}.isdisjoint(given_to)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.lifetime
+def test_who_grades_is_told_what_to_do_about_a_check_that_could_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, exercise = find_exercise("01.2")
+    got = "LaunchError: The server vllm is gone.\n→ Start it with `servebook up vllm`.\nThe end of its log"
+    judges = Mock()
+    judges.return_value.judged.return_value = Result(exercise, "stuck", got=got)
+    monkeypatch.setattr(autograde, "JudgeProcess", judges)
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    monkeypatch.setenv("SERVEBOOK_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "handed in").mkdir()
+    check = new_code_cell('check("01.2")', metadata={"nbgrader": {"grade": True}})
+    place = {"notebook": STEM, "assignment": STEM, "student": "ada"}
+    resources = {"metadata": {"path": str(tmp_path / "handed in")}, "nbgrader": place}
+    autograde.ExecuteAndEnd().preprocess(new_notebook(cells=[check]), resources)
+    (said,) = remarks()[STEM]["ada"]
+    assert (
+        said
+        == "the check of 01.2 could not run: LaunchError: The server vllm is gone. Start it with `servebook up vllm`."
+    )
 
 
 @pytest.mark.parametrize("room", [True, False])
@@ -1320,7 +1345,10 @@ def test_nbgrader_hands_out_grades_and_reports(vllm: launch.Server, course: Path
         *("room", "collect", "--grade", "--course", course),
         **{"SERVEBOOK_ENGINE_URL": vllm.url, "SERVEBOOK_API_KEY": KEY},
     ).stdout
-    assert f"{STEM}: 6 graded, 2 not: grades.csv says why" in told, told
+    assert (
+        f"{STEM}: 6 graded, 2 not, and tried again at the next collection (crashes, renamed): grades.csv says why"
+        in told
+    ), told
     assert "  empty has no feedback: Not a directory" in told
     assert f"{OTHER}: 1 graded\n" in told
     said = (tmp_path / "state/grading/nbgrader.log").read_text()

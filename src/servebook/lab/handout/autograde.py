@@ -191,7 +191,8 @@ class ExecuteAndEnd(Execute):  # type: ignore[misc]
             return executed
         result = self._judged(check[1], cell, resources, index)
         if result.state == "stuck":
-            remark(resources, f"the check of {check[1]} could not run: {result.got.partition(chr(10))[0]}")
+            problem, _, remedy = (part.partition("\n")[0] for part in result.got.partition("\n→ "))
+            remark(resources, f"the check of {check[1]} could not run: {problem} {remedy}".rstrip())
         text = result.render()
         cell.outputs = [
             new_output("stream", name="stdout", text=text)

@@ -24,6 +24,7 @@ import grpc
 import requests
 from tritonclient.utils import InferenceServerException
 
+from servebook.errors import LaunchError
 from servebook.lab.checking import evaluate
 from servebook.lab.feedback import Result
 from servebook.lab.handout.landlock import confine_as_told
@@ -31,8 +32,10 @@ from servebook.lab.judge.process import LISTENING
 from servebook.lab.judge.wire import Failed, FarFunction, Wire
 from servebook.lab.manifest import find_exercise
 from servebook.lab.submission import NeedsAwait, waited
-from servebook.launch import SERVERS, serve
+from servebook.launch import SERVERS, Files, serve
+from servebook.launch.link import Link
 from servebook.processes import peer
+from servebook.settings import load_settings
 
 KNOWN = {
     f"{kind.__module__}.{kind.__qualname__}": kind
@@ -121,9 +124,10 @@ class Names(Mapping[str, Any]):
         self.waits_before = 0.0
 
     def __getitem__(self, name: str) -> Any:
-        if name.replace("_", "-") in SERVERS:
+        if (server := name.replace("_", "-")) in SERVERS:
             with chdir(self.home):  # a learner's servebook.toml in the submission's folder names no servers
-                return serve(name.replace("_", "-"))
+                require_there(server)
+                return serve(server)
         reply = self.judge.ask(look=name)
         return NamedFunction(self.judge, name) if reply["callable"] else self.judge.decode(reply["value"])
 
@@ -145,6 +149,21 @@ class Names(Mapping[str, Any]):
     def abort(self) -> None:
         """End what runs in the session."""
         threading.Thread(target=lambda: self.judge.ask(abort=True), daemon=True).start()
+
+
+def require_there(name: str) -> None:
+    """Raise LaunchError where a server that this judge was given a link to is gone: it starts none in its place."""
+    settings = load_settings()
+    socket = Files(settings.state_dir, name).socket
+    if (name == "vllm" and settings.engine_url) or not socket.is_symlink():
+        return
+    if link := Link.open(Files(settings.state_dir, name)):
+        link.close()
+        return
+    raise LaunchError(
+        f"The server {name} is gone: it has ended, or the submission has ended it.",
+        f"Start it with `servebook up {name}` (`servebook room collect --grade` does so itself), and grade this again.",
+    )
 
 
 def verdict(exercise_id: str, path: str, out: TextIO, home: Path) -> Result:

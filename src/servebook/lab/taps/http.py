@@ -168,7 +168,10 @@ def noting_loss(exchange: Exchange) -> Iterator[None]:
 def not_lost(lost: bool) -> None:
     """Raise ServebookError if a server was lost: what learners' code makes of that says nothing about the code."""
     if lost:
-        raise ServebookError("The server cannot serve, or does not answer.", "See `servebook status`.")
+        raise ServebookError(
+            "The server cannot serve, or does not answer.",
+            "See `servebook status`; the notebook's set-up cell starts what is not up.",
+        )
 
 
 class Tap:
