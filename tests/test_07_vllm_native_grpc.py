@@ -19,8 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from servebook import launch
 from servebook.engine.model import model_path
 from servebook.errors import LaunchError
-from servebook.lab.checks.c07_vllm_native_grpc import _judge_text
+from servebook.lab.checks.c07_vllm_native_grpc import _judge_answer, _judge_text
 from servebook.lab.feedback import NotYet
+from servebook.lab.taps.grpc import Call
 from servebook.settings import load_settings
 from servebook.ways.client import Answer
 from servebook.ways.vllm_native_grpc.aio_client import VllmGrpcAioClient
@@ -151,6 +152,30 @@ def test_lab_07_takes_a_blank_in_front_and_goes_without() -> None:
         _judge_text(like_llama(), [4, 5], pieces, "an answer", [1, 2, 3])
     with pytest.raises(NotYet):
         _judge_text(like_llama(), [4, 5], ["is Paris."], "an answer", [1, 2, 3])
+
+
+def judged(tokenizer: Tokenizer, prompt: list[int], ids: list[int], text: object) -> None:
+    """Judge 07.2's answer of these ids, which came in one chunk."""
+    last = pb.GenerateComplete(finish_reason="length")
+    messages = (pb.GenerateResponse(chunk=pb.GenerateStreamChunk(token_ids=ids)), pb.GenerateResponse(complete=last))
+    call = Call("Generate", responses=[message.SerializeToString() for message in messages])
+    got = {"text": text, "prompt_tokens": len(prompt), "completion_tokens": len(ids), "finish_reason": "length"}
+    _judge_answer(prompt, call, got, tokenizer)
+
+
+def test_lab_07_takes_the_text_of_an_incremental_detokenizer_for_the_whole() -> None:
+    """After the prompt it keeps Llama's blank in front, and of a character that the limit cuts it gives nothing."""
+    for text in (" Paris.", "Paris."):
+        judged(like_llama(), [1, 2, 3], [4, 5], text)
+    tokenizer = Tokenizer.from_file(str(model_path(load_settings()) / "tokenizer.json"))
+    prompt, ids = tokenizer.encode(PROMPT).ids, tokenizer.encode("안녕 👋").ids[:-1]
+    decoder = decoder_after(prompt, tokenizer)
+    assert tokenizer.decode(ids).endswith("\ufffd")
+    for text in (tokenizer.decode(ids), "".join(decoder.step(tokenizer, each) or "" for each in ids)):
+        judged(tokenizer, prompt, ids, text)
+    for wrong in ("".join(tokenizer.decode([each]) for each in ids), "안", None):
+        with pytest.raises(NotYet, match="decode all ids together"):
+            judged(tokenizer, prompt, ids, wrong)
 
 
 # Abort, cancel, deadline
