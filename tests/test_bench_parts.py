@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,31 @@ SERVER = Server("x", "m", {"grpc": "127.0.0.1:1"}, load_settings())
 WAIT_SECONDS = 20.0
 
 
+Part = Callable[..., Coroutine[Any, Any, Load]]
+
+
+async def load_by_two(
+    part: Part, monkeypatch: pytest.MonkeyPatch, barrier: type[threading.Barrier] = threading.Barrier
+) -> None:
+    """A load of which two threads have each a `part`."""
+
+    def pool(parts: int, _: object, meet: Callable[..., None], at: tuple[Any]) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(parts, initializer=meet, initargs=at)
+
+    monkeypatch.setattr(generators, "_part", part)
+    monkeypatch.setattr(generators, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(generators, "die_with_parent", lambda: None)
+    monkeypatch.setattr(
+        "servebook.bench.generators.multiprocessing.get_context", lambda _: SimpleNamespace(Barrier=barrier)
+    )
+    begun: list[bool] = []
+    jobs = workload.completions(20, 2)
+    try:
+        await generators.spread(find_path("sse"), SERVER, jobs, 2, None, 2, 2, 1, lambda: begun.append(True))
+    finally:
+        assert not begun
+
+
 async def test_a_part_that_fails_ends_the_load_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others do not wait for it, nor does what they say of that hide its own words."""
     others_know = threading.Event()
@@ -48,23 +74,29 @@ async def test_a_part_that_fails_ends_the_load_and_says_why(monkeypatch: pytest.
             others_know.set()
         raise AssertionError("it began without the other")
 
-    def pool(parts: int, _: object, meet: Callable[..., None], barrier: tuple[Any]) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(parts, initializer=meet, initargs=barrier)
-
-    monkeypatch.setattr(generators, "_part", part)
-    monkeypatch.setattr(generators, "ProcessPoolExecutor", pool)
-    monkeypatch.setattr(generators, "die_with_parent", lambda: None)
-    monkeypatch.setattr(
-        "servebook.bench.generators.multiprocessing.get_context", lambda _: SimpleNamespace(Barrier=Barrier)
-    )
     monkeypatch.setattr(generators, "BARRIER_SECONDS", WAIT_SECONDS)
-    begun: list[bool] = []
-    jobs = workload.completions(20, 2)
     with pytest.raises(BenchError, match="no connection is left"):
-        await generators.spread(find_path("sse"), SERVER, jobs, 2, None, 2, 2, 1, lambda: begun.append(True))
-    assert not begun
+        await load_by_two(part, monkeypatch, Barrier)
     assert all(in_time)
     assert in_time, "the others were told, and did not wait until their time was up"
+
+
+async def test_parts_that_wait_in_vain_for_each_other_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that stood still no part knows why, and a traceback told of a BrokenBarrierError."""
+    ready = threading.Event()
+
+    async def part(*asked: Any, all_here: Callable[[], object]) -> Load:
+        if asked[-1] == 3:
+            await asyncio.to_thread(ready.wait, WAIT_SECONDS)  # until the other's time is up
+        try:
+            all_here()
+        finally:
+            ready.set()
+        raise AssertionError("it began without the other")
+
+    monkeypatch.setattr(generators, "BARRIER_SECONDS", 0.2)
+    with pytest.raises(BenchError, match="were not all ready"):
+        await load_by_two(part, monkeypatch)
 
 
 class Triton(MagicMock):

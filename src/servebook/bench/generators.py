@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Barrier
 from threading import BrokenBarrierError
 
@@ -23,6 +24,8 @@ GENERATOR_LIMIT = 0.6
 """Which part of a core each process of the load generator may take before it is in the way of what it measures."""
 
 BARRIER_SECONDS = 120.0
+WITHOUT_CAUSE = (BrokenBarrierError, BrokenProcessPool)
+"""What a part says that waited in vain for another one, or was ended."""
 
 
 class BusyGenerator(BenchError):
@@ -93,7 +96,13 @@ async def spread(
         ended = await asyncio.gather(*parts, return_exceptions=True)
     errors = [each for each in ended if isinstance(each, BaseException)]
     # Who was waiting for a part that failed says only that: the part itself says why.
-    for error in sorted(errors, key=lambda each: isinstance(each, BrokenBarrierError)):
+    for error in sorted(errors, key=lambda each: isinstance(each, WITHOUT_CAUSE)):
+        if isinstance(error, WITHOUT_CAUSE):
+            raise BenchError(
+                f"The load generator's {processes} processes were not all ready within {BARRIER_SECONDS:.0f} s of each "
+                "other, or one was ended.",
+                "Try again when less else runs here; if memory is short, Linux ends processes: see `servebook doctor`.",
+            ) from None
         raise error
     loads = [each for each in ended if isinstance(each, Load)]
     samples = [sample for load in loads for sample in load.samples]
