@@ -167,6 +167,21 @@ def test_a_stream_that_is_left_before_its_end_is_no_whole_text(most: int, monkey
             c02_sse_streaming.check_02_2(answer)
 
 
+@pytest.mark.parametrize(("stream", "cause"), [("true", "not a truth value"), (None, "only when the request's JSON")])
+def test_who_asks_for_a_stream_in_other_words_is_told_why(stream: object, cause: str) -> None:
+    """A server takes the text "true" for true, so it is no matter of not having asked."""
+
+    def stream_text(url: str, key: str, model: str, prompt: str, max_tokens: int) -> Iterator[str]:
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "stream": stream}
+        requests.post(f"{url}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        yield "a text"
+
+    with up() as at:
+        vllm = Server("vllm", "m", {"http": at}, load_settings())
+        with pytest.raises(NotYet, match=cause):
+            c02_sse_streaming.check_02_2(submission("02.2", stream_text=stream_text, vllm=vllm))
+
+
 def test_outputs_may_be_taken_off_an_answer_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(_: str, choices: int, asked_for: tuple[str, ...]) -> Any:
         counts = [{"name": "num_output_tokens", "data": [5, 7][:choices]}] * ("return_num_output_tokens" in asked_for)

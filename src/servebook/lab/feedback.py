@@ -86,7 +86,7 @@ def judge(
     """
     if _holds(fits or (lambda got, right: got == right), got, right):
         return
-    cause = next((cause for mistake, cause in (TEXT, *known) if _holds(mistake, got, right)), otherwise)
+    cause = next((cause for mistake, cause in (TEXT, TRUTH, *known) if _holds(mistake, got, right)), otherwise)
     raise NotYet(right if expected is None else expected, got if shown is None else shown, cause)
 
 
@@ -109,20 +109,37 @@ def rounded(got: Any, right: Any) -> bool:
 ROUNDED: Known = (rounded, "rounded: return the number as it comes")
 
 
+def _somewhere(mistake: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    """Whether `got` has this mistake: itself, or one of several in the same place as in `right`."""
+
+    def holds(got: Any, right: Any) -> bool:
+        if isinstance(right, Mapping):
+            return any(holds(got[name], each) for name, each in right.items())
+        if isinstance(right, tuple) and isinstance(got, tuple | list):
+            return any(map(holds, got, right))
+        return mistake(got, right)
+
+    return holds
+
+
 def _text_for_number(got: Any, right: Any) -> bool:
-    """Whether `got` has a number as text where `right` has a number: itself, or one of several in the same place."""
-    if isinstance(right, Mapping):
-        return any(_text_for_number(got[name], each) for name, each in right.items())
-    if isinstance(right, tuple) and isinstance(got, tuple | list):
-        return any(map(_text_for_number, got, right))
-    if isinstance(got, str) and isinstance(right, int | float):
+    if isinstance(got, str) and isinstance(right, int | float) and not isinstance(right, bool):
         with suppress(ValueError):
             float(got)
             return True
     return False
 
 
-TEXT: Known = (_text_for_number, "a number, not a text: whoever reads it wants to reckon with it")
+def _text_for_truth(got: Any, right: Any) -> bool:
+    return isinstance(got, str) and isinstance(right, bool) and got.strip().lower() in TRUTHS
+
+
+TRUTHS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+TEXT: Known = (_somewhere(_text_for_number), "a number, not a text: whoever reads it wants to reckon with it")
+TRUTH: Known = (
+    _somewhere(_text_for_truth),
+    "a text, not a truth value: write True or False without quotation marks, even if a server guesses what is meant",
+)
 
 
 def shorten(value: Any) -> str:
