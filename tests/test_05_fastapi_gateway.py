@@ -627,7 +627,7 @@ def test_a_gateway_killed_and_started_again(vllm: launch.Server, endless: str) -
 
 
 def test_no_engine_is_said_in_words() -> None:
-    with child_server(GATEWAY, "--upstream", f"http://127.0.0.1:{free_port()}") as url:
+    with child_server(GATEWAY, "--upstream", f"127.0.0.1:{free_port()}") as url:  # http:// goes without saying
         for path, ask in (("/readyz", None), ("/chat", JAPAN), ("/chat/stream", JAPAN)):
             answer = requests.request("POST" if ask else "GET", f"{url}{path}", json=ask, timeout=30)
             assert answer.status_code == 503

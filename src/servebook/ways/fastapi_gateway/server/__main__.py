@@ -12,7 +12,7 @@ import uvicorn
 from servebook.engine.arguments import KEEP_ALIVE_SECONDS
 from servebook.errors import ServebookError
 from servebook.numbers import MOST_PORT
-from servebook.settings import load_settings
+from servebook.settings import load_settings, url_of
 from servebook.ways.asgi import Protocol
 from servebook.ways.fastapi_gateway.server.app import create_app
 from servebook.ways.fastapi_gateway.server.config import Config
@@ -30,7 +30,7 @@ def main(
     settings = load_settings(host=host)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     config = Config(
-        upstream,
+        url_of(upstream),
         settings.key,
         max_concurrent=max_concurrent,
         cors_origins=tuple(cors_origin or ()),
