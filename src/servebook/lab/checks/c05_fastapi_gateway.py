@@ -246,7 +246,7 @@ def check_05_2(submission: Submission) -> None:
             "the engine's stream closed when the caller leaves",
             f"{len(tap.exchanges[-1].events())} events, all read from the engine for nobody",
             "the handler's end must end the engine's stream too: read it in the generator itself, in an `async with` "
-            "(a plain generator waits in a thread, which cannot be cancelled)",
+            "(a plain generator is only asked no more when its caller leaves: nothing closes it, nor its `with`)",
         )
 
 
