@@ -362,6 +362,25 @@ def test_what_breaks_a_validator_is_the_callers_error(kserve: launch.Server) -> 
     assert (answer.status_code, answer.json()) == (404, {"error": "Model with name nope does not exist."})
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (f"/v2/models/{MODEL}/infer", {"inputs": [{}] * 100_000}),
+        (f"/v2/models/{MODEL}/infer", {"inputs": [given("text_input", PROMPT) | {"shape": [""] * 100_000}]}),
+        ("/openai/v1/chat/completions", {"messages": [1] * 100_000}),
+        ("/openai/v1/completions", {"prompt": "x", "vllm_xargs": {str(each): {} for each in range(50_000)}}),
+    ],
+    ids=["inputs", "shape", "messages", "vllm_xargs"],
+)
+def test_what_takes_seconds_to_validate_is_refused_before(
+    kserve: launch.Server, path: str, body: dict[str, Any]
+) -> None:
+    """By KServe's and vLLM's pydantic: for the messages 5 s, and 1 GB for as many errors."""
+    answer = requests.post(kserve.url + path, json={"model": MODEL} | body, timeout=30)
+    said = "has too many entries: all lists and objects of a request may have 4096."
+    assert (answer.status_code, answer.json()) == (400, {"error": f"{list(body)[-1]} {said}"})
+
+
 @pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded"])
 @pytest.mark.parametrize("path", [f"/v2/models/{MODEL}/infer", "/openai/v1/completions"])
 def test_a_body_that_is_not_said_to_be_json(kserve: launch.Server, path: str, kind: str | None) -> None:

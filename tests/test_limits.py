@@ -17,7 +17,7 @@ from vllm.v1.structured_output.utils import grammar_is_likely_lark
 from xgrammar import Grammar
 
 from servebook.ways.custom_grpc.server.errors import refusal_for
-from servebook.ways.limits import EBNF, EBNF_RULE, LARK, REGEX, LimitExceeded, Limits, check, expansion
+from servebook.ways.limits import EBNF, EBNF_RULE, LARK, REGEX, LimitExceeded, Limits, check, check_entries, expansion
 
 LIMITS = Limits()
 
@@ -237,3 +237,28 @@ def test_what_vllm_itself_has_no_room_for_is_not_told_as_our_limit() -> None:
     refusal = refusal_for(full, "id", constraint="")
     assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert str(refusal) == "The engine's queue is full; try again in 1 s."
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        ({"prompt": [1] * 100_000, "stop": ["x"]}, ""),
+        ({"prompt": [[1] * 50_000, [2] * 50_000]}, ""),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}] * 512}, ""),
+        ({"prompt": [1.5] * 5000}, "prompt"),
+        ({"prompt": [True] * 5000}, "prompt"),
+        ({"messages": [1] * 5000}, "messages"),
+        ({"messages": [[[{}] * 50] * 50] * 50}, "messages"),
+        ({"a": {"b": {str(each): {} for each in range(5000)}}}, "a"),
+        ({str(each): 1 for each in range(5000)}, "the body"),
+        ([1] * 5000, "the body"),
+    ],
+    ids=lambda given: str(given)[:40],
+)
+def test_a_request_of_too_many_entries_names_where_they_are(request_: Any, field: str) -> None:
+    if not field:
+        check_entries(request_)
+        return
+    with pytest.raises(LimitExceeded, match="4096") as caught:
+        check_entries(request_)
+    assert caught.value.field == field

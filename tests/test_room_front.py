@@ -246,6 +246,8 @@ SELF = {"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}
         ("/v1/responses", {"input": [{"role": "user", "content": ""}] * 513}, "input", "512"),
         ("/v1/messages", {"system": [{"type": "text", "text": ""}] * 513}, "system", "512"),
         ("/v1/completions", {"n": 4096}, "n", "16"),
+        ("/v1/completions", {"vllm_xargs": {str(i): {} for i in range(5000)}}, "vllm_xargs", "4096"),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": [1] * 5000}]}, "messages", "4096"),
         ("/v1/completions", {"logprobs": 21}, "logprobs", "20"),
         ("/v1/completions", {"prompt_logprobs": -1}, "prompt_logprobs", "20"),
         ("/v1/chat/completions", {"top_logprobs": 999}, "top_logprobs", "20"),

@@ -82,6 +82,7 @@ def read(path: str, body: bytes, context: int, places: int, id_sent: str | None 
     try:
         limits.check(limits.Limits(), request_id=id_sent, names={"request_id": "X-Request-Id"})
         check(said, ask, n, prompts, places)
+        limits.check_entries(ask)
     except LimitExceeded as beyond:
         raise Refused(400, "limit_exceeded", f"{beyond}.", beyond.field) from None
     answers = max(1, n) * prompts

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from servebook.ways.limits import BODY_SECONDS, READER_SECONDS
+from servebook.ways.limits import BODY_SECONDS, READER_SECONDS, LimitExceeded
 
 LINE_ENDS = str.maketrans({"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 """Unicode's line ends, as JSON may write them: some clients cut server-sent events at them (`str.splitlines`)."""
@@ -78,17 +78,23 @@ class CancelOnDisconnect:
 class BodyLimit:
     """ASGI middleware that reads a request's body before the application does, up to `limit` bytes.
 
-    A longer one is answered 413, one that does not arrive within `seconds` 408, by what `refuse` makes of the
-    scope, the status and the reason.
+    A longer one is answered 413, one that does not arrive within `seconds` 408, and one that `check` finds to ask for
+    too much (LimitExceeded) 400, by what `refuse` makes of the scope, the status and the reason.
     """
 
     def __init__(
-        self, app: ASGIApp, limit: int, refuse: Callable[[Scope, int, str], ASGIApp], seconds: float = BODY_SECONDS
+        self,
+        app: ASGIApp,
+        limit: int,
+        refuse: Callable[[Scope, int, str], ASGIApp],
+        seconds: float = BODY_SECONDS,
+        check: Callable[[bytes], None] | None = None,
     ) -> None:
         self.app = app
         self.limit = limit
         self.refuse = refuse
         self.seconds = seconds
+        self.check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,6 +117,12 @@ class BodyLimit:
         except TimeoutError:
             reason = f"The request's body took longer than {self.seconds:g} s."
             await self.refuse(scope, 408, reason)(scope, receive, send)
+            return
+        try:
+            if self.check:
+                self.check(body)
+        except LimitExceeded as error:
+            await self.refuse(scope, 400, f"{error}.")(scope, receive, send)
             return
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

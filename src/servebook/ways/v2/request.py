@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-from servebook.ways.limits import HALF, LimitExceeded, Limits, check
+from servebook.ways.limits import HALF, LimitExceeded, Limits, check, check_entries
 from servebook.ways.refusals import reason
 from servebook.ways.v2.contract import INPUTS, OPTIONAL_OUTPUTS, PROTOCOLS_OWN, BadRequest, UnsupportedRequest
 
@@ -54,10 +54,8 @@ class GenerateRequest:
     constraint: str | None
 
 
-MAX_PARAMETERS = 2**17
-"""Characters of JSON, more than all that LIMITS allow: whoever reads them holds up everybody else, at 1 to 3 MB/s."""
-LISTS = ("logit_bias", "bad_words", "stop_token_ids", "logprob_token_ids", "allowed_token_ids")
-"""What may have as many entries as a `logit_bias`."""
+MAX_PARAMETERS = 2**20
+"""Characters of JSON, as much as a body over REST has: whoever reads them holds up everybody else, at 1 to 3 MB/s."""
 
 
 def read_request(tensors: Mapping[str, Any], parameters: str) -> GenerateRequest:
@@ -123,10 +121,17 @@ def check_limits(sampling: SamplingParams, prefix: str = "") -> None:
     Raises:
         LimitExceeded: with the field and the limit.
     """
-    called = {name: prefix + name for name in ("n", "stop", "logprobs")}
-    check(LIMITS, n=sampling.n, stop=sampling.stop, logprobs=sampling.logprobs, names=called)
+    called = {name: prefix + name for name in ("n", "stop", "logit_bias", "logprobs")}
+    check(
+        LIMITS,
+        n=sampling.n,
+        stop=sampling.stop,
+        logit_bias=sampling.logit_bias,
+        logprobs=sampling.logprobs,
+        names=called,
+    )
     check(LIMITS, logprobs=sampling.prompt_logprobs, names={"logprobs": f"{prefix}prompt_logprobs"})
-    for name in LISTS:
+    for name in ("bad_words", "stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
         check(LIMITS, logit_bias=getattr(sampling, name, None), names={"logit_bias": prefix + name})
     for word in sampling.bad_words or ():  # vLLM tokenizes each, twice
         check(LIMITS, stop=word, names={"stop": f"{prefix}bad_words"})
@@ -141,23 +146,6 @@ def check_limits(sampling: SamplingParams, prefix: str = "") -> None:
             raise LimitExceeded(prefix + name, "may have integers of 64 bits at most", 64) from None
         except UnicodeEncodeError:
             raise LimitExceeded(prefix + name, HALF, 0) from None
-
-
-def check_lists(values: Mapping[str, Any], prefix: str) -> None:
-    """Refuse lists that are too long while they are as they came: pydantic would look for all that is wrong in them.
-
-    That took seconds, in which everybody else waited: it makes an error of each entry, and several of an option.
-
-    Raises:
-        LimitExceeded: as `check_limits`.
-    """
-    lists: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, list | dict)}
-    check(LIMITS, stop=lists.get("stop"), names={"stop": f"{prefix}stop"})
-    for name in LISTS:
-        check(LIMITS, logit_bias=lists.get(name), names={"logit_bias": prefix + name})
-    asked = lists.get("structured_outputs")
-    if isinstance(asked, dict) and isinstance(asked.get("choice"), list):
-        check(LIMITS, choice=asked["choice"], names={"choice": f"{prefix}structured_outputs.choice"})
 
 
 def _text(name: str, value: str | bytes) -> str:
@@ -213,7 +201,7 @@ def _sampling(values: dict[str, Any], stream: bool) -> SamplingParams:
         if isinstance(given, dict) and (unknown := given.keys() - known):
             raise BadRequest(f"sampling_parameters.{name}.{min(unknown)[:40]}", "vLLM has no such sampling parameter")
     try:
-        check_lists(values, "sampling_parameters.")
+        check_entries(values, "sampling_parameters.")
         sampling: SamplingParams = SAMPLING.validate_python(values)
         check_limits(sampling, "sampling_parameters.")
     except ValidationError as error:
