@@ -1305,6 +1305,16 @@ def test_a_port_that_is_not_for_this_user_is_told_before_anything_starts(name: s
         plan(start)
 
 
+def test_a_core_that_is_not_there_is_told_before_anything_starts() -> None:
+    """And not by the settings: a process that a library has bound to one core reads them, too."""
+    here = sorted(os.sched_getaffinity(0))
+    start = Start(find_server("vllm"), load_settings(cores=f"{here[0]},9998", device="cpu"), "vllm", "cli")
+    with pytest.raises(LaunchError, match=re.escape(f"no core 9998 can be used here, only {here}.\n→ Choose of those")):
+        plan(start)
+    start = Start(find_server("vllm"), load_settings(cores=",".join(map(str, here)), device="cpu"), "vllm", "cli")
+    assert plan(start) == [[start]]
+
+
 def test_choose_port_skips_the_taken_the_claimed_and_other_servers_defaults() -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         start = busy.getsockname()[1]

@@ -27,6 +27,7 @@ OTHERS = {
     GRPC: (
         ("max-calls", "0"),
         ("max-calls", "1.5"),
+        ("max-calls", "1" + "0" * 400),
         ("fronts", "0"),
         ("fronts", "65"),
         ("grace", "-1"),

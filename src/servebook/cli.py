@@ -199,5 +199,5 @@ def run() -> None:
             raise end.__context__ from None
         if end.code == 130:  # what typer makes of Ctrl-C
             print("servebook: stopped; what had not finished starting was ended", file=sys.stderr)
-        sys.stdout.flush()
+        print(end="", flush=True)  # not of sys.stdout, which is None where it was closed
         raise

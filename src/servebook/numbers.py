@@ -20,7 +20,7 @@ def number(kind: type[N], least: float, most: float = math.inf) -> Callable[[str
     """For `type=` of an argument: a number from `least` to `most`, and finite."""
 
     def read(word: str) -> N:
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             found = kind(word)
             if least <= found <= most and math.isfinite(found):
                 return found

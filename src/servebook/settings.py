@@ -262,15 +262,6 @@ class Settings(BaseSettings):
             raise ValueError(f"a key has at least {KEY_CHARACTERS} characters, all of them printable ASCII")
         return key if text else None
 
-    @field_validator("cores")
-    @classmethod
-    def _cores_to_be_had(cls, cores: str) -> str:
-        here = os.sched_getaffinity(0)
-        if lacking := [core for core in cores.split(",") if core and int(core) not in here]:
-            those = ", ".join(map(str, sorted(here)))
-            raise ValueError(f"no core {' and no core '.join(lacking)} can be used here, only {those}")
-        return cores
-
     @field_validator("engine_args")
     @classmethod
     def _words(cls, text: str) -> str:

@@ -91,7 +91,7 @@ def leave(code: int, text: str, stream: TextIO) -> NoReturn:
     try:
         print(text, file=stream)
         for each in (sys.stdout, sys.stderr):
-            each.flush()
+            print(end="", file=each, flush=True)  # None where it was closed
     except BrokenPipeError:
         end_without_reader()
     except OSError:  # a full disk

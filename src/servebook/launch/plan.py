@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -85,6 +86,12 @@ def plan(start: Start) -> list[list[Start]]:
         )
     if start.elsewhere:
         return [[start]]
+    cores = os.sched_getaffinity(0)  # of who starts it: a library may bind a process to fewer later
+    if lacking := [core for core in start.settings.cores.split(",") if core and int(core) not in cores]:
+        raise LaunchError(
+            f"SERVEBOOK_CORES: no core {' and no core '.join(lacking)} can be used here, only {sorted(cores)}.",
+            "Choose of those, or unset it.",
+        )
     for kind in start.spec.ports:
         try:
             can_bind(LOOPBACK, port := start.settings.port(start.spec.name, kind))

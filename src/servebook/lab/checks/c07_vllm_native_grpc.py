@@ -355,8 +355,9 @@ def _judge_answer(prompt: list[int], call: Call, got: Any, tokenizer: Tokenizer)
     # A token may hold a blank and a part of the character after it: who never breaks one keeps back both.
     whole = next(ids[:end] for end in range(len(ids), -1, -1) if not tokenizer.decode(ids[:end]).endswith(BROKEN))
 
-    def same_text(got: str, _: str) -> bool:
-        return any(got.rstrip(BROKEN) == _text(tokenizer, each, prompt, got.rstrip(BROKEN)) for each in (ids, whole))
+    def same_text(got: str, alone: str) -> bool:
+        in_place = tokenizer.decode([*prompt, *ids]).removeprefix(tokenizer.decode(prompt))
+        return got in (alone, in_place) or any(got == _text(tokenizer, each, prompt, got) for each in (ids, whole))
 
     for name, value in right.items():
         mistakes, otherwise = known[name]

@@ -108,7 +108,7 @@ def accepted(response: httpx.Response) -> httpx.Response:
         return response
     try:
         said = response.json()["error"]["message"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         said = NO_GATEWAY
     raise httpx.HTTPStatusError(
         f"{response.status_code} {response.reason_phrase} from {response.url}: {said}",
@@ -127,7 +127,7 @@ def read_answer(response: httpx.Response) -> Answer:
         found = response.json()
         usage = found["usage"]
         return Answer(found["response"], usage["completion_tokens"], usage["prompt_tokens"], found["finish_reason"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise httpx.RemoteProtocolError(NO_GATEWAY) from None
 
 
@@ -143,6 +143,6 @@ def read_piece(event: ServerSentEvent) -> Piece:
         if error is None:
             usage = found.get("usage") or {}
             return Piece(found["text"], usage.get("completion_tokens", 0), found.get("finish_reason"))
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise httpx.RemoteProtocolError(NO_GATEWAY) from None
     raise httpx.RemoteProtocolError(error)

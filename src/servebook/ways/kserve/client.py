@@ -44,16 +44,21 @@ class V2Client:
     @cached_property
     def decoupled(self) -> bool:
         """Whether one request may have any number of responses: Triton's extension, which refuses unary calls."""
+        return self._decoupled_within(ASK_SECONDS)
+
+    def _decoupled_within(self, seconds: float) -> bool:
         if "model_configuration" not in self.server["extensions"]:
             return False
-        config = self.stub.get_model_config(self.model, client_timeout=ASK_SECONDS).config
+        config = self.stub.get_model_config(self.model, client_timeout=seconds).config
         return bool(config.model_transaction_policy.decoupled)
 
     def _left_of(self, timeout: float) -> float:
-        """Ask what `decoupled` wants to know of the server, which the first call does within its own time."""
+        """Ask the server what it is and what its model is, which the first call does within its own time."""
         end = time.monotonic() + timeout
         if "server" not in vars(self):
             self.server = self._metadata(timeout)
+        if "decoupled" not in vars(self):
+            self.decoupled = self._decoupled_within(end - time.monotonic())
         return end - time.monotonic()
 
     def state(self) -> dict[str, bool]:

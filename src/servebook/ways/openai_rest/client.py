@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -53,8 +54,8 @@ class OpenAIClient:
         """Return the whole answer; `timeout` bounds each wait for bytes, in seconds."""
         one_answer(sampling)
         model = self._model_within(timeout)
-        asked = self.client.completions.create(model=model, prompt=prompt, timeout=timeout, extra_body=sampling)
-        return read_answer(asked)
+        ask = self.client.completions.with_raw_response.create
+        return read_answer(ask(model=model, prompt=prompt, timeout=timeout, extra_body=sampling).http_response)
 
     def stream(self, prompt: str, *, timeout: float = 60, **sampling: Any) -> Generator[Piece]:
         """Yield what is new as it comes; leaving the loop, or closing the generator, closes the connection."""
@@ -103,8 +104,9 @@ class OpenAIAioClient:
         """Return the whole answer; cancelling the task closes the connection."""
         one_answer(sampling)
         model = await self.model(timeout)
-        asked = self.client.completions.create(model=model, prompt=prompt, timeout=timeout, extra_body=sampling)
-        return read_answer(await asked)
+        ask = self.client.completions.with_raw_response.create
+        asked = ask(model=model, prompt=prompt, timeout=timeout, extra_body=sampling)
+        return read_answer((await asked).http_response)
 
     async def stream(
         self,
@@ -147,17 +149,24 @@ def v1(url: str) -> str:
     return f"{url_of(url).rstrip('/')}/v1"
 
 
-def first_model(response: Any) -> str:
-    """The name of the first model of those that the server lists, read here: of a page the SDK makes an AttributeError.
+@contextmanager
+def read_as(what: str, response: Any) -> Iterator[Any]:
+    """The JSON of a response, to be read within the block: of a page, say, the SDK itself makes an AttributeError.
 
     Raises:
-        APIResponseValidationError: it lists none.
+        APIResponseValidationError: it is not `what`.
     """
     try:
-        return str(response.json()["data"][0]["id"])
-    except (ValueError, LookupError, TypeError):
-        said = f"What {response.url} answers is no list of models: is it a server with OpenAI's API?"
+        yield response.json()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        said = f"What {response.url} answers is no {what}: is it a server with OpenAI's API?"
         raise APIResponseValidationError(response, None, message=said) from None
+
+
+def first_model(response: Any) -> str:
+    """The name of the first model of those that the server lists."""
+    with read_as("list of models", response) as listed:
+        return str(listed["data"][0]["id"])
 
 
 def cut_off(events: Stream[Completion] | AsyncStream[Completion]) -> APIConnectionError:
@@ -181,7 +190,9 @@ def recount(end: Piece | None, more: int) -> Piece | None:
     return end and replace(end, tokens=end.tokens + more)
 
 
-def read_answer(completion: Completion) -> Answer:
+def read_answer(response: Any) -> Answer:
     """A whole answer."""
-    choice, prompt_tokens = completion.choices[0], completion.usage.prompt_tokens if completion.usage else 0
-    return Answer(choice.text, tokens_of(completion), prompt_tokens, choice.finish_reason)
+    with read_as("completion", response) as completion:
+        [choice], usage = completion["choices"], completion.get("usage") or {}
+        tokens = usage.get("completion_tokens", 0), usage.get("prompt_tokens", 0)
+        return Answer(choice["text"], *tokens, choice["finish_reason"])

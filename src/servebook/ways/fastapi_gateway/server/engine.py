@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NotRequired, Self, TypedDict
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -172,7 +173,7 @@ class EngineCall:
 
     def _unreadable(self, why: str) -> GatewayError:
         """For a success that is no chat completion: it is told to the operator what listens there."""
-        upstream = self.engine.config.upstream
+        upstream = urlsplit(self.engine.config.upstream).netloc.rpartition("@")[2]  # without a password
         log.error("no vLLM at %s? What came is no chat completion: %s id=%s", upstream, why, self.request_id)
         return GatewayError(502, "engine_failed", "The engine answered with what is no chat completion.")
 
