@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -77,14 +77,18 @@ def check_08_1(submission: Submission) -> None:
         shown = {name: None if value is None else round(value, 4) for name, value in right.items()}
         named = isinstance(got, dict) and got.keys() == right.keys()
         require(named, shown, got, "return a dict with these three names")
+        gaps = [(late - early) / n for (early, _), (late, n) in pairwise(given)]
         known: dict[str, list[tuple[float, str]]] = {
             "ttft": [
                 (1000 * (first - asked), "these are milliseconds; the brief asks for seconds"),
                 (first, "the time to the first token counts from the moment of asking"),
                 (last - asked, "that is the whole time: the first token came with the first message"),
+                (asked - first, "later minus earlier: the first message came after the asking"),
             ],
             "tpot": [
                 ((last - first) / (len(given) - 1 or 1), "that is the time per message: one may hold several tokens"),
+                ((last - first) / len(given), "that is the time per message: one may hold several tokens"),
+                (sum(gaps) / (len(gaps) or 1), "a mean of the messages' own: all the time, by all the tokens in it"),
                 ((last - first) / tokens, "the tokens of the first message were there already: count those after it"),
                 ((last - asked) / tokens, "the time to the first token is not part of it: begin at the first message"),
                 (1000 * (last - first) / (later or 1), "these are milliseconds; the brief asks for seconds"),
@@ -254,12 +258,14 @@ def check_08_3(submission: Submission) -> None:
         ("no difference shown", arm(1, 0.004), [*arm(0.7, sure)[:20], *arm(1.46, sure)[:20]], arm(1, 0.004)),
         (untrusted, arm(1, 0.004), arm(1.2, 0.004), arm(1.05, 0.004)),
     ]
+    sentences = {right for right, *_ in cases}
     for right, a, b, control in cases:
         means = [f"{name} {np.mean(values):.4f} s" for name, values in (("a", a), ("b", b), ("control", control))]
         judge(
             right,
             submission.call(reading, a, b, control),
             (lambda got, _: got is None, "no verdict: return one of the four sentences"),
+            (lambda got, _: got not in sentences, "return one of the brief's four sentences, word for word"),
             (right == untrusted, "a path differs from itself by more than 3 % here: then no difference means anything"),
             (
                 lambda got, _: got == untrusted,
@@ -327,6 +333,11 @@ def check_08_4(submission: Submission) -> None:
         each = [[value for value in worker if value is not None] or [0.0] for worker in workers]
         of_two = [value is not None and value <= limit for worker in workers[:2] for value in worker]
         of_workers = np.mean([np.percentile(worker, 99, method="inverted_cdf") for worker in each])
+        as_none = [0.0 if value is None else value for value in everything]
+        falling = values[::-1]
+        answered_only = "of the answered requests only: one that failed has no time"
+        zeros = "a failed request has no time: a 0 makes it the fastest of all; leave the None out"
+        wrong_end = "ranks are counted from the smallest value: sort them rising"
         interpolated = "that was interpolated between two: by nearest rank it is a value that was measured"
         one_too_far = "one too far: ranks are counted from 1, places in a list from 0"
         rounded_down = "the rank was rounded down: so few values are less than the share; math.ceil rounds up"
@@ -335,6 +346,9 @@ def check_08_4(submission: Submission) -> None:
                 (float(np.mean(values)), "that is the mean: the slow ones pull at it, and half of the requests do not"),
                 (float(np.median(values)), interpolated),
                 (values[len(values) // 2], one_too_far),
+                (sorted(as_none)[math.ceil(count * 0.5) - 1], zeros),
+                (values[min(math.ceil(count * 0.5), len(values)) - 1], answered_only),
+                (falling[math.ceil(len(values) * 0.5) - 1], wrong_end),
                 (values[max(len(values) // 2, 1) - 1], rounded_down),
             ],
             "p99": [
@@ -342,6 +356,8 @@ def check_08_4(submission: Submission) -> None:
                 (values[-1], "that is the slowest of all: one in a hundred may be slower than the p99"),
                 (float(np.percentile(values, 99)), interpolated),
                 (values[min(math.ceil(len(values) * 0.99), len(values) - 1)], one_too_far),
+                (sorted(as_none)[math.ceil(count * 0.99) - 1], zeros),
+                (falling[math.ceil(len(values) * 0.99) - 1], wrong_end),
                 (values[max(99 * len(values) // 100, 1) - 1], rounded_down),
             ],
             "kept": [
@@ -355,6 +371,7 @@ def check_08_4(submission: Submission) -> None:
                 (len(values) / seconds, "that is all answers per second: only those within the limit count"),
                 (count / seconds, "those are all requests per second: only the answers within the limit count"),
                 (kept / count, "that is a share: goodput is requests per second"),
+                (kept / seconds / len(workers), "of all workers together: do not divide by their number"),
                 (sum(value < limit for value in values) / seconds, "what takes the limit exactly is within it"),
                 (kept, "that is a number of requests: goodput is requests per second"),
             ],
@@ -364,6 +381,7 @@ def check_08_4(submission: Submission) -> None:
                 value,
                 got[name],
                 (lambda got, _: math.isnan(got), missing),
+                (lambda got, _: got == math.inf, answered_only),
                 *((lambda got, _, wrong=wrong: _close_to(got, wrong), cause) for wrong, cause in known[name]),
                 ROUNDED,
                 otherwise="see the table in the brief",
@@ -472,6 +490,7 @@ def check_08_6(submission: Submission) -> None:
         (0.5, (1, 2, 4, 8, 16, 32), (30, 55, 90, 130, 129, 131), (0.1, 0.12, 0.6, 0.4, 0.45, 1.2)),
         (0.45, (1, 4, 16, 64), (40, 120, 390, 410), (0.05, 0.1, 0.45, 2.0)),
         (0.1, (1, 8, 64), (30, 190, 150), (0.2, 0.5, 3.0)),
+        (0.3, (1, 2, 4, 8), (30, 31, 120, 122), (0.1, 0.1, 0.2, 0.5)),
     ]
     for limit, callers, tokens, tails in curves:
         rows = [
@@ -490,9 +509,16 @@ def check_08_6(submission: Submission) -> None:
         given = f"tokens/s of {tokens} and a p99 of {tails} s at {callers} callers, limit {limit} s"
         pair = isinstance(got, list | tuple) and len(got) == 2
         require(pair, (knee, capacity), got, "return two numbers of callers: the knee, and the capacity")
+        flat = next((n for n, rate, more in zip(callers, tokens, tokens[1:], strict=False) if more < rate * 1.05), None)
         judge(
             knee,
             got[0],
+            (isinstance(got[0], dict), "that is a load: its callers are wanted"),
+            (got[0] == capacity != got[1], "the knee comes first, and then the capacity"),
+            (
+                got[0] == flat,
+                "a step that brings little may have others after it that bring more: the highest of all loads counts",
+            ),
             (
                 got[0] == callers[tokens.index(most)],
                 "that is the highest of all: the knee has at least that / 1.05, with fewer callers",

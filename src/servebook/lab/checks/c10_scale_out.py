@@ -140,6 +140,13 @@ def _judge_spread(right: dict[str, int], got: Any, before: dict[str, float]) -> 
     )
 
 
+NO_EVENT: Causes = {
+    ValueError: "not every line is JSON: empty ones part the events, and the last is [DONE]; lines come as bytes, and "
+    'bytes are equal to b"data: [DONE]" only',
+    (TypeError, "bytes"): 'lines come as bytes: compare them with b"data: …", or decode them first',
+}
+
+
 def check_10_2(submission: Submission) -> None:
     """Streams that break, that just end, that never succeed, and one that the server refuses."""
     whole_text, router = submission.function("whole_text"), submission.server("router")
@@ -170,7 +177,7 @@ def check_10_2(submission: Submission) -> None:
         with Tap(router.url, fate, {"ignore_eos": True}) as tap:
             if not fates and not params:
                 try:
-                    return through(tap, submission, whole_text, tap.url, dict(body), TRIES)
+                    return through(tap, submission, whole_text, tap.url, dict(body), TRIES, causes=NO_EVENT)
                 except NotYet:
                     if tap.exchanges:  # what was asked for says more than the error that came of it
                         asks(tap.exchanges[0])

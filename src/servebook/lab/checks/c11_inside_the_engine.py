@@ -104,7 +104,7 @@ def check_11_2(submission: Submission) -> None:
     room_for, vllm = submission.function("room_for"), submission.server("vllm")
     own = cache_of(vllm.url, key_of(vllm))
     size = own.block_size
-    others = [(1001, 16, 100), (17, 16, 100), (15, 16, 100), (1001, 16, 96), (3, 16, 100)]
+    others = [(1000, 16, 100), (1001, 16, 100), (17, 16, 100), (15, 16, 100), (1001, 16, 96), (3, 16, 100)]
     cases = [*others, *((own.blocks, size, length) for length in (3 * size + 1, 2 * size, size // 2, 2 * size - 1))]
     for blocks, block_size, length in cases:
         _judge_room(blocks, block_size, length, submission.call(room_for, blocks, block_size, length))
@@ -113,10 +113,16 @@ def check_11_2(submission: Submission) -> None:
 def _judge_room(blocks: int, block_size: int, length: int, got: Any) -> None:
     each, one_more = ceil(length / block_size), length // block_size + 1
     by_tokens = [count * block_size // length for count in (blocks - 1, blocks)]
+    right = (blocks - 1) // each
     judge(
-        (blocks - 1) // each,
+        right,
         got,
         (got is None, "the function returns nothing: `return` is missing"),
+        (right == 0 and got == 1, "not even one fits there: 0 is an answer, too"),
+        (
+            lambda got, right: got == ceil((blocks - 1) / each) != blocks // each,
+            "half a request is none: round down",
+        ),
         (
             lambda got, _: got == blocks // each,
             "one block is the engine's own: so many less one are for requests",
@@ -137,7 +143,7 @@ def _judge_room(blocks: int, block_size: int, length: int, got: Any) -> None:
         (lambda got, right: got > right, "so many do not fit: each needs whole blocks, rounded up"),
         (lambda got, right: got < right, "more fit than that"),
         otherwise="blocks that are there, less one, by the blocks that each request needs",
-        expected=f"{(blocks - 1) // each} for {blocks} blocks of {block_size}, {length} tokens each",
+        expected=f"{right} for {blocks} blocks of {block_size}, {length} tokens each",
         fits=lambda got, right: got == right and not isinstance(got, bool),
     )
 
@@ -164,7 +170,9 @@ def check_11_3(submission: Submission) -> None:
         (text, text[:35] + other, 7),
     ]
     for first, second, size in cases:
-        got = submission.call(remembered, list(first), list(second), size, causes={IndexError: SHORTER})
+        got = submission.call(
+            remembered, list(first), list(second), size, causes={IndexError: SHORTER, (ValueError, "zip"): SHORTER}
+        )
         _judge_memory(first, second, size, got)
 
 
@@ -180,7 +188,7 @@ def _judge_memory(first: list[int], second: list[int], size: int, got: Any) -> N
         (lambda got, right: got * size == right, "that is blocks: the brief asks for the tokens in them"),
         (
             lambda got, _: got == same == len(second),
-            "the last token is always computed anew, and the block that holds it with it",
+            "the last token of `second` is always computed anew, and the block that holds it with it",
         ),
         (lambda got, _: got in (same, same - 1), "only whole blocks are found: cut it down to them"),
         (

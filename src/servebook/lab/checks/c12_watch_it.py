@@ -14,7 +14,7 @@ import requests
 from servebook.bearer import bearer
 from servebook.lab.feedback import ROUNDED, judge
 from servebook.lab.rest import key_of
-from servebook.lab.submission import Submission
+from servebook.lab.submission import Causes, Submission
 from servebook.launch import Server
 from servebook.ways.watch_it.alarm import increase
 from servebook.ways.watch_it.pages import Page, read
@@ -66,6 +66,10 @@ def _judge_rate(readings: list[tuple[float, float]], got: Any) -> None:
     steps = [(now[0] - before[0], now[1] - before[1], now[1]) for before, now in pairwise(readings)]
     grown = sum(value if more < 0 else more for _, more, value in steps)
     right = grown / seconds
+    began = max((place for place, (_, more, _) in enumerate(steps, 1) if more < 0), default=0)
+    later = last[0] - readings[began][0]
+    since = [last[1] / seconds, (last[1] - readings[began][1]) / (later or 1), last[1] / (later or 1)] if began else []
+    again = sum(before[1] + now[1] if now[1] < before[1] else now[1] - before[1] for before, now in pairwise(readings))
     means = [sum((value if more < 0 else more) / took for took, more, value in steps) / len(steps)]
     judge(
         right,
@@ -80,6 +84,20 @@ def _judge_rate(readings: list[tuple[float, float]], got: Any) -> None:
             lambda got, _: _same(got, sum(max(0, more) for _, more, _ in steps) / seconds),
             "what was counted since the restart is lost: all of the lower reading came after it",
         ),
+        (
+            lambda got, _: any(_same(got, each) for each in since),
+            "that is the growth since the restart alone: what was counted before it belongs here too",
+        ),
+        (
+            lambda got, _: _same(got, steps[-1][1] / steps[-1][0]),
+            "that is the last step alone: the growth from the first reading to the last is wanted",
+        ),
+        (
+            lambda got, _: _same(got, again / seconds),
+            "the lower reading was counted from 0: what the counter had before is in the earlier steps already",
+        ),
+        (lambda got, right: got == right // 1 != right, "rounded down: divide with /, not with //"),
+        (lambda got, right: _same(got, 1000 * right), "the readings are in seconds: 1000 has no business here"),
         (
             lambda got, _: _same(got, sum(abs(more) for _, more, _ in steps) / seconds),
             "a counter never goes down: where it is lower, it began anew at 0",
@@ -113,7 +131,7 @@ def check_12_2(submission: Submission) -> None:
     before, *_, after = pages_of(vllm)
     own = increase(TTFT, before, after)
     one = {0.1: 5.0, 0.5: 8.0, 1.0: 9.0, inf: 10.0}
-    two = [{0.1: 90.0, 0.5: 98.0, inf: 100.0}, {0.1: 0.0, 0.5: 2.0, inf: 10.0}]
+    two = [{0.1: 90.0, 0.5: 97.0, inf: 100.0}, {0.1: 0.0, 0.5: 2.0, inf: 10.0}]
     idle = {0.1: 0.0, 0.5: 0.0, inf: 0.0}
     cases = [([one], 0.5), (two, 0.5), (two, 0.1), (two[1:], 0.1), ([idle, two[0]], 0.1)]
     cases += [([own], sorted(own)[-2]), ([idle], 0.5)]
@@ -159,6 +177,14 @@ def _judge_kept(replicas: Sequence[Mapping[float, float]], limit: float, got: An
             "a bucket holds what was at most its bound: the one of the limit itself belongs to it",
         ),
         (
+            lambda got, _: len(replicas) > 1 and any(_same(got, each) for each in shares),
+            "that is the share of one replica: add the buckets of all of them first",
+        ),
+        (
+            lambda got, right: _same(got, right * asked / max(each[inf] for each in replicas)),
+            "those are the requests of one replica: add up the last buckets of all of them",
+        ),
+        (
             lambda got, _: any(_same(got, sum(shares) / count) for count in (len(shares), len(replicas))),
             "shares cannot be averaged: a replica with few requests counts for few. Add the buckets first",
         ),
@@ -168,6 +194,14 @@ def _judge_kept(replicas: Sequence[Mapping[float, float]], limit: float, got: An
         expected=f"{right} for a limit of {limit:g} and {[dict(each) for each in replicas]}",
         fits=lambda got, right: got is None if right is None else got is not None and _same(got, right),
     )
+
+
+CHILDLESS = "a span may have no children: then all of its time is its own"
+ALONE: Causes = {
+    IndexError: CHILDLESS,
+    (ValueError, "empty"): CHILDLESS,
+    KeyError: 'the parent of the first span is "", and that is the id of none',
+}
 
 
 def check_12_3(submission: Submission) -> None:
@@ -188,7 +222,7 @@ def check_12_3(submission: Submission) -> None:
     ]
     for rows in cases:
         spans = [dict(zip(("span", "parent", "start", "end"), row, strict=True)) for row in rows]
-        _judge_own(spans, submission.call(own, [dict(each) for each in spans]))
+        _judge_own(spans, submission.call(own, [dict(each) for each in spans], causes=ALONE))
 
 
 def _judge_own(spans: list[dict[str, Any]], got: Any) -> None:

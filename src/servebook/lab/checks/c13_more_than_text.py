@@ -61,9 +61,18 @@ def _judge_schema(schema: dict[str, Any], teams: list[str]) -> None:
     ticket = TICKET | {"team": teams[-1]}
     nulls = [ticket | {name: None} for name in ticket]
     shorter = [{name: value for name, value in ticket.items() if name != without} for without in ticket]
+    described = schema.get("properties")
+    teams_in = described.get("team") if isinstance(described, dict) else None
+    listed = teams_in.get("enum") if isinstance(teams_in, dict) else None
+    if described is None and schema.get("additionalProperties") is False:
+        named = "no field is described: they stand in `properties`, or additionalProperties keeps all of them out"
+    elif isinstance(listed, list) and teams in listed:
+        named = "enum is the list of the teams itself, and not a list with that list in it"
+    else:
+        named = "the teams are those that the function is given"
     cases = [
         ("text", False, 'the type is missing: without "type": "object", any text or list fits'),
-        (ticket, True, "the teams are those that the function is given"),
+        (ticket, True, named),
         (ticket | {"team": teams[0]}, True, "every team of the list may be named, the first one too"),
         (ticket | {"summary": "x" * 40}, True, "40 characters are allowed"),
         (ticket | {"summary": ""}, True, "an empty summary has at most 40 characters, too"),
@@ -102,9 +111,10 @@ def check_13_2(submission: Submission) -> None:
     """Calls that may run, and what models have been seen to write instead."""
     judged = submission.function("judged")
     unknown, no_json, misfit = ({"error": what} for what in ("unknown tool", "not JSON", "does not fit"))
+    runs = "this call may run: jsonschema.validate returns None then, and raises where something does not fit"
     known_only = "the name is looked up in tools, letter by letter: what is not there is an unknown tool"
     cases: list[tuple[str, str, dict[str, Any], str]] = [
-        ("repeat", '{"word": "ha", "times": 3}', {"arguments": {"word": "ha", "times": 3}}, "this call may run"),
+        ("repeat", '{"word": "ha", "times": 3}', {"arguments": {"word": "ha", "times": 3}}, runs),
         ("now", "{}", {"arguments": {}}, "no arguments are arguments, too: {} is not nothing"),
         ("rm", '{"word": "ha"}', unknown, known_only),
         ("rm", "oops", unknown, "whichever comes first: the name is looked at before the arguments"),
@@ -130,6 +140,12 @@ def check_13_2(submission: Submission) -> None:
         ("repeat", '{"word": "hahahahahahahahahahaha"}', misfit, "a text is too long: let the schema judge all of it"),
         ("repeat", '{"word": "ha", "path": "/"}', misfit, "an argument too many: the schema allows no others"),
         ("repeat", '["ha"]', misfit, "this is JSON, but no object"),
+        (
+            "repeat",
+            '[["word", "ha"]]',
+            misfit,
+            "a list is no object: judge what json.loads gives, and make no dict of it",
+        ),
         ("anything", '{"word": 7}', {"arguments": {"word": 7}}, "a schema may be empty, and its tool is there"),
     ]
     for name, arguments, right, cause in cases:
@@ -145,6 +161,12 @@ def check_13_2(submission: Submission) -> None:
             got,
             (got is None, "the function returns nothing: `return` is missing"),
             (lambda got, _: isinstance(got["arguments"], str), "the arguments are still a text: return them as a dict"),
+            (lambda got, right: got == right["arguments"], "the arguments stand under a name: {'arguments': …}"),
+            (right == misfit and got == no_json, "this is JSON: a schema that it does not fit is another error"),
+            (
+                lambda got, _: got.keys() == {"error"} and got not in (unknown, no_json, misfit),
+                "one of the three errors, word for word: programs compare them",
+            ),
             otherwise=cause,
             expected=f"{right} for {shorten(call)}",
         )
@@ -161,6 +183,7 @@ def _calls(*calls: tuple[str, str], content: str | None = None) -> dict[str, Any
     return {"role": "assistant", "content": content, "tool_calls": tool_calls}
 
 
+NO_ANSWER = "the model has not answered in so many rounds: return None"
 BESIDE = "a model may say something beside its calls: tool_calls tells whether it has answered"
 WANTS_NONE = 'a message without calls is an answer, be tool_calls missing, None or empty: ask message.get("tool_calls")'
 
@@ -199,6 +222,8 @@ def _converse(submission: Submission, answer: Any, script: list[dict[str, Any]],
 
     wants_none = dict.fromkeys(((KeyError, "tool_calls"), (TypeError, "'NoneType'")), WANTS_NONE)
     causes: Causes = {} if script[0].get("tool_calls") else wants_none
+    if script[-1].get("tool_calls"):  # what else raises has raised in the conversations before
+        causes = {Exception: NO_ANSWER}
     got = submission.call(answer, ask, run, deepcopy(QUESTION), rounds, causes=causes)
     require(
         len(asked) <= rounds,
@@ -241,11 +266,15 @@ def _converse(submission: Submission, answer: Any, script: list[dict[str, Any]],
             lambda got, _: isinstance(got, dict),
             "that is the whole message: its content is wanted",
         ),
-        (final is None, "the model has not answered in so many rounds: return None"),
+        (final is None, NO_ANSWER),
         (got is None and "tool_calls" in script[-1], WANTS_NONE),
         (got is None, "the function returns nothing: `return` is missing"),
         otherwise="return the content of the first message without calls",
     )
+
+
+def _without_calls(message: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name != "tool_calls"}
 
 
 def _judge_messages(got: Any, right: list[dict[str, Any]]) -> None:
@@ -285,6 +314,10 @@ def _judge_messages(got: Any, right: list[dict[str, Any]]) -> None:
         (
             lambda got, _: any(each.keys() - tools[0].keys() for each in got if each["role"] == "tool"),
             "a result's message has the three fields of the brief, and no others",
+        ),
+        (
+            lambda got, right: len(got) == len(right) and [*map(_without_calls, got)] == [*map(_without_calls, right)],
+            "the model's message as it came, with its tool_calls: else nobody knows what the results belong to",
         ),
         otherwise="the messages that were there, then the model's, then a result for each call",
         expected=json.dumps(right, ensure_ascii=False)[:400],
