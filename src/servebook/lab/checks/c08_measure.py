@@ -59,11 +59,12 @@ def _stream(url: str, key: str, model: str, max_tokens: int) -> tuple[float, Arr
 
 
 def check_08_1(submission: Submission) -> None:
-    """Three numbers that people quote, of a real stream with messages of one and of two tokens."""
+    """Three numbers that people quote, of a real stream with messages of one and of two tokens, and of an uneven one."""
     sum_up, vllm = submission.function("sum_up"), submission.server("vllm")
     asked, arrivals = real_arrivals(vllm.url, key_of(vllm), vllm.model)
     single = "with a single message no token came later: TPOT is None then"
-    for given in (arrivals, arrivals[:1]):
+    uneven = [(asked + 0.5, 1), (asked + 0.6, 1), (asked + 1.2, 3)]
+    for given in (arrivals, arrivals[:1], uneven):
         first, last = given[0][0], given[-1][0]
         tokens, later = sum(n for _, n in given), sum(n for _, n in given[1:])
         right: dict[str, float | None] = {
