@@ -59,7 +59,7 @@ def _stream(url: str, key: str, model: str, max_tokens: int) -> tuple[float, Arr
 
 
 def check_08_1(submission: Submission) -> None:
-    """Three numbers that people quote, of a real stream with messages of one and of two tokens, and of an uneven one."""
+    """Three numbers that people quote: of a real stream, of its first message alone, and of an uneven stream."""
     sum_up, vllm = submission.function("sum_up"), submission.server("vllm")
     asked, arrivals = real_arrivals(vllm.url, key_of(vllm), vllm.model)
     single = "with a single message no token came later: TPOT is None then"
