@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import openai
@@ -368,9 +369,10 @@ def test_what_breaks_a_validator_is_the_callers_error(kserve: launch.Server) -> 
         (f"/v2/models/{MODEL}/infer", {"inputs": [{}] * 100_000}),
         (f"/v2/models/{MODEL}/infer", {"inputs": [given("text_input", PROMPT) | {"shape": [""] * 100_000}]}),
         ("/openai/v1/chat/completions", {"messages": [1] * 100_000}),
+        ("/openai/v1/completions", {"prompt": [-1] * 100_000}),
         ("/openai/v1/completions", {"prompt": "x", "vllm_xargs": {str(each): {} for each in range(50_000)}}),
     ],
-    ids=["inputs", "shape", "messages", "vllm_xargs"],
+    ids=["inputs", "shape", "messages", "prompt", "vllm_xargs"],
 )
 def test_what_takes_seconds_to_validate_is_refused_before(
     kserve: launch.Server, path: str, body: dict[str, Any]
@@ -379,6 +381,21 @@ def test_what_takes_seconds_to_validate_is_refused_before(
     answer = requests.post(kserve.url + path, json={"model": MODEL} | body, timeout=30)
     said = "has too many entries: all lists and objects of a request may have 4096."
     assert (answer.status_code, answer.json()) == (400, {"error": f"{list(body)[-1]} {said}"})
+
+
+@pytest.mark.parametrize("field", ["inputs", "outputs", "parameters", "inputs.parameters", "outputs.parameters"])
+def test_nor_is_a_request_of_thousands_of_parts_read_over_grpc(client: V2Client, field: str) -> None:
+    request = v2.service_pb2.ModelInferRequest(model_name=MODEL)
+    *where, last = field.split(".")
+    message = getattr(request, where[0]).add(name="text_input") if where else request
+    for each in range(65):
+        if last == "parameters":
+            message.parameters[str(each)].bool_param = True
+        else:
+            getattr(message, last).add(name="text_input")
+    with pytest.raises(grpc.RpcError, match="there may be 64") as caught:
+        client.stub._client_stub.ModelInfer(request, timeout=30)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded"])

@@ -247,6 +247,8 @@ def test_what_vllm_itself_has_no_room_for_is_not_told_as_our_limit() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}] * 512}, ""),
         ({"prompt": [1.5] * 5000}, "prompt"),
         ({"prompt": [True] * 5000}, "prompt"),
+        ({"prompt": [-1] * 5000}, "prompt"),
+        ({"prompt": [[-1] * 5000]}, "prompt"),
         ({"messages": [1] * 5000}, "messages"),
         ({"messages": [[[{}] * 50] * 50] * 50}, "messages"),
         ({"a": {"b": {str(each): {} for each in range(5000)}}}, "a"),

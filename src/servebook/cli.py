@@ -168,7 +168,8 @@ def main() -> None:
     """Run a command; an expected error is a message and exit code 1, never a traceback."""
     if not sys.flags.utf8_mode and locale.getencoding().lower() != "utf-8":
         # Files are UTF-8 wherever this runs; the terminal is what it is.
-        os.environ["PYTHONIOENCODING"] = sys.stdout.encoding
+        if sys.stdout:  # None where it was closed
+            os.environ["PYTHONIOENCODING"] = sys.stdout.encoding
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     warnings.simplefilter("ignore")  # they are for who writes Python, and PYTHONWARNINGS=error makes them fatal
     for stream in (sys.stdout, sys.stderr):

@@ -50,10 +50,10 @@ EBNF_RULE = re.compile(r"^(?:(?!#|//|::=).)*::=", re.MULTILINE)
 """What makes a grammar an EBNF for vLLM, and no Lark."""
 MOST_ENTRIES = 4096
 """Of all lists and objects of one request together, twice as many as LIMITS let a chat have. Who validates a body makes
-up to 15 errors of each wrong entry, and holds up everybody else meanwhile: pydantic for 80 µs an entry, of which 1 MiB
-has half a million (measured, Intel Xeon)."""
+errors of each wrong entry, 15 of a chat's message, and holds up everybody else meanwhile: pydantic for 80 µs an entry,
+of which 1 MiB has half a million (measured, Intel Xeon)."""
 TOKEN_IDS = {"prompt", "token_ids"}
-"""The fields that may hold any number of entries, if those are whole numbers."""
+"""The fields that may hold any number of entries, if those are whole numbers from 0: each of them is right."""
 FAR_BEYOND = 10**9
 """What a number of more digits counts as; to convert it would take long."""
 
@@ -181,7 +181,7 @@ def check_entries(request: object, prefix: str = "") -> None:
     while left:
         field, node = left.pop()
         inner = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
-        if field in TOKEN_IDS and all(type(each) is int for each in inner):
+        if field in TOKEN_IDS and all(type(each) is int and each >= 0 for each in inner):
             continue
         entries += len(inner)
         if entries > MOST_ENTRIES:

@@ -46,6 +46,10 @@ MAX_MESSAGE_BYTES = 8 * 2**20
 MAX_BODY_BYTES = 2**20
 """The largest HTTP body taken: KServe's parser goes through one at 20 MB/s, and holds up everybody meanwhile."""
 
+MOST_OF_EACH = 64
+"""Inputs, outputs, and parameters of each, of a gRPC request, twice as many as there are: KServe goes through them all
+before it looks for wrong ones, and of 8 MiB for 2.5 s (measured, Intel Xeon)."""
+
 GRACE_SECONDS = 5
 
 VERSION = "1"
@@ -93,8 +97,12 @@ class NamedServicer(InferenceServicer):  # type: ignore[misc]
 
     @classmethod
     def validate_grpc_request(cls, request: ModelInferRequest) -> None:
-        """Check version, datatypes and shapes before anything is decoded."""
+        """Check version, numbers of entries, datatypes and shapes before anything is decoded."""
         check_version(request.model_name, request.model_version)
+        tensors = [*request.inputs[: MOST_OF_EACH + 1], *request.outputs[: MOST_OF_EACH + 1]]
+        lists = [request.inputs, request.outputs, request.parameters, *(tensor.parameters for tensor in tensors)]
+        if max(map(len, lists)) > MOST_OF_EACH:
+            raise InvalidInput(f"of inputs, outputs and parameters each there may be {MOST_OF_EACH}")
         super().validate_grpc_request(request)
         for tensor in request.inputs:
             try:
