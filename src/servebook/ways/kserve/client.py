@@ -43,10 +43,11 @@ class V2Client:
 
     @cached_property
     def decoupled(self) -> bool:
-        """Whether one request may have any number of responses: Triton's extension, which refuses unary calls."""
-        return self._decoupled_within(ASK_SECONDS)
+        """What `ask_decoupled` says, asked once."""
+        return self.ask_decoupled(ASK_SECONDS)
 
-    def _decoupled_within(self, seconds: float) -> bool:
+    def ask_decoupled(self, seconds: float) -> bool:
+        """Whether one request may have any number of responses: Triton's extension, which refuses unary calls."""
         if "model_configuration" not in self.server["extensions"]:
             return False
         config = self.stub.get_model_config(self.model, client_timeout=seconds).config
@@ -58,7 +59,7 @@ class V2Client:
         if "server" not in vars(self):
             self.server = self._metadata(timeout)
         if "decoupled" not in vars(self):
-            self.decoupled = self._decoupled_within(end - time.monotonic())
+            self.decoupled = self.ask_decoupled(end - time.monotonic())
         return end - time.monotonic()
 
     def state(self) -> dict[str, bool]:
