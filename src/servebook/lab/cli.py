@@ -94,8 +94,10 @@ def leave(code: int, text: str, stream: TextIO) -> NoReturn:
             print(end="", file=each, flush=True)  # None where it was closed
     except BrokenPipeError:
         end_without_reader()
-    except OSError:  # a full disk
+    except OSError as error:  # a full disk, where the verdict should go
         code = 1
+        with contextlib.suppress(OSError):  # as it may be where this goes, too
+            print(f"servebook: {error.strerror}", file=sys.stderr, flush=True)
     os._exit(code)
 
 
