@@ -62,7 +62,7 @@ from servebook.settings import Settings, load_settings, settings_file  # noqa: E
 from servebook.workbook import gate  # noqa: E402
 from servebook.workbook.doctor import find_browser  # noqa: E402
 
-pytest_plugins = ["floor", "lanes", "seconds", "survived"]
+pytest_plugins = ["lanes", "floor", "seconds", "survived"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,30 +1,64 @@
-"""A pytest plugin: a whole run in which too few tests passed has failed. Tests that get lost make no noise."""
+"""A pytest plugin: a whole run in which too few tests passed has failed. Tests that get lost make no noise.
+
+A floor that has aged is told before the first test, and by `make check`: a suite of an hour must not end on it.
+"""
 
 from __future__ import annotations
 
-import pytest
+from collections import Counter
 
-FLOOR = {None: 3630, "several": 685, "one": 2810, "own": 134}
+import pytest
+from lanes import lane_of
+
+FLOOR = {None: 3900, "several": 700, "one": 3050, "own": 138}
 """How many tests pass at least, in all and by lane: what there are, less those that skip without root or on a GPU."""
 SHARE = 0.93
-"""The part of a whole run's tests below which its floor has aged: as many more could get lost unheard."""
+"""The part of the tests that are there below which a floor has aged: as many more could get lost unheard."""
+DESELECTED = pytest.StashKey[list[pytest.Item]]()
+AGED = pytest.StashKey[str]()
 PROBLEM = pytest.StashKey[str]()
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Whether all tests run, or all of a lane, and no part was asked for."""
+    part = config.option.keyword or config.option.markexpr or config.option.collectonly or config.getoption("lf", False)
+    return not part and config.args_source is pytest.Config.ArgsSource.TESTPATHS
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Keep what another lane or `make check` leaves out: it is there."""
+    if items:
+        items[0].config.stash.setdefault(DESELECTED, []).extend(items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note which floors are too low for the tests that are there; a whole run ends at that.
+
+    Raises:
+        pytest.UsageError: Says which to raise.
+    """
+    config = session.config
+    there = [*session.items, *config.stash.setdefault(DESELECTED, [])]
+    lanes: Counter[str | None] = Counter(map(lane_of, there))
+    lanes[None] = len(there)
+    low = [
+        f"FLOOR[{lane!r}], {floor}, for {lanes[lane]} tests"
+        for lane, floor in FLOOR.items()
+        if floor < SHARE * lanes[lane]
+    ]
+    config.stash[AGED] = f"raise in tests/floor.py: {'; '.join(low)}" if low else ""
+    if low and is_whole(config):
+        raise pytest.UsageError(config.stash[AGED])
 
 
 def problem(session: pytest.Session) -> str:
     """What is wrong with the number of tests that passed; "" where nothing is, or where a part was asked for."""
-    config, option = session.config, session.config.option
-    part = option.keyword or option.markexpr or option.collectonly or config.getoption("lf", False)
-    if part or config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+    if not is_whole(session.config):
         return ""
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     passed = len(reporter.stats.get("passed", [])) if reporter else 0
-    floor, there = FLOOR[lane := config.getoption("lane", None)], session.testscollected
-    if passed < floor:
-        return f"FAILED: {passed} tests passed, and in a whole run at least {floor} must"
-    if floor < SHARE * there:
-        return f"FAILED: {there} tests are there: raise FLOOR[{lane!r}] in tests/floor.py, which is {floor}"
-    return ""
+    floor = FLOOR[session.config.getoption("lane", None)]
+    return f"FAILED: {passed} tests passed, and in a whole run at least {floor} must" if passed < floor else ""
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import floor
 import pytest
 
 
@@ -16,7 +17,7 @@ import pytest
     [
         (3, [], "FAILED: 2 tests passed, and in a whole run at least 3 must"),
         (2, [], ""),
-        (1, [], "FAILED: 2 tests are there: raise FLOOR[None] in tests/floor.py, which is 1"),
+        (1, [], "ERROR: raise in tests/floor.py: FLOOR[None], 1, for 2 tests"),
         (3, ["-k", "first"], ""),
         (1, ["-k", "test"], ""),
         (3, ["-m", "not engine"], ""),
@@ -37,12 +38,14 @@ def test_a_whole_run_with_too_few_tests_or_too_low_a_floor_fails(
         capture_output=True,
         text=True,
     )
-    assert done.returncode == (pytest.ExitCode.TESTS_FAILED if said else pytest.ExitCode.OK), done.stdout + done.stderr
-    assert re.findall("^FAILED: .*", done.stdout, re.MULTILINE) == ([said] if said else [])
+    codes = {"FAILED": pytest.ExitCode.TESTS_FAILED, "ERROR": pytest.ExitCode.USAGE_ERROR, "": pytest.ExitCode.OK}
+    assert done.returncode == codes[said.partition(":")[0]], done.stdout + done.stderr
+    assert re.findall("^(?:FAILED|ERROR): .*", done.stdout + done.stderr, re.MULTILINE) == ([said] if said else [])
 
 
-def test_this_run_has_the_floor(pytestconfig: pytest.Config) -> None:
-    assert pytestconfig.pluginmanager.has_plugin("floor")
+def test_no_floor_has_aged(pytestconfig: pytest.Config) -> None:
+    """In `make check`, too, which collects all tests and runs those without servers."""
+    assert pytestconfig.stash[floor.AGED] == ""
 
 
 def test_a_run_says_where_its_seconds_went(tmp_path: Path) -> None:
