@@ -269,6 +269,22 @@ def test_metric_that_is_not_there(page: str) -> None:
         metric("127.0.0.1:1", "vllm:nothing")
 
 
+@pytest.mark.parametrize(("status", "advice"), [(401, "Show it its key"), (404, "Is that the address of a server")])
+def test_a_page_that_is_refused_is_no_server_that_is_down(status: int, advice: str) -> None:
+    class Door(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Door) as door:
+        Thread(target=door.serve_forever, daemon=True).start()
+        with pytest.raises(ServebookError, match=rf"/metrics answered with status {status}\.\n→ {advice}"):
+            metric(f"127.0.0.1:{door.server_port}", "vllm:nothing")
+        door.shutdown()
+
+
 @pytest.mark.parametrize(("speed", "asked"), [(20, [32]), (1000, [32, 128, 512]), (300, [32, 128])])
 def test_pace_looks_longer_where_the_engine_is_fast_and_again_where_others_had_the_processor(
     speed: int, asked: list[int], monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,10 @@ def page_text(url: str, key: str | None = None) -> str:
     try:
         answer = requests.get(page, auth=bearer(key), timeout=30)
         answer.raise_for_status()
+    except requests.HTTPError as error:
+        refused = error.response.status_code
+        advice = "Show it its key." if refused in (401, 403) else "Is that the address of a server that has metrics?"
+        raise ServebookError(f"{page} answered with status {refused}.", advice) from None
     except requests.RequestException as error:
         raise ServebookError(f"There are no metrics at {page} ({type(error).__name__}).", "Is the server up?") from None
     return answer.text
