@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
+import socket
 import sys
-import threading
-from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 from uuid import uuid4
 
+import psutil
 import pytest
 from desk import IPV6
 from tritonclient.utils import InferenceServerException
 
 from servebook.bench import generators, tensors, workload
-from servebook.bench.load import BenchError, Load
+from servebook.bench.load import BenchError
 from servebook.bench.paths import find_path
 from servebook.launch import Server
 from servebook.launch.child import run_child
@@ -27,76 +26,43 @@ from servebook.processes import free_port
 from servebook.settings import load_settings
 
 SERVER = Server("x", "m", {"grpc": "127.0.0.1:1"}, load_settings())
-WAIT_SECONDS = 20.0
 
 
-Part = Callable[..., Coroutine[Any, Any, Load]]
-
-
-async def load_by_two(
-    part: Part, monkeypatch: pytest.MonkeyPatch, barrier: type[threading.Barrier] = threading.Barrier
-) -> None:
-    """A load of which two threads have each a `part`."""
-
-    def pool(parts: int, _: object, meet: Callable[..., None], at: tuple[Any]) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(parts, initializer=meet, initargs=at)
-
-    monkeypatch.setattr(generators, "_part", part)
-    monkeypatch.setattr(generators, "ProcessPoolExecutor", pool)
-    monkeypatch.setattr(generators, "die_with_parent", lambda: None)
-    monkeypatch.setattr(
-        "servebook.bench.generators.multiprocessing.get_context", lambda _: SimpleNamespace(Barrier=barrier)
-    )
+async def load_by_two(port: int) -> None:
+    """A load by two processes, of a server at `port` that never lets them begin; neither outlives it."""
+    server = Server("x", "m", {"http": f"127.0.0.1:{port}"}, load_settings())
     begun: list[bool] = []
-    jobs = workload.completions(20, 2)
     try:
-        await generators.spread(find_path("sse"), SERVER, jobs, 2, None, 2, 2, 1, lambda: begun.append(True))
+        jobs = workload.completions(20, 2)
+        await generators.spread(find_path("sse"), server, jobs, 2, None, 2, 2, 1, lambda: begun.append(True))
     finally:
         assert not begun
+        assert not generating()
 
 
-async def test_a_part_that_fails_ends_the_load_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others do not wait for it, nor does what they say of that hide its own words."""
-    others_know = threading.Event()
-    in_time: list[bool] = []
-
-    class Barrier(threading.Barrier):
-        def abort(self) -> None:
-            super().abort()
-            in_time.append(others_know.wait(WAIT_SECONDS))
-
-    async def part(*asked: Any, all_here: Callable[[], object]) -> Load:
-        if asked[-1] == 3:
-            raise BenchError("no connection is left")
-        try:
-            all_here()
-        finally:
-            others_know.set()
-        raise AssertionError("it began without the other")
-
-    monkeypatch.setattr(generators, "BARRIER_SECONDS", WAIT_SECONDS)
-    with pytest.raises(BenchError, match="no connection is left"):
-        await load_by_two(part, monkeypatch, Barrier)
-    assert all(in_time)
-    assert in_time, "the others were told, and did not wait until their time was up"
+def generating() -> list[psutil.Process]:
+    """The load generator's processes that this one has started."""
+    return [each for each in psutil.Process().children() if "spawn_main" in " ".join(each.cmdline())]
 
 
-async def test_parts_that_wait_in_vain_for_each_other_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine that stood still no part knows why, and a traceback told of a BrokenBarrierError."""
-    ready = threading.Event()
+async def test_a_part_that_fails_ends_the_load_and_says_why() -> None:
+    with pytest.raises(BenchError, match="Every request failed: ClientConnectorError"):
+        await load_by_two(free_port())
 
-    async def part(*asked: Any, all_here: Callable[[], object]) -> Load:
-        if asked[-1] == 3:
-            await asyncio.to_thread(ready.wait, WAIT_SECONDS)  # until the other's time is up
-        try:
-            all_here()
-        finally:
-            ready.set()
-        raise AssertionError("it began without the other")
 
-    monkeypatch.setattr(generators, "BARRIER_SECONDS", 0.2)
-    with pytest.raises(BenchError, match="were not all ready"):
-        await load_by_two(part, monkeypatch)
+async def test_a_part_that_is_killed_ends_the_load_at_once() -> None:
+    """Whatever the others do: here they wait for an answer for as long as a request may take, ten minutes."""
+
+    def serve() -> None:
+        for _ in range(2):
+            callers.enter_context(door.accept()[0])
+        generating()[0].kill()
+
+    with socket.create_server(("127.0.0.1", 0)) as door, ExitStack() as callers, ThreadPoolExecutor() as pool:
+        served = pool.submit(serve)
+        with pytest.raises(BenchError, match=r"A process of the load generator was ended\.\n→ If memory is short"):
+            await load_by_two(door.getsockname()[1])
+        served.result()
 
 
 class Triton(MagicMock):

@@ -7,25 +7,23 @@ import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.synchronize import Barrier
-from threading import BrokenBarrierError
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
 
 import uvloop
 
 from servebook.bench import workload
-from servebook.bench.load import DEADLINE_SECONDS, BenchError, Job, Load, closed_loop, open_loop
+from servebook.bench.load import BenchError, Job, Load, closed_loop, open_loop
 from servebook.bench.paths import ServingPath, find_path
 from servebook.launch import Server
 from servebook.processes import die_with_parent
 
+Asked = tuple[str, Server, list[Job], list[Job], int, float | None, int]
+"""Of `_part`: path, server, its jobs to warm up and to measure, callers, rate and seed."""
+
 GENERATOR_LIMIT = 0.6
 """Which part of a core each process of the load generator may take before it is in the way of what it measures."""
-
-BARRIER_SECONDS = 120.0
-WITHOUT_CAUSE = (BrokenBarrierError, BrokenProcessPool)
-"""What a part says that waited in vain for another one, or was ended."""
 
 
 class BusyGenerator(BenchError):
@@ -63,6 +61,9 @@ async def spread(
 
     In an open loop `rate` is in requests a second, `seed` draws their times, and `callers` is 0. Each process warms up
     with a request for each of its callers; when all have, `all_here` is called, and then they begin.
+
+    Raises:
+        BenchError: every request of a process failed, or it was ended.
     """
     sizes = [callers // processes + (number < callers % processes) for number in range(processes)]
     asked = [
@@ -80,31 +81,24 @@ async def spread(
     if processes == 1:
         return await _part(*asked[0], all_here)
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(processes + 1, timeout=BARRIER_SECONDS)
-    with ProcessPoolExecutor(processes, context, _meet_at, (barrier,)) as pool:
-        loop = asyncio.get_running_loop()
-        parts = [loop.run_in_executor(pool, _in_process, each) for each in asked]
-        try:
-            await asyncio.to_thread(barrier.wait, DEADLINE_SECONDS + BARRIER_SECONDS)  # they start and warm up first
-            all_here()
-            await asyncio.to_thread(barrier.wait)
-        except BrokenBarrierError:
-            pass  # a part has failed, and says why
-        except BaseException:
-            barrier.abort()  # else the parts wait for this process until their time is up
-            raise
-        ended = await asyncio.gather(*parts, return_exceptions=True)
-    errors = [each for each in ended if isinstance(each, BaseException)]
-    # Who was waiting for a part that failed says only that: the part itself says why.
-    for error in sorted(errors, key=lambda each: isinstance(each, WITHOUT_CAUSE)):
-        if isinstance(error, WITHOUT_CAUSE):
-            raise BenchError(
-                f"The load generator's {processes} processes were not all ready within {BARRIER_SECONDS:.0f} s of each "
-                "other, or one was ended.",
-                "Try again when less else runs here; if memory is short, Linux ends processes: see `servebook doctor`.",
-            ) from None
-        raise error
-    loads = [each for each in ended if isinstance(each, Load)]
+    pipes = [context.Pipe() for _ in asked]
+    parts = [
+        context.Process(target=_in_process, args=(theirs, each)) for (_, theirs), each in zip(pipes, asked, strict=True)
+    ]
+    try:
+        for part, (_, theirs) in zip(parts, pipes, strict=True):
+            part.start()
+            theirs.close()  # ours too: so that its end is the pipe's
+        await asyncio.gather(*(_hear(ours) for ours, _ in pipes))  # they start and warm up first
+        all_here()
+        for ours, _ in pipes:
+            ours.send("go")
+        loads: list[Load] = await asyncio.gather(*(_hear(ours) for ours, _ in pipes))
+    finally:
+        for part in parts:
+            if part.pid:
+                part.kill()
+                part.join()
     samples = [sample for load in loads for sample in load.samples]
     # The clock is the machine's, the same for each process.
     seconds = max(sample.ended for sample in samples) - min(sample.due for sample in samples)
@@ -128,28 +122,34 @@ async def _part(
         return await (open_loop(send, jobs, rate, seed) if rate else closed_loop(send, jobs, callers))
 
 
-_barrier: Barrier
+async def _hear(end: Connection) -> Any:
+    """What a process says next.
 
-
-def _in_process(asked: tuple[str, Server, list[Job], list[Job], int, float | None, int]) -> Load:
-    try:
-        return uvloop.run(_part(*asked, all_here=_meet))
-    except BaseException:
-        _barrier.abort()  # else the others wait for this one until their time is up
-        raise
-
-
-def _meet() -> None:
-    """Wait until all have warmed up, and then until who started them has read the server's CPU."""
-    _barrier.wait()
-    _barrier.wait()
-
-
-def _meet_at(barrier: Barrier) -> None:
-    """What each process is told at its start: where all wait for each other, so that no part begins early.
-
-    It ends with who started it: one that is killed cannot tell it to.
+    Raises:
+        BenchError: it failed, or was ended.
     """
-    global _barrier
+    try:
+        said = await asyncio.to_thread(end.recv)
+    except (EOFError, OSError):
+        raise BenchError(
+            "A process of the load generator was ended.",
+            "If memory is short, Linux ends processes: see `servebook doctor`.",
+        ) from None
+    if isinstance(said, BaseException):
+        raise said
+    return said
+
+
+def _in_process(end: Connection, asked: Asked) -> None:
+    """A part in a process of its own: says "ready", waits for who started it, and sends its load or what went wrong."""
+
+    def meet() -> None:
+        end.send("ready")
+        end.recv()
+
     die_with_parent()
-    _barrier = barrier
+    with suppress(OSError, EOFError, KeyboardInterrupt):  # nobody hears it any more
+        try:
+            end.send(uvloop.run(_part(*asked, meet)))
+        except Exception as error:
+            end.send(error)
