@@ -21,9 +21,11 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import asynccontextmanager, closing, suppress
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -55,7 +57,7 @@ from servebook.lab.record import Store
 from servebook.launch.display import TerminalProgress
 from servebook.launch.files import Files
 from servebook.launch.table import SERVERS, Endpoints, find_server, rooms_engine
-from servebook.processes import free_port
+from servebook.processes import free_port, wait_until
 from servebook.room import admin, asking, cli, collect, desk, front, hub, load, tls
 from servebook.room.admin import instructors_key, instructors_settings, rooms_settings
 from servebook.room.asking import TOKENIZING
@@ -1938,11 +1940,33 @@ def test_learners_of_a_load_that_cannot_begin_are_struck_off(monkeypatch: pytest
     assert not room.there
 
     def broken(*_: object, **__: object) -> Any:
-        raise threading.BrokenBarrierError
+        raise BrokenProcessPool
 
     monkeypatch.setattr(load, "ProcessPoolExecutor", broken)
     with pytest.raises(ServebookError, match="2 learners were not all ready within 120 s"):
         load.run(room, 2)
+    assert not room.there
+
+
+def test_a_load_of_which_a_process_is_killed_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Linux does where memory is short. The others wait, for longer than this test may take."""
+    killed: list[psutil.Process] = []
+
+    def kill_the_first() -> bool:
+        found = [each for each in psutil.Process().children() if "spawn_main" in " ".join(each.cmdline())]
+        for each in found[:1]:
+            each.kill()
+            killed.append(each)
+        return bool(killed)
+
+    monkeypatch.setattr(load, "START_SECONDS", 3600)
+    monkeypatch.setattr(load, "get_context", lambda _: get_context("spawn"))  # a fork server would outlive the test
+    room: Any = AdmitsTwo()
+    with ThreadPoolExecutor() as pool:
+        watching = pool.submit(wait_until, kill_the_first, 60)
+        with pytest.raises(ServebookError, match="2 learners were not all ready within 3600 s, or one was ended"):
+            load.run(room, 2)
+        assert watching.result()
     assert not room.there
 
 

@@ -12,13 +12,12 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Barrier
-from threading import BrokenBarrierError
+from multiprocessing.synchronize import Event
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -123,7 +122,7 @@ def run(room: RoomAdmin, learners: int) -> Outcome:
     # A process for each, as in the room, out of one that has imported what they need.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, "openai.resources.chat", "openai.resources.completions"])
-    ready, count = context.Barrier(learners + 1), context.Value("i", 0)
+    ready, begin, count = context.Value("i", 0), context.Event(), context.Value("i", 0)
     whole = learners * sum(len(lab.exercises) for lab in labs())
     before = samples(room)
     keys = []
@@ -134,17 +133,21 @@ def run(room: RoomAdmin, learners: int) -> Outcome:
             keys.append(room.admit(name))
             admitted.callback(room.forget, name)
         try:
-            with ProcessPoolExecutor(learners, context, initializer=get_ready, initargs=(ready, count)) as pool:
+            with ProcessPoolExecutor(learners, context, initializer=get_ready, initargs=(ready, begin, count)) as pool:
                 working = [pool.submit(learn, room.url, key) for key in keys]
                 display.phase("getting ready")
-                ready.wait(START_SECONDS)
+                asked = time.monotonic()
+                while ready.value < learners:  # no barrier: at one, who is killed is waited for
+                    if wait(working, 0.1, FIRST_COMPLETED).done or time.monotonic() > asked + START_SECONDS:
+                        raise BrokenProcessPool
+                begin.set()
                 began = time.monotonic()
                 while wait(working, timeout=1).not_done:  # in tenths: where it is no terminal, each is a line
                     display.phase(f"{10 * count.value // whole * 10} % of {whole} checks made")
                 checks = [check for work in working for check in work.result()]
                 seconds = time.monotonic() - began
                 display.done(f"{len(checks)} checks made")
-        except (BrokenBarrierError, BrokenProcessPool):
+        except BrokenProcessPool:
             raise ServebookError(
                 f"The processes of {learners} learners were not all ready within {START_SECONDS} s, or one was ended.",
                 "Let fewer learn at once (--learners), or use a machine with more memory.",
@@ -154,12 +157,19 @@ def run(room: RoomAdmin, learners: int) -> Outcome:
     return Outcome(learners, seconds, checks, grown)
 
 
-def get_ready(ready: Barrier, count: Synchronized[int]) -> None:
-    """In a learner's process: end with the command, note where its checks are counted, and wait for the others."""
+def get_ready(ready: Synchronized[int], begin: Event, count: Synchronized[int]) -> None:
+    """In a learner's process: end with the command, note where its checks are counted, and wait for the others.
+
+    Raises:
+        TimeoutError: they are not ready in time, and this process ends.
+    """
     global made
     die_with_asker()
     made = count
-    ready.wait(START_SECONDS)
+    with ready.get_lock():
+        ready.value += 1
+    if not begin.wait(START_SECONDS):
+        raise TimeoutError
 
 
 def samples(room: RoomAdmin) -> Counter[tuple[str, str]]:
