@@ -62,10 +62,13 @@ class Stream:
 
     def __init__(self, response: requests.Response) -> None:
         self.response = response
-        self.status = response.status_code
+        self.status, self.headers = response.status_code, response.headers
         self.kind = response.headers.get("Content-Type", "")
         self.lines = self._lines(time.monotonic() + STREAM_SECONDS)
         self.text, self.done, self.ended = "", False, False
+
+    def __repr__(self) -> str:
+        return f"{self.status}, and a stream"
 
     def _lines(self, deadline: float) -> Iterator[bytes]:
         rest = b""
@@ -267,10 +270,10 @@ class Bench:
         response = self.call("POST", path, seconds, data=data, headers=headers)
         return Answer(response.status_code, response.headers, response.content)
 
-    def stream(self, prompt: str, max_tokens: int) -> Stream:
-        """The same as a stream."""
+    def stream(self, prompt: str, max_tokens: int, seconds: float = PATIENCE_SECONDS) -> Stream:
+        """The same as a stream, which begins within `seconds`."""
         body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True}
-        return Stream(self.call("POST", "/generate", json=body, headers=self.headers(), stream=True))
+        return Stream(self.call("POST", "/generate", seconds, json=body, headers=self.headers(), stream=True))
 
     def headers(self, key: str | None = None) -> dict[str, str]:
         """What a caller sends."""

@@ -48,6 +48,7 @@ HELD_AT = 2
 """The event of a stream that is held, from 0: a busy engine may put several tokens into one."""
 LEAVERS_TOKENS = 200
 PIECES_AFTER_LEAVING = 40
+BEGUN = "the stream began before this was known, and its 200 is out: see to it first, and begin the answer then"
 NOT_ASKED = "the text is to come from the engine"
 UNLIMITED = "there is no such limit: look at the body before the engine gets it"
 WRONG_STATUS = {
@@ -413,7 +414,7 @@ def refusals(bench: Bench) -> None:
                 ok(stream, f"{CAPACITY} callers at once, as CAPACITY says")
                 stream.piece()
             require(not let_go.is_set(), "the first pieces before the engine has written more", "none so far", GATHERED)
-            beyond = at_once(BEYOND, lambda number: bench.post(PROMPT, 1, seconds=HEARD_SECONDS))
+            beyond = at_once(BEYOND, partial(one_too_many, bench))
         finally:
             for stream in held:
                 if isinstance(stream, Stream):
@@ -426,6 +427,7 @@ def refusals(bench: Bench) -> None:
         judge(
             True,
             answer.status in (429, 503),
+            (answer.status == 200 and isinstance(answer, Stream), BEGUN),
             (answer.status == 200, "there is no limit: everybody gets in, and all become slow together"),
             otherwise="full is 429 or 503",
             expected=what,
@@ -441,7 +443,16 @@ def refusals(bench: Bench) -> None:
     )
 
 
-def later(answer: Answer) -> None:
+def one_too_many(bench: Bench, number: int) -> Answer | Stream:
+    """What a caller gets who is to be refused; every second one asks for a stream."""
+    if number % 2 == 0:
+        return bench.post(PROMPT, 1, seconds=HEARD_SECONDS)
+    stream = bench.stream(PROMPT, 1, HEARD_SECONDS)
+    stream.leave()
+    return stream
+
+
+def later(answer: Answer | Stream) -> None:
     """Require a Retry-After in seconds."""
     require(
         answer.headers.get("Retry-After", "").isdigit(),
@@ -473,27 +484,34 @@ def gone(bench: Bench) -> None:
                 "data: [DONE]",
                 "half an answer is told to be a whole one: [DONE] only after the engine's own end",
             )
-            try:
-                answer = bench.post(PROMPT, 1, seconds=HEARD_SECONDS)
-            except NotYet as fault:
-                cause = "it tries for too long: one try, a short time to connect, and the caller comes back later"
-                raise NotYet("503 while the engine is away", fault.got, cause) from None
-            judge(
-                503,
-                answer.status,
-                (answer.status == 500, "the error of the connection to the engine came through: it is no bug, but 503"),
-                (answer.status in (502, 504), "502 and 504 are near; what passes by itself is 503, with Retry-After"),
-                otherwise="what passes by itself is 503",
-                expected="503 while the engine is away",
-                shown=answer,
-            )
-            later(answer)
+            for number in range(2):
+                away(bench, number)
             health = in_time(503, lambda: bench.get("/health", HEARD_SECONDS), HEARD_SECONDS)
             require(health.status == 503, "503 for GET /health", health, "health has to follow the engine, both ways")
     health = in_time(200, lambda: bench.get("/health"))
     require(health.status == 200, "200 for GET /health once it is back", health, "health has to follow it, both ways")
     ok(in_time(200, lambda: bench.post(PROMPT, 1)), "a request once the engine is back")
     no_key_in_log(bench)  # once more: an error is what has most to say
+
+
+def away(bench: Bench, number: int) -> None:
+    """While the engine is away, the answer of `one_too_many` is a 503."""
+    try:
+        answer = one_too_many(bench, number)
+    except NotYet as fault:
+        cause = "it tries for too long: one try, a short time to connect, and the caller comes back later"
+        raise NotYet("503 while the engine is away", fault.got, cause) from None
+    judge(
+        503,
+        answer.status,
+        (answer.status == 200 and isinstance(answer, Stream), BEGUN),
+        (answer.status == 500, "the error of the connection to the engine came through: it is no bug, but 503"),
+        (answer.status in (502, 504), "502 and 504 are near; what passes by itself is 503, with Retry-After"),
+        otherwise="what passes by itself is 503",
+        expected="503 while the engine is away",
+        shown=answer,
+    )
+    later(answer)
 
 
 def in_order(bench: Bench) -> None:
