@@ -169,7 +169,8 @@ def test_a_fast_engine_outruns_nobody_who_leaves_triton(monkeypatch: pytest.Monk
         leave.watch("x", stream)
         stream.responses.append("x")
     assert not leave.overrun.is_set()
-    stream.call.done.wait.return_value = False  # type: ignore[attr-defined]
+    monkeypatch.setattr(c03_triton_grpc, "LEAVE_SECONDS", 0.2)
+    stream.call.done.is_set.return_value = False  # type: ignore[attr-defined]
     with pytest.raises(Lost):
         leave.watch("x", stream)
     assert leave.overrun.is_set()
@@ -224,7 +225,12 @@ def test_what_has_no_text_is_not_cut() -> None:
 
 def test_a_fast_engine_outruns_nobody_who_leaves_vllm() -> None:
     call, passed, waits = Call("Generate"), 0, []
-    call.done = Mock(wait=lambda _: waits.append(passed))
+
+    def has_left() -> bool:
+        waits.append(passed)
+        return True
+
+    call.done = Mock(is_set=has_left)
     for _ in left_alone(two_ids(100), call):
         passed += 1
     assert waits == [HOLD_AT]

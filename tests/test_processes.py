@@ -126,6 +126,23 @@ def test_end_tells_only_the_supervisor_of_a_server_until_the_grace_is_over() -> 
     assert kept.wait() == -signal.SIGKILL
 
 
+def test_wait_until_does_not_count_the_time_in_which_the_machine_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            self.now += 12 if self.now < 0.4 else seconds
+
+    clock = Clock()
+    monkeypatch.setattr("servebook.processes.time", clock)
+    looks: list[float] = []
+    assert not wait_until(lambda: looks.append(clock.now), 1, every=0.25)
+    assert looks == [0, 12, 12.25, 12.5, 12.75]
+
+
 def test_wait_until_gives_the_value_or_the_last_false_one() -> None:
     numbers = count()
     assert wait_until(lambda: next(numbers) == 3 and "three", 10, every=0) == "three"

@@ -38,10 +38,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def wait_until(condition: Callable[[], T], seconds: float, every: float = POLL_SECONDS) -> T:
-    """Ask until `condition()` is true; return its last value, which is false where time was up first."""
+    """Ask until `condition()` is true; return its last value, which is false where time was up first.
+
+    What this process overslept does not count: where the machine stood still, or was suspended, so did what is waited
+    for.
+    """
     deadline = time.monotonic() + seconds
-    while not (value := condition()) and time.monotonic() < deadline:
+    while not (value := condition()) and (asleep := time.monotonic()) < deadline:
         time.sleep(every)
+        deadline += max(0.0, time.monotonic() - asleep - every)
     return value
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -15,6 +14,7 @@ from servebook.lab.feedback import NotYet, judge, require
 from servebook.lab.rest import asked, asked_to_continue, had_room, key_of, reply_of, sends, sends_key, through
 from servebook.lab.submission import Submission
 from servebook.lab.taps.http import Exchange, Tap, answering, said
+from servebook.processes import wait_until
 
 CHAT = "/v1/chat/completions"
 
@@ -249,12 +249,10 @@ def check_01_5(submission: Submission) -> None:
 
     def reverse(chunks: Iterator[bytes], exchange: Exchange) -> Iterator[bytes]:
         """Hold every answer until all have asked, then let the last one out first."""
-        while not together():
-            if time.monotonic() > tap.exchanges[0].started + 5:
-                raise ConnectionError  # waiting for the rest would only cost time
-            time.sleep(0.01)
+        if not wait_until(together, 5, 0.01):
+            raise ConnectionError  # waiting for the rest would only cost time
         for later in tap.exchanges[tap.exchanges.index(exchange) + 1 :]:
-            later.done.wait(5)
+            wait_until(later.done.is_set, 5, 0.01)
         yield from chunks
 
     loop = "define ask_all with async def, and await in it: the loop is running already"

@@ -30,6 +30,7 @@ from servebook.lab.rest import (
 from servebook.lab.submission import LIMIT_SECONDS, Causes, Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import content_of, events_of, streamed_text, text_of
+from servebook.processes import wait_until
 
 KOREAN = {"structured_outputs": {"choice": ["안녕하세요, 반갑습니다"]}}
 """Forces text of several bytes a character, and often several tokens a character, out of an English model."""
@@ -196,7 +197,7 @@ def check_02_2(submission: Submission) -> None:
         for number, event in enumerate(events_of(chunks)):
             if not held and (number == 3 or b"[DONE]" in event):
                 held = True
-                if first_read.wait(3):
+                if wait_until(first_read.is_set, 3):
                     early.set()
             yield event
 

@@ -319,9 +319,9 @@ def check_03_4(submission: Submission) -> None:
         """Fall silent after the first text, hold the last response back until that is read; or go after the third."""
         if mode == "whole" and stream.text and not paused.is_set():
             paused.set()
-            if first_read.wait(3):
+            if wait_until(first_read.is_set, 3):
                 time.sleep(SILENCE_SECONDS)
-        if mode == "whole" and is_final(response) and first_read.wait(3):
+        if mode == "whole" and is_final(response) and wait_until(first_read.is_set, 3):
             early.set()
         if mode == "broken" and (len(stream.responses) == 3 or is_final(response)):
             raise Lost
@@ -447,7 +447,8 @@ class LeaveWatch:
     def watch(self, response: Any, stream: Stream) -> None:
         """Hold what comes too late back until its reader has left; break the stream off where they have not."""
         late = rest(stream, self.enough)
-        if (late > LATE or (late and is_final(response))) and not stream.call.done.wait(LEAVE_SECONDS):
+        held = late > LATE or (late and is_final(response))
+        if held and not wait_until(stream.call.done.is_set, LEAVE_SECONDS):
             self.overrun.set()
             raise Lost
 

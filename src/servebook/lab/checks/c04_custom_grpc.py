@@ -429,7 +429,7 @@ class Front(llm_pb2_grpc.LLMServiceServicer):
             if number == 3:
                 ended = threading.Event()
                 context.add_callback(ended.set)
-                ended.wait(6)
+                wait_until(ended.is_set, 6)
             self.sent.append(text)
             yield llm_pb2.StreamGenerateResponse(text=text, sequence=number, is_finished=number == len(PIECES) - 1)
         if self.mode != "whole":

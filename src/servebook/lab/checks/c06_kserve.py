@@ -19,6 +19,7 @@ from servebook.lab.rest import answer_to, asked, asked_there, through
 from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.grpc import Call, GrpcTap
 from servebook.lab.taps.http import Tap, answering
+from servebook.processes import wait_until
 from servebook.settings import TENSOR_MODEL_NAME as MODEL
 from servebook.ways.kserve.client import tensor
 
@@ -351,7 +352,7 @@ def check_06_5(submission: Submission) -> None:
         got = submission.call(ask, client, MODEL, inputs, 60, causes=uncaught, busy=tap.busy)
         require(bool(tap.of("ModelInfer")), "a call of ModelInfer", got, "use the client that your function is given")
         call = tap.calls[-1]
-        call.done.wait(2)
+        wait_until(call.done.is_set, 2)
         cause = "the server refused this request, which was in order as it was handed in: its message says why"
         require(bool(call.responses), "a request that the server accepts", call.details, cause)
         # gRPC rounds a deadline up, to tenths of a second here.
@@ -366,7 +367,7 @@ def check_06_5(submission: Submission) -> None:
         for status, what, model, inputs, seconds in cases:
             got = submission.call(ask, client, model, inputs, seconds, causes=uncaught, busy=tap.busy)
             call = tap.calls[-1]
-            call.done.wait(2)
+            wait_until(call.done.is_set, 2)
             _judge_status(status, what, got, call.details)
     with v2.InferenceServerClient("127.0.0.1:1") as nobody:  # nobody listens on it
         got = submission.call(ask, nobody, MODEL, [text], 60, causes=uncaught)

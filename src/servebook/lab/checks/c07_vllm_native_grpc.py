@@ -83,7 +83,7 @@ def through(
         fault = error
     made = [call for call in tap.calls[before:] if call.method == method]
     for call in made:
-        call.done.wait(2)  # the tap hears of the end a moment after the client
+        wait_until(call.done.is_set, 2)  # the tap hears of the end a moment after the client
         asks(call)
         if call.code not in (None, grpc.StatusCode.OK):
             raise NotYet(
@@ -464,7 +464,7 @@ def left_alone(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
     """A filter: two ids a chunk, and the eighth message waits for its reader to leave."""
     for number, message in enumerate(in_pairs(messages, call)):
         if call.method == "Generate" and number == HOLD_AT:
-            call.done.wait(LEAVE_SECONDS)
+            wait_until(call.done.is_set, LEAVE_SECONDS)
         yield message
 
 
@@ -476,7 +476,7 @@ def check_07_4(submission: Submission) -> None:
     def hold(messages: Iterator[bytes], call: Call) -> Iterator[bytes]:
         """The eighth message waits for a reader."""
         for number, message in enumerate(in_pairs(messages, call)):
-            if call.method == "Generate" and number == HOLD_AT and first_read.wait(3):
+            if call.method == "Generate" and number == HOLD_AT and wait_until(first_read.is_set, 3):
                 early.set()
             yield message
 
@@ -539,7 +539,7 @@ def check_07_4(submission: Submission) -> None:
             pieces.close()
 
         _, third = through(tap, submission, "Generate", leave, asks=asks(ids, 400))
-        third.done.wait(3)
+        wait_until(third.done.is_set, 3)
         require(
             third.left is not None,
             "the call cancelled when the reader leaves after one piece",

@@ -20,6 +20,7 @@ from servebook.lab.rest import key_of, not_full
 from servebook.lab.submission import Causes, Submission
 from servebook.lab.taps.http import Exchange, Tap
 from servebook.lab.taps.sse import events_of
+from servebook.processes import wait_until
 
 Arrivals = list[tuple[float, int]]
 
@@ -391,9 +392,8 @@ def check_08_4(submission: Submission) -> None:
             )
 
 
-LATE_SECONDS, LOOK_SECONDS = 3.0, 0.05
-"""How long the check of 08.5 waits for the last question, counted in looks: while the machine stands still there is but
-one, and nobody can ask."""
+LATE_SECONDS = 3.0
+"""How long the check of 08.5 waits for the last question."""
 
 
 def check_08_5(submission: Submission) -> None:
@@ -411,7 +411,7 @@ def check_08_5(submission: Submission) -> None:
         began.append(time.perf_counter())
         if len(began) == len(at):
             everybody.set()
-        if not any(everybody.wait(LOOK_SECONDS) for _ in range(round(LATE_SECONDS / LOOK_SECONDS))):
+        if not wait_until(everybody.is_set, LATE_SECONDS):
             too_late.set()
             everybody.set()  # nobody waits any more
         released.append(time.perf_counter())

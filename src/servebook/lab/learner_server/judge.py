@@ -109,7 +109,7 @@ class StreamWatch:
                 held = True
                 if left:
                     wait_until(exchange.client_gone, 10)
-                elif first and self.first_read.wait(10):
+                elif first and wait_until(self.first_read.is_set, 10):
                     self.early.set()
                     self.go_on.wait(20)
             number += bool(content_of(event))
