@@ -5,9 +5,9 @@ the notebook stores. A notebook says what it needs in its metadata:
 
     "servebook": {"servers": ["vllm"], "timeout": 240, "cell_timeout": 120, "min_cells": 20}
 
-The servers are brought up first and shared with later notebooks; times are in seconds, `timeout` for the whole
-notebook. Fewer than `min_cells` executed code cells (by default: fewer than all) are a failure. A cell tagged
-`skip-execution` is not run and counts as skipped.
+The servers are brought up first and shared with later notebooks, but not where outputs are stored; times are in
+seconds, `timeout` for the whole notebook. Fewer than `min_cells` executed code cells (by default: fewer than all) are a
+failure. A cell tagged `skip-execution` is not run and counts as skipped.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def run(notebook: Path, parameters: Mapping[str, Any] | None = None, store: bool
     wants = source.metadata.get("servebook", {})
     code = [cell for cell in source.cells if cell.cell_type == "code"]
     try:
-        serve_all(wants.get("servers", []))
+        if not store:  # what is stored shows how servers come up, as its first reader will see it
+            serve_all(wants.get("servers", []))
     except ServebookError as error:
         return Result(notebook, 0, 0, len(code), 0, str(error))
     started = time.monotonic()
