@@ -25,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import asynccontextmanager, closing, suppress
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -1968,6 +1968,15 @@ def test_a_load_of_which_a_process_is_killed_ends_at_once(monkeypatch: pytest.Mo
             load.run(room, 2)
         assert watching.result()
     assert not room.there
+
+
+def test_a_load_whose_processes_are_not_ready_in_time_ends_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "START_SECONDS", 0)
+    monkeypatch.setattr(load, "get_context", lambda _: get_context("spawn"))
+    room: Any = AdmitsTwo()
+    with pytest.raises(ServebookError, match="2 learners were not all ready within 0 s"):
+        load.run(room, 2)
+    assert not active_children()
 
 
 def test_who_waits_for_a_load_sees_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

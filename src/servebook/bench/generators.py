@@ -88,12 +88,10 @@ async def spread(
     try:
         for part, (_, theirs) in zip(parts, pipes, strict=True):
             part.start()
-            theirs.close()  # ours too: so that its end is the pipe's
+            theirs.close()  # here: so that the pipe ends with the part
         await asyncio.gather(*(_hear(ours) for ours, _ in pipes))  # they start and warm up first
         all_here()
-        for ours, _ in pipes:
-            ours.send("go")
-        loads: list[Load] = await asyncio.gather(*(_hear(ours) for ours, _ in pipes))
+        loads: list[Load] = await asyncio.gather(*(_hear(ours, "go") for ours, _ in pipes))
     finally:
         for part in parts:
             if part.pid:
@@ -122,13 +120,15 @@ async def _part(
         return await (open_loop(send, jobs, rate, seed) if rate else closed_loop(send, jobs, callers))
 
 
-async def _hear(end: Connection) -> Any:
-    """What a process says next.
+async def _hear(end: Connection, told: str = "") -> Any:
+    """What a process says next, once it is `told` that.
 
     Raises:
         BenchError: it failed, or was ended.
     """
     try:
+        if told:
+            end.send(told)
         said = await asyncio.to_thread(end.recv)
     except (EOFError, OSError):
         raise BenchError(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 
@@ -139,6 +139,8 @@ def run(room: RoomAdmin, learners: int) -> Outcome:
                 asked = time.monotonic()
                 while ready.value < learners:  # no barrier: at one, who is killed is waited for
                     if wait(working, 0.1, FIRST_COMPLETED).done or time.monotonic() > asked + START_SECONDS:
+                        for each in active_children():
+                            each.kill()
                         raise BrokenProcessPool
                 begin.set()
                 began = time.monotonic()
