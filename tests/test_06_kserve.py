@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +103,15 @@ def test_both_protocols_describe_the_same_tensors(kserve: launch.Server, client:
     ]
     assert client.server["name"] == "kserve"
     assert not client.decoupled
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_nobody_shares_its_port(kserve: launch.Server, protocol: str) -> None:
+    """By SO_REUSEPORT two servers of one user would each get a part of the calls, and neither would say so."""
+    with socket.socket() as another:
+        another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with pytest.raises(OSError, match="in use"):
+            another.bind(("127.0.0.1", int(kserve.endpoints[protocol].rpartition(":")[2])))
 
 
 def test_listens_on_loopback_only(kserve: launch.Server) -> None:
