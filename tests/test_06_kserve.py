@@ -487,8 +487,11 @@ def test_a_refusal_is_short_and_writes_no_line_of_its_own_into_the_log(kserve: l
     with pytest.raises(InferenceServerException) as caught:
         v2_http.InferenceServerClient(kserve.http).infer(MODEL, [not_text])
     assert len(caught.value.message()) < 1000
+    unknown = requests.get(f"{kserve.url}/v2/models/{'m' * 20_000}/ready", timeout=30)
+    assert (unknown.status_code, len(unknown.text) < 1000) == (404, True)
     forged = f"forged-{time.time_ns()}"
-    assert requests.get(f"{kserve.url}/v2/models/x%0A{forged}/ready", timeout=30).status_code == 404
+    for path in (f"/v2/models/x%0A{forged}/ready", f"/x%0A{forged}"):
+        assert requests.get(kserve.url + path, timeout=30).status_code == 404
     for asked in (
         {"inputs": [given(f"x\n{forged}", "x")]},
         {"inputs": [given("text_input", PROMPT)], "outputs": [{"name": f"x\n{forged}"}]},
