@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from fastapi.responses import JSONResponse
 from kserve import InferRequest, ModelRepository, ModelServer
 from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER
 from kserve.errors import InferenceError, InvalidInput, ModelNotFound
+from kserve.logging import logger, trace_logger
 from kserve.model_server import app
 from kserve.protocol.dataplane import DataPlane
 from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc
@@ -137,6 +139,14 @@ class ShortReasons(ExceptionToStatusInterceptor):  # type: ignore[misc]
         await super().handle_exception(ex, *where)
 
 
+class OneLine(logging.Filter):
+    """Keeps what KServe logs on one line each: it names the path of a request, and what a caller has called a model."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = on_one_line(record.getMessage()), ()
+        return True
+
+
 def on_one_line(text: str) -> str:
     """`text` with its control characters written out: in a log, a line's end of a caller's would begin a line of it."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
@@ -166,9 +176,6 @@ class V2Paths:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        if not path.isprintable():  # KServe would write it into its log, where a line's end begins another line
-            await refuse(scope, HTTPStatus.NOT_FOUND, "no path here has control characters")(scope, receive, send)
-            return
         if path.startswith("/v2/repository/"):
             await refuse(scope, HTTPStatus.NOT_FOUND, NO_LOADING)(scope, receive, send)
             return
@@ -286,6 +293,8 @@ class BoundModelServer(ModelServer):  # type: ignore[misc]
         self.host = host
         self.grpc_port = grpc_port
         self.dataplane = NamedDataPlane(model_registry=self.registered_models)
+        for log in (logger, trace_logger):
+            log.addFilter(OneLine())
         # The last one added is the outermost.
         app.add_middleware(WholeCharacters)
         app.add_middleware(CancelTasks)
