@@ -44,6 +44,18 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = 60, eve
     return value
 
 
+def held_open(start: str) -> set[str]:
+    """What this process has open whose name begins so: a path, or "pipe:".
+
+    A mere number of open files says too much: a thread of the run's own reads of all processes meanwhile.
+    """
+    names = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of the list itself
+            names.add(str(link.readlink()))
+    return {name for name in names if name.startswith(start)}
+
+
 def seconds_until(condition: Callable[[], Any], what: str, seconds: float = 60) -> float:
     """How long it takes until `condition` holds, to some 10 ms; fail as `eventually` does."""
     start = time.monotonic()

@@ -39,7 +39,7 @@ from aiohttp import ClientConnectionError, ClientSession, ConnectionTimeoutError
 from aiohttp.test_utils import BaseTestServer, TestServer, make_mocked_request
 from aiohttp.web_response import ContentCoding
 from classroom import bearer
-from desk import eventually
+from desk import eventually, held_open
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -1747,9 +1747,8 @@ def test_what_is_collected_is_the_labs_and_no_file_that_a_learner_points_at(tmp_
     (mallorys / foldered).symlink_to(tmp_path)
     (desks / "link").symlink_to(desks / "ada")
     (desks / "ada" / "labs" / other / f"{other}.ipynb").write_text(blanks.handed_out()[f"{other}/{other}.ipynb"])
-    before = psutil.Process().num_fds()
     ada, mallory = collect.collect(desks, submitted)
-    assert psutil.Process().num_fds() == before, "a room has hundreds of these folders, a process 1,024 files"
+    assert not held_open(str(tmp_path)), "a room has hundreds of these folders, a process 1,024 files"
     assert (ada.learner, ada.labs, ada.left) == ("ada", [lab], {f"{lab}/foreign.sh": "not handed out"})
     assert (mallory.learner, mallory.labs) == ("mallory", [lab])
     assert mallory.left.keys() == {f"{lab}/foreign.sh", other, piped, long, foldered}
